@@ -66,7 +66,9 @@ class AnswerOnce:
         # What the last round has made is measured before a round that will not be.
         if not 1 <= self.round_ <= self.rounds + self.kind.startswith(MEASUREMENTS):
             raise ClientError(
-                f"round {self.round_} was asked for; the run has rounds 1 to {self.rounds}"
+                f"round {self.round_}: the server asked for a round that the run does not "
+                f"have (it has 1 to {self.rounds}). Run the server and the clients under one "
+                "config"
             )
         if self.kind not in ONCE or not self.path.is_file():
             return None
@@ -76,9 +78,10 @@ class AnswerOnce:
             return join(Answer, from_bytes(tensors["reply"], meta["tensors"]), meta["answer"])
         if answered >= self.round_:
             raise ClientError(
-                f"client {self.ask.clients[0]} of this node answered round {answered} before, and "
-                f"another question of round {self.round_} came: a client answers a round once, "
-                "since two answers could be subtracted"
+                f"client {self.ask.clients[0]}: the server sent a second, different request "
+                f"in round {self.round_}, after the client answered round {answered}. A "
+                "client answers a round once, since the difference of two answers could "
+                "reveal its data"
             )
         return None
 

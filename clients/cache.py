@@ -42,8 +42,8 @@ def served(context: Context) -> list[int]:
     spans = [(int(span[1]), int(span[2] or span[1])) for span in found if span is not None]
     if not spans or None in found or any(not a <= b < a + MANY for a, b in spans):
         raise ConfigError(
-            f"node-config has {key}={text!r:.100}: the number of this node's client is wanted, or "
-            f"of several in partition-ids, such as '0,3' or '0-124' (at most {MANY})"
+            f"node-config {key}={text!r:.100}: not a list of client ids. Set partition-id to "
+            f"one id, or partition-ids to several, such as '0,3' or '0-124' (at most {MANY})"
         )
     return [*dict.fromkeys(client for a, b in spans for client in range(a, b + 1))]
 
@@ -61,19 +61,21 @@ def cache_of(context: Context) -> Path:
     """
     cache = context.node_config.get("cache", os.environ.get("FLWR_HOME", "~/.flwr"))
     if not isinstance(cache, str) or not cache or "\0" in cache:
-        raise ConfigError(f"node-config has cache={cache!r}; the path of a folder is wanted")
+        raise ConfigError(
+            f"node-config cache={cache!r}: not a path. Set cache to the path of a folder"
+        )
     try:
         return Path(cache).expanduser().absolute() / CACHE
     except RuntimeError as error:  # ~NAME of nobody
-        raise ConfigError(f"node-config has cache={cache!r}: {error}") from error
+        raise ConfigError(f"node-config cache={cache!r}: {error}") from error
 
 
 def folder_of(context: Context, run: str, client: int) -> Path:
     """Return the folder in which a client keeps its state of a run."""
     if not (run.isascii() and run.isalnum()):  # it becomes a path, and comes from outside
         raise WireError(
-            f"the name of a run is {run!r:.100}; it names a folder here, so that only letters and "
-            "digits may be in it"
+            f"run={run!r:.100}: not a valid name of a run, since it becomes the name of a "
+            "folder here. Use letters and digits only"
         )
     return cache_of(context) / run / str(client)
 
@@ -106,8 +108,9 @@ def claim(folder: Path) -> None:
         # Looked at twice: another process of this node may be claiming it now.
         if not is_claimed(folder) and any(folder.iterdir()) and not is_claimed(folder):
             raise ConfigError(
-                f"{folder} was not made by fedraclora (it has no file {MARKER}), and is left as it "
-                "is; move it away, or name another folder as cache in node-config"
+                f"{folder}: the folder has no file {MARKER}, so fedraclora did not make it "
+                "and will not change it. Move it away, or set cache in node-config to "
+                "another folder"
             )
         (folder / MARKER).touch()
 
@@ -126,9 +129,9 @@ def on_disk(folder: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise ClientError(
-            f"{folder}: {error.strerror or error}; a node keeps its files there: remove what is in "
-            "the way, make room, or name another folder as cache in node-config, which user "
-            f"{os.geteuid()} may write to"
+            f"{folder}: {error.strerror or error}; the node cannot keep its files there. "
+            "Remove what is in the way, make room, or set cache in node-config to a folder "
+            f"that user {os.geteuid()} may write to"
         ) from error
 
 
@@ -154,9 +157,9 @@ def check_path(folder: Path) -> None:
         else:
             continue
         raise ConfigError(
-            f"{part}, where this node keeps its files, {why}: others could put theirs in their "
-            f"place. User {os.geteuid()} or root must own it, and nobody else may write to it "
-            "(chmod go-w); or name another folder as cache in node-config"
+            f"{part}, where this node keeps its files, {why}, so others could replace the "
+            f"files. Let only user {os.geteuid()} or root own it and write to it (chmod "
+            "go-w), or set cache in node-config to another folder"
         )
 
 

@@ -50,8 +50,8 @@ def restore(
     """
     if unknown := downlink.extras.keys() - {*EXTRAS}:
         raise WireError(
-            f"a downlink has the extras {sorted(unknown)}, which this client does not know (it "
-            f"knows {[*EXTRAS]}): run the server and the clients from one release"
+            f"the server sent the extras {sorted(unknown)}, which this client does not know "
+            f"(it knows {[*EXTRAS]}). Run the server and the clients from one release"
         )
     dtype = wide(next(iter(base.values())).dtype)
     default: Tree = {}

@@ -101,8 +101,9 @@ def engine_of(builder: TaskBuilder) -> Engine:
     match builder.config.engine:
         case DeployConfig():
             raise ConfigError(
-                "engine=deploy is for real hosts: run `fedraclora deploy` with connection=NAME, "
-                "or with nodes=3 for three nodes on this machine"
+                "engine=deploy: `fedraclora simulate` cannot start real hosts. Run "
+                "`fedraclora deploy` with connection=NAME, or with nodes=3 for three nodes "
+                "on this machine"
             )
         case RayConfig() as settings:
             return on_ray(settings, WorkerState, builder)

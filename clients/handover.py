@@ -55,8 +55,8 @@ def hand_over(message: Message, context: Context) -> Message:
             resident = reach(address, key) or started(address, key)
             if resident is None:
                 raise ClientError(
-                    "the process that trains here did not start; the output of the SuperNode says "
-                    "why"
+                    "the training process of this node did not start. See the output of the "
+                    "SuperNode for the reason"
                 )
             with resident:
                 try:
@@ -80,24 +80,24 @@ def answered(resident: Connection, message: Message, context: Context, until: fl
     Raises:
         ClientError: If there is none.
     """
-    why = "answered with what is no message"
+    why = "sent a reply that cannot be decoded"
     try:
         resident.send((message, context))
         while (reply := resident.recv()) is None:
             if time.monotonic() > until:
-                why = "was still at work when nobody waited for it any more (engine.timeout)"
+                why = "was still at work when the time limit (engine.timeout) passed"
                 break
         if isinstance(reply, Message):
             return reply
     except GONE:
         why = "ended before it answered: it was killed, or memory ran out"
     except BlockingIOError:
-        why = f"was silent for {SILENCE:g} s before it answered, and is ended: it was stopped"
+        why = f"was silent for {SILENCE:g} s before it answered (it was stopped), and was ended"
     except Exception as error:  # bytes of any kind
         why = f"{why} ({type(error).__name__}: {error})"
     raise ClientError(
-        f"the process that trains here {why} (see the output of the SuperNode); another is started "
-        "with the next message"
+        f"the training process of this node {why}. See the output of the SuperNode; the next "
+        "message starts a new process"
     )
 
 
@@ -123,13 +123,16 @@ def open_alone(cache: Path, node: int, until: float) -> Iterator[str]:
         found = os.fstat(entry)
         if found.st_uid != os.geteuid() or stat.S_IMODE(found.st_mode) & 0o077:
             raise ClientError(
-                f"{folder} belongs to user {found.st_uid} and has mode "
-                f"{stat.S_IMODE(found.st_mode):o}; only the user of this process "
-                f"({os.geteuid()}) may enter it: remove it, and it is made anew"
+                f"{folder}: it belongs to user {found.st_uid} and has mode "
+                f"{stat.S_IMODE(found.st_mode):o}, but only the user of this process "
+                f"({os.geteuid()}) may have access. Remove the folder; the node makes it again"
             )
         while not is_locked(entry):
             if time.monotonic() > until:
-                raise ClientError("a message before this one is not answered yet")
+                raise ClientError(
+                    "the node is still answering an earlier message. Wait for "
+                    "that answer, then send this message again"
+                )
             time.sleep(LOOK)
         # By its number: the path of a socket has room for 107 bytes, and a cache may be anywhere.
         with on_disk(folder):
@@ -233,6 +236,6 @@ def check_peer(link: socket.socket) -> None:
     _, user, _ = struct.unpack(form, found)
     if user != os.geteuid():
         raise ClientError(
-            f"the process at the other end of a node's socket is of user {user}; only those of "
-            f"user {os.geteuid()} may speak there"
+            f"the process at the other end of the node's socket belongs to user {user}, but "
+            f"only user {os.geteuid()} may connect"
         )

@@ -26,7 +26,7 @@ from fedraclora.wire.exchange import Ask, TrainRequest
 from fedraclora.wire.secagg import Words
 
 Owned = tuple[Samples, torch.Tensor]  # of one client after another, and how many of each
-SMALL = "it has {} samples, of which none is held out to measure on (evaluate.share)"
+SMALL = "it has {} samples and holds none out for evaluation (evaluate.share)"
 
 
 class Measurer:
@@ -56,8 +56,8 @@ class Measurer:
         request, held, device = ask.request, self.task.held, self.trainer.device
         if held is None:
             raise WireError(
-                "a message asks clients to measure, but by their config they hold no samples out: "
-                "run the server and the clients under one config"
+                "the server asks clients to evaluate, but by their config they hold out no "
+                "samples. Run the server and the clients under one config"
             )
         sizes = held.data.sizes(request.clients.to(device)).cpu()
         kept, small = torch.nonzero(sizes).flatten(), request.clients[sizes == 0]

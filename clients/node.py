@@ -65,7 +65,8 @@ def answer(context: Context, run: str, content: RecordDict) -> RecordDict:
     mine = served(context)
     if strangers := sorted({*clients_of(content)} - {*mine}):
         raise WireError(
-            f"a message is for the clients {some(strangers)}, but this node serves {some(mine)}"
+            f"the server sent a message for the clients {some(strangers)}, but this node "
+            f"serves {some(mine)}. Check partition-ids in node-config"
         )
     folder = folder_of(context, run, mine[0])  # of weights, which all clients here have in common
     make_room(folder.parent)
@@ -215,9 +216,9 @@ def trainer_for(
     plain = json.loads(settings)
     if (plain["data"]["name"] == "own") != (own is not None):
         raise ConfigError(
-            f"node-config has data={own!r}, and the run has data={plain['data']['name']}: a run "
-            "with data=own needs data in node-config (a folder, or package.module:function), and "
-            "no other run has a use for it"
+            f"node-config data={own!r} does not fit data={plain['data']['name']} of the run. "
+            "Set data in node-config (a folder, or package.module:function) if and only if "
+            "the run has data=own"
         )
     if own is not None:
         data = plain["data"]

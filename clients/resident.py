@@ -61,12 +61,12 @@ def serve(listener: socket.socket, node: int, key: bytes, respond: Respond) -> N
             except ClientError as error:
                 log.warning("%s", error)
             except GONE:
-                log.warning("a process of this node went away before it had its answer")
+                log.warning("a process of this node disconnected before it got its answer")
             except BlockingIOError:
-                log.warning("a process of this node connected and was silent")
+                log.warning("a process of this node connected but sent no message")
             except Exception as error:  # bytes of any kind
                 kind = type(error).__name__
-                log.warning("a message cannot be read or answered (%s: %s)", kind, error)
+                log.warning("cannot read or answer a message (%s: %s)", kind, error)
 
 
 def answer(peer: Connection, node: int, respond: Respond) -> None:

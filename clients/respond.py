@@ -30,8 +30,8 @@ def run_of(content: RecordDict) -> str:
     job = content.get("job")
     if not isinstance(job, ConfigRecord) or "run" not in job:
         raise WireError(
-            f"a message of the server has the records {list(content)}, but no record job that "
-            "names its run: run the server and the clients from one release"
+            f"the server sent the records {list(content)}, without the record job that names "
+            "its run. Run the server and the clients from one release"
         )
     check_format(job.get("format"), "the server")
     return str(job["run"])

@@ -41,9 +41,9 @@ def check_samples(folder: Path, client: int, task: Task) -> None:
     if path.is_file():
         if read_sealed(path).get(KEY) != found:
             raise DataError(
-                f"client {client}: its samples are not those with which it began this run, as "
-                f"{FILE} of its folder in the node's cache says. Restore them, or begin a new run "
-                "on the samples of now"
+                f"client {client}: its samples differ from those with which it began this run "
+                f"(checksum in {FILE} in the node's cache). Restore the samples, or begin a "
+                "new run"
             )
         return
     with on_disk(folder):

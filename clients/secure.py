@@ -132,10 +132,10 @@ def _recall(store: ClientStore, client: int, round_: int, asked: Stage) -> Memor
     elif (memory.get("round"), memory.get("after")) == (round_, BEFORE[stage]):
         return memory
     else:
-        stands = f"stands after {memory.get('after')} of round {memory.get('round')}"
+        stands = f"has finished {memory.get('after')} of round {memory.get('round')}"
     raise ClientError(
-        f"client {client} was asked for the stage {stage} of round {round_}, but {stands}: it does "
-        "not answer twice"
+        f"client {client} was asked for the stage {stage} of round {round_}, but {stands}. A "
+        "client answers a stage once"
     )
 
 
@@ -169,8 +169,9 @@ def _shares(client: int, memory: Memory, data: Any, terms: SecAggTerms) -> Any:
     keys = {int(c): {name: str(k[name]) for name in ("mask", "box")} for c, k in data.items()}
     if client in keys or len(keys) < terms.neighbours:
         raise ClientError(
-            f"the server named {len(keys)} neighbours to client {client} for secure aggregation; "
-            f"{terms.neighbours} or more are needed, and the client itself may not be one of them"
+            f"client {client}: the server named {len(keys)} neighbours for secure "
+            f"aggregation. A client needs at least {terms.neighbours}, and may not be its own "
+            "neighbour"
         )
     for key in keys.values():
         read_public(key["mask"])
@@ -194,14 +195,14 @@ def _unmask(client: int, memory: Memory, data: Any, terms: SecAggTerms) -> Any:
     near, shares = {*memory["near"]}, memory["held"]
     if len({*alive, *gone}) != len(alive) + len(gone) or not {*alive, *gone} <= near:
         raise ClientError(
-            f"the server asked client {client} for the shares of {alive}, who are in the sum, and "
-            f"of {gone}, who left; each may be one of its neighbours {sorted(near)}, and none may "
-            "be named twice"
+            f"client {client}: the server asked for shares of {alive} (clients in the sum) "
+            f"and of {gone} (clients that dropped out). It may ask only for the neighbours "
+            f"{sorted(near)}, each once"
         )
     if len(alive) < memory["threshold"]:
         raise ClientError(
-            f"the server asked client {client} to unmask a sum that has only {len(alive)} of its "
-            f"neighbours; {memory['threshold']} or more are needed"
+            f"client {client}: the server asked it to unmask a sum with only {len(alive)} of "
+            f"its neighbours. At least {memory['threshold']} are needed"
         )
     if "measurers" in memory and len({*memory["measurers"]} & {client, *alive}) < terms.measurers:
         raise ClientError(FEW.format(terms.measurers))
@@ -261,7 +262,9 @@ def masked_vectors(
 
     def answer(client: int) -> None:
         if client not in stage.data:
-            raise ClientError(f"client {client} left secure aggregation at an earlier stage")
+            raise ClientError(
+                f"client {client} dropped out of secure aggregation at an earlier stage"
+            )
         memory = _recall(store, client, request.round_, stage)
         if closed := _open(client, memory, stage.data[client]):
             unopened[client] = {"unopened": closed}
@@ -283,13 +286,13 @@ def _open(client: int, memory: Memory, data: Mapping[str, Any]) -> list[int]:
     strangers = {*near} - {int(c) for c in memory["keys"]}
     if strangers or len({*near}) != len(near):
         raise ClientError(
-            f"the server named the neighbours {near} to client {client}; each may be one of "
-            f"{[*memory['keys']]}, and none may be named twice"
+            f"client {client}: the server named the neighbours {near}. It may name only "
+            f"{[*memory['keys']]}, each once"
         )
     if len(near) < memory["threshold"]:
         raise ClientError(
-            f"only {len(near)} neighbours of client {client} are left; "
-            f"{memory['threshold']} or more are wanted"
+            f"client {client}: only {len(near)} of its neighbours are left. At least "
+            f"{memory['threshold']} are needed"
         )
     memory["near"], memory["held"], closed = near, {}, []
     for other, (text, *marks) in senders.items():
@@ -334,12 +337,12 @@ def _whole(
         terms: What clients insist on.
     """
     if not bool(torch.isfinite(update).all()):
-        raise ClientError("its update has a NaN or an infinity; lower local.lr")
+        raise ClientError("its update contains NaN or infinity. Lower local.lr")
     most = terms.config.max_weight
     if not 0 < weight <= most or weight != int(weight):
         raise ClientError(
-            f"its weight, which the server does not learn, is no whole number from 1 to "
-            f"secure.max_weight={most:g}; raise it to the most samples that a client has"
+            f"secure.max_weight={most:g}: the client's weight is not a whole number from 1 to "
+            "this limit. Raise it to the largest number of samples of a client"
         )
     norm, longest = float(update.norm()), terms.config.clip if clip is None else float(clip)
     if norm > longest:

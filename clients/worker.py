@@ -131,9 +131,9 @@ class Worker:
         stage = ask.stage
         if (stage is None) != (self.terms is None):
             raise WireError(
-                f"by the config of this run updates are{'' if self.terms else ' not'} masked "
-                "(secure aggregation), but a message asks for the opposite: run the server and "
-                "the clients under one config"
+                f"the server asks for {'plain' if self.terms else 'masked'} updates, but by "
+                f"the clients' config updates are{'' if self.terms else ' not'} masked "
+                "(secure aggregation). Run the server and the clients under one config"
             )
         if stage is not None and self.terms is not None and stage.name != "masked":
             asks = stage.name == "keys" and MEASUREMENTS in stage.settings
@@ -143,8 +143,9 @@ class Worker:
             ask.request.measure is not None
         ):
             raise WireError(
-                f"a message asks clients to {'train' if ask.request.measure is None else 'measure'}"
-                ", under masks that they agreed on for the other"
+                "the server asks clients to "
+                f"{'train' if ask.request.measure is None else 'evaluate'}, but they agreed on "
+                "their masks for the other task"
             )
         request = ask.request
         base = self.replica.at(request.version, request.round_)
@@ -235,14 +236,14 @@ class Worker:
         if len(places) == 1:
             own = self.trainer.local.is_own
             raise ConfigError(
-                f"round {round_}: client {int(job.request.clients[places[0]])} alone needs "
-                f"more memory than there is ({failure}); "
+                f"round {round_}: client {int(job.request.clients[places[0]])} alone does not fit "
+                f"into memory ({failure}); "
                 + ("have your training function take smaller batches" if own else LESS)
             )
         self.limit = len(places) // 2
         text = (
-            f"round {round_}: out of memory with {len(places)} clients a batch; "
-            f"{self.limit} from here on; bits may differ from a run without"
+            f"round {round_}: out of memory with {len(places)} clients a batch. Batches hold "
+            f"at most {self.limit} clients from now on, so results may differ in the last bits"
         )
         log.warning("%s (%s)", text, failure)
         job.note(text)

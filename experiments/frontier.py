@@ -91,7 +91,9 @@ class Task:
                 shared |= config
                 found[entry.row] = entry
         if setup["reference"] not in found:
-            raise ConfigError(f"{name}: the runs of {setup['reference']!r} are not there")
+            raise ConfigError(
+                f"{name}: the runs of the reference {setup['reference']!r} are missing"
+            )
         return cls(name, found, found[setup["reference"]])
 
     @cached_property

@@ -145,7 +145,7 @@ def simulate(
     """
     refuse_run()
     if not isinstance(resume, bool):
-        raise ConfigError(f"resume is {resume!r}; True or False is wanted: the place is folder=...")
+        raise ConfigError(f"resume={resume!r}: give True or False, and the folder as folder=...")
     trust_all(trust)
     said: dict[str, object] = {
         "model": model,
@@ -167,13 +167,13 @@ def simulate(
     place = place_of(plain, output, folder)
     if place is None:
         if resume:
-            raise ConfigError("resume=True goes on with the run in a folder: say folder=... too")
+            raise ConfigError("resume=True needs the folder of the run: give folder=... too")
         reads = {f"output.{key}" for key in OutputConfig.in_memory}
         idle = [k for k in typed if k.startswith("output.") and k not in reads]
         if idle:
             raise ConfigError(
-                f"{', '.join(idle)}: a run in memory writes nothing; say folder=... too, or leave "
-                "it out"
+                f"{', '.join(idle)}: a run in memory writes nothing. Give folder=... too, or "
+                "leave it out."
             )
         plain = resolved_rate(resolved_start(resolved(plain)), print)
         return run_shown(RunBuilder(from_plain(plain, METHODS), callbacks=watching, steps=given))
@@ -181,9 +181,9 @@ def simulate(
     with usable(place):
         if not resume and has_begun(place):
             raise CheckpointError(
-                f"{place} holds a run already; say resume=True to go on with it, under its own "
-                "config (run.config, or config.yaml in the folder, with rounds=... on top), or "
-                "name another folder"
+                f"{place} holds a run already. Give resume=True to resume it with its own config "
+                "(run.config, or config.yaml in the folder, with rounds=... on top), or name "
+                "another folder."
             )
         found, place, goes_on = choose(asked, typed, None)
         config = from_plain(found, METHODS, resuming=goes_on)
@@ -221,7 +221,7 @@ def tune(
     refuse_run()
     trust_all(trust)
     if [c for c in choices if isinstance(c, Mapping) and is_whole(c)]:
-        raise ConfigError("tune wants words or some keys: a whole config leaves nothing to tune")
+        raise ConfigError("a whole config leaves nothing to tune: give tune only some keys")
     own = [c for c in choices if isinstance(c, str) and c.startswith("tune.")]
     rest = [c for c in choices if c not in own]
     plain, typed, watching, steps = _asked((*rest,), given)
@@ -317,12 +317,12 @@ def place_of(plain: PlainDict, output: PlainDict, folder: str | Path | None) -> 
     """
     if plain.get("resume") is not None:
         raise ConfigError(
-            f"resume is {plain['resume']!r} in the config; in Python say folder=..., resume=True"
+            f"resume={plain['resume']!r} in the config: in Python give folder=..., resume=True"
         )
     named = None if output.get("dir") is None else user_path("output.dir", output["dir"])
     if folder is None:
         return named
     place = user_path("folder", folder)
     if named not in {None, place}:
-        raise ConfigError(f"folder is {place}, but output.dir is {named}: name one of them")
+        raise ConfigError(f"folder={place}, but output.dir={named}: give one of them")
     return place

@@ -128,7 +128,9 @@ def object_of(
     name, own = group.get("name"), {**without(group, "name"), **parameters}
     found = named_object(key, name) if isinstance(name, str | None) else name
     if inspect.isclass(found) and not own and not is_function(str(name)):
-        raise ConfigError(f"{key} is the class {found.__name__}: make one, {found.__name__}(...)")
+        raise ConfigError(
+            f"{key} is the class {found.__name__}: give an instance, {found.__name__}(...)"
+        )
     called = called or kind is None
     if _makes(found, kind, called=called):
         make = bound(at or key, typing.cast("Callable[..., object]", found), own)

@@ -166,7 +166,7 @@ class Features:
             for beside, why in _named(what, needed, each_round=each_round, complete=True):
                 if self.has(what.name) and not self.has(beside.name):
                     take = beside.take or beside.name
-                    yield f"{what.name} needs {beside.name}: {why}; take {take}, or {what.instead}"
+                    yield f"{what.name} needs {beside.name}: {why}. Take {take}, or {what.instead}"
 
 
 def _named(
@@ -189,8 +189,8 @@ def _named(
 def _conflict(what: Feature, beside: Feature, why: str, *found: Found) -> str:
     met = ", ".join(value for value in found if isinstance(value, str))
     return (
-        f"{what.name} does not go with {beside.name}{met and f' ({met})'}: {why}; "
-        f"take {beside.instead}, or {what.instead}"
+        f"{what.name} does not go with {beside.name}{met and f' ({met})'}: {why}. Take "
+        f"{beside.instead}, or {what.instead}"
     )
 
 

@@ -70,7 +70,7 @@ def import_object(key: str, name: str) -> Any:
     """
     module, mark, attribute = name.partition(":")
     if not (module and mark and attribute and MODULE.fullmatch(name)):
-        raise ConfigError(f"{key} is {name!r}; package.module:function is wanted")
+        raise ConfigError(f"{key}={name!r}: give package.module:function")
     if (here := str(Path.cwd())) not in sys.path:
         sys.path.append(here)  # last: a file here hides no package
     try:
@@ -81,19 +81,18 @@ def import_object(key: str, name: str) -> Any:
         raise
     except ImportError as error:
         raise ConfigError(
-            f"{key} is {name!r}, which cannot be imported here ({error}): the module must lie in "
-            f"the working folder ({here}) or in one of PYTHONPATH, or be installed for the Python "
-            "that runs this"
+            f"{key}={name!r} cannot be imported ({error}). Put the module into the working "
+            f"folder ({here}) or on PYTHONPATH, or install it for this Python."
         ) from error
     except Exception as error:
-        raise ConfigError(f"{key} is {name!r}, and {failure_of(error, 'importing it')}") from error
+        raise ConfigError(f"{key}={name!r}: {failure_of(error, 'importing it')}") from error
     found = getattr(imported, attribute, None)
     if found is None:
         origin = getattr(imported, "__file__", None) or "built into Python"
         advice = ": __main__ is another program in each process; name the file instead"
         raise ConfigError(
-            f"{key} is {name!r}, which cannot be imported here: the module {module} ({origin}) "
-            f"has no {attribute}{advice * (module == '__main__')}"
+            f"{key}={name!r} cannot be imported: the module {module} ({origin}) has no "
+            f"{attribute}{advice * (module == '__main__')}"
         )
     refuse_found(key, name, found)
     return found
@@ -113,8 +112,8 @@ def import_extra(package: str, purpose: str) -> Any:
         return importlib.import_module(package)
     except ImportError as error:
         raise ConfigError(
-            f"{purpose} needs the package {package}, which is not installed; install it with: pip "
-            "install 'fedraclora[export]'"
+            f"{purpose} needs the package {package}, which is not installed. Install it with: "
+            "pip install 'fedraclora[export]'"
         ) from error
 
 

@@ -48,7 +48,7 @@ def choose(
     """
     resume = plain.get("resume")
     if not isinstance(resume, str | None):
-        raise ConfigError(f"resume is {resume!r}; the folder of a run, auto or null is wanted")
+        raise ConfigError(f"resume={resume!r}: give the folder of a run, auto or null")
     if resume not in {None, "auto"}:
         folder = user_path("resume", resume)
         return go_on(folder, read_trusted(folder, plain), plain, typed), folder, True
@@ -88,17 +88,16 @@ def stored_run(folder: Path, round_: int | None) -> RunResult:
     """
     folder = folder.expanduser()
     if not folder.is_dir():
-        raise CheckpointError(f"there is no run folder {folder}")
+        raise CheckpointError(f"{folder} is not a run folder. Name the folder of a run")
     if (folder / "export.json").is_file():
         raise CheckpointError(f"{folder} is an export of a run: name the folder of the run itself")
     config = from_plain(read_trusted(folder), METHODS, resuming=True)
     if not is_finished(folder) and round_ is None:
-        ways = f"go on with {resume_word(folder)} first"
+        ways = f"resume it first with {resume_word(folder)}"
         if is_running(folder):  # which holds its folder
             ways = f"it is running, at round {reached_round(folder)}: wait for it"
         raise CheckpointError(
-            f"{folder}: this run has not come to its end; {ways}, or say with --round which of its "
-            "rounds"
+            f"{folder}: this run is not finished; {ways}, or choose a round with --round"
         )
     return finished(config, folder)
 

@@ -77,7 +77,7 @@ def trust(names: Iterable[str]) -> None:
     given = [names] if isinstance(names, str) else [*names]
     for name in given:
         if not isinstance(name, str) or not MODULE.fullmatch(name):
-            raise ConfigError(f"trust has {name!r}; the name of a module is wanted, package.module")
+            raise ConfigError(f"trust has {name!r}: give the name of a module, package.module")
     if given:
         os.environ[VARIABLE] = ",".join(dict.fromkeys([*trusted(), *given]))
 
@@ -190,8 +190,8 @@ def refuse_unsaid(where: object, names: Mapping[str, str], own: Iterable[str] = 
         return
     listed = ", ".join(f"{key}={name}" for key, name in strange.items())
     raise ConfigError(
-        f"{where} names code that would be run: {listed}. The file may be of others: if you trust "
-        f"that code, say {trust_word(strange.values())} (in Python trust=[...])"
+        f"{where} names code that would be run: {listed}. If you trust that code, which may be "
+        f"by others, add {trust_word(strange.values())} (in Python trust=[...])."
     )
 
 
@@ -224,7 +224,7 @@ def refuse_place(key: str, name: str) -> None:
     if any(_within(module, package) for package in PACKAGES):
         return
     if why := foreign(module):
-        raise ConfigError(f"{key} is {name!r}, and {_refusal(module, why)}")
+        raise ConfigError(f"{key}={name!r}: {_refusal(module, why)}")
 
 
 def refuse_found(key: str, name: str, found: object) -> None:
@@ -238,7 +238,7 @@ def refuse_found(key: str, name: str, found: object) -> None:
     if name in trusted():
         return
     if isinstance(found, types.ModuleType):
-        raise ConfigError(f"{key} is {name!r}, which is a module; a function or a class is wanted")
+        raise ConfigError(f"{key}={name!r} is a module: name a function or a class in it")
     defined = hasattr(found, "__qualname__")
     home = getattr(found if defined else type(found), "__module__", None)
     of_package = any(_within(str(home), package) for package in PACKAGES)
@@ -247,15 +247,15 @@ def refuse_found(key: str, name: str, found: object) -> None:
         strange = callable(found) and not isinstance(found, functools.partial)
         if inside or (strange and _is_python(str(home))):
             raise ConfigError(
-                f"{key} is {name!r}, which is no class: a function of your own can be"
+                f"{key}={name!r} is not a class: name a class, or a function of your own"
             )
         return
     if not isinstance(home, str):
-        why = "no module says that it is its own"
+        why = "no module defines it"
     elif trusts(home) or (of_package and _is_known(found, home)):
         return
     elif of_package:
-        why = "of installed packages only modules, metrics, partitioners and losses are taken"
+        why = "only modules, metrics, partitioners and losses of installed packages are allowed"
     elif not (why := foreign(home) or ""):
         return
     raise ConfigError(
@@ -266,8 +266,8 @@ def refuse_found(key: str, name: str, found: object) -> None:
 
 def _refusal(module: str, why: str) -> str:
     return (
-        f"{module} is not called ({why}): name a function of your own, in a module in the working "
-        f"folder, that calls it; or say {trust_word([module])} (in Python trust=[...])"
+        f"code of {module} is not run ({why}). Name a function of your own, in the working "
+        f"folder, that calls it, or add {trust_word([module])} (in Python trust=[...])"
     )
 
 
@@ -302,7 +302,7 @@ def foreign(module: str) -> str:
             if INSTALLED & {*path.parts}:
                 return f"it is installed, at {path}"
             if any(path.is_relative_to(root) for root in _library()):
-                return "it is of Python's standard library"
+                return "it is in Python's standard library"
     return ""
 
 

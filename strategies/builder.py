@@ -119,9 +119,9 @@ class RunBuilder(TaskBuilder, RoundsBuilder):  # type: ignore[override]
         plan, measuring = super().plan, self.measuring
         if plan.local and not self.built.classes and not (measuring and measuring.alone):
             raise ConfigError(
-                "head=personal, which the server measures by class, but it knows no classes of the "
-                "clients' data: let clients measure alone (evaluate.clients=round, and no "
-                "data.test_file)"
+                "head=personal: the server would need the classes of each client's data to "
+                "evaluate, and does not know them. Let only clients evaluate "
+                "(evaluate.clients=round, and no data.test_file)"
             )
         return plan
 
@@ -313,22 +313,22 @@ def watching(
     for key in ("choices", "generate"):
         if (asked := getattr(config.evaluate, key)) is not None and not len(samples):
             raise ConfigError(
-                f"evaluate.{key} is {asked}, but the server has no test samples with prompts: "
-                "leave it out, or give it some (data.test_file)"
+                f"evaluate.{key}={asked}: the server has no test samples with prompts. Leave "
+                "the key out, or set data.test_file"
             )
     if config.stop.patience is not None:
         metric = config.stop.metric
         by_clients = metric.startswith(BY_CLIENTS)
         if by_clients and measuring is None:
             raise ConfigError(
-                f"stop.metric is {metric}, which clients measure, but none does: set "
-                "evaluate.clients=round or all"
+                f"stop.metric={metric}: clients would measure it, but no client evaluates. "
+                "Set evaluate.clients=round or all"
             )
         if measuring is not None and not by_clients and task.validation is None:
             raise ConfigError(
-                f"stop.metric is {metric}, which the server measures on the validation split, but "
-                "data.validation is 0: set it above 0, or take a metric of the clients, such as "
-                f"clients.{task.metrics[0]}.mean"
+                f"stop.metric={metric}: the server measures it on the validation split, but "
+                "data.validation=0. Set data.validation above 0, or use a metric of the "
+                f"clients, such as clients.{task.metrics[0]}.mean"
             )
         known = measuring.named if by_clients and measuring else task.measured
         if (metric if by_clients else metric.removeprefix(PERSONAL)) not in {*known, "gap"}:

@@ -34,7 +34,7 @@ from fedraclora.tree import weights_of
 # c, by the optimizer and the factors that clients train.
 FITTED = {"adamw": {"B": 55.0, "A": 55.0, "BA": 27.5}, "sgd": {"B": 1.1, "A": 0.2, "BA": 0.1}}
 NARROWEST = 96  # of the layers that c was fitted to: narrower ones would have huge rates
-KNOWN = "the rule knows sgd and adamw without momentum, clipping or extras, on two factors a layer"
+KNOWN = "the rule covers sgd and adamw without momentum, clipping or extras, on two factors a layer"
 
 
 def resolved_rate(plain: Mapping[str, object], say: Callable[[str], object]) -> PlainDict:
@@ -67,7 +67,7 @@ def ruled(plain: Mapping[str, object]) -> RunConfig:
     own = local.get("train") is not None or is_named(local.get("name"))
     config = from_plain({**plain, "local": {**local, "lr": LocalConfig.lr}}, METHODS)
     if own or not is_known(config.local):
-        raise ConfigError(f"local.lr is auto, but {KNOWN}: say local.lr=NUMBER")
+        raise ConfigError(f"local.lr=auto: {KNOWN}. Set local.lr=NUMBER")
     return config
 
 
@@ -80,8 +80,8 @@ def rate_for(config: RunConfig, built: BuiltTask) -> tuple[float, str]:
     # SGD's rates follow the scale of gradients, which that of a cross-entropy bounds.
     if config.local.optimizer == "sgd" and built.task.loss == "squared_error":
         raise ConfigError(
-            "local.lr is auto, but of SGD the rule knows rates for classes, not for squared_error: "
-            "say local.lr=NUMBER"
+            "local.lr=auto: for SGD the rule covers classification, not squared_error. Set "
+            "local.lr=NUMBER"
         )
     plan, draw, base = plan_of(config, built.task), Draw(config.seed), weights_of(built.task.model)
     method = method_of(config, built.task)
@@ -136,5 +136,5 @@ def rate_of(downlink: Downlink, optimizer: str, steps: float) -> float:
         wide = rank * width * math.sqrt(steps)
         rates.append(rate / (scale * wide) if optimizer == "adamw" else rate / scale**2)
     if not rates or len(rates) < len(downlink.adapters):
-        raise ConfigError(f"local.lr is auto, but {KNOWN}: say local.lr=NUMBER")
+        raise ConfigError(f"local.lr=auto: {KNOWN}. Set local.lr=NUMBER")
     return median(rates)

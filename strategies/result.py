@@ -116,7 +116,7 @@ class RunResult:
         """
         if round is not None and self.folder is None:
             raise ConfigError(
-                f"round is {round}, but a run in memory has its last weights alone: run it with "
+                f"round={round}: a run in memory keeps only its last weights. Run it with "
                 "folder=..."
             )
         if round is None:
@@ -229,15 +229,16 @@ class RunResult:
             samples = measured_samples(built.task, data)
             if not len(samples):
                 raise ConfigError(
-                    "the run has no test samples, so that the server has nothing to measure on: "
-                    "name a file or samples (the rows have what clients measured, if they did)"
+                    "the run has no test samples, so the server cannot evaluate. Pass a file "
+                    "or samples; run.rows has the metrics that clients measured, if any"
                 )
             return Read(samples, np.arange(len(samples)), len(samples))
         if isinstance(data, str | Path):
             data = user_path("data", data)
             if not data.is_file():
                 raise DataError(
-                    f"there is no file {str(data)!r:.300}; a file, {' or '.join(SPLITS)}, is wanted"
+                    f"data={str(data)!r:.300}: no such file. Pass the path of a file, "
+                    f"{' or '.join(SPLITS)}"
                 )
         reader = built.task.reader
         named = {"label": target, "column": target} if target is not None else {}
@@ -250,14 +251,14 @@ class RunResult:
         samples = read.samples.clone().to(built.device, dtype)
         if samples.inputs.keys() != wanted.keys():
             raise DataError(
-                f"data: the inputs are {[*samples.inputs]}; {[*wanted]}, as of the run's own "
-                "samples, are wanted"
+                f"data: the inputs are {[*samples.inputs]}, expected {[*wanted]} as in the "
+                "run's own samples"
             )
         for name, value in samples.inputs.items():
             if value.is_floating_point() and not wanted[name].is_floating_point():
                 raise DataError(
-                    f"data: {name} holds {value.dtype} numbers; whole ones, as in the run's own "
-                    "samples, are wanted"
+                    f"data: {name} has the type {value.dtype}, expected integers as in the "
+                    "run's own samples"
                 )
         check_fit(built.task.model, samples.inputs)
         if measured:
@@ -278,8 +279,9 @@ class RunResult:
             if config.method.client_state:
                 kept = f"a factor of every adapter ({type(config.method).__name__})"
             raise ConfigError(
-                f"each client keeps {kept} to itself, so that the server has no whole model to "
-                "measure or to answer with: the run's own rows have the clients' (personal_...)"
+                f"each client keeps {kept} private, so the server has no complete model to "
+                "evaluate or to predict with. The run's rows have the metrics that clients "
+                "measured (personal_...)"
             )
         return {n: t.to(self.builder.built.device) for n, t in self.weights(round_).items()}
 
@@ -373,7 +375,7 @@ class RunResult:
             refuse_full(place)
             make_folder(place, private=True)
         except OSError as error:
-            raise ConfigError(f"{place} cannot be made ({error}); name another folder") from error
+            raise ConfigError(f"cannot make {place} ({error}). Name another folder") from error
         save_tensors(place / "model.safetensors", self.weights(), {}, sync=False)
         write_text(place / "history.csv", self.history.to_csv())
         write_text(place / "summary.json", json.dumps(self.summary, indent=2) + "\n")

@@ -118,7 +118,7 @@ def execute(run: RunBuilder, *watching: Callback) -> RunResult:
             else:
                 begin_folder(folder, config.plain)
         if (done := run.strategy.done) < reached:
-            again = f"went on after round {done}: rounds {done + 1} to {reached} were run again"
+            again = f"resumed after round {done}: rounds {done + 1} to {reached} were run again"
             run.recorder.incidents.append(f"the run {again}")
         before = math.fsum(map(round_seconds, run.recorder.ledger.rows))
         stack.enter_context(stopping_noted(run, folder))
@@ -155,7 +155,7 @@ def stopping_noted(run: RunBuilder, folder: Path | None) -> Iterator[None]:
             if run.config.output.plots:
                 draw(run, folder)
         except Exception as second:  # must not hide the first
-            log.warning("the end of the run could not be noted in %s: %r", folder, second)
+            log.warning("cannot write in %s why the run stopped: %r", folder, second)
         raise
 
 

@@ -88,18 +88,20 @@ def config_from_text(text: str, *, resuming: bool = False) -> RunConfig:
     try:
         plain = json.loads(text)
     except ValueError as error:
-        raise ConfigError(f"cfg-json is no JSON ({error})") from error
+        raise ConfigError(
+            f"cfg-json is not JSON ({error}). Start the run by `fedraclora deploy`, which writes it"
+        ) from error
     if not plain or not isinstance(plain, dict):
         raise ConfigError(
-            "cfg-json, the config of the run, is empty: start the run by `fedraclora deploy`, "
-            "which writes it"
+            "cfg-json, the config of the run, is empty. Start the run by `fedraclora "
+            "deploy`, which writes it"
         )
     config = from_plain(plain, METHODS, resuming=resuming)
     settings_of(config)
     if config.output.dir is None or not Path(config.output.dir).expanduser().is_absolute():
         raise ConfigError(
-            f"output.dir is {config.output.dir}, but Flower's processes run in folders of their "
-            "own: write an absolute path"
+            f"output.dir={config.output.dir}: Flower's processes run in other folders. Give "
+            "an absolute path"
         )
     return config
 
@@ -123,7 +125,7 @@ def settings_of(config: RunConfig) -> DeployConfig:
     """
     if not isinstance(config.engine, DeployConfig):
         raise ConfigError(
-            f"engine={config.engine.name}, but `fedraclora deploy` runs on engine=deploy: leave "
-            "engine out"
+            f"engine={config.engine.name}: `fedraclora deploy` runs only with engine=deploy. "
+            "Leave engine out"
         )
     return config.engine

@@ -47,13 +47,13 @@ def start_digest(folder: Path) -> str:
         return adapter_digest(folder)
     if not (folder / "config.yaml").is_file():
         raise ConfigError(
-            f"init_from={folder} holds neither a run (config.yaml) nor a PEFT adapter "
-            "(adapter_config.json); a Hugging Face folder is model.path, with model=hf"
+            f"init_from={folder}: the folder holds neither a run (config.yaml) nor a PEFT "
+            "adapter (adapter_config.json). To start from a Hugging Face folder, set "
+            "model=hf and model.path"
         )
     if not is_finished(folder):
         raise CheckpointError(
-            f"init_from={folder}: that run has not come to its end; go on with "
-            f"{resume_word(folder)}"
+            f"init_from={folder}: that run is not finished. Resume it with {resume_word(folder)}"
         )
     return str(read_summary(folder)["weights_digest"])
 
@@ -75,27 +75,26 @@ def begin_from(config: RunConfig, model: nn.Module) -> dict[str, str]:
         return {}
     if config.pretrain.epochs:
         raise ConfigError(
-            "init_from says where the weights come from, so that what is pretrained would be lost: "
-            "set pretrain=none, or leave init_from out"
+            f"init_from={config.init_from}: pretrained weights would be overwritten by these. "
+            "Set pretrain=none, or leave init_from out"
         )
     said = {"path": config.init_from} if isinstance(config.init_from, str) else config.init_from
     if not {"path"} <= said.keys() <= {"path", "sha256"}:
         raise ConfigError(
-            f"init_from={said}: the folder of a finished run or of an adapter is wanted"
+            f"init_from={said}: not a folder. Name the folder of a finished run or of an adapter"
         )
     folder = Path(said["path"]).expanduser()
     found = start_digest(folder)
     if found != said.get("sha256", found):
         raise CheckpointError(
-            f"init_from={folder} is not what it was when the config was written: its digest is "
-            f"{found}, not {said['sha256']}; restore it from a copy"
+            f"init_from={folder} has changed since the config was written: its checksum is "
+            f"{found}, expected {said['sha256']}. Restore it from a copy"
         )
     if any(isinstance(weight, QuantisedWeight) for weight in model.parameters()):
         raise ConfigError(
-            f"init_from={folder} is merged into the weights, and most of it would be rounded away "
-            "in "
-            "those of model.base=int8 or int4: set model.base=float32, or export it as a Hugging "
-            "Face folder (--format hf) and name that by model.path"
+            f"init_from={folder}: most of it would be lost by rounding when it is merged into "
+            "weights of model.base=int8 or int4. Set model.base=float32, or export it as a "
+            "Hugging Face folder (--format hf) and set model.path to that"
         )
     if is_adapter(folder):
         merge_adapter(model, folder)
@@ -109,22 +108,21 @@ def _take_weights(folder: Path, model: nn.Module, own: Plain) -> None:
     before = from_plain(read_trusted(folder, own), METHODS, resuming=True)
     if before.method.client_state:
         raise ConfigError(
-            f"init_from={folder}: the clients of {type(before.method).__name__} kept a factor of "
-            "every "
-            "adapter to themselves, so that the server has no trained model to begin from"
+            f"init_from={folder}: the clients of {type(before.method).__name__} kept a factor "
+            "of every adapter private, so the server has no complete model to start from. "
+            "Name the folder of a run of another method"
         )
     weights, parameters = load_weights(folder, own=own), dict(model.named_parameters())
     if odd := sorted(weights.keys() ^ parameters.keys()):
         raise ModelError(
-            f"init_from={folder}: that run trained another model, which differs in {odd[0]}; say "
-            "the "
-            "same model as there"
+            f"init_from={folder}: that run trained another model, which differs in {odd[0]}. "
+            "Set model to the same model"
         )
     for name, parameter in parameters.items():
         if weights[name].shape != parameter.shape:
             raise ModelError(
                 f"init_from={folder}: {name} is {tuple(weights[name].shape)} there and "
-                f"{tuple(parameter.shape)} here; say the same model and classes as there"
+                f"{tuple(parameter.shape)} here. Set the same model and classes as in that run"
             )
     with torch.no_grad():
         for name, parameter in parameters.items():

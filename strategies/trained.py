@@ -66,8 +66,8 @@ def trained_model(
     method = method_of(config)
     if method.client_state:
         raise ConfigError(
-            f"the clients of {type(config.method).__name__} keep a factor of every adapter to "
-            "themselves, so that the server has no whole model to export"
+            f"the clients of {type(config.method).__name__} keep a factor of every adapter "
+            "private, so the server has no complete model to export"
         )
     changes: dict[str, Product] = {}
     magnitudes: Tree = {}

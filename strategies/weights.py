@@ -51,7 +51,7 @@ def load_weights(
     trust_all(trust)
     folder = user_path("folder", folder)
     if not folder.is_dir():
-        raise CheckpointError(f"there is no run folder {folder}")
+        raise CheckpointError(f"{folder} is not a run folder. Name the folder of a run")
     config = from_plain(read_trusted(folder, own), METHODS)
     plan = stored_plan(folder) or TaskBuilder(config).plan
     return dense(weights_at(folder, round_, method_of(config), Draw(config.seed), plan))

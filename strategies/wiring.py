@@ -65,7 +65,7 @@ class RoundsBuilder:
         **parts: Any,
     ) -> None:
         if unknown := [name for name in parts if not hasattr(type(self), name)]:
-            raise TypeError(f"a run has no part {unknown[0]}")
+            raise TypeError(f"{unknown[0]} is not a part of a run")
         vars(self).update({name: part for name, part in parts.items() if part is not None})
         self.method, self.trainer, self.loop, self.engine = method, trainer, loop, engine
 

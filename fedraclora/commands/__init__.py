@@ -22,6 +22,6 @@ def require_laboratory(what: str) -> None:
     """
     if not LABORATORY.is_dir():
         raise ConfigError(
-            f"{what} belongs to the laboratory (the folder experiments), which an installed "
-            "package does not hold: run it from a source checkout"
+            f"{what} needs the folder experiments, which the installed package does not contain: "
+            "run it from a source checkout"
         )

@@ -49,13 +49,13 @@ from fedraclora.trust import names_in, refuse_unsaid
 
 LOOPBACK = {"localhost", "127.0.0.1", "::1"}
 ADVICE: dict[type[BaseException], str] = {
-    socket.gaierror: "no host has this name here: check --superlink, or /etc/hosts",
+    socket.gaierror: "this host name is unknown here: check --superlink, or /etc/hosts",
     ssl.SSLCertVerificationError: "its certificate must be for the name in --superlink, signed by "
     "--root-certificates, and valid by this clock",
-    ssl.SSLError: "no TLS is spoken there, or there is no certificate in --root-certificates",
-    TimeoutError: "no answer: is a firewall on the way?",
-    PermissionError: "whoever has the certificate may start code on this host; ask the operator to "
-    "forward that path alone",
+    ssl.SSLError: "the server there does not use TLS, or --root-certificates has no certificate",
+    TimeoutError: "no answer: does a firewall block it?",
+    PermissionError: "anyone with the certificate could start code on this host. Ask the "
+    "operator to forward that path only",
     BaseException: "check HOST:PORT of --superlink, and that the SuperLink and its proxy run",
 }
 
@@ -117,8 +117,8 @@ def check_run(run: RunBuilder, connection: Connection | None, file: str | None) 
             near = next(path for path in (folder, *folder.parents) if os.access(path, os.F_OK))
             if not (near.is_dir() and os.access(near, os.W_OK | os.X_OK)):
                 raise UserWarning(
-                    f"{folder}: this user cannot write it, as {near} is no folder, or closed; the "
-                    "SuperLink's user must, who may be another: choose engine.folder"
+                    f"{folder}: this user cannot write to {near}, and the SuperLink's user "
+                    "(perhaps another) must. Choose another engine.folder."
                 )
             say(folder)
     if connection is not None:
@@ -131,7 +131,7 @@ def check_run(run: RunBuilder, connection: Connection | None, file: str | None) 
             if (online := states.count("online")) < built.clients:
                 raise UserWarning(
                     f"{online} online for {built.clients} clients: some must serve several "
-                    "(partition-ids), and whom they serve nodes tell a run alone"
+                    "(partition-ids), which only a run can check"
                 )
     return look.failed
 
@@ -146,7 +146,10 @@ def check_node(words: Sequence[str], file: str | None) -> int:
             wanted = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
         versions, plain = dict(wanted["versions"]), dict(wanted["config"])
     except (click.ClickException, ValueError, TypeError, KeyError, yaml.YAMLError) as error:
-        meant = f"--check={file} names what the operator's `fedraclora deploy --check=FILE` wrote"
+        meant = (
+            f"--check={file} must be the file that the operator's `fedraclora deploy "
+            "--check=FILE` wrote"
+        )
         raise ConfigError(f"--node-config {args.node_config}, or {meant}: {error}") from error
     refuse_unsaid(file, names_in(plain))
     look = Looks()
@@ -174,7 +177,7 @@ def of_superlink(look: Looks, args: Namespace) -> None:
         return
     with look("SuperLink") as say:
         if key is None and args.auth_supernode_private_key is not None:
-            raise UserWarning("not asked whether it knows the key, which cannot be read")
+            raise UserWarning("not asked whether it knows the key, since the key cannot be read")
         state = flower_internals.key_state(found.text)
         if state == flower_internals.UNKNOWN and key is not None:
             raise EngineError("it does not know the key: send the public part to the operator")
@@ -189,7 +192,7 @@ def of_superlink(look: Looks, args: Namespace) -> None:
         told = f"{abs(ahead):.0f} s {'ahead of' if ahead > 0 else 'behind'} the SuperLink's"
         if not -OLDEST < ahead < EARLY:
             limits = f"{OLDEST} s behind to {EARLY} s ahead"
-            raise EngineError(f"{told}, and Flower takes {limits}: set it")
+            raise EngineError(f"{told}, but Flower accepts {limits}: set the clock")
         say(told)
 
 
@@ -201,7 +204,7 @@ def read_key(file: Path) -> ec.EllipticCurvePrivateKey:
         if not isinstance(key, ec.EllipticCurvePrivateKey):
             raise ValueError("of another kind")
     except (ValueError, TypeError, UnsupportedAlgorithm) as error:  # TypeError: a passphrase
-        raise ConfigError(f"{file} is no key that Flower takes ({error}); {make}") from error
+        raise ConfigError(f"{file} is not a key that Flower accepts ({error}); {make}") from error
     found = file.stat()
     mode, group = found.st_mode & 0o777, 0o070 * (found.st_uid == os.geteuid())  # else it is ours
     if mode & (0o007 | group):
@@ -277,7 +280,7 @@ def of_clients(look: Looks, context: Context, plain: dict[str, Any]) -> None:
 
 def enough(free: int, need: int, of: str) -> str:
     """Compare what is free with what a run needs."""
-    told = f"{free / 1e6:.0f} MB {of} are free, {need / 1e6:.0f} MB are wanted"
+    told = f"{free / 1e6:.0f} MB {of} are free, {need / 1e6:.0f} MB are needed"
     if free < need:
         raise ConfigError(f"{told}: make room")
     return told

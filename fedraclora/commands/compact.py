@@ -66,19 +66,19 @@ def compact(folder: Path, every: int) -> Compacted:
         chain, meta = folder / "chain", checkpoint_meta(folder)
         if not link_files(chain):
             raise CheckpointError(
-                f"{folder} keeps no chain (output.chain=false): there is nothing to compact"
+                f"{folder} has no chain (output.chain=false), so there is nothing to compact"
             )
         if not meta:
             raise CheckpointError(
-                f"{folder} has no checkpoint yet, and links are folded up to there: go on with "
-                f"{resume_word(folder)} first"
+                f"{folder} has no checkpoint yet, and updates are compacted up to it: resume it "
+                f"first with {resume_word(folder)}"
             )
         last = state_at(folder, meta["round"])
         if digest(last.base) != (meta.get("base_digest") or digest(state_at(folder).base)):
             raise CheckpointError(
-                f"{folder}: the links of the chain give other weights here than where the run "
-                "computed them, since processors or releases of torch round products differently; "
-                "compact it there"
+                f"{folder}: the stored updates give other weights here than where the run "
+                "computed them, since processors and releases of torch round differently. "
+                "Compact it there."
             )
         before = _size(chain)
         remove_folded(chain)
@@ -140,8 +140,8 @@ def _folded(start: State, end: State, history: WeightHistory) -> tuple[Tree, dic
     rebuilt = apply_link(start.base, read_link(tensors, meta), start.plan)
     if digest(rebuilt) != digest(end.base):
         raise CheckpointError(
-            "links do not fold into the weights that they give one by one, so they stay as they "
-            "are: please report this with the method of the run"
+            "the compacted updates would give other weights, so they stay as they are. Please "
+            "report this with the method of the run"
         )
     changed, gone = carried_change(start.carried, end.carried)
     return tensors | changed, meta | gone
@@ -156,9 +156,9 @@ def main(words: Sequence[str]) -> None:
     asked = parser.parse_args(words)
     folder = asked.run.expanduser()
     if asked.every < 1:
-        raise ConfigError(f"--every is {asked.every}; a number of rounds from 1 on is wanted")
+        raise ConfigError(f"--every={asked.every}: give a number of rounds, 1 or more")
     if not folder.is_dir():
-        raise CheckpointError(f"there is no run folder {folder}")
+        raise CheckpointError(f"{folder} is not a run folder. Name the folder of a run")
     read_config(folder)
     done = compact(folder, asked.every)
     table = Table("chain", "bytes", "files", box=None)

@@ -84,7 +84,7 @@ def compare(
             ``out`` holds somebody else's files.
     """
     if target is not None and not math.isfinite(target):
-        raise ConfigError(f"--target is {target}; a value of the metric is wanted")
+        raise ConfigError(f"--target={target}: give a value of the metric")
     refuse_linked(out)
     if not is_result(out):
         refuse_overwriting(out, ("table.md", "table.csv", "compare.png"))
@@ -132,7 +132,7 @@ def _read(paths: Sequence[Path]) -> tuple[list[RunFiles], list[str]]:
     folders, without = find_runs(paths)
     if without:  # no note: a table says the same, whether its own folder was named or not
         named = printable(", ".join(map(str, without)))
-        print(f"passed over, as there is no run in it: {named}")
+        print(f"skipped, since it contains no run: {named}")
     for folder in folders:
         try:
             runs.append(read_files(folder))
@@ -154,12 +154,12 @@ def _metric(runs: Sequence[RunFiles], asked: str | None, notes: list[str]) -> st
     for run in runs:
         if run.diverged_at is not None:
             own = run.keys.get("local.train") is not None
-            advice = f"it cannot go on as it is; {calmer(own=own)}"
+            advice = f"it cannot be resumed as it is; {calmer(own=own)}"
             notes.append(f"warning: {run.folder}: diverged (round {run.diverged_at}), {advice}")
         elif run.unfinished:
             where = f"round {run.last} of {run.config.get('rounds')}"
             why = f" ({reason})" if (reason := stop_reason(run.folder)) else ""
-            again = f"go on with {resume_word(run.folder)}"
+            again = f"resume it with {resume_word(run.folder)}"
             notes.append(f"{run.folder}: unfinished, {where}{why}; {again}")
         elif not math.isfinite(run.final(metric)):
             notes.append(
@@ -196,7 +196,7 @@ def _warn(runs: Sequence[RunFiles], groups: Sequence[Group], notes: list[str]) -
     task = [k for k in keys if k.startswith(_TASK) and len(values(runs, k)) > 1]
     if task:
         shown = "; ".join(f"{key}: {', '.join(values(runs, key))}" for key in task)
-        notes.append(f"warning: the runs are of different tasks ({shown})")
+        notes.append(f"warning: the runs have different tasks ({shown})")
     notes += [
         f"warning: {group.label}: {len(group.runs)} runs but {len(group.seeds)} different seeds "
         f"({', '.join(str(run.folder) for run in group.runs)}); the spread is not that of seeds"

@@ -282,13 +282,13 @@ def check_own(plain: Mapping[str, object], typed: Sequence[str], nodes: int | No
         return
     if nodes and data.get("samples") is None:
         raise ConfigError(
-            "data=own with nodes=: say what the nodes on this machine train on, by data.samples, a "
-            "folder or module:function that has the samples of every client"
+            "data=own with nodes=: the nodes on this machine have no data. Set data.samples to "
+            "a folder or module:function with the samples of every client."
         )
     if not nodes and "data.samples" in typed:
         raise ConfigError(
-            f"data.samples={data['samples']} is for simulate and nodes=: at a connection each node "
-            "says where its samples are, by data in its node-config; leave it out"
+            f"data.samples={data['samples']} is for simulate and nodes=. Leave it out: at a "
+            "connection each node sets data in its node-config."
         )
 
 
@@ -307,8 +307,8 @@ def check_files(plain: Mapping[str, object]) -> None:
         under = key != "model.path" and Path(root).is_absolute() and (Path(root) / text).exists()
         if text and not (under or Path(text).expanduser().is_absolute()):
             raise ConfigError(
-                f"{key}={text} is relative to this folder, but server and nodes read it, each on "
-                "its host: give the absolute path that it has on all of them"
+                f"{key}={text} is relative to this folder, but the server and the nodes read it "
+                "on their own hosts. Give an absolute path that is the same on all of them."
             )
 
 
@@ -321,13 +321,13 @@ def where(own: Mapping[str, object]) -> tuple[str, int | None]:
     nodes, name = own.get("nodes"), str(own.get("connection", ""))
     if (nodes is None) == (not name):
         raise ConfigError(
-            "say where: connection=NAME for a SuperLink that Flower's config.toml names, or "
-            "nodes=3 for one on this machine with 3 SuperNodes"
+            "give connection=NAME for a SuperLink in Flower's config.toml, or nodes=3 to start "
+            "one on this machine with 3 SuperNodes"
         )
     if nodes is None:
         return name, None
     if not isinstance(nodes, int) or isinstance(nodes, bool) or nodes < 1:
-        raise ConfigError(f"nodes is {nodes!r}; a number of SuperNodes is wanted")
+        raise ConfigError(f"nodes={nodes!r}: give a number of SuperNodes")
     return name, nodes
 
 

@@ -13,7 +13,7 @@ from rich.table import Table
 from fedraclora.launch import measuring_run
 from fedraclora.terminal.progress import console_for_tables
 
-TRUST = "trust=MODULE,...: run the code of these modules, which the config of the run names"
+TRUST = "trust=MODULE,...: allow code of these modules that the run's config names"
 
 
 def run_parser(command: str, description: str | None) -> argparse.ArgumentParser:

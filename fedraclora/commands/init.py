@@ -36,10 +36,10 @@ def write_project(name: str, where: Path) -> Path:
     # `true` would be read as no name; a preset of ours would hide one of the same name.
     if not (name.isascii() and name.isidentifier() and yaml.safe_load(name) == name):
         raise ConfigError(
-            f"{name!r} cannot name a project: letters, digits and _ are wanted, not a digit first"
+            f"{name!r} cannot name a project: use letters, digits and _, not a digit first"
         )
     if name in groups()["experiment"]:
-        raise ConfigError(f"{name} is a preset of fedraclora itself; name the project otherwise")
+        raise ConfigError(f"{name} is a preset of fedraclora: choose another name")
     folder = where / name
     refuse_full(folder)
     for template in TEMPLATES.rglob("*.tmpl"):

@@ -32,12 +32,12 @@ def main(words: Sequence[str]) -> int:
         name = word.partition("=")[0]
         if name.startswith("--") and any(option.startswith(name) for option in OF_THE_API):
             raise ConfigError(
-                f"{name}: the API of this node is a socket that only its own processes reach; "
-                "leave this out, or run flower-supernode, where docs/security.md says what to set"
+                f"{name}: this node's API is a private socket. Leave this out, or run "
+                "flower-supernode with the settings of docs/security.md."
             )
     words, file = check_word(words)
     if {"-h", "--help"} & {*words}:
-        print(f"{__doc__}\nThe other words, which are those of flower-supernode:\n", flush=True)
+        print(f"{__doc__}\nThe other arguments are those of flower-supernode:\n", flush=True)
     if file is not None:
         from fedraclora.commands.check import check_node
 

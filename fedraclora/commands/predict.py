@@ -40,8 +40,8 @@ def main(words: Sequence[str]) -> None:
         write_text(out, text)
     if unanswered := int(frame.isna().all(axis=1).sum()):
         print(
-            f"note: {unanswered} of {len(frame)} rows have no answer: the run's own data leave "
-            "such rows out",
+            f"note: {unanswered} of {len(frame)} rows have no answer: the run's data settings "
+            "leave such rows out",
             file=sys.stderr,
         )
 
@@ -49,11 +49,11 @@ def main(words: Sequence[str]) -> None:
 def _check_place(out: Path) -> None:
     """Refuse a place before the work that could not be written to after it."""
     if out.suffix not in KINDS:
-        raise ConfigError(f"--out {out}: a name that ends in {' or '.join(KINDS)} is wanted")
+        raise ConfigError(f"--out {out}: the name must end in {' or '.join(KINDS)}")
     if out.exists():
-        raise ConfigError(f"--out {out} is there already; name a new file")
+        raise ConfigError(f"--out {out} exists already: name a new file")
     if not out.parent.is_dir():
-        raise ConfigError(f"--out {out}: there is no folder {out.parent}")
+        raise ConfigError(f"--out {out}: the folder {out.parent} does not exist")
     refuse_linked(out)
 
 

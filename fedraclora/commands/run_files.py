@@ -131,7 +131,7 @@ def find_runs(paths: Iterable[Path]) -> tuple[list[Path], list[Path]]:
     without = []
     for path in paths:
         if not path.exists():
-            raise CheckpointError(f"there is no {path}; give the folder of a run or of a sweep")
+            raise CheckpointError(f"{path} does not exist: give the folder of a run or of a sweep")
         below = _below(path, _is_run) if path.is_dir() else []
         found |= dict.fromkeys(below)
         if not below:
@@ -141,8 +141,8 @@ def find_runs(paths: Iterable[Path]) -> tuple[list[Path], list[Path]]:
         why = f"a run folder holds {', '.join(RUN_FILES)}"
         if results == without:
             why = (
-                "what was written there is the result of a comparison or a study, which keep the "
-                "figures of their runs, in table.md beside others, and no run folders"
+                "the folder is the result of a comparison or a study, which keeps figures of "
+                "its runs and no run folders"
             )
         raise CheckpointError(
             f"no run in {', '.join(map(str, without))} or below: {why}; give the folder of a run "
@@ -168,8 +168,8 @@ def refuse_overwriting(out: Path, names: Iterable[str]) -> None:
     """
     if there := next((name for name in names if (out / name).exists()), None):
         raise ConfigError(
-            f"{out} holds {there}, which is of no comparison and no study, and would be "
-            "overwritten; name another folder (--out)"
+            f"{out} holds {there}, which no comparison or study wrote and which would be "
+            "overwritten. Name another folder (--out)."
         )
 
 
@@ -189,7 +189,7 @@ def read_files(folder: Path) -> RunFiles:
     """
     rows = read_ledger(folder / "ledger.jsonl")
     if not rows:
-        raise CheckpointError(f"{folder} has no rounds yet: its ledger has no rows; run it again")
+        raise CheckpointError(f"{folder} has no rounds yet: run it again")
     config = dict(read_config(folder))
     if not is_finished(folder):
         return RunFiles(folder, config, rows, {}, divergence(folder))
@@ -197,7 +197,8 @@ def read_files(folder: Path) -> RunFiles:
     if number(summary, "rounds") != last:
         raise CheckpointError(
             f"{folder}: the ledger ends at round {last:g}, the summary at round "
-            f"{summary.get('rounds')}; restore the file that is not of this run from a copy"
+            f"{summary.get('rounds')}. Restore the file that does not belong to this run from a "
+            "copy."
         )
     return RunFiles(folder, config, rows, summary)
 
@@ -302,7 +303,10 @@ def _resolve(key: str, runs: Sequence[RunFiles]) -> str:
     found = [key] if key in known else sorted(n for n in known if n.endswith(f".{key}"))
     if not found:
         if key.partition(".")[0] in NOT_THE_RUN:
-            raise ConfigError(f"runs that differ in {key!r} alone are of one group; leave it out")
+            raise ConfigError(
+                f"{key!r} cannot group runs: runs that differ only in it are always one group. "
+                "Leave it out."
+            )
         raise unknown("config key", key, known)
     if len(found) > 1:
         raise ConfigError(f"config key {key!r} may mean {' or '.join(found)}; write it in full")

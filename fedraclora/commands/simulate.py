@@ -54,7 +54,7 @@ def print_outcome(summary: PlainDict, folder: Path, plain: Plain) -> None:
             table.add_row(f"final {name}", "not finite" if value is None else f"{value:.4f}")
         if metrics.get("loss", 0.0) is None:
             advice = calmer(own=section(plain, "local").get("train") is not None)
-            table.add_row("diverged", f"{advice}; it cannot go on as it is")
+            table.add_row("diverged", f"{advice}; it cannot be resumed as it is")
     for name, told in metrics_of({"clients": summary.get("by_clients")}).items():
         if name.endswith((".mean", ".std", ".worst10")):
             table.add_row(name, "not finite" if told is None else f"{told:.4f}")

@@ -77,8 +77,8 @@ def tell(error: Exception) -> int:
     if message is None:
         traceback.print_exception(error)
         message = (
-            f"this is a bug of fedraclora, not of what you asked for ({type(error).__name__}): "
-            "please report it with the traceback above and the command"
+            f"this is a bug of fedraclora, not your mistake ({type(error).__name__}). Please "
+            "report it with the traceback above and the command"
         )
     print(f"error: {in_one_piece(message)}", file=sys.stderr)
     return 1
@@ -119,8 +119,8 @@ def _explained(error: Exception) -> str | None:
 
     if isinstance(error, MemoryError) or is_out_of_memory(error):
         return (
-            f"memory ran out ({str(error) or type(error).__name__}): make the model, "
-            "local.batch_size, evaluate.batch_size or the cohort smaller"
+            f"memory ran out ({str(error) or type(error).__name__}): use a smaller model, "
+            "local.batch_size, evaluate.batch_size or clients_per_round"
         )
     return None
 
@@ -138,7 +138,7 @@ def composing() -> Iterator[None]:
         if explained(error) is not None:
             raise
         raise ConfigError(
-            f"Hydra cannot read these arguments: {error}; each is key=value, group=choice, "
+            f"Hydra cannot read these arguments: {error}. Write each as key=value, group=choice, "
             "+key=value or ~key"
         ) from error
 
@@ -158,14 +158,14 @@ def _of_config(error: Exception) -> str | None:
     text = " ".join(str(error).partition("\n    full_key:")[0].split())
     key = getattr(error, "full_key", None) or "the config"
     if isinstance(error, MissingMandatoryValue):
-        return f"{key} is ???, which stands for a value that is still to be given; set {key}=VALUE"
+        return f"{key}=??? marks a value that you must give: set {key}=VALUE"
     if isinstance(error, InterpolationKeyError):
         return (
-            f"{key} takes its value from another key, which this config does not have ({text}): "
-            f"set {key} itself, or choose what has that key"
+            f"{key} takes its value from another key, which this config does not have ({text}). "
+            f"Set {key} itself, or choose an option with that key"
         )
     if isinstance(error, InterpolationResolutionError):
-        return f"{key} takes its value from elsewhere, and there is none ({text}); set {key} itself"
+        return f"{key} takes its value from a source that has none ({text}): set {key} itself"
     if key != "the config" and key not in text:
         text = f"{key}: {text}"
     return text

@@ -71,14 +71,16 @@ class Lent:
         twice = [k for k, _ in pairs_of(told) if "." in k and typed.count(k) > 1]
         if twice:
             raise ConfigError(
-                f"{twice[0]} is said in a word and by an argument of simulate: leave one out"
+                f"{twice[0]} is given both as KEY=VALUE and as an argument of simulate: leave "
+                "one out"
             )
         if self.data is not None:
             groups["data"] = lend_set(self.data(**self._read(plain, typed) | self.options))
         for name, group in groups.items():
             if name in OWN_GROUPS and (said := [k for k in typed if k.partition(".")[0] == name]):
                 raise ConfigError(
-                    f"{said[0]} is said beside {name}=..., an object of the program: say it there"
+                    f"{said[0]} is given beside {name}=..., which is an object of your program: "
+                    "set it on that object"
                 )
             composed = plain.get(name)
             old = composed if isinstance(composed, Mapping) else {}
@@ -101,8 +103,8 @@ class Lent:
         known = {*KEPT["data"], *(FRAME_KEYS if frames else OBJECT_KEYS)}
         if idle := sorted(said - known):
             raise ConfigError(
-                f"data.{idle[0]} is not read beside samples of the program: leave it out, or say "
-                "it in the arguments of simulate (loss, metrics, test, client, target)"
+                f"data.{idle[0]} has no effect on samples of your program. Leave it out, or use "
+                "the arguments of simulate (loss, metrics, test, client, target)."
             )
         model = self.model if self.model is not None else section(plain, "model").get("name")
         found = {key: asked[key] for key in OBJECT_KEYS if key in said}
@@ -143,7 +145,9 @@ def lend_all(
         names = {"client": "client", "target": "label", "test": held_out}
         names |= {key: key for key in judged}
         if unknown := [key for key in options if key not in names]:
-            raise ConfigError(f"{unknown[0]}=... is not for a file of rows; say data.task instead")
+            raise ConfigError(
+                f"{unknown[0]}=... does not apply to a file of rows: set data.task instead"
+            )
         registered_object.keys["data"] = {"file": str(data)} | {
             names[k]: v for k, v in options.items()
         }
@@ -154,19 +158,20 @@ def lend_all(
         )
     elif isinstance(data, str | Path) and str(data).endswith((".jsonl", ".jsonl.gz")):
         raise ConfigError(
-            f"data is {data}, a file of conversations: say data={{'name': 'instructions', 'file': "
-            f"{str(data)!r}, 'client': COLUMN}} (docs/language-models.md)"
+            f"data={data} is a file of conversations: write "
+            f"data={{'name': 'instructions', 'file': {str(data)!r}, 'client': COLUMN}} "
+            "(docs/language-models.md)"
         )
     elif data is None or isinstance(data, str) or is_choice(data):
         if beyond := [key for key in options if key not in judged]:
             raise ConfigError(
-                f"{', '.join(beyond)}: these go with data of the program, and data is "
-                f"{'not said' if data is None else data!r}"
+                f"{', '.join(beyond)}: these apply to data of your program, but data is "
+                f"{'not given' if data is None else data!r}"
             )
         if data is None and "model" in registered_object.groups and not whole:
             raise ConfigError(
-                "model is an object of the program, but no data are named: give the samples of the "
-                "clients as data=..."
+                "model is an object of your program, but there are no data: give the samples of "
+                "the clients as data=..."
             )
         said = data if isinstance(data, Mapping) else {} if data is None else {"name": data}
         registered_object.keys |= (
@@ -210,8 +215,8 @@ def _divider(choices: dict[str, object], data: object, options: Mapping[str, obj
     partition = choices.get("partition")
     if "client" in options and not isinstance(partition, str | Mapping | None):
         raise ConfigError(
-            f"partition is a {type(partition).__name__}, and client={options['client']!r} says "
-            "whose each row is: leave one of them out"
+            f"partition is a {type(partition).__name__}, and client={options['client']!r} also "
+            "names the client of each row: leave one of them out"
         )
     divides = hasattr(partition, "load_partition") and is_columns(data)
     return choices.pop("partition") if divides else None
@@ -228,15 +233,17 @@ def _lend_choice(registered_object: Lent, group: str, given: object) -> None:
         registered_object.groups[group] = {"digest": lend_model(require_module(given))}
         return
     if isinstance(given, type):
-        raise ConfigError(f"{group} is the class {given.__name__}: make one, {given.__name__}(...)")
+        raise ConfigError(
+            f"{group} is the class {given.__name__}: give an instance, {given.__name__}(...)"
+        )
     if group == "partition":
         divide = partial(by_partitioner, given) if hasattr(given, "load_partition") else given
         registered_object.groups[group] = {"name": register_object(divide)}
         return
     if not dataclasses.is_dataclass(given):
         raise ConfigError(
-            f"{group} is {given!r:.100}; the name of a choice, a mapping of its keys, or an "
-            "instance of its class is wanted"
+            f"{group}={given!r:.100}: give the name of a choice, a mapping of its keys, or an "
+            "instance of its class"
         )
     known = [name for name, kind in targets_of(METHODS)[group].items() if type(given) is kind]
     known += ["sgd"] if type(given) is LocalConfig else []
@@ -272,10 +279,10 @@ def trained_by(train: object, plain: PlainDict) -> PlainDict:
     local = section(plain, "local")
     if local.get("name") != "own":
         raise ConfigError(
-            f"local is {local.get('name')}, but train=... is your own training (local=own): leave "
+            f"local={local.get('name')}, but train=... is your own training (local=own): leave "
             "one of them out"
         )
     if not isinstance(train, str) and not callable(train):
-        raise ConfigError(f"train is {train!r:.100}; a function of a round is wanted")
+        raise ConfigError(f"train={train!r:.100}: give a function that takes a round")
     train = train if isinstance(train, str) else register_object(train)
     return {**plain, "local": {**local, "train": train}}

@@ -116,7 +116,7 @@ def plain_of(cfg: DictConfig, choices: Mapping[str, object]) -> PlainDict:
     cfg = OmegaConf.masked_copy(cfg, [str(key) for key in cfg if key != "hydra"])
     if missing := sorted(OmegaConf.missing_keys(cfg)):
         raise MissingKeysError(
-            f"{', '.join(missing)}: ??? stands for a value that is still to be given; set "
+            f"{', '.join(missing)}: ??? marks a value that you must give: set "
             + " ".join(f"{key}=VALUE" for key in missing),
             missing,
         )
@@ -128,9 +128,9 @@ def plain_of(cfg: DictConfig, choices: Mapping[str, object]) -> PlainDict:
             continue
         if (name := section.get("name", choice)) != choice:
             raise ConfigError(
-                f"{group}.name is {name!r}, but what is chosen is {group}={choice}: the name "
-                f"chooses nothing; write {group}={name} for another choice, and in a file of "
-                "your own the name of the file"
+                f"{group}.name={name!r}, but the choice is {group}={choice}, and a name does not "
+                f"change it. Write {group}={name} to choose another; in your own file give the "
+                "name of the file."
             )
     return plain
 
@@ -148,8 +148,9 @@ def _keyed(path: str, value: object) -> object:
     for key in value if path.startswith("method.") else ():
         if isinstance(key, float):
             raise ConfigError(
-                f"{path} has the key {key}, which is read as a number and not as the name of a "
-                f"layer: name the layer's weight ({key}.weight), or quote the name in a YAML file"
+                f"{path} has the key {key}, which is read as a number, not as the name of a "
+                f"layer. Name the layer's weight ({key}.weight), or quote the name in a YAML "
+                "file."
             )
     return {name: _keyed(f"{path}.{name}", v) for k, v in value.items() if (name := str(k))}
 
@@ -179,7 +180,7 @@ def without_idle(
                 raise
             for word in idle:
                 print(
-                    f"note: nothing reads {key_of(word)} here: {word} is left out", file=sys.stderr
+                    f"note: {key_of(word)} has no effect here: {word} is left out", file=sys.stderr
                 )
             words = [word for word in words if word not in idle]
             plain = again(words)
@@ -197,7 +198,7 @@ def searched(words: Sequence[str]) -> list[str]:
     named, rest = part_folders(words)
     for flag, folder in named:
         if not folder or not Path(folder).is_dir():
-            raise ConfigError(f"{flag} {folder!r}: there is no such folder of configs")
+            raise ConfigError(f"{flag} {folder!r}: this folder of configs does not exist")
     folders = [f"file://{Path(folder).resolve()}" for _, folder in named]
     typed = [word for word in rest if key_of(word) == "hydra.searchpath"]
     folders += [word.partition("=")[2].strip("[]") for word in typed]
@@ -247,7 +248,9 @@ def in_plain_words(words: Sequence[str]) -> Iterator[None]:
     except UserWarning as error:
         if not re.match(NO_FOLDER, str(error)):
             raise
-        raise ConfigError(f"hydra.searchpath names a folder that is not there: {error}") from error
+        raise ConfigError(
+            f"hydra.searchpath names a folder that does not exist: {error}"
+        ) from error
 
 
 def explained(error: HydraException, words: Sequence[str]) -> ConfigError:

@@ -49,7 +49,7 @@ def judge(file: Path | str, name: str, config: Any, package: str | None) -> None
     heads = [name, package or "", *(held if isinstance(held, dict) else ())]
     if any(re.match(r"/?hydra\b", str(head)) for head in heads):
         raise ConfigError(
-            f"{file} sets keys of Hydra, which could run anything: say hydra.KEY=VALUE on the "
+            f"{file} sets keys of Hydra, which could run any code: give hydra.KEY=VALUE on the "
             "command line instead"
         )
     if isinstance(file, Path) and take_own(file):
@@ -57,8 +57,8 @@ def judge(file: Path | str, name: str, config: Any, package: str | None) -> None
     refuse_unsaid(file, every_name("", held))
     if found := RESOLVER.search(str(held)):
         raise ConfigError(
-            f"{file} has {found[0]}, which takes a value from outside it, such as the environment: "
-            "copy the file into the working folder if you trust it"
+            f"{file} has {found[0]}, which reads a value from outside the file, such as the "
+            "environment. Copy the file into the working folder if you trust it."
         )
 
 

@@ -46,7 +46,7 @@ def go_on(
     """
     refused = []
     if typed is not None and "experiment" in typed:
-        refused.append("experiment: a preset cannot be laid over a run; leave it out")
+        refused.append("experiment: a preset cannot be applied to a resumed run. Leave it out.")
     taken: PlainDict = {}
     left, right = digested(stored, METHODS), digested(plain, METHODS)
     old, new = flatten(stored), flatten(plain)
@@ -67,7 +67,7 @@ def go_on(
         was = section(stored, "engine").get(key)
         if engine.get(key) != was:
             texts = (json.dumps(was), json.dumps(engine.get(key)))
-            refused.append(f"engine.{key}: {texts[0]} -> {texts[1]} (it decides bits)")
+            refused.append(f"engine.{key}: {texts[0]} -> {texts[1]} (it changes the results)")
     output, wrong = _output(folder, section(stored, "output"), section(plain, "output"), typed)
     refused += wrong
     if refused:
@@ -75,9 +75,9 @@ def go_on(
             _refuse_others(folder, stored, plain, [line.partition(":")[0] for line in refused])
         how = "Give these keys as they were" if typed is None else "Leave these keys out"
         raise CheckpointError(
-            f"{folder} was run under another config, and cannot go on under this one:\n  "
+            f"{folder} was run with another config, and cannot be resumed with this one:\n  "
             + "\n  ".join(refused)
-            + f"\n{how} to go on as it was, or start a new run without resume"
+            + f"\n{how} to resume it, or start a new run without resume"
         )
     if "data.root" in new and (typed is None or "data.root" in typed):
         taken["data.root"] = new["data.root"]
@@ -101,8 +101,8 @@ def _refuse_others(
     keys |= dict.fromkeys(key for key in ("loss", "metrics") if old.get(key) != new.get(key))
     held = " and ".join(f"{group}={name}" for group, name in others.items())
     raise ConfigError(
-        f"{folder} holds a run of {held}, and the call that is to go on with it names others: "
-        f"give again, as they were when the run began, {', '.join(keys)}"
+        f"{folder} holds a run of {held}, but this call names others. To resume it, give again "
+        f"as at its start: {', '.join(keys)}"
     )
 
 
@@ -137,7 +137,9 @@ def told_how_to_go_on(folder: Path, command: str, *, there: bool = False) -> Ite
         with suppress(FedRacLoraError):  # what cannot be read must not hide how it ended
             if has_begun(folder):
                 modules = trust_word(names_in(read_config(folder)).values())
-                again = f"go on with: fedraclora {command} {resume_word(folder)} {modules}".rstrip()
+                again = (
+                    f"resume with: fedraclora {command} {resume_word(folder)} {modules}".rstrip()
+                )
                 error.add_note(f"{_standing(folder, there=there)}; {again}")
         raise
 
@@ -177,7 +179,7 @@ def _refusal(folder: Path, key: str, stored: Mapping[str, object], plain: PlainD
         return _refused_rounds(folder, stored, int(str(plain["rounds"])))
     if key.startswith("data.") and key in free_keys(stored):
         known = key.partition(".")[2] in known_data(folder)
-        return None if known else " (no digest says that the data are the same)"
+        return None if known else " (without a checksum that the data are the same)"
     return None if key in free_keys(stored) else ""
 
 
@@ -221,10 +223,10 @@ def _output(
     if typed is not None:
         asked = new.get("dir")
         if "dir" in keys and asked is not None and Path(str(asked)).resolve() != folder.resolve():
-            return old, [f"output.dir: {folder} -> {asked} (a run goes on in its own folder)"]
+            return old, [f"output.dir: {folder} -> {asked} (a run resumes in its own folder)"]
         keys = [key for key in keys if key != "dir"]
     if "chain" in keys and new.get("chain") and old.get("chain") is False:
-        return old, ["output.chain: false -> true (the links of its first rounds are not there)"]
+        return old, ["output.chain: false -> true (the updates of its first rounds were not kept)"]
     return {**old, **{key: new[key] for key in keys if key in new}}, []
 
 

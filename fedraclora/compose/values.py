@@ -60,8 +60,8 @@ def config_of(
                     values[key] = plain_value(key_of(key), value)
         else:
             raise ConfigError(
-                f"{choice!r:.200} is of type {type(choice).__name__}; a word such as "
-                "'method=fedavg' or a mapping of keys is wanted"
+                f"{choice!r:.200} is of type {type(choice).__name__}: give an argument such as "
+                "'method=fedavg' or a mapping of keys"
             )
     return composed(words, values), typed
 
@@ -134,6 +134,5 @@ def plain_value(key: str, value: object) -> object:
     if takes_objects(key.removesuffix(".name")):
         return register_object(value)
     raise ConfigError(
-        f"{key} is of type {type(value).__name__}; a number, a string, a list or a mapping is "
-        "wanted"
+        f"{key} is of type {type(value).__name__}: give a number, a string, a list or a mapping"
     )

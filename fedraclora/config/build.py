@@ -1,4 +1,4 @@
-"""From checked settings to a task: data, partition, model, pretraining, device."""
+"""Build a task from checked settings: data, partition, model, pretraining, device."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ SOURCES = ("file", "test_file", "test_function", "samples", "function")
 
 @dataclass(frozen=True)
 class BuiltTask:
-    """A task on its device, and what the loop must know of it.
+    """A task on its device, with what the training loop needs to know.
 
     Attributes:
         task: The task.
@@ -84,7 +84,7 @@ class BuiltTask:
 
 
 def resolved(plain: Plain) -> dict[str, object]:
-    """Fill in what data of the clients' own say of themselves, for processes that have one's alone.
+    """Fill in settings found in the clients' data, for processes that have one client's only.
 
     Args:
         plain: The config of a new run.
@@ -110,7 +110,7 @@ def resolved(plain: Plain) -> dict[str, object]:
 
 
 def trainer_of(config: TaskConfig, built: BuiltTask, plan: Plan) -> CohortTrainer:
-    """Build what trains the clients of a run: the same in every process that has some."""
+    """Build the trainer of a run's clients, the same in every process."""
     task, attack = built.task, config.attack
     task = replace(task, train=attack.poisoned(task.train, built.classes, config.seed))
     local = config.local
@@ -131,7 +131,7 @@ def trainer_of(config: TaskConfig, built: BuiltTask, plan: Plan) -> CohortTraine
 
 
 def terms_of(config: TaskConfig, built: BuiltTask) -> SecAggTerms | None:
-    """Build the terms that clients insist on in secure aggregation; None without it."""
+    """Build the conditions of clients for secure aggregation; None without it."""
     if not isinstance(config.secure, SecAgg):
         return None
     if config.system.enabled or isinstance(config.privacy, ClientLevel):
@@ -161,7 +161,7 @@ def pick_device(name: str) -> torch.device:
 
 
 def fix_bits(threads: int, device: torch.device) -> None:
-    """Fix what changes bits: threads of torch and of every BLAS, and the free choices of a GPU.
+    """Make results reproducible: fix threads of torch and BLAS, and the kernels of a GPU.
 
     A process that trains calls this once, so that it keeps freed memory from here on, too.
     """
@@ -180,15 +180,15 @@ def fix_bits(threads: int, device: torch.device) -> None:
 
 
 def plan_of(config: TaskConfig, task: Task) -> Plan:
-    """Choose what is adapted and what is trained in full beside it.
+    """Choose which layers are adapted and which are trained in full.
 
     Raises:
         ConfigError: If a head is to be trained in full, and the model has none.
     """
     if config.head == "full" and not task.head:
         raise ConfigError(
-            "head=full trains the final layer in full, but this model has no head apart from "
-            "what is adapted: set head=lora, or name the layer with model.head=[NAME]"
+            "head=full trains the final layer in full, but no head was found in this model. Set "
+            "head=lora, or name the layer with model.head=[NAME]."
         )
     return make_plan(
         task.model,
@@ -201,7 +201,7 @@ def plan_of(config: TaskConfig, task: Task) -> Plan:
 
 
 def build_task(config: TaskConfig) -> BuiltTask:
-    """Load data, divide it, build the model and pretrain it where that is asked for.
+    """Load the data, divide it, build the model, and pretrain it if asked.
 
     Args:
         config: Checked settings.
@@ -259,7 +259,10 @@ def build_task(config: TaskConfig) -> BuiltTask:
     facts |= {"test": len(data.test), "validation": len(validation or ())}
     facts |= _said_of_weights(config) | _said_of_loss(config, data, model, tables)
     if built.drawn:
-        facts["new_head"] = f"{', '.join(built.drawn)}: drawn, model.path has none of these outputs"
+        facts["new_head"] = (
+            f"{', '.join(built.drawn)}: initialized at random, since model.path has no head of "
+            "this size"
+        )
     asked = config.evaluate
     train, held = hold_out_of_clients(train, asked.portion, config.seed, **asked.source)
     trained = SomeRows.of(train) or [SomeRows(table) for table in seen]
@@ -299,14 +302,14 @@ def _duplicates(
     held: ClientData | None,
     asked: str,
 ) -> dict[str, object]:
-    """Count what is trained on and measured on, too; errors as of `check_duplicates`."""
+    """Count samples in both training and evaluation data; errors as of `check_duplicates`."""
     named = {k: v for k, v in config.data.items() if isinstance(v, str) and k in SOURCES}
     source = ", ".join(f"data.{key}={value}" for key, value in named.items())
     tests = {
         # Else the figure of merit is the training objective.
         "test samples": [] if data.test is data.train else [SomeRows(data.test)],
         "validation samples": [] if validation is None else [SomeRows(validation)],
-        "samples that clients measure on": SomeRows.of(held),
+        "samples that clients are evaluated on": SomeRows.of(held),
     }
     source = source or f"data={config.data['name']}"
     found = check_duplicates(train, tests, source, keep=asked == "keep")
@@ -323,7 +326,7 @@ def _clients(data: DataSet, parts: Division) -> ClientData:
 def _said_of_loss(
     config: TaskConfig, data: DataSet, model: torch.nn.Module, tables: Sequence[Samples]
 ) -> dict[str, object]:
-    """Say what is learnt, and which key of the config says so; data sets of the project know it."""
+    """Describe the loss and where it comes from; nothing for the project's own data sets."""
     said = {key: config.data.get(key) for key in ("loss", "task")}
     told = [f"data.{key}={value}" for key, value in said.items() if value is not None]
     source = data.info.get("loss_from") or [*told, f"of data={config.data['name']}"][0]
@@ -333,7 +336,7 @@ def _said_of_loss(
     if logits and is_softmax(model, tables[-1], data.loss):
         warnings.append(
             f"the outputs of the model are probabilities, as after a softmax, but {data.loss} "
-            "takes logits, and forms them itself: leave the softmax out"
+            "needs logits: leave the softmax out"
         )
     target = data.test.target
     if "auc" in data.metrics and len(target) and bool((target == target[:1]).all()):
@@ -354,17 +357,17 @@ def _array_reader(config: TaskConfig, data: DataSet) -> ArrayReader:
 
 
 def _check_sizes(cohort: int, clients: int, buffer: int | None) -> None:
-    """Reject a cohort, or a buffer of replies, that so many clients cannot fill."""
+    """Reject a buffer of replies that so many clients cannot fill."""
     check_cohort(cohort, clients)
     if buffer is not None and buffer > clients:
         raise ConfigError(
-            f"system.buffer is {buffer}, but a step takes one reply of a client at most, and there "
-            f"are {clients} clients: lower it (cohort is how many of them train at a time)"
+            f"system.buffer={buffer}, but there are only {clients} clients, and a step takes at "
+            "most one reply of each. Lower it (clients_per_round is how many train at a time)."
         )
 
 
 def _said_of_weights(config: TaskConfig) -> dict[str, object]:
-    """Say of a GGUF file that its weights were rounded, and what of its header is not read."""
+    """Note that the weights of a GGUF file were quantized."""
     path = config.model.get("path")
     if not isinstance(path, str) or not path.endswith(GGUF):
         return {}
@@ -374,7 +377,7 @@ def _said_of_weights(config: TaskConfig) -> dict[str, object]:
 
 
 def _converted(built: Built, dtype: torch.dtype) -> tuple[torch.nn.Module, dict[str, object]]:
-    """Bring a model to the type that a run trains in, and say which weights had another."""
+    """Convert a model to the run's number format, and note which weights had another."""
     if built.narrow:
         return built.model, {}
     others = sorted({str(p.dtype)[6:] for p in built.model.parameters() if p.dtype != dtype})
@@ -384,7 +387,7 @@ def _converted(built: Built, dtype: torch.dtype) -> tuple[torch.nn.Module, dict[
 
 
 def answering_of(asked: EvaluateConfig, task: Task, samples: Samples) -> Answering | None:
-    """Make what has a language model answer prompts; None where nobody asks for it."""
+    """Build what lets a language model answer prompts; None if evaluate.generate is not set."""
     if asked.generate is None:
         return None
     return Answering(
@@ -411,7 +414,7 @@ def measured_samples(task: Task, split: str) -> Samples:
         return task.test.mapped(itemgetter(slice(0)))
     if task.validation is None:
         raise ConfigError(
-            "the validation split is asked for, but data.validation is 0: set it above 0, or "
-            "measure on test (evaluate.split, --data) and stop by nothing (stop.patience)"
+            "the validation split is used, but data.validation=0 makes none. Set it above 0, or "
+            "evaluate on test (evaluate.split, --data) without stop.patience."
         )
     return task.validation

@@ -1,4 +1,4 @@
-"""What every process that trains clients builds from a config: task, plan, trainer and terms."""
+"""What every training process builds from a config: task, plan, trainer, terms."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from fedraclora.trust import trust, trusted
 
 
 class TaskBuilder:
-    """Builds a task and what trains its clients, each part once: when it is first read.
+    """Builds a task and its trainer; each part is built once, when it is first used.
 
     A server, its workers and nodes build the same from the same config. A pickled builder takes
     task and plan along, with the objects and the trust of the program; the other process builds its
@@ -49,31 +49,31 @@ class TaskBuilder:
 
     @cached_property
     def built(self) -> BuiltTask:
-        """The task with its sizes."""
+        """Return the task with its sizes."""
         return build_task(self.config)
 
     @property
     def task(self) -> Task:
-        """Model and data, on their device."""
+        """Return model and data, on their device."""
         return self.built.task
 
     @cached_property
     def plan(self) -> Plan:
-        """Which weights are adapted, and which are trained in full."""
+        """Return which weights are adapted, and which are trained in full."""
         return plan_of(self.config, self.task)
 
     @cached_property
     def trainer(self) -> CohortTrainer:
-        """What trains chunks of clients in this process."""
+        """Return the trainer of clients in this process."""
         return trainer_of(self.config, self.built, self.plan)
 
     @cached_property
     def terms(self) -> SecAggTerms | None:
-        """What clients insist on in secure aggregation; None without it."""
+        """Return the clients' conditions for secure aggregation; None without it."""
         return terms_of(self.config, self.built)
 
     def fix_bits(self) -> None:
-        """Have torch round in this process as it does in every process of the run."""
+        """Make torch compute in this process as in every process of the run."""
         fix_bits(self.config.engine.threads, pick_device(self.config.device))
 
     @override
@@ -92,7 +92,7 @@ def _arrived(
     modules: Sequence[str],
     named: Sequence[type[Named]],
 ) -> TaskBuilder:
-    """Make the builder of another process, with what the program has lent, trusted and named."""
+    """Rebuild the builder in another process, with the program's objects and trusted modules."""
     trust(modules)
     for kind in named:
         kind.register()

@@ -1,4 +1,4 @@
-"""The keys of the config, as the classes and functions have them that read them.
+"""The keys of the config, taken from the classes and functions that read them.
 
 A key has one home: a field, or an argument, with its type and limits, its default, and its line in
 the docstring. What ``conf`` composes, and what ``--help`` prints, is read from there.
@@ -36,7 +36,7 @@ ENTRY = re.compile(r" {4}(\w+(?:, \w+)*): (.*)")
 
 
 def nodes(methods: Mapping[str, type[Method]]) -> dict[str, dict[str, object]]:
-    """Write all that has a default in code, for Hydra to compose: path -> keys.
+    """Return all defaults in code, for Hydra to compose: path -> keys.
 
     Args:
         methods: The METHODS table of `strategies`.
@@ -67,7 +67,7 @@ def nodes(methods: Mapping[str, type[Method]]) -> dict[str, dict[str, object]]:
 
 
 def choices_with(key: str, methods: Mapping[str, type[Method]]) -> list[str]:
-    """Name the choices of a key's group that have it: ``method.rank`` is one of many methods.
+    """Name the choices of a group that have a key, such as the methods with ``method.rank``.
 
     Args:
         key: A path, of one dot.
@@ -84,7 +84,7 @@ def choices_with(key: str, methods: Mapping[str, type[Method]]) -> list[str]:
 
 
 def node_of(target: Target, *, part: str = "", given: tuple[str, ...] = ()) -> dict[str, object]:
-    """Write the keys that a class or a function reads, at their defaults.
+    """Return the keys that a class or a function reads, at their defaults.
 
     Args:
         target: The class or the function.
@@ -113,7 +113,7 @@ def node_of(target: Target, *, part: str = "", given: tuple[str, ...] = ()) -> d
 
 
 def help_of(target: Target, path: str, node: object) -> str:
-    """Say what a key means, in the words of the docstring where it stands.
+    """Return the meaning of a key, from its docstring.
 
     Args:
         target: The class or the function that reads it.
@@ -141,12 +141,12 @@ def help_of(target: Target, path: str, node: object) -> str:
 
 
 def summary(target: Target) -> str:
-    """Return the first line of a docstring: what a choice is."""
+    """Return the first line of a docstring, which describes a choice."""
     return inspect.cleandoc(target.__doc__ or "").partition("\n")[0].replace("``", "")
 
 
 def tables_of(target: Target) -> Iterator[tuple[str, tuple[str, Target]]]:
-    """List what each key of a target may be that is a group itself: key -> name, class."""
+    """List the options of each key that is a group itself: key -> name, class."""
     for key in inspect.signature(target).parameters:
         for name, row in nested_rows(hints(target).get(key)).items():
             yield key, (name, row)
@@ -154,7 +154,7 @@ def tables_of(target: Target) -> Iterator[tuple[str, tuple[str, Target]]]:
 
 @functools.cache
 def lines(target: Target) -> Mapping[str, str]:
-    """Read what a docstring says of each attribute or argument, with those of the base classes."""
+    """Read the description of each attribute or argument, those of base classes included."""
     homes = reversed(target.__mro__) if inspect.isclass(target) else [inspect.unwrap(target)]
     return {key: text for home in homes for key, text in _entries(home.__doc__ or "")}
 

@@ -1,4 +1,4 @@
-"""Pretraining of the model that a run begins from."""
+"""Central pretraining of the model that a run starts from."""
 
 from __future__ import annotations
 
@@ -18,27 +18,26 @@ _MADE: dict[str, tuple[dict[str, torch.Tensor], dict[str, float]]] = {}
 
 
 def pretrain_model(config: TaskConfig, whole: DataSet, model: torch.nn.Module) -> dict[str, float]:
-    """Pretrain on the labels that are asked for, or on what is set aside; give the test metrics.
+    """Pretrain on chosen labels or on samples set aside; return the test metrics.
 
     The newest results are kept in this process: the runs of a study begin from few of them.
     """
     asked = config.pretrain
     if any(isinstance(weight, QuantisedWeight) for weight in model.parameters()):
         raise ConfigError(
-            f"model.base is {config.model['base']}, whose weights are frozen, but pretrain "
-            "trains them: set pretrain=none, or model.base=float32"
+            f"model.base={config.model['base']} freezes the weights that pretraining would "
+            "train: set pretrain=none, or model.base=float32"
         )
     if whole.aside is None and config.choices["pretrain"] == "aside":
         raise ConfigError(
-            "pretrain=aside trains on samples that the data set sets aside, and "
-            f"data={config.data['name']} sets none aside: set data.aside where it has that key, or "
-            "pretrain=none"
+            f"pretrain=aside, but data={config.data['name']} sets no samples aside. Set "
+            "data.aside if it has that key, or pretrain=none."
         )
     if not len(whole.train):
         raise ConfigError(
-            f"data={config.data['name']}: the clients bring all training samples, so that the "
-            "server has nothing to pretrain on: set pretrain=none (a model of your own may bring "
-            "trained weights)"
+            f"data={config.data['name']}: the clients bring all training samples, so the server "
+            "has none to pretrain on. Set pretrain=none (your own model may have trained "
+            "weights)."
         )
     try:
         part = whole if asked.labels is None else select_labels(whole, asked.labels)

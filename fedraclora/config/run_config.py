@@ -1,4 +1,4 @@
-"""From a plain nested dict (a resolved Hydra config) to checked, frozen settings.
+"""Turn a plain nested dict (a resolved Hydra config) into checked, frozen settings.
 
 Each group of the config names a row of a table (``method.name``, ``data.name``, ...). Its other
 keys must be the keyword arguments of that row: signatures are the schema, so a wrong key, type or
@@ -62,7 +62,7 @@ ENGINE_IN_DIGEST = ("chunk", "threads")
 
 
 def digested(plain: Plain, methods: Mapping[str, type[Method]]) -> dict[str, object]:
-    """The part of a config that decides the result: neither where data lie nor what is written.
+    """Return the part of a config that decides the result, without data paths and output.
 
     Keys that configs of before lack (`limits.Later`) are left out at their defaults.
     """
@@ -88,7 +88,7 @@ def digested(plain: Plain, methods: Mapping[str, type[Method]]) -> dict[str, obj
 
 
 def _as_before(home: Callable[..., object], keys: Plain) -> dict[str, object]:
-    """Leave out the keys that configs of before lack, where they are at their defaults."""
+    """Leave out keys at their defaults that older configs lack."""
     later = dict(later_keys(home))
     for key, default in later.items():
         if is_dataclass(default) and not isinstance(default, type):  # a group
@@ -100,16 +100,17 @@ def _as_before(home: Callable[..., object], keys: Plain) -> dict[str, object]:
 
 @dataclass(frozen=True)
 class Selection(Limited, group="data"):
-    """What is taken of a data set, whichever it is.
+    """Keys that every data set has: classes, validation split, loss and metrics.
 
     Attributes:
         labels: Classes to keep, by number, for example [5, 6, 7, 8, 9]; they are numbered anew.
         validation: Fraction of the training samples held out for tuning.
         loss: A loss of your own, ``module:function``; None: that of the data set.
-        metrics: Metrics, the headline first: names, and ``module:function`` of your own; None:
-            those usual for the data set and its loss.
-        duplicates: What becomes of samples that are trained on and measured on, too: error refuses
-            them from a tenth of what is measured on, keep counts them.
+        metrics: Metrics, the most important first: names, and ``module:function`` of your own;
+            None: those usual for the data set and its loss.
+        duplicates: What happens to samples that are in both training and evaluation data: error
+            rejects the data if they are a tenth of the evaluation samples or more, keep only counts
+            them.
     """
 
     labels: list[int] | None = None
@@ -121,30 +122,31 @@ class Selection(Limited, group="data"):
 
 @dataclass(frozen=True, kw_only=True)
 class TaskConfig(Limited):
-    """What every process that trains clients must know: data, model and local training.
+    """Settings that every training process needs: data, model and local training.
 
     Attributes:
         plain: The dict this was read from, for ``config.yaml``, digests and titles alone.
         data, partition, model: Tables' rows and their arguments.
         local, engine, pretrain: Settings.
-        attack: What some clients do to harm the run, in a simulation.
-        privacy, secure: What a round may tell of a client; what the server sees of a cohort.
-        system: What the clients' devices are like.
-        clients: Size of the population; None where the data brings its own division.
-        clients_per_round: Clients that take part in a round: a number, or a share of all as 10%.
-        seed: Of the run.
+        attack: What malicious clients do, in a simulation.
+        privacy, secure: Differential privacy, and secure aggregation.
+        system: Simulated devices of the clients.
+        clients: Number of clients; None if the data are divided already.
+        clients_per_round: Clients sampled for a round: a number, or a share of all such as 10%.
+        seed: Seed of the run.
         device: auto, cpu or cuda.
-        precision: Of local training: float32, or bf16-mixed (matrix products in bfloat16).
-        aggregation_weights: Of clients in the mean: samples (how many a client trains on) or
+        precision: Number format of local training: float32, or bf16-mixed (matrix products in
+            bfloat16).
+        aggregation_weights: Clients' weights in the mean: samples (how many a client trains on) or
             uniform.
         head: Final layer: lora (adapted), full (trained in full and averaged), frozen, or personal
             (each client keeps its own).
-        bias: Biases of adapted layers: full or frozen (of others: see modules_to_save).
+        bias: Biases of adapted layers: full or frozen (for other layers see modules_to_save).
         target_modules: Adapted layers: None (the model's default), all-linear, all, or
             [query,value].
         modules_to_save: Further layers trained in full, by pattern: [conv*, LayerNorm].
-        max_failures: Clients that may fail in a round before the run stops.
-        evaluate: When and on what the server and clients measure.
+        max_failures: How many clients may fail in a round before the run stops.
+        evaluate: When and on which samples the server and the clients evaluate.
     """
 
     plain: Plain
@@ -173,24 +175,24 @@ class TaskConfig(Limited):
 
     @cached_property
     def choices(self) -> Mapping[str, str]:
-        """What was chosen of each group: ``relora``, whose class has many names."""
+        """Return the choice made in each group, such as ``relora``."""
         groups = {key: group for key, group in self.plain.items() if isinstance(group, Mapping)}
         return {key: str(group["name"]) for key, group in groups.items() if "name" in group}
 
     @property
     def lent_to_clients(self) -> dict[str, Any]:
-        """What a Python program has lent that clients train with, by its name in the config."""
+        """Return the Python program's objects for clients, by their names in the config."""
         judges = {key: self.data.get(key) for key in ("loss", "metrics")}
         return named_by({"local": self.plain.get("local"), **judges})
 
     @property
     def veiled(self) -> bool:
-        """Whether what single clients measure stays hidden: the sum is secure, or noisy."""
+        """Return whether secure aggregation or noise hides single clients' metrics."""
         return isinstance(self.secure, SecAgg) or isinstance(self.privacy, ClientLevel)
 
     @property
     def own_model(self) -> bool:
-        """Whether the model is somebody's own, about which nothing is known."""
+        """Return whether the model is a user's own."""
         return self.model.get("name") in {"function", "object"}
 
     # Features that depend on two groups of the config.
@@ -234,26 +236,27 @@ class TaskConfig(Limited):
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig(TaskConfig):
-    """Everything that a run is made from.
+    """All settings of a run.
 
     Attributes:
         method: The method, its hyperparameters checked.
-        allocation: Which layers it adapts, and at which rank.
-        output: What the run leaves behind.
-        aggregator: What happens to the updates before the method sees them.
-        server_optimizer: What the server makes of the mean of a round.
+        allocation: Rank allocation: which layers are adapted, at which rank.
+        output: What the run writes.
+        aggregator: How the updates are combined, for example robustly, before the method sees them.
+        server_optimizer: How the server applies the mean update of a round.
         rounds: Rounds.
-        control_variates: Take out what a client's gradients differ by (SCAFFOLD); needs
+        control_variates: Correct each client's gradients for client drift (SCAFFOLD); needs
             local.steps.
         dora: Give every adapted row a trained magnitude of its own (DoRA).
-        init_from: What the run begins from, if not from the weights of its model: the folder of a
-            finished run or of a PEFT adapter. (A run keeps its ``path`` and digest ``sha256``.)
-        resume: A run folder to go on from; auto: the run's own folder, if it is there.
-        stop: When to end before the last round.
-        compression: How numbers are sent up and down.
+        init_from: The folder of a finished run or of a PEFT adapter whose weights the run starts
+            from; None: those of its model. (A run keeps its ``path`` and checksum ``sha256``.)
+        resume: A run folder to resume; auto: the run's own folder, if it exists.
+        stop: Early stopping.
+        compression: How updates are quantized on their way up and down.
         steps: Your own steps of a round: `fedraclora.RoundStep` by module:name, with parameters
-            {name: module:name, key: value}; or what a Python program has put there, in words.
-        callbacks: What watches the run, `fedraclora.Callback`, in the same way.
+            {name: module:name, key: value}; or a description of objects that a Python program
+            passed.
+        callbacks: Your `fedraclora.Callback` objects that watch the run, given in the same way.
     """
 
     method: Method
@@ -318,7 +321,7 @@ GIVEN = {
 
 
 def task_from_plain(plain: Plain) -> TaskConfig:
-    """Check the part of a config that clients need, and build its settings.
+    """Build checked settings from the part of a config that clients need.
 
     Raises:
         ConfigError: Naming the key, what came and what was wanted.
@@ -329,13 +332,13 @@ def task_from_plain(plain: Plain) -> TaskConfig:
 def from_plain(
     plain: Plain, methods: Mapping[str, type[Method]], *, resuming: bool = False
 ) -> RunConfig:
-    """Check a plain config and build the settings.
+    """Build checked settings from a plain config.
 
     Args:
         plain: Nested dict of plain values (`fedraclora simulate --cfg job` prints all).
         methods: The METHODS table of `strategies`, handed in since it lies above this module.
-        resuming: Whether it is that of a run that goes on, which an earlier version may have begun:
-            keys that nothing reads are then left as they are.
+        resuming: Whether it is the config of a resumed run, which an earlier version may have
+            started: unused keys are then kept.
 
     Returns:
         The settings.
@@ -407,7 +410,7 @@ def parted(key: str, group: Plain) -> tuple[dict[str, object], dict[str, object]
 def targets_of(
     methods: Mapping[str, type[Method]],
 ) -> dict[str, Mapping[str, Callable[..., object]]]:
-    """List what reads the keys of each choice that code has: group -> choice -> class or function.
+    """List the class or function behind each choice: group -> choice -> class or function.
 
     Args:
         methods: The METHODS table of `strategies`.

@@ -1,4 +1,4 @@
-"""Settings of a run, group by group: frozen dataclasses that refuse what cannot run."""
+"""Settings of a run, group by group: frozen dataclasses that reject invalid values."""
 
 # ruff: noqa: ARG002  (a hook has arguments that an override uses)
 
@@ -50,15 +50,17 @@ Chunk = Annotated[
 
 @dataclass(frozen=True)
 class CompressionConfig(Limited, group="compression"):
-    """How numbers go up and down: as they are trained, or rounded to fewer bits.
+    """Compression of updates: how numbers are quantized on their way up and down.
 
     Attributes:
-        uplink: Rounded at random; int8 and int4 with a scale for each block, without bias, eden4 to
-            eden1 in 4 to 1 bits after a random rotation, with a bias where few numbers are large.
-        downlink: The same, on the way to the clients.
-        feedback: What rounding left is added to what is sent next (error feedback).
-        uplink_coding: Lossless coding of quantized uploads.
-        downlink_coding: The same for downloads, catch-up included.
+        uplink: Quantization of what clients send. int8 and int4 use a scale for each block and are
+            unbiased; eden4 to eden1 use 4 to 1 bits after a random rotation, and are biased if few
+            numbers are large.
+        downlink: Quantization of what the server sends, as ``uplink``.
+        feedback: Error feedback: add each message's quantization error to the next message.
+        uplink_coding: Lossless coding of quantized numbers that clients send.
+        downlink_coding: Lossless coding of quantized numbers that the server sends, catch-up
+            included.
     """
 
     uplink: Annotated[str, OneOf((FULL, *ROUNDED))] = FULL
@@ -69,21 +71,20 @@ class CompressionConfig(Limited, group="compression"):
 
     @override
     def __post_init__(self) -> None:
-        """Reject feedback and coding of numbers that are not rounded."""
+        """Reject error feedback and coding without quantization."""
         super().__post_init__()
         if self.feedback and self.uplink == self.downlink == FULL:
             raise ConfigError(
-                "compression.feedback is true, but with compression.uplink=float32 and "
-                "compression.downlink=float32 "
-                f"rounding leaves nothing; set one of them to one of {', '.join(ROUNDED)}"
+                "compression.feedback=true, but compression.uplink and compression.downlink are "
+                "float32, which loses nothing to feed back. Set one of them to one of "
+                f"{', '.join(ROUNDED)}."
             )
         for way in ("uplink", "downlink"):
             coding = getattr(self, f"{way}_coding")
             if coding != NONE and getattr(self, way) == FULL:
                 raise ConfigError(
-                    f"compression.{way}_coding is {coding}, but with compression.{way}=float32 "
-                    "nothing is "
-                    f"gained by it; set compression.{way} to one of {', '.join(ROUNDED)}"
+                    f"compression.{way}_coding={coding}, but float32 numbers are not coded. Set "
+                    f"compression.{way} to one of {', '.join(ROUNDED)}."
                 )
 
 
@@ -93,11 +94,13 @@ class WaitPolicy:
 
     Attributes:
         timeout: Seconds to wait for replies; None where the engine knows when to give up.
-        untrusted: Whether clients are other people's machines: then whatever one of them sends is a
-            failure of that client alone, and `min_clients` says when a round has failed.
-        min_clients: Of an untrusted run: replies that a round needs; None: of all clients asked.
-        max_samples: Of an untrusted run: the most samples, or local steps, that a client can claim.
-        retries: Times that a round that failed is run again.
+        untrusted: Whether clients are other people's machines: then an invalid reply is a failure
+            of that client alone, and a round fails with fewer than `min_clients` replies.
+        min_clients: In an untrusted run, the replies that a round needs; None: those of all clients
+            asked.
+        max_samples: In an untrusted run, the most samples, or local steps, that a client can
+            report.
+        retries: How often a failed round is run again.
     """
 
     timeout: float | None = None
@@ -117,7 +120,7 @@ class EngineConfig(Limited, group="engine"):
 
     Attributes:
         chunk: Clients per batch; auto: from the memory of one client.
-        threads: Of torch, in each process that trains.
+        threads: Threads of torch in each process that trains.
     """
 
     name: ClassVar[str] = "vectorized"
@@ -137,7 +140,7 @@ class EngineConfig(Limited, group="engine"):
         return WaitPolicy()  # Ray's workers have a limit for each chunk; in this process none waits
 
     def fewest(self, cohort: int, max_failures: int) -> int:
-        """Count the clients of a cohort that a round has at least, where all are asked."""
+        """Return the least number of clients that a round of so many needs."""
         return cohort - max_failures
 
 
@@ -154,8 +157,8 @@ class InlineConfig(EngineConfig):
         super().__post_init__()
         if self.chunk != 1:
             raise ConfigError(
-                f"engine.chunk is {self.chunk!r}, but engine={self.name} trains one client at a "
-                "time: leave it out, or choose engine=vectorized"
+                f"engine.chunk={self.chunk!r}, but engine={self.name} trains one client at a "
+                "time. Leave it out, or choose engine=vectorized."
             )
 
 
@@ -166,11 +169,11 @@ class RayConfig(EngineConfig):
     Attributes:
         workers: Processes that train; None = one per free CPU (or GPU) of the cluster.
         gpus: Share of a GPU for each worker; None = 1 where the device is cuda, else 0.
-        address: Of a cluster to join (``auto``, ``host:port``); None: RAY_ADDRESS; without that, or
-            with ``local``, one is started on this machine.
-        retries: Workers that may die or hang at the same chunk before the run stops.
-        timeout: Seconds after which a worker that has not answered for its chunk counts as hung.
-        wait: Seconds to wait for a worker where none is ready, before the run stops.
+        address: Address of a cluster to join (``auto``, ``host:port``); None: RAY_ADDRESS. Without
+            that, or with ``local``, a cluster is started on this machine.
+        retries: How many workers may die or hang on the same chunk before the run stops.
+        timeout: Seconds without an answer after which a worker counts as hung.
+        wait: Seconds to wait for a worker to become ready before the run stops.
     """
 
     name: ClassVar[str] = "ray"
@@ -184,7 +187,7 @@ class RayConfig(EngineConfig):
 
     @property
     def share(self) -> float:
-        """Share of a GPU that a worker has, if it has one; workers that ask for none divide it."""
+        """Share of a GPU that each worker has."""
         if self.gpus == 0:
             return 1 / (self.workers or os.cpu_count() or 1)
         return 1.0 if self.gpus is None else min(1.0, self.gpus)
@@ -196,15 +199,16 @@ class DeployConfig(EngineConfig):
     """Real SuperNodes on hosts of their own, by `fedraclora deploy`; the bits of inline.
 
     Attributes:
-        chunk: Clients of one node that train as one batch, where they stand in one chunk of the
-            cohort; 1: one after another. With more the bits are those of ``engine=vectorized``.
-        min_clients: Replies that a round needs; None = of all clients that are asked.
-        wait: Seconds to wait until so many of them are connected.
-        timeout: Seconds to wait for the replies of an exchange.
-        retries: Times that a round with fewer replies is run again before the run stops.
-        max_samples: The most samples that a client can claim to have.
-        max_claims: The most clients that several nodes may claim in a run; None = any number.
-        folder: Of the server, on its machine; None = ``~/fedraclora/<name of the run folder>``.
+        chunk: How many clients of one node train as one batch if they are in the same chunk; 1: one
+            after another. With more, results equal those of ``engine=vectorized``.
+        min_clients: Replies that a round needs; None = those of all clients asked.
+        wait: Seconds to wait until enough clients are connected.
+        timeout: Seconds to wait for the clients' replies to a message.
+        retries: How often a round with too few replies is run again before the run stops.
+        max_samples: The most samples that a client can report.
+        max_claims: How many clients may be claimed by several nodes in a run; None = any number.
+        folder: The run folder on the server's machine; None = ``~/fedraclora/<name of the run
+            folder>``.
     """
 
     name: ClassVar[str] = "deploy"
@@ -223,11 +227,11 @@ class DeployConfig(EngineConfig):
         super().__post_init__()
         if self.chunk == "auto":
             raise ConfigError(
-                "engine.chunk is auto, but with engine=deploy nobody knows the memory of all nodes "
-                "before a run: set a number of clients (1: one after another)"
+                "engine.chunk=auto, but engine=deploy cannot know the memory of all nodes "
+                "before a run. Set a number of clients (1: one after another)."
             )
         if self.folder is not None and not self.folder.startswith("/"):
-            raise ConfigError(f"engine.folder is {self.folder!r}; an absolute path is wanted")
+            raise ConfigError(f"engine.folder={self.folder!r} is not an absolute path: give one")
 
     @override
     def waiting(self, cohort: int) -> WaitPolicy:
@@ -255,18 +259,18 @@ ENGINES: dict[str, type[EngineConfig]] = {
 
 @dataclass(frozen=True)
 class OutputConfig(Limited, group="output"):
-    """Everything: ledger, chain, checkpoints every 10 rounds, pictures, progress bar.
+    """What a run writes: ledger, updates, checkpoints, figures, progress bar.
 
     Attributes:
         dir: The run folder; None: runs/<date>/<time>, in a sweep
             multirun/<date>/<time>/<overrides>.
         checkpoint_every: Rounds between checkpoints.
-        chain: Keep the link of every round.
-        sync: Flush to the disk with each row.
+        chain: Keep the merged update of every round (the chain).
+        sync: Flush the ledger to disk after each row.
         progress: Show a progress bar.
         plots: Draw curves.png and partition.png.
-        loggers: Where rounds are shown, too: tensorboard, mlflow, wandb, trackio (docs/watch.md).
-        shared: Whether others may use the run folder as far as your umask lets them.
+        loggers: Where to log rounds as well: tensorboard, mlflow, wandb, trackio (docs/watch.md).
+        shared: Whether other users may access the run folder, as your umask allows.
     """
 
     in_memory: ClassVar[tuple[str, ...]] = ("dir", "progress")  # read where nothing is written
@@ -287,8 +291,7 @@ class OutputConfig(Limited, group="output"):
 
 
 UNCOVERED = (
-    "clients tell the server what they measured, to which no noise is added and which no account "
-    "of epsilon has"
+    "clients send the server their metrics without noise, and epsilon does not account for them"
 )
 HELD_OUT = 0.2
 WHO_MEASURES = ("none", "round", "all")
@@ -296,27 +299,28 @@ WHO_MEASURES = ("none", "round", "all")
 
 @dataclass(frozen=True)
 class EvaluateConfig(Limited, group="evaluate"):
-    """When and on what the server measures, and clients on samples of their own.
+    """When and on which samples the server and the clients evaluate.
 
     Attributes:
         every: Rounds between evaluations.
-        batch_size: Samples of a forward pass.
+        batch_size: Samples in a forward pass.
         split: test or validation.
-        clients: Which clients measure on samples of their own that are never trained on: none,
+        clients: Which clients evaluate on their own held-out samples (federated evaluation): none,
             those of the round, or all.
-        sample: If clients keep a part of the model to themselves and none measures: how many
-            clients' models the server measures.
-        min_clients: Under secure=secagg and privacy=client_level: what clients measure is released
-            if so many hold samples to measure on, or more.
-        share: Of each client's samples, the part that it measures on and never trains on; None:
-            its own test samples where the data have them, else 0.2.
-        clients_every: Rounds between measurements of the clients.
-        personal: Whether these train in between, and measure again after it.
-        choices: Questions answered by the likeliest of their choices (data.choices); None: none.
-        generate: Of language models: rounds between greedy answers to prompts; None: none.
+        sample: How many clients' models the server evaluates if clients keep a personal part of the
+            model and do not evaluate themselves.
+        min_clients: Under secure=secagg or privacy=client_level: release clients' metrics only if
+            at least this many clients have samples to evaluate on.
+        share: The share of each client's samples that is held out for its evaluation; None: its own
+            test samples if the data have them, else 0.2.
+        clients_every: Rounds between evaluations by the clients.
+        personal: Whether clients also evaluate again after local training (personalization).
+        choices: How many multiple-choice questions (data.choices) are answered by the likeliest
+            choice; None: none.
+        generate: Rounds between a language model's greedy answers to prompts; None: never.
         answers: How many prompts are answered.
-        new_tokens: Of an answer at most.
-        shown: Answers that the ledger keeps.
+        new_tokens: The most tokens of an answer.
+        shown: How many answers the ledger keeps.
     """
 
     every: Count = 1
@@ -336,7 +340,7 @@ class EvaluateConfig(Limited, group="evaluate"):
 
     @property
     def by_clients(self) -> bool:
-        """Return whether clients measure."""
+        """Return whether clients evaluate."""
         return self.clients != "none"
 
     @Feature(
@@ -352,13 +356,13 @@ class EvaluateConfig(Limited, group="evaluate"):
 
     @property
     def portion(self) -> float | None:
-        """Return which part of its samples each client holds out; None: nothing."""
+        """Return the share of its samples that each client holds out; None: nothing."""
         share = HELD_OUT if self.share is None else self.share
         return share if self.by_clients else None
 
     @property
     def source(self) -> dict[str, Any]:
-        """Return which samples these are: of which split, and whether a client's own test is."""
+        """Return where evaluation samples are from: the split, and whether clients have a test."""
         return {"split": self.split, "own_tests": self.share is None and self.split == "test"}
 
 
@@ -367,13 +371,13 @@ STOPPED_BY = OneOf(MEASURED, others=True)  # what a run measures besides
 
 @dataclass(frozen=True)
 class StopConfig(Limited, group="stop"):
-    """When a run ends before its last round, where nothing improves any more.
+    """Early stopping: when a run ends because a metric no longer improves.
 
     Attributes:
-        metric: Of the validation split (data.validation); or of clients that measure, such as
-            clients.accuracy.worst10 (evaluate.clients).
+        metric: A metric of the validation split (data.validation), or of the clients
+            (evaluate.clients), such as clients.accuracy.worst10.
         patience: Evaluations without improvement after which a run ends; None: never.
-        min_delta: By how much the metric must improve on the last improvement to count as one.
+        min_delta: How much better than its best value the metric must be to count as improved.
     """
 
     metric: Annotated[str, STOPPED_BY] = "loss"
@@ -386,10 +390,10 @@ class PretrainConfig(Limited, group="pretrain"):
     """Central training of the initial weights, with AdamW; none with 0 epochs.
 
     Attributes:
-        labels: Classes to train on; None: all.
+        labels: Classes to pretrain on; None: all.
         epochs: Passes over their samples; 0: none.
-        lr: Of AdamW.
-        batch_size: Samples of a step.
+        lr: Learning rate of AdamW.
+        batch_size: Samples in a step.
     """
 
     labels: list[int] | None = None

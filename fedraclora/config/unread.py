@@ -1,4 +1,4 @@
-"""What no single group of the config can know: keys that nothing reads, and what does not fit.
+"""Checks across groups of the config: keys without effect, and values that do not fit together.
 
 A key at its default may stand anywhere: the files of `conf` list the keys of their group. A key
 with another value was set by somebody who expects something of it.
@@ -37,7 +37,7 @@ TABLES: Mapping[str, Mapping[str, Callable[..., object]]] = {
 
 @dataclass(frozen=True)
 class Rule:
-    """Some keys of a group, and what reads them.
+    """Keys of a group, and what they apply to.
 
     Attributes:
         keys: Their paths.
@@ -60,12 +60,12 @@ RULES = (
     Rule(
         [f"local.{field.name}" for field in fields(LocalSettings) if field.name not in READ_BY_OWN],
         lambda c: not c.local.is_own,
-        "the project's own loop, and with local=own your function trains instead",
+        "the built-in training loop, but with local=own your function trains instead",
     ),
     Rule(
         ["engine.chunk"],
         lambda c: not c.local.is_own or c.engine.chunk == 1,
-        "batches of clients, and with local=own your function trains one at a time",
+        "batches of clients, but with local=own your function trains one client at a time",
     ),
     Rule(["local.epochs"], lambda c: c.local.steps is None, "local.steps=null"),
     Rule(["local.damping"], lambda c: c.local.adjust != "none", "local.adjust"),
@@ -82,7 +82,7 @@ RULES = (
     Rule(
         ["local.optimizer_state_kept"],
         lambda c: links_end(c.method, c.allocation),
-        "methods whose links end (with method.merge_every), and no link of this one ever does",
+        "methods that merge (method.merge_every), but this one never does",
     ),
     Rule(
         ["local.full_lr"],
@@ -97,7 +97,7 @@ RULES = (
     Rule(
         ["attack.share"],
         lambda c: type(c.attack) is not Attack,
-        "attacks, and attack=none has none",
+        "attacks, but attack=none has none",
     ),
     Rule(
         ["evaluate.sample"],
@@ -136,7 +136,7 @@ RULES = (
 
 
 def as_read(plain: Plain) -> dict[str, object]:
-    """Leave out of a config, for a reader, what nothing reads beside local=own."""
+    """Leave out of a config the keys that have no effect with local=own."""
     local, engine = (plain.get(key) for key in ("local", "engine"))
     if not isinstance(local, Mapping) or local.get("train") is None:
         return dict(plain)
@@ -146,19 +146,19 @@ def as_read(plain: Plain) -> dict[str, object]:
 
 
 def unequal(group: Mapping[str, object]) -> bool:
-    """Check whether clients that are made on demand differ in their numbers of samples."""
+    """Return whether clients made on demand differ in their numbers of samples."""
     return group.get("sizes") != "constant"
 
 
 def links_end(method: Method, allocation: Uniform) -> bool:
-    """Check whether what a method trains is ever begun anew, as far as its settings say."""
+    """Return whether a method ever merges its update and starts new factors."""
     if type(allocation) is not Uniform:  # components are cut, and those that stay are other ones
         return True
     return method.link_rounds is not None
 
 
 def said(config: RunConfig, group: str) -> tuple[Mapping[str, object], dict[str, object]]:
-    """Return the settings of a group, and the defaults: of a config class, or of what is called."""
+    """Return the settings of a group, and their defaults."""
     settings = getattr(config, group)
     if isinstance(settings, Mapping):
         row = row_of(group, TABLES[group], settings["name"])
@@ -184,7 +184,7 @@ def refuse_unknown(plain: Plain, known: Collection[str]) -> None:
 
 
 def unknown_key(key: str, known: Iterable[str]) -> str:
-    """Build the error for an unknown key: its new name, or which is like it and where all are."""
+    """Build the error for an unknown key, with its new name or the nearest key."""
     if moved := renamed(key):
         return moved
     group = key.rpartition(".")[0].partition(".")[0]
@@ -193,13 +193,13 @@ def unknown_key(key: str, known: Iterable[str]) -> str:
     known = inside if group and inside else known  # of a group that exists its own keys are meant
     near = " or ".join(map(repr, nearest(key, known, count=2)))
     return (
-        f"unknown key {key!r}{f'; did you mean {near}?' if near else '.'} All keys are in "
-        "what `fedraclora simulate --cfg job` prints"
+        f"unknown key {key!r}{f'; did you mean {near}?' if near else '.'} `fedraclora simulate "
+        "--cfg job` prints all keys"
     )
 
 
 def refuse_unread(config: RunConfig) -> None:
-    """Reject settings that nothing reads.
+    """Reject settings that have no effect.
 
     Raises:
         UnreadKeysError: Naming all of them, what would read them, and their defaults.
@@ -213,15 +213,15 @@ def refuse_unread(config: RunConfig) -> None:
             if key in defaults and (value := settings.get(key, defaults[key])) != defaults[key]:
                 default = "null" if defaults[key] is None else defaults[key]
                 found[path] = (
-                    f"{path} is {value}, which nothing reads here: it is for {rule.reader}; "
-                    f"leave it at {default}"
+                    f"{path}={value} has no effect here: it is for {rule.reader}. Leave it at "
+                    f"{default}."
                 )
     if found:
         raise UnreadKeysError("\n  ".join(found.values()), found)
 
 
 def refuse_misfits(config: RunConfig) -> None:
-    """Reject numbers and names of one group that another one makes impossible.
+    """Reject values of one group that another group makes impossible.
 
     Raises:
         ConfigError: Naming the key, and what to set.
@@ -234,8 +234,8 @@ def refuse_misfits(config: RunConfig) -> None:
         )
     if config.choices["local"] == "own" and config.local.train is None:
         raise ConfigError(
-            "local is own, and local.train names no training function: set local.train=module:name "
-            "(in Python fedraclora.simulate(train=function))"
+            "local=own, but local.train names no training function. Set local.train=module:name "
+            "(in Python fedraclora.simulate(train=function))."
         )
     said, stop = config.data.get("metrics"), config.stop.metric
     names = map(named_loss, said if isinstance(said, list) else ())

@@ -1,4 +1,4 @@
-"""How many samples clients have, and of which classes: looked up, so that nothing is stored.
+"""Numbers of samples and classes of clients, computed on demand so that nothing is stored.
 
 A client's number of samples and its mix of classes stand in tables that all clients share, at
 places named by random words of (seed, client, position). A look-up gives the same bits in any
@@ -50,7 +50,7 @@ class ClientLaw(Movable):
     mixes: torch.Tensor
 
     def sizes(self, clients: torch.Tensor) -> torch.Tensor:
-        """Number of samples of each client: int64 [K]."""
+        """Count the samples of each client: int64 [K]."""
         own = position_bits(self.key, clients, torch.full_like(clients, OWN)[:, None])[:, 0]
         return self.quantiles[pick(own[:, 0], len(self.quantiles))]
 
@@ -113,7 +113,7 @@ def class_mixes(
 
 
 def size_quantiles(samples: int, sizes: str, spread: float) -> torch.Tensor:
-    """Give the table of the clients' numbers of samples, as `ClientLaw` reads it.
+    """Return the table of the clients' sample counts, as `ClientLaw` reads it.
 
     Args:
         samples: The median.

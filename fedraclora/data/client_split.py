@@ -1,4 +1,4 @@
-"""Samples that each client measures on and never trains on: a share of its own, by its id alone.
+"""Federated evaluation data: a held-out share of each client's samples, chosen by its id.
 
 A client's samples are put into an order that is drawn from the seed and its id. Its first ones are
 for the test, the next for validation where that is asked for, and it trains on what is left.
@@ -92,7 +92,7 @@ class ClientSplit(ClientData):
 
     @override
     def object_of(self, client: int) -> Any:
-        """Return the part of one client as its owner has it."""
+        """Return the samples of one client in the form that its owner gave."""
         ids = torch.tensor([client])
         places = self.places(ids, torch.arange(int(self.sizes(ids)))[None])
         return picked(self.whole.object_of(client), places[0].numpy())
@@ -104,7 +104,7 @@ class ClientSplit(ClientData):
 
     @override
     def tests(self, client: int) -> Samples | None:
-        """Return test samples that a client brings, which are measured on in place of a share."""
+        """Return the test samples that a client brings, used instead of a held-out share."""
         return self.whole.tests(client) if self.own_tests else None
 
     def places(self, clients: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
@@ -142,7 +142,7 @@ def hold_out_of_clients(
     *,
     own_tests: bool = False,
 ) -> tuple[ClientData, ClientData | None]:
-    """Part each client's samples into what it trains on and what it measures on.
+    """Split each client's samples into training and evaluation samples.
 
     Args:
         data: Of all clients. Not modified.
@@ -163,14 +163,14 @@ def hold_out_of_clients(
         return data, None
     if data.opaque:
         raise ConfigError(
-            "evaluate.clients is set, but the clients' samples are objects that no tensors were "
-            "made of, on which nobody can measure: set evaluate.clients=none"
+            "evaluate.clients is set, but the clients' samples are objects without tensors, "
+            "which cannot be evaluated. Set evaluate.clients=none."
         )
     parts = tuple(ClientSplit(data, share, seed, held, split, own_tests) for held in (False, True))
     train, held = (_rows_of(data, p) for p in parts) if isinstance(data, Partitioned) else parts
     if held.table is not None and not len(held.table[1]):
         raise ConfigError(
-            f"evaluate.share is {share}, of which the largest client holds no sample out: raise it"
+            f"evaluate.share={share}: even the largest client would hold out no sample. Raise it."
         )
     return train, held
 
@@ -207,7 +207,7 @@ def numbered(data: DataSet) -> DataSet:
 
 
 def without_held(whole: DataSet, data: DataSet, held: ClientData | None) -> DataSet:
-    """Leave out of a data set what its clients hold out, so that no pretraining sees it.
+    """Remove the clients' held-out samples from a data set, so that pretraining cannot use them.
 
     Args:
         whole: Of `numbered`.

@@ -1,4 +1,4 @@
-"""The samples of all clients: what every source answers, and samples that are rows of one table."""
+"""The samples of all clients: the interface of every source, and clients as rows of a table."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class ClientData(ABC):
 
     @abstractmethod
     def gather(self, clients: torch.Tensor, positions: torch.Tensor) -> Samples:
-        """Take samples by position in the client: ids [K], positions [K, b] -> K * b rows.
+        """Return samples by position in the client: ids [K], positions [K, b] -> K * b rows.
 
         A padded position may point past the last sample of a client; the caller masks it.
         """
@@ -57,7 +57,7 @@ class ClientData(ABC):
         """Move to a device; floating samples take ``dtype`` when given."""
 
     def examples(self, clients: torch.Tensor) -> torch.Tensor:
-        """Count what clients are weighted by, int64 [K] for ids [K]: samples, unpacked.
+        """Count the samples that weight clients, before packing: int64 [K] for ids [K].
 
         Example:
             >>> places = torch.tensor([[0, 1, 0], [0, 1, 2], [0, 0, 0]])
@@ -69,7 +69,7 @@ class ClientData(ABC):
         return self.sizes(clients)
 
     def samples_of(self, clients: torch.Tensor) -> Samples:
-        """Put all samples of clients one after another: ids [K] -> sum of their sizes rows."""
+        """Return all samples of clients in order: ids [K] -> sum of their sizes rows."""
         sizes = self.sizes(clients).tolist()
         places = (torch.arange(size, device=clients.device)[None] for size in sizes)
         taken = zip(clients.split(1), places, strict=True)
@@ -77,7 +77,7 @@ class ClientData(ABC):
 
     @property
     def table(self) -> tuple[Samples, torch.Tensor] | None:
-        """The table that all samples are rows of, and which: int64, client after client.
+        """Return the table of all samples, and its row numbers: int64, client after client.
 
         None where samples are made, or read, when a client is asked.
         """
@@ -85,50 +85,50 @@ class ClientData(ABC):
 
     @property
     def seen(self) -> list[Samples]:
-        """Samples of single clients that were read so far."""
+        """Return the samples of single clients that were read so far."""
         return []
 
     @property
     def elsewhere(self) -> bool:
-        """Whether the samples are on other machines, and nothing is known of them here."""
+        """Return whether the samples are on other machines, and unknown here."""
         return False
 
     @property
     def folder(self) -> Path | None:
-        """The folder whose files are read when a client is asked; None: there is none."""
+        """Return the folder of the clients' files; None if there is none."""
         return None
 
     @property
     def opaque(self) -> bool:
-        """Whether samples are objects that no tensors were made of, for a training function."""
+        """Return whether samples are objects without tensors, for a training function."""
         return False
 
     @property
     def brings_objects(self) -> bool:
-        """Whether clients have objects of their own (`object_of`) beside tensors, or without."""
+        """Return whether clients have objects (`object_of`), with or without tensors."""
         return False
 
     def object_of(self, client: int) -> Any:
-        """Return the samples of a client as its owner has them.
+        """Return the samples of a client in the form that its owner gave.
 
         Raises:
             DataError: If they are tensors alone.
         """
-        raise DataError(f"client {client} has tensors, and no object of its own")
+        raise DataError(f"client {client} has tensors, not an object of its own")
 
     @property
     def brings_tests(self) -> bool:
-        """Whether some clients may bring samples that they alone measure on."""
+        """Return whether clients may bring their own test samples."""
         return False
 
     def tests(self, client: int) -> Samples | None:  # noqa: ARG002  (an override uses it)
-        """Return the samples that a client alone measures on; None where it brings none."""
+        """Return a client's own test samples; None if it has none."""
         return None
 
 
 @dataclass(frozen=True)
 class ChangedClients(ClientData):
-    """Client data that change what others give: a base for those that override one answer.
+    """Base class of client data that change what other client data return.
 
     Attributes:
         data: Of the same clients.
@@ -313,8 +313,8 @@ def count_labels(data: ClientData, clients: torch.Tensor, classes: int) -> npt.N
         target = data.gather(ids, place).target.reshape(place.shape)
         if bool(((target < 0) | (target >= classes))[place < sizes].any()):
             raise DataError(
-                f"a class of the clients {ids.tolist()} is none of 0 to {classes - 1}: number the "
-                "classes from 0, or say how many there are (data.classes)"
+                f"clients {ids.tolist()} have a label outside 0 to {classes - 1}: number the "
+                "classes from 0, or set data.classes"
             )
         owner = torch.arange(len(ids), device=ids.device)[:, None]
         found = (owner * classes + target)[place < sizes].bincount(minlength=len(ids) * classes)

@@ -1,4 +1,4 @@
-"""A data set before it is divided among clients, and what can be done to any of them."""
+"""Data sets before they are divided among clients, and operations on them."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ Division = list[RowNumbers] | ClientData  # rows of each client, or clients made
 
 @dataclass(frozen=True)
 class Read:
-    """Raw samples that were brought to the form of a data set's own.
+    """Raw samples converted to the form of a data set.
 
     Attributes:
         samples: As the model wants them. Where nothing is to be measured the target is of no use.
@@ -43,7 +43,7 @@ class Read:
 
 
 class SampleReader(Protocol):
-    """Reads raw samples as a data set reads its own: a test file, and whatever comes later."""
+    """Converts raw samples as a data set converts its own, such as those of a test file."""
 
     def __call__(self, found: Any, reading: Mapping[str, Any], *, target: bool = True) -> Read:
         """Read samples.
@@ -61,7 +61,7 @@ class SampleReader(Protocol):
 
 @dataclass(frozen=True)
 class DataSet:
-    """Training and test samples with what a model and a partition need to know of them.
+    """Training and test samples, with what a model and a partition need to know.
 
     Attributes:
         train: Training samples; beside ``parts`` that are made or found on demand, samples to
@@ -121,7 +121,7 @@ class DataSet:
 
     @property
     def on_demand(self) -> bool:
-        """Return whether clients are made or found when asked: then no table is to be divided."""
+        """Return whether clients are created on demand, so that there is no table to divide."""
         return not isinstance(self.parts, list | None)
 
 
@@ -152,7 +152,7 @@ def take(samples: Samples, rows: RowNumbers) -> Samples:
 
 
 def select_labels(data: DataSet, labels: Sequence[int]) -> DataSet:
-    """Keep the samples of some classes, in train and test, and number these classes anew.
+    """Keep the samples of some classes, in train and test, and renumber the classes from 0.
 
     Args:
         data: A data set with classes.
@@ -170,12 +170,12 @@ def select_labels(data: DataSet, labels: Sequence[int]) -> DataSet:
         raise ConfigError("data.labels is for data sets with classes; set data.labels=null")
     if data.on_demand:
         raise ConfigError(
-            "data.labels is for samples that are there, and these clients' are made on demand; "
-            "set data.labels=null"
+            "data.labels is set, but these clients' samples are made on demand and cannot be "
+            "filtered. Set data.labels=null."
         )
     chosen = [int(label) for label in labels]
     if len(chosen) < 2 or len(set(chosen)) < len(chosen):
-        raise ConfigError(f"data.labels={chosen}: two or more different classes are wanted")
+        raise ConfigError(f"data.labels={chosen}: give two or more different classes")
     for samples, side in ((data.train, "training"), (data.test, "test")):
         found: list[int] = np.unique(samples.target.numpy()).tolist()
         missing = sorted(set(chosen) - set(found))
@@ -211,7 +211,7 @@ def select_labels(data: DataSet, labels: Sequence[int]) -> DataSet:
 
 
 def keep_rows(data: DataSet, rows: RowNumbers) -> DataSet:
-    """Keep some training rows (ascending), and what clients have of them."""
+    """Keep some training rows (ascending), and the clients' shares of them."""
     place = np.full(len(data.train), -1, dtype=np.int64)
     place[rows] = np.arange(len(rows))
     parts = data.parts

@@ -1,4 +1,4 @@
-"""Samples that are trained on and measured on, too: counted, and refused from a tenth.
+"""Detect samples that are in both training and evaluation data; a tenth or more is an error.
 
 Two samples are duplicates if all inputs and the target are equal. Rows are compared by hashes: by
 that of a few numbers first, so that of most tables nothing is read whole. Padding does not count,
@@ -36,10 +36,7 @@ DEVIATIONS = 3  # of a number of duplicates from what is expected by chance
 BY_CHANCE = 0.1  # expected equals of a row, from which rows repeat by chance
 REPEATED = 3  # times that each training sample occurs on average, from which they do, too
 
-REMEDY = (
-    "remove these rows on one side, from what is trained on or from what is measured on, or set "
-    "data.duplicates=keep"
-)
+REMEDY = "remove these rows from the training or from the test samples, or set data.duplicates=keep"
 
 
 @dataclass(frozen=True)
@@ -79,7 +76,7 @@ class SomeRows:
 def check_duplicates(
     train: Sequence[SomeRows], tests: Mapping[str, Sequence[SomeRows]], source: str, *, keep: bool
 ) -> dict[str, str]:
-    """Count the samples that are trained on and measured on.
+    """Count the samples that are in both training and evaluation data.
 
     Args:
         train: What clients train on.
@@ -101,8 +98,8 @@ def check_duplicates(
             continue
         if any(_overlap(one, two) for one in train for two in tables) and not keep:
             raise DataError(
-                f"the {what} ({source}) are the training samples themselves: a model looks better "
-                f"than it is on what it was trained on; {REMEDY}"
+                f"the {what} ({source}) are the training samples themselves, so the model would "
+                f"look better than it is: {REMEDY}"
             )
         shared = shared_rows(train, tables)
         count, total = int(shared.sum()), len(shared)
@@ -115,8 +112,8 @@ def check_duplicates(
         many = count >= max(LEAST, (chance + MOST + margin) * total)
         if not keep and (many or _same(train, tables, shared)):
             raise DataError(
-                f"{said} (inputs and target are equal; {source}): a model looks better than it is "
-                f"on what it was trained on; {REMEDY}"
+                f"{said} (inputs and target are equal; {source}), so the model would look better "
+                f"than it is: {REMEDY}"
             )
         found[what] = f"{said} (inputs and target are equal)"
     return found

@@ -1,4 +1,4 @@
-"""What clients brought as objects, beside the table that is made of it.
+"""The objects that clients brought, beside the table made from them.
 
 A training function of the user's gets its client's own object: the entry itself where all of it is
 to train on, else the same kind of object with the rows that are.
@@ -22,7 +22,7 @@ Rows = npt.NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Entries:
-    """Objects of a program, and which of their rows a table has.
+    """Objects of a program, and which of their rows are in a table.
 
     Attributes:
         objects: One for each client, or one that is divided.
@@ -36,16 +36,16 @@ class Entries:
 
     @classmethod
     def of(cls, objects: Sequence[Any], sizes: Sequence[int]) -> Entries:
-        """Take objects whose rows are a table, one after another."""
+        """Build from objects whose rows are a table, one after another."""
         starts = np.cumsum([0, *sizes])
         return cls(objects, starts, np.arange(starts[-1]))
 
     def keep(self, rows: Rows) -> Entries:
-        """Follow the table to some of its rows."""
+        """Keep some rows, as in the table."""
         return replace(self, rows=self.rows[rows])
 
     def of_rows(self, rows: Rows) -> Any:
-        """Return the object that some rows of the table are of: an entry, or some rows of one."""
+        """Return the object with some rows of the table: an entry, or part of one."""
         rows = self.rows[rows]
         place = int(np.searchsorted(self.starts, rows[0], side="right")) - 1
         own, first, end = self.objects[place], self.starts[place], self.starts[place + 1]
@@ -53,7 +53,7 @@ class Entries:
 
 
 def picked(found: Any, rows: Rows) -> Any:
-    """Pick rows of samples, in their own form.
+    """Select rows of samples, in their original form.
 
     Example:
         >>> picked((["a", "b", "c"], np.array([1, 2, 3])), np.array([0, 2]))
@@ -84,13 +84,13 @@ def _rows(found: Any, rows: Rows) -> Any:
 
 
 def parts_of(found: Any) -> tuple[Any, Any]:
-    """Part what a client brings into what is trained on, and a test of its own, if any."""
+    """Split a client's entry into its training samples and its own test samples, if any."""
     both = isinstance(found, Mapping) and {*found} == {"train", "test"}
     return (found["train"], found["test"]) if both else (found, None)
 
 
 def length(found: Any) -> int:
-    """Count the samples of an object that no table holds; one that has no length is one.
+    """Count the samples of an object; an object without a length is one sample.
 
     A dict has columns, a pair inputs and a target: they have one length.
 
@@ -104,12 +104,12 @@ def length(found: Any) -> int:
     sizes = {name: length(part) for name, part in parts.items() if hasattr(part, "__len__")}
     if len({*sizes.values()}) > 1:
         raise DataError(
-            f"the columns of a {type(found).__name__} have {sizes} values, so that nothing says "
-            "how many samples it is: give columns of one length, or an object with __len__"
+            f"the columns of a {type(found).__name__} have {sizes} values, so the number of "
+            "samples is unclear. Give columns of one length, or an object with __len__."
         )
     return next(iter(sizes.values()), 1)
 
 
 def stand_in(count: int) -> Samples:
-    """Make a table without numbers, with a row for each sample of objects that no table holds."""
+    """Build a table without columns, with one row for each sample of an object."""
     return Samples({}, torch.zeros(count, dtype=torch.int64))

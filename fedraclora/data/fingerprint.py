@@ -1,4 +1,4 @@
-"""Fingerprints of samples of any kind: whether they are what they were, here or in another process.
+"""Fingerprints of samples of any kind, to check that they did not change between processes.
 
 A fingerprint has a digest for each part: tensors, arrays, lists, dicts, frames, datasets of torch
 and of Hugging Face, and attributes of other objects. Where there are many numbers, rows or keys,
@@ -42,7 +42,7 @@ USED_UP = "an iterator"  # the digest of what can be read once
 
 
 def fingerprint_of(found: object, *, versions: bool = False) -> Fingerprint:
-    """Fingerprint samples: a digest by the path of each part, such as ``[0]`` or ``.images[3]``.
+    """Return a digest for the path of each part of samples, such as ``[0]`` or ``.images[3]``.
 
     Args:
         found: Of one client, or of all. Not modified.
@@ -61,7 +61,7 @@ def fingerprint_of(found: object, *, versions: bool = False) -> Fingerprint:
 
 
 def what_differs(before: Fingerprint, now: Fingerprint) -> str | None:
-    """Name a part that is not what it was, or is gone; None: all are as they were.
+    """Return a part that changed or is missing; None if nothing changed.
 
     What an object keeps may become more, such as a cache, or a file where there was None. Another
     public attribute of samples themselves is a difference, and so is another entry.
@@ -71,7 +71,7 @@ def what_differs(before: Fingerprint, now: Fingerprint) -> str | None:
     if path is None:
         return None
     if path.endswith(COUNT):
-        return f"{path.removesuffix(COUNT) or 'it'} has more or fewer entries than before"
+        return f"{path.removesuffix(COUNT) or 'it'} has another number of entries than before"
     if path.endswith(NAMES):
         return f"{path.removesuffix(NAMES) or 'it'} has other attributes than before"
     return path or "it"
@@ -84,7 +84,7 @@ def called_twice(
     within: float = LONG,
     look: Callable[[T], object] = lambda found: found,
 ) -> T:
-    """Call a function of the user's twice, and refuse one that gives something else then.
+    """Call a user's function twice, and reject it if the results differ.
 
     Each process calls it for itself, and so does a run that goes on: clients would share rows, or
     train on other samples.
@@ -105,16 +105,19 @@ def called_twice(
     found = call()
     if (took := time.monotonic() - began) > within:
         log.warning(
-            "%s took %.0f s, and is not called again to see if it draws numbers", said, took
+            "%s took %.0f s; it is not called a second time to check that it returns the same",
+            said,
+            took,
         )
         return found
     first, again = fingerprint_of(look(found)), fingerprint_of(look(call()))
     pairs = ((first, again), (again, first), (first, fingerprint_of(look(found))))
     if part := next(filter(None, (what_differs(*pair) for pair in pairs)), None):
         raise ConfigError(
-            f"{said} gives something else when it is called again ({part}). Draw by a seed of your "
-            "own (torch.Generator().manual_seed(0), numpy.random.default_rng(0)), and keep nothing "
-            "from call to call"
+            f"{said} returns something else when it is called again ({part}), so the run could "
+            "not be reproduced. Use a random generator with a fixed seed "
+            "(torch.Generator().manual_seed(0), numpy.random.default_rng(0)), and keep no state "
+            "between calls."
         )
     return found
 

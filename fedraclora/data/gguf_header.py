@@ -1,4 +1,4 @@
-"""The header of a GGUF file, held against the file before anything is built from it.
+"""Read the header of a GGUF file, and check it against the file.
 
 Readers of GGUF trust the header: a wrong number in it reads one tensor's bytes as another's, fills
 what is not there at random, or builds for minutes.
@@ -29,7 +29,7 @@ MOST_DIMENSIONS = 4
 
 @dataclass(frozen=True)
 class Stored:
-    """A tensor as the header has it.
+    """A tensor as the header describes it.
 
     Attributes:
         shape: The fastest dimension last, as torch has it.
@@ -41,13 +41,13 @@ class Stored:
 
     @property
     def count(self) -> int:
-        """How many numbers it holds."""
+        """Return the number of elements."""
         return prod(self.shape)
 
 
 @dataclass(frozen=True)
 class Header:
-    """What a GGUF file says of itself.
+    """The metadata and tensors of a GGUF file.
 
     Attributes:
         fields: Values by key; of a list its length.
@@ -59,7 +59,7 @@ class Header:
 
     @property
     def kinds(self) -> str:
-        """The types of numbers, the most used first, for example ``Q4_1, F32``."""
+        """Return the number types, the most used first, such as ``Q4_1, F32``."""
         sizes = Counter[str]()
         for tensor in self.tensors.values():
             sizes[tensor.kind] += tensor.count
@@ -67,7 +67,7 @@ class Header:
 
 
 def read_gguf_header(path: Path, key: str) -> Header:
-    """Read the header of a GGUF file, and check that the file is what it says.
+    """Read the header of a GGUF file, and check the file against it.
 
     Args:
         path: The file.
@@ -97,7 +97,7 @@ class _Reader:
             raise ValueError("it does not begin with GGUF")
         self.at = 4
         if (version := self._number("I")) not in VERSIONS:
-            raise ValueError(f"its version is {version}; 2 or 3, little-endian, is wanted")
+            raise ValueError(f"its version is {version}, but must be 2 or 3, little-endian")
         tensors, keys = self._number("Q"), self._number("Q")
         fields: dict[str, object] = {}
         for _ in range(keys):
@@ -110,14 +110,14 @@ class _Reader:
         from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 
         if not isinstance(alignment, int) or alignment < 1 or alignment & (alignment - 1):
-            raise ValueError(f"its general.alignment is {alignment!r}; a power of 2 is wanted")
+            raise ValueError(f"its general.alignment is {alignment!r}, but must be a power of 2")
         found: dict[str, Stored] = {}
         last = end = 0  # of the tensors so far, from where the first begins; with padding
         for _ in range(count):
             name = self._name("tensor", found)
             dimensions = self._number("I")
             if not 1 <= dimensions <= MOST_DIMENSIONS:
-                raise ValueError(f"{name} has {dimensions} dimensions; 1 to 4 are wanted")
+                raise ValueError(f"{name} has {dimensions} dimensions, but must have 1 to 4")
             shape = tuple(self._number("Q") for _ in range(dimensions))[::-1]
             kind = GGMLQuantizationType(self._number("I"))
             block, size = GGML_QUANT_SIZES[kind]
@@ -133,7 +133,7 @@ class _Reader:
         begin = -(-self.at // alignment) * alignment
         if not begin + last <= len(self.data) <= begin + end:
             raise ValueError(
-                f"its tensors take {last} bytes by its header, and {len(self.data) - begin} are "
+                f"its header announces {last} bytes of tensors, but {len(self.data) - begin} are "
                 "there: get it again"
             )
         return found
@@ -173,5 +173,5 @@ class _Reader:
             for _ in range(count):
                 self._text()
         else:
-            raise ValueError(f"it has a list of type {inner}, which readers do not know")
+            raise ValueError(f"it has a list of type {inner}, which is not supported")
         return count

@@ -1,4 +1,4 @@
-"""Where data files and folders of model weights are, and whether they are the right ones.
+"""Find data files and model weights, and verify their checksums.
 
 Nothing is downloaded here. A path is spelt in one of three ways:
 
@@ -63,7 +63,7 @@ def package_path(package: str, path: str) -> Path | None:
 
 
 def user_path(key: str, text: object) -> Path:
-    """Read a path that a user has written; ``~`` is a home folder.
+    """Return a path that a user wrote, with ``~`` replaced by a home folder.
 
     Args:
         key: What says it, for the message.
@@ -75,7 +75,7 @@ def user_path(key: str, text: object) -> Path:
     if isinstance(text, str | Path) and str(text).strip() and "\0" not in str(text):
         with suppress(RuntimeError):  # of a user whom this machine does not have
             return Path(text).expanduser()
-    raise ConfigError(f"{key} is {text!r:.200}; a path is wanted (~NAME is a user's home folder)")
+    raise ConfigError(f"{key}={text!r:.200} is not a path (~NAME is a user's home folder)")
 
 
 def install_command(package: str) -> str:
@@ -84,7 +84,7 @@ def install_command(package: str) -> str:
 
 
 def resolve(spelling: str, *, key: str, root: str | None = None) -> Path:
-    """Find a file or a folder by its spelling (see the module's docstring; not ``hub:``).
+    """Return the path of a file or folder (spellings as in the module's docstring; not ``hub:``).
 
     A file of a package is taken from the data root where a file of that name lies there.
 
@@ -138,7 +138,7 @@ def _in_package(spelling: str, key: str, root: str | None) -> Path:
 
 
 def model_source(spelling: str, *, key: str, root: str | None = None) -> tuple[str, bool]:
-    """Resolve the folder of a model or tokenizer, or take a hub name.
+    """Return the folder of a model or tokenizer, or its hub name.
 
     Args:
         spelling: A folder, ``package:NAME/path`` or ``hub:NAME``.
@@ -157,12 +157,16 @@ def model_source(spelling: str, *, key: str, root: str | None = None) -> tuple[s
     try:
         return str(resolve(spelling, key=key, root=root)), True
     except DataError as error:
-        hint = "" if spelling.startswith(PACKAGE) else "; for a model of the hub write hub:NAME"
+        hint = (
+            ""
+            if spelling.startswith(PACKAGE)
+            else "; write hub:NAME for a model of the Hugging Face hub"
+        )
         raise DataError(f"{error}{hint}") from error
 
 
 def checked_source(path: str, sha256: str | None) -> tuple[str, bool]:
-    """Find pretrained weights (``model.path``), and verify those that lie on this machine.
+    """Find pretrained weights (``model.path``), and verify local ones.
 
     Args:
         path: As for `model_source`.
@@ -178,7 +182,9 @@ def checked_source(path: str, sha256: str | None) -> tuple[str, bool]:
     if local and sha256 is not None:
         weights = Path(source) if Path(source).is_file() else Path(source) / "model.safetensors"
         if not weights.is_file():
-            raise DataError(f"model.path={path}: there is no {weights} to verify; sha256 is set")
+            raise DataError(
+                f"model.path={path} has no {weights}, so model.sha256 cannot be checked"
+            )
         check_file(weights, sha256)
     return source, local
 
@@ -212,21 +218,19 @@ def from_pretrained(kind: Any, source: str, local: bool, key: str, **given: obje
     except Exception as error:  # each library raises its own errors for damaged files
         refuse_code(error, key, source)
         what = " ".join(f"{type(error).__name__}: {error}".split())
-        raise DataError(
-            f"{key}: {kind.__name__} finds nothing in {source} that it can load ({what})"
-        ) from error
+        raise DataError(f"{key}: {kind.__name__} cannot load {source} ({what})") from error
 
 
 def refuse_code(error: Exception, key: str, source: str) -> None:
-    """Say of an error of transformers, if it is so, that the folder's own code was not run.
+    """Raise a clear error if transformers refused to run the folder's own code.
 
     Raises:
         ConfigError: Naming the key and the folder.
     """
     if "trust_remote_code" in str(error):
         raise ConfigError(
-            f"{key.partition('=')[0]}={source}: the folder brings code of its own, which is not "
-            "run; name a model, or a tokenizer, of a kind that transformers itself has"
+            f"{key.partition('=')[0]}={source} brings its own code, which is never run. Name a "
+            "model or tokenizer of a class that transformers itself has."
         ) from error
 
 
@@ -239,8 +243,8 @@ def load_tokenizer(tokenizer: str | None, root: str | None) -> Any:
     """
     if tokenizer is None:
         raise ConfigError(
-            "data.tokenizer is not set: name the folder of a tokenizer; it is that of model.path "
-            "where that is set"
+            "data.tokenizer is not set, and neither is model.path, its default. Name the folder "
+            "of a tokenizer."
         )
     from transformers import AutoTokenizer
 
@@ -255,30 +259,30 @@ def file_digest(path: Path) -> str:
 
 
 def check_file(path: Path, sha256: str | None, get: str = "get it again") -> Path:
-    """Verify a file's SHA-256 where one is known, as `check_sha256` does; give the path back."""
+    """Verify a file's SHA-256 if one is known, as `check_sha256` does; return the path."""
     if sha256 is not None:
         check_sha256(str(path), file_digest(path), sha256, get)
     return path
 
 
 def check_sha256(name: str, found: str, expected: str, get: str = "get it again") -> None:
-    """Compare two SHA-256; ``get`` says how to get the right file.
+    """Compare two SHA-256 checksums; ``get`` says how to get the right file.
 
     Raises:
         DataError: If they differ.
     """
     if found != expected:
         raise DataError(
-            f"{name} has sha256 {found}, not {expected}: it is another file or a damaged one. "
+            f"{name} has sha256 {found}, not {expected}: the file is damaged or another one. "
             f"Remove it and {get}"
         )
 
 
 def unread(path: Path, error: Exception) -> DataError:
-    """Say that a file cannot be read, and what may be wrong with it."""
-    ask = "is the file whole?"
+    """Build the error for a file that cannot be read."""
+    ask = "is the file complete?"
     if isinstance(error, PermissionError):
         found = path.stat()
         of = f"user {found.st_uid}, group {found.st_gid}, mode {found.st_mode & 0o777:o}"
-        ask = f"user {os.geteuid()} reads it, and it has {of}: let that user read it"
+        ask = f"it belongs to {of}. Let user {os.geteuid()} read it"
     return DataError(f"{path} cannot be read: {error}; {ask}")

@@ -1,4 +1,4 @@
-"""Files of arrays: ``.npz``, and what their arrays are called."""
+"""Read ``.npz`` files, and find their arrays by usual names."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ BROKEN_FILE = (OSError, ValueError, TypeError, EOFError, AttributeError, BadZipF
 
 
 def read_arrays(path: Path, do: str, where: object = "data") -> dict[str, AnyArray]:
-    """Read every array of a ``.npz`` file; of another ``do`` says what to do instead.
+    """Read every array of a ``.npz`` file; ``do`` is the advice for other files.
 
     Raises:
         DataError: If it is not there, no such file, or cannot be read.
@@ -34,7 +34,7 @@ def read_arrays(path: Path, do: str, where: object = "data") -> dict[str, AnyArr
     if not path.is_file():
         raise DataError(f"{where}: there is no file {path}")
     if path.suffix.lower() != ".npz":
-        raise DataError(f"{where}: {path.name} is no .npz file; {do}")
+        raise DataError(f"{where}: {path.name} is not an .npz file; {do}")
     try:
         # Pickles could run code; numpy does not close a damaged file that it has opened itself.
         with path.open("rb") as raw, np.load(raw, allow_pickle=False) as file:
@@ -44,7 +44,7 @@ def read_arrays(path: Path, do: str, where: object = "data") -> dict[str, AnyArr
 
 
 def taken(arrays: dict[str, AnyArray], path: Path) -> dict[str, AnyArray]:
-    """Take the arrays of a usual spelling out of those of a file; give them their own names.
+    """Find the arrays with usual names in a file, and give them standard names.
 
     Raises:
         DataError: If two could have one name.
@@ -53,6 +53,6 @@ def taken(arrays: dict[str, AnyArray], path: Path) -> dict[str, AnyArray]:
     for name, spellings in SPELLINGS.items():
         there = [spelling for spelling in spellings if spelling in arrays]
         if len(there) > 1:
-            raise DataError(f"{path}: the arrays {there} could each be {name}; keep one of them")
+            raise DataError(f"{path}: each of the arrays {there} could be {name}: keep one of them")
         found |= {name: arrays.pop(there[0])} if there else {}
     return found

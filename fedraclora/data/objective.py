@@ -1,4 +1,4 @@
-"""Which loss is meant: what is said, else what the model says, else what the targets leave open.
+"""Choose the loss: the one given, else the one of the model, else one guessed from the targets.
 
 What could mean several things is refused with the choices named: a wrong loss trains without a
 word.
@@ -39,30 +39,31 @@ OF_CHOICES = {"causal_lm": ("next_token",), "gpt": ("next_token",)}  # choices o
 
 
 def check_names(loss: object, metrics: object) -> tuple[str | None, tuple[str, ...] | None]:
-    """Check what a program says as its loss and its metrics; give their names.
+    """Check a program's loss and metrics; return their names.
 
     Raises:
         ConfigError: If they are none, with the losses that there are.
     """
     if loss is not None and not isinstance(loss, str | Mapping):
         raise ConfigError(
-            f"loss is {loss!r:.100}, of type {type(loss).__name__}; the name of a loss is wanted: "
-            f"{choices(LOSSES)}; or a function of your own, or its 'module:function' (docs/own.md)"
+            f"loss is {loss!r:.100}, of type {type(loss).__name__}. Give a loss by name "
+            f"({choices(LOSSES)}), a function of your own, or its 'module:function' "
+            "(docs/own.md)."
         )
     if isinstance(metrics, str | Mapping):
         metrics = [metrics]
     listed = isinstance(metrics, Sequence) and all(isinstance(n, str | Mapping) for n in metrics)
     if metrics is not None and not (listed and metrics):
         raise ConfigError(
-            f"metrics is {metrics!r:.100}; a list of metrics is wanted, the headline first, as in "
-            "['accuracy', 'loss']"
+            f"metrics is {metrics!r:.100}. Give a list of metrics with the most important first, "
+            "such as ['accuracy', 'loss']."
         )
     names = None if metrics is None else tuple(map(named_loss, metrics))  # type: ignore[call-overload]
     return None if loss is None else named_loss(loss), names
 
 
 def said_like(loss: str) -> str:
-    """Read what a loss of the user's own says of itself; empty for others, and where it is silent.
+    """Return the ``like`` of a user's loss; empty if there is none.
 
     Raises:
         ConfigError: If its attribute ``like`` is no loss of the project's.
@@ -75,21 +76,21 @@ def said_like(loss: str) -> str:
 
 
 def usual_metrics(loss: str, target: torch.Tensor) -> tuple[str, ...]:
-    """Give the metrics that are usual for a loss; of one that says nothing, those of its target."""
+    """Return the usual metrics of a loss; for a user's loss, those of its targets."""
     if known := LOSSES.get(said_like(loss) or loss):
         return known.metrics
     return ("accuracy", "loss") if has_classes(loss, target) else ("loss",)
 
 
 def has_classes(loss: str, target: torch.Tensor) -> bool:
-    """Tell whether each sample has one class; of a loss that says nothing, whole numbers are."""
+    """Return whether each sample has one class; with a user's loss, if targets are integers."""
     known = (said_like(loss) or loss) in {*LOSSES} - {"cross_entropy", "logistic"}
     whole = not target.is_floating_point() and target[:1].numel() == len(target[:1])
     return whole and not known
 
 
 def with_labels(data: DataSet) -> DataSet:
-    """Give a data set whose samples have classes the column that a partition divides by them."""
+    """Add the label column, by which a partition divides, to a data set with classes."""
     rows = data.train.target
     if "label" in data.columns or data.on_demand or not data.train.inputs:
         return data
@@ -99,18 +100,18 @@ def with_labels(data: DataSet) -> DataSet:
 
 
 def count_classes(data: DataSet) -> int:
-    """Count the classes of samples whose outputs are read as scores of classes; 0 of others."""
+    """Count the classes if outputs are class scores; else 0."""
     labelled = "label" in with_labels(data).columns and data.classes > 1
     return data.classes if labelled and (data.like or data.loss) == "cross_entropy" else 0
 
 
 def judged_by(data: DataSet, loss: object, metrics: object) -> DataSet:
-    """Put what the user said in the place of loss and metrics of a data set; None: nothing."""
+    """Replace loss and metrics of a data set by the user's; None keeps them."""
     if loss is not None and (name := named_loss(loss)) != data.loss:
         if not is_own(name):
             raise ConfigError(
-                f"data.loss is {name}; these data are for {data.loss}: leave it out, or name a "
-                "loss of your own, module:function"
+                f"data.loss={name}, but these data are for {data.loss}. Leave data.loss out, or "
+                "name a loss of your own, module:function."
             )
         usual = usual_metrics(name, data.train.target)
         like = said_like(name) or data.loss
@@ -120,12 +121,12 @@ def judged_by(data: DataSet, loss: object, metrics: object) -> DataSet:
 
 
 def choices(losses: Iterable[str]) -> str:
-    """Name losses with what each of them takes targets for."""
+    """List losses with the targets that each expects."""
     return ", ".join(f"{name} ({LOSSES[name].meaning})" for name in losses)
 
 
 def told_by(model: object) -> tuple[tuple[str, ...], str]:
-    """Read off a model which losses it is made for, and what says so; nothing of most models.
+    """Return the losses that a model is made for, and where it says so; none for most models.
 
     Args:
         model: A module, or the name of a choice of ``model=``.
@@ -144,7 +145,7 @@ def told_by(model: object) -> tuple[tuple[str, ...], str]:
 
 
 def objective_of(said: str | None, tables: Sequence[Samples], model: object) -> tuple[str, str]:
-    """Find the loss of samples, and say where it comes from.
+    """Return the loss of samples, and where it comes from.
 
     Args:
         said: The name that the caller gave, or None.
@@ -183,13 +184,13 @@ def objective_of(said: str | None, tables: Sequence[Samples], model: object) -> 
     if flat:
         classes = "if they are classes, give them as whole numbers (int64)"
     raise DataError(
-        f"the targets are {came}, which does not tell what is to be learnt: say loss=..., one of "
+        f"the targets are {came}, from which no loss can be guessed. Give loss=..., one of "
         f"{choices([*meant, 'squared_error'])}; {classes}"
     )
 
 
 def refuse_contradiction(model: nn.Module, loss: str) -> str | None:
-    """Hold a loss against what the model says of itself.
+    """Reject a loss that contradicts the model.
 
     The problem type travels with an export, and other libraries read it, so that it is to be right;
     what a class is made for is only said, since labels may have been shifted already, say.
@@ -206,14 +207,14 @@ def refuse_contradiction(model: nn.Module, loss: str) -> str | None:
     if source.startswith("problem_type"):
         right = next((name for name, losses in PROBLEM_LOSSES.items() if loss in losses), None)
         raise ConfigError(
-            f"the loss is {loss}, but {source} stands for {' or '.join(told)}: take that loss, or "
-            f"set model.config.problem_type to {right!r} first"
+            f"loss={loss}, but {source} is for {' or '.join(told)}. Use that loss, or set "
+            f"model.config.problem_type to {right!r} first"
         )
-    return f"the loss is {loss}, but {source}, is made for {' or '.join(told)}"
+    return f"loss={loss}, but {source}, is for {' or '.join(told)}"
 
 
 def takes_whole(model: object, tables: Sequence[Samples]) -> bool:
-    """Find out whether a model reads whole numbers ``x`` as they are, as an embedding does.
+    """Return whether a model needs whole numbers as ``x``, as an embedding does.
 
     Bytes may be images: they stay as they are only where the model does not read fractions.
 
@@ -225,8 +226,8 @@ def takes_whole(model: object, tables: Sequence[Samples]) -> bool:
     given = [table.inputs["x"] for table in tables if "x" in table.inputs]
     if len({x.dtype == torch.uint8 for x in given}) > 1:
         raise DataError(
-            "x holds bytes in one table, which are divided by 255, and other numbers in another: "
-            "give all of them in one type"
+            "x holds bytes, which are divided by 255, in one table and other numbers in "
+            "another: use one type in all"
         )
     if any(x.is_floating_point() for x in given):
         return False

@@ -1,4 +1,4 @@
-"""Losses of the user's own: a function, a module of torch, whatever is called with two tensors.
+"""Losses of the user: a function or a torch module called with two tensors.
 
 A plain one gives [N], one loss a sample, or a loss for each number of the target; a pair is the
 loss of each sample, summed over its parts, and how many parts it has.
@@ -24,14 +24,14 @@ Losses = tuple[torch.Tensor, torch.Tensor]
 IGNORED_TOKEN = -100  # target of a token or pixel that has no loss, as in torch's cross_entropy
 PASSING = (FedRacLoraError, MemoryError, torch.OutOfMemoryError)  # raised on unchanged
 WANTED = (
-    "loss(output, target) is to give a tensor of N losses, one for each sample (of torch's own "
-    "losses: reduction='none'), or two tensors: these, summed over the parts of each sample, and "
-    "how many parts it has"
+    "loss(output, target) must return N losses, one for each sample (reduction='none' in "
+    "torch's losses), or a pair of tensors: each sample's loss summed over its parts, and its "
+    "number of parts"
 )
 
 
 def named_loss(value: object) -> str:
-    """Write what a config says as a name: parameters of a mapping stand behind it.
+    """Return a config's loss as one name, with its parameters behind it.
 
     Example:
         >>> named_loss({"name": "mine:focal", "gamma": 2.0})
@@ -44,7 +44,7 @@ def named_loss(value: object) -> str:
 
 
 def own_object(key: str, name: str) -> Any:
-    """Give the object that a name of `named_loss` stands for.
+    """Return the object that a name of `named_loss` stands for.
 
     Raises:
         ConfigError: If there is none, or it does not take the parameters.
@@ -54,7 +54,7 @@ def own_object(key: str, name: str) -> Any:
 
 
 def short_name(name: str) -> str:
-    """Shorten a name to what ledgers and reports say.
+    """Shorten a name for ledgers and reports.
 
     Example:
         >>> short_name('mine:focal {"gamma": 2.0}'), short_name("Lost.recall@0123456789abcdef")
@@ -65,13 +65,13 @@ def short_name(name: str) -> str:
 
 
 def is_own(name: str) -> bool:
-    """Check whether a name is that of an object of the user's."""
+    """Return whether a name is that of a user's object."""
     return is_named(name.partition(" ")[0])
 
 
 @dataclass(frozen=True)
 class OwnLoss:
-    """A loss of the user's own, as the engines want it.
+    """A user's loss, in the form that the engines need.
 
     Attributes:
         name: For messages.
@@ -91,11 +91,11 @@ class OwnLoss:
         return cls(name.partition("@")[0], own_object("data.loss", name))
 
     def __call__(self, output: torch.Tensor, target: torch.Tensor) -> Losses:
-        """Call it, and read what it gives."""
+        """Call the loss, and return each sample's loss and number of parts."""
         return self.read(self.call(output, target), output, target)
 
     def call(self, output: torch.Tensor, target: torch.Tensor) -> Any:
-        """Call what the user gave."""
+        """Call the user's function."""
         if isinstance(self.function, nn.Module):  # weights of classes go where the outputs are
             self.function.to(output.device, output.dtype)
         by_number = output.numel() == target.numel()
@@ -105,7 +105,7 @@ class OwnLoss:
         return self.function(output, target)
 
     def read(self, found: Any, output: torch.Tensor, target: torch.Tensor) -> Losses:
-        """Read what it gave; its own error would blame the model.
+        """Check and convert the returned value.
 
         Raises:
             ConfigError: If that is no loss for each sample.
@@ -136,7 +136,7 @@ def _is_tensor(found: object) -> bool:
 def check_loss(
     loss: OwnLoss, output: torch.Tensor, target: torch.Tensor, *, scalar: bool = False
 ) -> None:
-    """Call a loss on a few samples, and reject what no local step could take.
+    """Call a loss on a few samples, and reject it if it cannot be trained.
 
     Args:
         loss: Of the user.
@@ -152,7 +152,7 @@ def check_loss(
         each.requires_grad for each in loss.function.parameters()
     ):
         raise ConfigError(
-            f"{said}: it has weights of its own, which nothing would train: keep them in the model"
+            f"{said} has weights of its own, which would not be trained: keep them in the model"
         )
     wanted, slope, is_scalar = _called(loss, output, target)
     if is_scalar and not scalar:
@@ -160,9 +160,9 @@ def check_loss(
     if not bool(torch.isfinite(wanted).all()):
         row = int((~torch.isfinite(wanted)).nonzero()[0])
         raise ConfigError(
-            f"{said} gives {float(wanted[row])} for an output {output[row].tolist()} and a target "
-            f"{target[row].tolist()}; finite numbers are wanted: hold logarithms, roots and "
-            "quotients away from 0"
+            f"{said} gives {float(wanted[row])} for an output {output[row].tolist()} and a "
+            f"target {target[row].tolist()}, but losses must be finite: keep logarithms, roots "
+            "and quotients away from 0"
         )
     if slope is not None and not bool(slope.any()):  # a hinge is flat here and there
         drawn = torch.Generator().manual_seed(0)
@@ -172,13 +172,13 @@ def check_loss(
     if slope is None or not bool(torch.isfinite(slope).all()):
         came = "no gradient" if slope is None else "a gradient with a NaN or an infinity"
         raise ConfigError(
-            f"{said} gives the model {came}: form it from the output by functions of torch alone "
-            "that have a slope (no argmax, round, detach, item or numpy), finite where it is 0"
+            f"{said} gives the model {came}. Compute it from the output with differentiable "
+            "torch functions only (no argmax, round, detach, item or numpy)."
         )
     if not torch.equal(_called(loss, output, target)[0], wanted):
         raise ConfigError(
-            f"{said} gives something else each time that it is called with the same output and "
-            "target: it may draw no numbers, and keep nothing from call to call"
+            f"{said} returns something else when it is called twice with the same output and "
+            "target. It must use no random numbers and keep no state between calls."
         )
     if is_scalar:
         return
@@ -186,9 +186,9 @@ def check_loss(
     each = torch.cat([_called(loss, output[i : i + 1], target[i : i + 1])[0] for i in rows])
     if not torch.allclose(each.double(), wanted.double(), 1e-3, 1e-3 * float(wanted.abs().max())):
         raise ConfigError(
-            f"{said}: the loss of a sample depends on the other samples of its batch (a mean "
-            "or weights over the batch, for example), so that it would depend on the engine and on "
-            "who else trains; one loss for each sample, from its output and target alone, is wanted"
+            f"{said}: the loss of a sample depends on the other samples of its batch (through a "
+            "mean or weights over the batch, for example), so it would depend on the engine and "
+            "on other clients. Compute each sample's loss from its own output and target."
         )
 
 
@@ -211,12 +211,12 @@ def _called(
             [slope] = torch.autograd.grad(losses.sum(), leaf, allow_unused=True)
     if not (torch.equal(given, leaf) and torch.equal(beside, target)):
         raise ConfigError(
-            f"loss {loss.name} writes into its output or target: compute them anew (x * 2 in the "
-            "place of x.mul_(2))"
+            f"loss {loss.name} changes its output or target in place: use x * 2 instead of "
+            "x.mul_(2)"
         )
     if not bool((torch.isfinite(parts) & (parts >= 0)).all()):
         raise ConfigError(
-            f"loss {loss.name} gives {parts.tolist()} as the numbers of parts; counts, 0 or more, "
-            "are wanted"
+            f"loss {loss.name} gives {parts.tolist()} as the numbers of parts, but they must be "
+            "counts, 0 or more"
         )
     return losses.detach() / parts.clamp(min=1), slope, _is_tensor(found) and not found.dim()

@@ -1,4 +1,4 @@
-"""The table of partitions, and the one function that divides a data set among clients."""
+"""The table of partitions, and the function that divides a data set among clients."""
 
 from __future__ import annotations
 
@@ -51,8 +51,8 @@ def natural(
         clients: None, or the number of values that are found.
         seed: Not used: nothing is drawn.
         column: The column.
-        least: Samples that a client has at least; the rows of smaller ones are left out.
-        largest: How many clients, those with the most samples; None: all.
+        least: Least number of samples of a client; the rows of smaller clients are left out.
+        largest: Keep this many clients, those with the most samples; None: all.
 
     Returns:
         Rows of each client.
@@ -66,8 +66,8 @@ def natural(
     parts = [part for part in every if len(part) >= least]
     if not parts:
         raise ConfigError(
-            f"partition.least={least}: none of the {len(every)} values of {column} has so many "
-            f"samples; the largest has {max(map(len, every))}"
+            f"partition.least={least}: none of the {len(every)} values of {column} has as many "
+            f"samples. Lower it to {max(map(len, every))} or less."
         )
     enough = f", {len(parts)} with at least {least} samples" if least > 1 else ""
     if largest is not None:
@@ -85,7 +85,7 @@ def natural(
 
 
 def given(data: DataSet, *, clients: int | None, seed: int) -> Division:
-    """Take the division that the data set brings.
+    """Use the division that the data set brings.
 
     Args:
         data: The data set.
@@ -98,8 +98,8 @@ def given(data: DataSet, *, clients: int | None, seed: int) -> Division:
     del seed
     if data.parts is None:
         raise ConfigError(
-            "partition=given: this data set brings no division of its own; choose another, such "
-            "as partition=iid"
+            "partition=given: this data set has no division of its own. Choose another, such as "
+            "partition=iid."
         )
     parts = data.parts
     if isinstance(parts, list):
@@ -115,18 +115,18 @@ def _require_number(clients: int | None, found: int, why: str) -> None:
 
 
 def fitting(data: DataSet) -> str:
-    """Name the division that fits a data set: its own, by its client column, or at random."""
+    """Choose a partition for a data set: its own, by its client column, or at random."""
     if data.parts is not None:
         return "given"
     return "natural" if "client" in data.columns else "iid"
 
 
 def auto(data: DataSet, *, clients: int | None, seed: int) -> Division:
-    """Divide a data set in the way that fits it.
+    """Divide a data set by its own division, by its client column, or at random.
 
     Args:
         data: The data set.
-        clients: Number of clients; None where the data decide.
+        clients: Number of clients; None if the data determine it.
         seed: The seed of the run.
 
     Returns:
@@ -135,8 +135,8 @@ def auto(data: DataSet, *, clients: int | None, seed: int) -> Division:
     name = fitting(data)
     if name == "iid" and clients is None:
         raise ConfigError(
-            "clients is not set, and no column says whose each row is: set clients=10, say, to "
-            "divide the rows at random, or data.client to such a column"
+            "clients is not set, and no column names the client of each row. Set clients=10, "
+            "say, to divide the rows at random, or set data.client to such a column."
         )
     return PARTITIONS[name](data, clients=clients, seed=seed)
 
@@ -190,8 +190,8 @@ def make_partition(
     own = is_named(name)
     if own and data.parts is not None:
         raise ConfigError(
-            f"partition={name} divides a table, and these data are divided already, one entry for "
-            "each client: leave it out"
+            f"partition={name} divides a table, but these data are divided already, one entry "
+            "for each client. Leave it out."
         )
     if isinstance(divide, type):
         divide, args = partial(by_partitioner, divide(**args)), {}
@@ -199,8 +199,8 @@ def make_partition(
         check_call(f"partition={name}", divide, data=data, clients=clients, seed=seed, **args)
     if data.on_demand and name not in {"given", "auto"}:
         raise ConfigError(
-            f"partition={name} divides a table, but here each client has samples of its own, which "
-            "are made or found when it is asked: leave partition out, or set partition=given"
+            f"partition={name} divides a table, but here each client has its own samples. Leave "
+            "partition out, or set partition=given."
         )
     if clients is None and name not in {"natural", "given", "auto"} and not own:
         raise ConfigError(f"clients is not set, and partition={name} needs it")
@@ -255,12 +255,14 @@ def _dealt(
         ) from error
     if len(parts) != len(again) or not all(map(np.array_equal, parts, again)):
         raise ConfigError(
-            f"partition={name} deals other rows when it is called again, and each process calls "
-            "it: draw by its argument seed alone (numpy.random.default_rng(seed)), and keep "
-            "nothing from call to call"
+            f"partition={name} returns other rows when it is called again, but every process of "
+            "a run calls it. Draw by its argument seed only (numpy.random.default_rng(seed)), "
+            "and keep no state between calls."
         )
     if part := what_differs(before, fingerprint_of((data.train, data.columns))):
-        raise ConfigError(f"partition={name} changes the data that it divides ({part}): copy them")
+        raise ConfigError(
+            f"partition={name} changes the data that it divides ({part}): change a copy instead"
+        )
     return cast("Division", parts)
 
 
@@ -280,8 +282,8 @@ def _nonempty(
     if data.tests and (not kept or empties):
         why = f"{leaves} ({shown})" if empties else f"partition={name} divides all rows anew"
         raise ConfigError(
-            f"{why}, but clients bring test samples of their own, by number: leave partition and "
-            "data.labels as they are, or the test samples out"
+            f"{why}, but test samples are assigned to clients by number. Leave partition and "
+            "data.labels unset, or leave out the clients' test samples."
         )
     return [part for part in parts if len(part)]
 
@@ -296,8 +298,8 @@ def _checked_rows(name: str, parts: object, count: int) -> list[RowNumbers]:
             rows = np.zeros(1)
         if rows.ndim != 1 or (len(rows) and rows.dtype.kind not in "iu"):
             raise ConfigError(
-                f"partition={name} gives {part!r:.100} for client {client}; for each client an "
-                "array of row numbers is wanted, int64, [rows]"
+                f"partition={name} gives {part!r:.100} for client {client}; give an int64 array "
+                "of row numbers, [rows], for each client"
             )
         if len(rows) and not 0 <= rows[0] <= rows[-1] < count:
             raise ConfigError(
@@ -308,7 +310,8 @@ def _checked_rows(name: str, parts: object, count: int) -> list[RowNumbers]:
     every, times = np.unique(np.concatenate([*found, []]), return_counts=True)
     if bool((times > 1).any()):
         raise ConfigError(
-            f"partition={name} gives row {every[times > 1][0]:.0f} twice; each row is one client's"
+            f"partition={name} gives row {every[times > 1][0]:.0f} twice: assign each row to one "
+            "client"
         )
     return found
 
@@ -326,8 +329,8 @@ def _named(
     if not gone:
         return found
     log.warning(
-        "%d of the clients that the data name have no training row left (all were cut away, left "
-        "out or held out) and take no part: %s%s",
+        "%d clients in the data have no training rows left (all were filtered or held out) and "
+        "take no part: %s%s",
         len(gone),
         ", ".join(map(str, gone[:MOST_NAMED])),
         ", ..." if len(gone) > MOST_NAMED else "",
@@ -357,7 +360,7 @@ def _rows_digest(parts: Sequence[RowNumbers]) -> str:
 
 
 def spread_clients(clients: int, most: int) -> torch.Tensor:
-    """List all ids, or ``most`` of them spread evenly, int64.
+    """Return all ids, or ``most`` of them spread evenly, int64.
 
     Example:
         >>> spread_clients(9, 3)

@@ -47,7 +47,8 @@ def dirichlet(
         clients: Number of clients.
         seed: The seed of the run.
         alpha: Concentration: small is skewed, large is even.
-        min_size: Least samples of a client; the draw is repeated up to ten times to reach it.
+        min_size: Least number of samples of a client; the draw is repeated up to ten times to reach
+            it.
 
     Returns:
         Rows of each client.
@@ -63,7 +64,7 @@ def dirichlet(
 def pathological(
     data: DataSet, *, clients: int, seed: int, classes_per_client: Count = 2
 ) -> list[RowNumbers]:
-    """Assign each client samples of a few classes only.
+    """Give each client samples of a few classes only.
 
     Client k has class k (modulo the number of classes) and others drawn at random, so that no
     class is lost where there are as many clients as classes.
@@ -154,8 +155,8 @@ def class_labels(data: DataSet) -> Column:
     """
     if "label" not in data.columns:
         raise ConfigError(
-            "this partition divides by class, and the data set has no classes: use partition=iid, "
-            "or natural where it has a client column"
+            "this partition divides by class, but the data set has no classes. Use "
+            "partition=iid, or partition=natural with a client column."
         )
     return data.columns["label"]
 
@@ -202,7 +203,7 @@ def _by_label(
 def by_partitioner(
     partitioner: Any, data: DataSet, *, clients: int | None, seed: int
 ) -> list[RowNumbers]:
-    """Divide by a partitioner of flwr-datasets, or one like these, which sees all columns.
+    """Divide by a partitioner of flwr-datasets, or a similar one, that sees all columns.
 
     Raises:
         ConfigError: If it cannot divide these data.
@@ -222,7 +223,7 @@ def _divide(
     from datasets import Dataset
 
     class Whole(Dataset):  # type: ignore[misc]
-        """Gives a column at once: partitioners make an array of it, else row by row."""
+        """Returns a column at once instead of row by row."""
 
         def __getitem__(self, key: Any) -> Any:
             found = super().__getitem__(key)
@@ -247,7 +248,7 @@ def _divide(
 
 @dataclass(frozen=True)
 class Resampled(OfLaw, TableRows):
-    """Clients whose samples are rows of one table, drawn with replacement.
+    """Clients whose samples are rows of one table, sampled with replacement.
 
     Attributes:
         samples: The table.
@@ -279,7 +280,7 @@ def bootstrap(
     sizes: SizeLaw = "constant",
     spread: NotNegative = 0.5,
 ) -> Resampled:
-    """Draw each client's rows with replacement, so that there can be any number of clients.
+    """Sample each client's rows with replacement, for any number of clients.
 
     Args:
         data: The data set; its classes, where it has any, are drawn by the client's mix.

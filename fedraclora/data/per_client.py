@@ -1,4 +1,4 @@
-"""Samples that each client brings itself: files of its own, or a function of its own.
+"""Samples that each client brings itself, from files or a function.
 
 The server knows what a sample looks like, and may have samples to measure on. In a deployment every
 other sample stays where it is. Nothing is trained on at the server.
@@ -38,7 +38,7 @@ PARAMETERS = "data.parameters"
 
 
 def counted(samples: str | None, clients: int | None) -> int:
-    """Return the number of clients, which the files of a folder may determine.
+    """Return the number of clients, counted from a folder's files if it is not set.
 
     Raises:
         ConfigError: If nothing tells it.
@@ -48,7 +48,8 @@ def counted(samples: str | None, clients: int | None) -> int:
         return clients
     if samples is None or is_function(samples):
         raise ConfigError(
-            "clients is not set: say for how many clients there are samples, for example clients=3"
+            "clients is not set: give the number of clients that have samples, for example "
+            "clients=3"
         )
     numbers = _numbers(folder := _folder(samples))
     if not numbers:
@@ -70,9 +71,9 @@ def _folder(samples: str) -> Path:
     folder = user_path("data.samples", samples)
     if folder.is_file():
         raise DataError(
-            f"data.samples={samples} is a file; a folder with 0.npz, 1.npz, ... or module:function "
-            "is wanted. A file that is to be divided among clients is for data=table (CSV, "
-            "Parquet) or data=arrays (.npz)"
+            f"data.samples={samples} is a file. Give a folder with 0.npz, 1.npz, ... or "
+            "module:function; to divide a file among clients use data=table (CSV, Parquet) or "
+            "data=arrays (.npz)."
         )
     return folder
 
@@ -84,7 +85,7 @@ def _numbers(folder: Path) -> set[int]:
 def asked_of(
     source: str, client: int, parameters: Mapping[str, object] | None, *, twice: bool = False
 ) -> Any:
-    """Ask a function for what a client has; arguments are those of `read_own`."""
+    """Call the function for a client's samples; arguments are those of `read_own`."""
     call = partial(
         call_function, "data.samples", source, client, parameters=parameters, at=PARAMETERS
     )
@@ -128,8 +129,8 @@ def read_own(
         raise DataError(f"{where} has no samples: neither {named} nor {only} is there")
     if file == only and (not alone or _numbers(folder)):
         raise DataError(
-            f"{where} has no samples: {named} is not there, and {only} is one client's alone; with "
-            "several clients each has its own file, 0.npz, 1.npz, ..."
+            f"{where} has no samples: {named} does not exist, and {only} is only read for a "
+            "single client. With several clients give each its own file, 0.npz, 1.npz, ..."
         )
     found, test = read_npz(file, where), folder / beside
     return found, read_npz(test, f"{where}, test") if test.is_file() else None
@@ -137,7 +138,7 @@ def read_own(
 
 @dataclass(frozen=True)
 class PerClientSource(ClientData):
-    """Client data that are looked for when a client is asked.
+    """Client data that are read when they are needed.
 
     Attributes:
         source: A folder, or ``package.module:function``; None: they are on other machines.
@@ -198,7 +199,7 @@ class PerClientSource(ClientData):
 
     @override
     def object_of(self, client: int) -> Any:
-        """Return the training samples of one client as its function gives them.
+        """Return the training samples of one client as its function returns them.
 
         Raises:
             DataError: If it fails.
@@ -219,7 +220,7 @@ class PerClientSource(ClientData):
 
     @override
     def tests(self, client: int) -> Samples | None:
-        """Return the test samples that a client brings; None where it has none, or is elsewhere."""
+        """Return a client's own test samples; None if it has none or is on another machine."""
         if self.source is None or (self.only is not None and client not in self.only):
             return None
         if client not in self._tests and not self.objects:
@@ -228,7 +229,7 @@ class PerClientSource(ClientData):
         return None if found is None else found.to(self.device, self.dtype)
 
     def held_out(self) -> Samples:
-        """Return the samples of all clients that they do not train on."""
+        """Return the held-out samples of all clients."""
         for client in range(self.num_clients):
             self.client(client)
         return Samples.join([self._held_out.pop(client) for client in range(self.num_clients)])
@@ -255,11 +256,11 @@ class PerClientSource(ClientData):
         return self.objects
 
     def whole(self, client: int) -> Samples:
-        """Return all samples of one client; its source is asked for them once."""
+        """Return all samples of one client, read once."""
         if self.source is None:
             raise ConfigError(
-                "data=own: the samples are with their owners; run it with engine=deploy, or set "
-                "data.samples to a folder or a function that has those of every client"
+                "data=own: the samples are at the clients. Run it with engine=deploy, or set "
+                "data.samples to a folder or function with every client's samples."
             )
         if self.objects:
             return stand_in(length(self.object_of(client)))
@@ -278,7 +279,7 @@ class PerClientSource(ClientData):
 
     @override
     def sizes(self, clients: torch.Tensor) -> torch.Tensor:
-        """Number of samples of each client: int64 [K]; 1 for those that are elsewhere."""
+        """Count the samples of each client: int64 [K]; 1 for those on other machines."""
         known = self.source is not None
         sizes = [
             len(self.client(c)) if known and (self.only is None or c in self.only) else 1

@@ -43,18 +43,18 @@ def check_similar(key: str, names: Iterable[str]) -> list[str]:
 
     Example:
         >>> check_similar("data.label", ["Ill", "ill", "well"])
-        ["data.label: 'Ill' and 'ill' differ in letter case alone, and are two classes"]
+        ["data.label: 'Ill' and 'ill' differ only in letter case; they count as two classes"]
     """
     every = [*dict.fromkeys(names)]
     for one, other in _pairs(every, _plain):
         raise DataError(
-            f"{key}: {_shown(one)} and {_shown(other)} differ in blanks, invisible characters, "
-            f"Unicode form or zeros alone, and would be two {OF[key]}: write them alike"
+            f"{key}: {_shown(one)} and {_shown(other)} differ only in blanks, invisible "
+            f"characters, Unicode form or zeros, but would be two {OF[key]}: write them alike"
         )
     found = _pairs(every, lambda name: unicodedata.normalize("NFKC", _plain(name)).casefold())
     said = " and ".join(f"{_shown(one)} and {_shown(other)}" for one, other in found[:SHOWN])
     more = f" (and {len(found) - SHOWN} more)" if found[SHOWN:] else ""
-    told = f"{key}: {said}{more} differ in letter case alone, and are two {OF[key]}"
+    told = f"{key}: {said}{more} differ only in letter case; they count as two {OF[key]}"
     return [told] if found else []
 
 

@@ -141,7 +141,7 @@ def holdout_of(fraction: float | None, seed: int, **named: object) -> Holdout | 
         said.append(f"data.test_fraction={fraction}")
     if len(said) > 1:
         raise ConfigError(
-            f"{' and '.join(said)} each say what the test samples are: leave all but one out"
+            f"{' and '.join(said)} each choose the test samples: leave out all but one"
         )
     if said and fraction is None:
         return None
@@ -161,8 +161,8 @@ def rows_by_use(values: Column, where: str) -> dict[str, RowNumbers]:
     found = {use: np.flatnonzero(values == use) for use in USES}
     if odd := sorted({*values} - {*USES}) or [use for use in USES[:2] if not len(found[use])]:
         raise DataError(
-            f"{where} has {sorted({*values})}; train and test are wanted, and validation is "
-            f"known: see {odd[0]!r}"
+            f"{where} has the value {odd[0]!r}, but must have train, test or validation only (it "
+            f"has {sorted({*values})})"
         )
     return found
 
@@ -187,12 +187,13 @@ def hold_out(data: DataSet, validation: Fraction, seed: int) -> tuple[DataSet, S
         return data, data.validation
     if data.validation is not None:
         raise ConfigError(
-            f"data.validation={validation}, but the data say which rows are for it: leave it at 0"
+            f"data.validation={validation}, but data.split already marks the validation rows: "
+            "leave it at 0"
         )
     if not len(data.train):
         raise ConfigError(
-            f"data.validation={validation}, but these clients bring all training samples, and none "
-            "of them is at the server: leave data.validation at 0"
+            f"data.validation={validation}, but the server has no training samples: these "
+            "clients bring them. Leave data.validation at 0."
         )
     owners = None if data.held_out_by is None else data.columns[data.held_out_by]
     how, labels = Holdout(validation, seed, "validation"), data.columns.get("label")
@@ -210,8 +211,8 @@ def hold_out_test(data: DataSet, fraction: float) -> DataSet:
     kept, held = Holdout(fraction).split_each(data.parts if isinstance(data.parts, list) else whole)
     if not len(held):
         raise DataError(
-            f"the clients have {len(data.train)} samples in all, of which none can be held out to "
-            "measure on: say test=... (test=0: the server measures nothing)"
+            f"the clients have {len(data.train)} samples in all, too few to hold out test "
+            "samples. Give test=... (with test=0 the server evaluates nothing)."
         )
     info = data.info | {"held_out": fraction}
     return replace(keep_rows(data, kept), test=take(data.train, held), info=info)

@@ -50,8 +50,8 @@ class Table:
         if not isinstance(found, pd.DataFrame):
             path = "" if where == "test" else ", or the path of such a table,"
             raise DataError(
-                f"{where} is a {type(found).__name__}; a frame of pandas with the columns of data"
-                f"{path} is wanted (pandas.read_csv reads one)"
+                f"{where} is a {type(found).__name__}. Give a pandas frame with the columns of "
+                f"data{path} (pandas.read_csv reads one)."
             )
         frame = found.rename(columns=str)
         _refuse_twins(frame.columns, where)
@@ -87,8 +87,8 @@ class Table:
         kind = next((s for s in reversed(path.suffixes) if s in KINDS), None)
         if kind is None:
             raise ConfigError(
-                f"{path}: a name that ends in .csv, .tsv, .tab, .parquet or .jsonl (.gz and .bz2 "
-                "after that or not) is wanted; for .npz and IDX files there is data=arrays"
+                f"{path}: the name must end in .csv, .tsv, .tab, .parquet or .jsonl (.gz or .bz2 "
+                "may follow). For .npz and IDX files use data=arrays."
             )
         try:
             if kind == ".parquet":
@@ -101,7 +101,7 @@ class Table:
             else:
                 frame = _typed_cells(path, separator or SEPARATORS[kind], words)
         except UnicodeDecodeError as error:
-            raise DataError(f"{path} is no UTF-8 text ({error}): save it as UTF-8") from error
+            raise DataError(f"{path} is not UTF-8 text ({error}): save it as UTF-8") from error
         except (OSError, ValueError, EOFError, csv.Error, lzma.LZMAError) as error:
             reason = " ".join(str(error).split())
             raise DataError(f"{path} cannot be read as a table: {reason}") from error
@@ -110,7 +110,7 @@ class Table:
             raise DataError(f"{path} holds no rows")
         if len(frame.columns) == 1 and ";" in frame.columns[0]:
             raise DataError(
-                f"{path}: the columns are parted by semicolons; set \"data.separator=';'\""
+                f"{path}: the columns are separated by semicolons: set \"data.separator=';'\""
             )
         return cls(frame, path)
 
@@ -180,8 +180,8 @@ def _written_cells(path: Path, separator: str, *, header: bool) -> DataFrame:
         for cells in filter(None, reader):  # without blank lines, as at the end of a file
             if rows and len(cells) != len(rows[0]):
                 raise DataError(
-                    f"{path}, line {reader.line_num}: {len(cells)} fields; {len(rows[0])} are "
-                    "wanted, as in the first row"
+                    f"{path}, line {reader.line_num}: {len(cells)} fields, but the first row has "
+                    f"{len(rows[0])}"
                 )
             rows.append(cells)
     names = rows.pop(0) if header and rows else [str(n) for n in range(len(rows[0]) if rows else 0)]
@@ -198,9 +198,11 @@ def _json_rows(path: Path) -> list[dict[str, Any]]:
             try:
                 row = json.loads(line)
             except ValueError as error:
-                raise DataError(f"{path}, line {number} is no JSON ({error})") from error
+                raise DataError(f"{path}, line {number} is not JSON ({error})") from error
             if not isinstance(row, dict):
-                raise DataError(f"{path}, line {number} is no JSON object: one a line is wanted")
+                raise DataError(
+                    f"{path}, line {number} is not a JSON object: write one in each line"
+                )
             rows.append(row)
     return rows
 
@@ -215,4 +217,4 @@ def open_text(path: Path) -> TextIO:
 def _refuse_twins(names: Iterable[object], where: object) -> None:
     seen = [str(name).strip() for name in names if name == name]  # noqa: PLR0124  not NaN
     if twice := sorted({name for name in seen if seen.count(name) > 1}):
-        raise DataError(f"{where} has several columns {twice[0]!r}: give each a name of its own")
+        raise DataError(f"{where} has several columns named {twice[0]!r}: give each another name")

@@ -264,7 +264,7 @@ def forward(model: nn.Module, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
     logits = getattr(output, "logits", output)
     if not isinstance(logits, torch.Tensor):
         raise TypeError(
-            f"the model returns a {type(output).__name__}; a tensor, or an object with .logits, is "
-            "wanted"
+            f"the model returns a {type(output).__name__}, but must return a tensor or an object "
+            "with .logits"
         )
     return logits

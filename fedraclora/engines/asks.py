@@ -113,7 +113,7 @@ class _Reader:
         header, vectors = read_json(self.records, "config"), read_vectors(self.records)
         wanted = FIELDS if header.keys() != {"request"} else {"request"}
         if header.keys() != wanted:
-            raise WireError(f"a message has the fields {shown([*header])}; {wanted} are wanted")
+            raise WireError(f"the message has the fields {shown([*header])}, expected {wanted}")
         request = self._request(header["request"], vectors)
         stage, count = self._stage(request.clients), len(request.clients)
         if wanted == {"request"}:
@@ -125,11 +125,14 @@ class _Reader:
             numbers = self._numbers("own", 2, own, kind)
             if len(numbers) != count:
                 raise WireError(
-                    f"{count} clients are asked, but tensors of their own came for {len(numbers)}"
+                    f"the message asks {count} clients, but has own tensors for {len(numbers)}"
                 )
             rows = own.unpack(numbers)
         if strange := rows.keys() - downlink.named.keys():
-            raise WireError(f"clients have {shown(sorted(strange))} of their own; nothing is so")
+            raise WireError(
+                f"the message has {shown(sorted(strange))} for single clients, "
+                "but no such tensor differs between clients"
+            )
         ranks = ranks_of(vectors["ranks"], count) if "ranks" in vectors else None
         ask = OwnPart(request, rows, ranks, stage).joined(Ask(request, downlink, kind))
         check_downlink(ask.own, rows.keys())
@@ -148,8 +151,8 @@ class _Reader:
         stage = check_stage(join(Stage, {}, read_json(self.records, SECURE)))
         if not stage.data.keys() <= {*clients.tolist()}:
             raise WireError(
-                f"a message for the clients {shown(clients.tolist())} has a stage of secure "
-                f"aggregation for {shown([*stage.data])}"
+                f"the message is for the clients {shown(clients.tolist())}, but its stage of "
+                f"secure aggregation is for {shown([*stage.data])}"
             )
         return stage
 
@@ -159,15 +162,17 @@ class _Reader:
         with of_message(self.records):
             flat = self._numbers("arrays", 1, layout, kind)
         if len(flat) != layout.size:
-            raise WireError(f"a message has {len(flat)} numbers, but its layout has {layout.size}")
+            raise WireError(
+                f"the message has {len(flat)} numbers, expected {layout.size} by its layout"
+            )
         tensors = layout.unpack(flat)
         beside = layout_of(header[COEFFICIENTS], "the layout of coefficients")
         if beside.size:
             exact = read_array(self.records, "arrays", COEFFICIENTS)
             if exact.dtype != torch.float64 or tuple(exact.shape) != (beside.size,):
                 raise WireError(
-                    f"the coefficients of a message are {tuple(exact.shape)} of {exact.dtype}; "
-                    f"{beside.size} of float64 are wanted"
+                    f"the coefficients of the message are {tuple(exact.shape)} of "
+                    f"{exact.dtype}, expected {beside.size} of float64"
                 )
             # Copied: products round by where a matrix lies.
             tensors |= {name: c.clone() for name, c in beside.unpack(exact).items()}
@@ -181,6 +186,6 @@ class _Reader:
         if found.dim() != axes or found.dtype not in DTYPES.values():
             raise WireError(
                 f"the record {record} has the shape {tuple(found.shape)} and the type "
-                f"{found.dtype}; {axes} axes and one of {[*DTYPES]} are wanted"
+                f"{found.dtype}, expected {axes} axes and one of {[*DTYPES]}"
             )
         return found

@@ -56,9 +56,9 @@ TOKEN = "--token"  # noqa: S105  a word of the programs for tasks; its value is 
 INSTALLED = 1 << 13  # bytes of a digest and a path
 EARLY, OLDEST = 5, 300  # seconds by which Flower lets a clock be ahead, or behind
 UNKNOWN_KEY = (
-    "the SuperLink refuses this node: its key is not registered (send the public part to the "
-    "operator, who runs `flwr supernode register`), or a node with this key was killed less than a "
-    "minute ago"
+    "the SuperLink refuses this node: its key is not registered, or a node with this key was "
+    "killed less than a minute ago. Send the public key to the operator, who runs `flwr "
+    "supernode register`, or wait a minute"
 )
 PR_SET_PDEATHSIG = 1  # of prctl: the signal that a process gets when its parent ends
 LEAST = 0.1  # seconds of a pause between looks that are requests
@@ -159,7 +159,7 @@ def difference(patch: Patch) -> str | None:
             module, _, name = place.partition(":")
             if (now := look(source_of(module), name)) != known:
                 what = module if form == "uses" else place
-                return f"{what} {form} `{now or 'nothing'}`, and `{known}` is known"
+                return f"{what} {form} `{now or 'nothing'}`, expected `{known}`"
     return None
 
 
@@ -574,8 +574,8 @@ def off(headers: Mapping[str, str]) -> str:
         return ""
     told = f"{abs(ahead):.0f} s {'ahead of' if ahead > 0 else 'behind'} the SuperLink's"
     return (
-        f"the SuperLink refuses what this node signs: the clock here is {told}, and Flower takes "
-        f"{OLDEST} s behind to {EARLY} s ahead: set it"
+        f"the SuperLink refuses this node's signatures: the clock here is {told}, and Flower "
+        f"allows {OLDEST} s behind to {EARLY} s ahead. Set the clock of this machine"
     )
 
 

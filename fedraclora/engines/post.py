@@ -82,4 +82,6 @@ class PostedGrid(Grid):
         """
         time.sleep(self.pause)
         if self.ended():
-            raise EngineError(f"Flower's runtime ended before {what}")
+            raise EngineError(
+                f"Flower's runtime ended before {what}. See Flower's log, then resume the run"
+            )

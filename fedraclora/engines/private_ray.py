@@ -44,9 +44,9 @@ PRIVATE = {
 # Characters of the folder's path: that of a socket below it has 68 more, and may have 103.
 LONGEST = 34
 KILLED = (
-    "error: the process of this run was killed, or Ray ended it, because a server of Ray (raylet, "
-    "gcs_server) had been killed (by the system, where memory ran out?): run the same command "
-    "again; where a run is there already, it says how to go on with it"
+    "error: the process of this run ended because Ray ended (raylet or gcs_server was "
+    "killed, perhaps by lack of memory) or because the system killed it. Run the same "
+    "command again; if the run folder exists, the command says how to resume"
 )
 PATIENCE = 3.0  # seconds in which processes must end that were told to
 
@@ -111,7 +111,7 @@ class RayFolder:
         while (left := self._processes()) and time.monotonic() < end:
             time.sleep(0.05)
         for pid in left:
-            log.info("%g s after the end of Ray its process %d is killed", PATIENCE, pid)
+            log.info("Ray ended %g s ago; killing its remaining process %d", PATIENCE, pid)
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         self._made.cleanup()

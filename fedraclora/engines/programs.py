@@ -158,7 +158,9 @@ class Program:
         self.name, self.file = name, file
         found = shutil.which(name, path=environ["PATH"])
         if found is None:
-            raise EngineError(f"there is no {name} beside this Python: install flwr")
+            raise EngineError(
+                f"the program {name} is missing in this Python environment. Install flwr"
+            )
         with file.open("wb") as log:
             self.process = subprocess.Popen(  # noqa: S603
                 [sys.executable, "-P", str(TETHERED), str(RUNNER), found, *words],
@@ -249,7 +251,7 @@ def end_all(programs: Sequence[Program]) -> None:
         late = [p.name for p in programs if not p.is_over(max(0.0, end - time.monotonic()))]
         if not late:
             break
-        log.warning("%g s after %s not all has ended of %s", END, sign.name, ", ".join(late))
+        log.warning("%g s after %s these programs still run: %s", END, sign.name, ", ".join(late))
     for program in programs:
         program.process.communicate()
 

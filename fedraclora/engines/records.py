@@ -99,7 +99,9 @@ def read_weight_update(records: RecordDict) -> WeightUpdate:
     with of_message(records), reading("an update of base weights"):
         header = read_json(records, UPDATE)
         if header.keys() != {"update", "tensors"}:
-            raise WireError(f"an update has the fields {shown([*header])}; update and tensors are")
+            raise WireError(
+                f"the weight update has the fields {shown([*header])}, expected update and tensors"
+            )
         tensors = from_bytes(read_array(records, UPDATE_NUMBERS), header["tensors"])
         return join(WeightUpdate, tensors, header["update"])
 
@@ -136,7 +138,8 @@ def record_of(records: RecordDict, name: str, kind: type[R]) -> R:
     record = records.get(name)
     if not isinstance(record, kind):
         raise WireError(
-            f"a message has the records {shown(list(records))}; {kind.__name__} {name} is wanted"
+            f"the message has the records {shown(list(records))}, expected the "
+            f"{kind.__name__} {name}"
         )
     return record
 
@@ -164,8 +167,8 @@ def read_vectors(records: RecordDict) -> Tree:
         kind = VECTORS.get(path.partition("/")[0])
         if kind is None or not isinstance(raw, bytes) or len(raw) % kind.itemsize:
             raise WireError(
-                f"a message has {shown(raw)} for the vector {shown(path)}; bytes of one of "
-                f"{[*VECTORS]} are wanted"
+                f"the message has {shown(raw)} for the vector {shown(path)}, expected bytes "
+                f"of one of {[*VECTORS]}"
             )
         found[path] = torch.empty(len(raw) // kind.itemsize, dtype=kind)
         found[path].view(torch.uint8).copy_(torch.from_numpy(np.frombuffer(raw, np.uint8).copy()))
@@ -180,7 +183,7 @@ def clients_of(records: RecordDict) -> list[int]:
     """
     vectors = read_vectors(records)
     if "clients" not in vectors:
-        raise WireError("a message does not say which clients it is for")
+        raise WireError("the message does not name its clients")
     ids: list[int] = vectors["clients"].tolist()
     return ids
 
@@ -224,7 +227,8 @@ def _check_bytes(data: bytes) -> None:
     size, came = prod(shape) * dtype.itemsize, len(data) - stream.tell()
     if size != came:
         raise WireError(
-            f"an array of shape {shown(shape)} and type {dtype} takes {size} bytes, but {came} came"
+            f"an array of shape {shown(shape)} and type {dtype} takes {size} bytes, but the "
+            f"message has {came}"
         )
 
 
@@ -253,7 +257,7 @@ def unfolded(content: RecordDict) -> RecordDict:
     with reading("the records that are folded into a message"):
         inside = records_from_bytes(job[RECORDS])
     if twice := inside.keys() & content.keys():
-        raise WireError(f"a message has the records {shown(sorted(twice))} twice; once is wanted")
+        raise WireError(f"the message has the records {shown(sorted(twice))} twice, expected once")
     rest = {name: value for name, value in job.items() if name != RECORDS}
     apart = {name: record for name, record in content.items() if name != JOB}
     return RecordDict({**inside, **apart, **({JOB: ConfigRecord(rest)} if rest else {})})

@@ -28,8 +28,8 @@ def check_format(found: object, who: str) -> None:
     if found != FORMAT:
         came = 1 if found is None else found
         raise WireError(
-            f"{who} writes messages of format {came!r:.20}, and format {FORMAT} is wanted here: "
-            "run the server and the nodes from one release of fedraclora"
+            f"{who} writes messages of format {came!r:.20}, expected format {FORMAT}. Run the "
+            "server and the nodes from one release of fedraclora"
         )
 
 

@@ -251,8 +251,9 @@ class SummedMeasure:
                 (known, first, second), histogram = told, next(counts)
                 if not (known == histogram.sum() and 0 <= known <= n <= clients):
                     raise WireError(
-                        f"{known:g} of {clients} clients have {metric}, {n:g} have samples, and "
-                        f"the histogram has {histogram.sum()}: some client sent what it may not"
+                        f"{known:g} of {clients} clients have {metric}, {n:g} have samples, "
+                        f"and the histogram has {histogram.sum()}: some client broke the "
+                        "protocol"
                     )
                 if known < least:
                     few.append(point + metric)

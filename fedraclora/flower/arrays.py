@@ -63,8 +63,8 @@ def weights_in(
     adapter = {n: t for n, t in given.items() if ".lora_" in n}
     if any(n.endswith(ZERO) and t.any() for n, t in adapter.items()):
         raise ConfigError(
-            "initial_arrays are an adapter that has been trained, and low-rank rounds begin "
-            "with none: merge it into the model first (model.merge_and_unload())"
+            "initial_arrays are a trained adapter, but low-rank rounds start without one. Merge "
+            "it into the model first (model.merge_and_unload())."
         )
     rest = {n.removeprefix(PEFT): t for n, t in given.items() if n not in adapter}
     found = {names[n]: t for n, t in rest.items() if n in names}
@@ -73,8 +73,8 @@ def weights_in(
     lacking = [] if adapter or not arrays else [n for n in base if n not in found]
     if odd or lacking:
         raise ConfigError(
-            f"initial_arrays are not a state dict of the model, nor of its adapter: {odd[:3]} "
-            f"are not its, {lacking[:3]} are missing; give ArrayRecord(model.state_dict())"
+            f"initial_arrays are not a state dict of the model or its adapter: {odd[:3]} are "
+            f"unknown, {lacking[:3]} are missing. Give ArrayRecord(model.state_dict())."
         )
     return found, bool(adapter)
 

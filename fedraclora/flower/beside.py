@@ -68,14 +68,14 @@ def refuse_skipped(kind: type, low_rank: type) -> None:
         if found and each is not low_rank and each not in FLOWERS:
             raise ConfigError(
                 f"{kind.__name__}: {each.__name__}.{found[0]} would be skipped beside LowRank, "
-                "whose clients send factors and no weights. Use one of "
+                "whose clients send factors, not weights. Use one of "
                 f"{', '.join(served.__name__ for served in SERVED)}, or override the method in a "
-                "class derived from LowRank; robust rules are of `fedraclora deploy`"
+                "class derived from LowRank. For robust aggregation use `fedraclora deploy`."
             )
         before += [each.__name__] if foreign and place < ours else []
     if before:
         raise ConfigError(
-            f"{kind.__name__}: {before[0]} stands before LowRank, which keeps the weights. Write "
+            f"{kind.__name__}: {before[0]} comes before LowRank, which keeps the weights. Write "
             f"class {kind.__name__}(LowRank, {before[0]})"
         )
     if {FedOpt, FedAvgM} <= {*order}:
@@ -98,9 +98,9 @@ def shared_config(
     alike = all(each == first for each in configs) and all(each is arrays for each in given)
     if any(contents) or not alike or not isinstance(first, ConfigRecord):
         raise ConfigError(
-            f"{type(strategy).__name__} changes the messages of FedAvg (other arrays, more records "
-            "or a config for each node), and LowRank sends its own. Put what all clients must know "
-            "into config, or override the method in a class derived from LowRank"
+            f"{type(strategy).__name__} changes the messages of FedAvg (other arrays, more "
+            "records or a config for each node), but LowRank sends its own. Put settings for "
+            "all clients into config, or override the method in a class derived from LowRank."
         )
     return first
 

@@ -57,8 +57,8 @@ class FlowerRound:
         job = message.content.get(JOB)
         if not isinstance(job, ConfigRecord) or "run" not in job:
             raise WireError(
-                f"a message has the records {[*message.content]}, and not the record {JOB} of a "
-                "low-rank round: the ServerApp's strategy must be fedraclora.flower.LowRank"
+                f"a message has the records {[*message.content]}, but not {JOB} of a low-rank "
+                "round: use the strategy fedraclora.flower.LowRank in the ServerApp"
             )
         self._message, self._open = message, ExitStack()
         arrays = message.content.array_records
@@ -106,8 +106,8 @@ class FlowerRound:
         """
         if self._weight not in metrics:
             raise ClientError(
-                f"the metrics of a reply are {[*metrics]}; {self._weight!r}, the client's weight "
-                "(the number of its samples), is wanted among them"
+                f"the metrics of a reply are {[*metrics]}, but need {self._weight!r}, the "
+                "client's weight (its number of samples)"
             )
         # Of numpy and torch, which Flower does not take.
         record = MetricRecord({n: getattr(v, "item", lambda v=v: v)() for n, v in metrics.items()})

@@ -135,11 +135,14 @@ class LowRank(FedAvg):
         **options: Any,
     ) -> None:
         if "arrayrecord_key" in options:
-            raise ConfigError("arrayrecord_key is of no use: LowRank sends links and no arrays")
+            raise ConfigError(
+                "arrayrecord_key has no effect: LowRank sends merged updates, not arrays. Leave "
+                "it out."
+            )
         super().__init__(**options)
         if Method not in type(method).__mro__:
             raise ConfigError(
-                f"method is {method!r:.80}; an instance is wanted: FedRacLora(rank=8)"
+                f"method={method!r:.80}: give an instance, such as FedRacLora(rank=8)"
             )
         wire = CompressionConfig(uplink, downlink, False, uplink_coding, downlink_coding)
         require_numbers(model, "model")
@@ -158,8 +161,8 @@ class LowRank(FedAvg):
         self._server = OwnStep(self, self._stepped) if isinstance(self, FedOpt | FedAvgM) else None
         if method.client_state or self._plan.local:
             raise ConfigError(
-                f"{type(method).__name__} with head={head}: a part stays at each client, which "
-                "Flower's nodes do not keep; take what does not, or `fedraclora deploy`"
+                f"{type(method).__name__} with head={head} keeps a part at each client, which "
+                "Flower's nodes do not store. Choose another, or use `fedraclora deploy`."
             )
         self.rounds: FedStrategy | None = None
         self._given = self._shape = ArrayRecord()
@@ -189,8 +192,8 @@ class LowRank(FedAvg):
                 self._before = self._at(1, initial_arrays, grid).done if self.folder else 0
                 if num_rounds < self._before:
                     raise ConfigError(
-                        f"num_rounds={num_rounds}, and {self.folder} has {self._before} rounds: "
-                        "ask for as many or more, or name a new folder as checkpoint"
+                        f"num_rounds={num_rounds}, but {self.folder} has {self._before} rounds. "
+                        "Ask for as many or more, or give a new checkpoint folder."
                     )
                 configs = train_config, evaluate_config, measured if evaluate_fn else None
                 return super().start(grid, initial_arrays, num_rounds, timeout, *configs)
@@ -203,10 +206,9 @@ class LowRank(FedAvg):
     ) -> Iterable[Message]:
         if not self._running:
             raise ConfigError(
-                "LowRank is inside another strategy, which runs the rounds: what that one does to "
-                "arrays and replies (Flower's differential privacy clips them and adds noise) "
-                "would not reach the weights, which LowRank keeps. Call LowRank's own start; "
-                "privacy is of `fedraclora deploy`"
+                "LowRank is wrapped in another strategy, whose changes to arrays and replies "
+                "(such as Flower's differential privacy) would not reach the weights. Call "
+                "LowRank's own start; for privacy use `fedraclora deploy`."
             )
         self._exchange = None
         if server_round <= self._before:
@@ -326,8 +328,8 @@ class LowRank(FedAvg):
             self._given = self._arrays(self.rounds) if self.rounds.done else arrays
         elif arrays is not self._given:
             raise ConfigError(
-                f"round {round_}: the arrays are not those that LowRank gave after the last: "
-                "it keeps the weights itself, and nothing may change them in between"
+                f"round {round_}: the arrays are not those that LowRank returned in the last "
+                "round. LowRank keeps the weights itself: do not change them between rounds."
             )
         self._transport.grid = grid
         return self.rounds
@@ -342,8 +344,8 @@ class LowRank(FedAvg):
         asked = first_downlink(method, method.initial_state(base, plan, draw), draw, 1)
         if not asked.program.plain:
             raise ConfigError(
-                f"{method} needs more of its clients than their own training ("
-                f"{asked.program.name}); take a method, or a start of it, without"
+                f"{method} needs more of its clients than their own training "
+                f"({asked.program.name}): choose another method or initialization"
             )
         changed = (*asked.adapters, *asked.dense)
         base |= {n: base[n].to(wide(base[n].dtype)) for n in changed}
@@ -378,7 +380,7 @@ class LowRank(FedAvg):
             restored, done = recorder.restore(state, rounds.catch_up)
             rounds.resume(restored, done)
             history.recall(restored.base, recorder.links(), rounds.catch_up.version)
-            log.info("\t├──> Goes on after round %d of %s", done, self.folder)
+            log.info("\t├──> Resumes after round %d of %s", done, self.folder)
         rounds.begin(self._transport)
         held = "begin at these weights" if known else "are sent the weights when first asked"
         log.info("\t├──> Clients train %s; they %s", trained, held)

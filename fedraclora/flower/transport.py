@@ -138,18 +138,18 @@ class FlowerTransport(DeployGrid):
         weight = metrics.get(key)
         if more or isinstance(weight, list) or not weight or len(content.array_records) > 1:
             raise WireError(
-                f"one record of metrics with a number {key!r}, and at most one of arrays, are "
-                f"wanted, but {shown([*content])} came, and {shown(weight)}"
+                f"the reply must have one record of metrics with a number {key!r}, and at most "
+                f"one of arrays, but has {shown([*content])}, and {shown(weight)}"
             )
         numbers = ((n, x) for n, v in metrics.items() for x in (v if isinstance(v, list) else [v]))
         if odd := {n: x for n, x in numbers if not math.isfinite(x)}:
-            raise WireError(f"its metrics {shown(odd)} are no finite numbers")
+            raise WireError(f"its metrics {shown(odd)} are not finite numbers")
         partition = content.config_records["job"].get("partition")
         if not isinstance(partition, int) and not self._unnamed:
             self._unnamed = True
             self.incidents.append(
-                f"node {envelope.node} has no whole number as partition-id in its node-config: "
-                "seeds and rounding follow the order of node ids, and another run has other bits"
+                f"node {envelope.node} has no whole number as partition-id in its node-config, "
+                "so seeds follow the order of node ids and another run has other results"
             )
         self._order[client] = (partition if isinstance(partition, int) else 2**63, client)
         request = envelope.ask.request
@@ -158,7 +158,7 @@ class FlowerTransport(DeployGrid):
             return Answer(round_=request.round_, version=request.version, clients=request.clients)
         answer = read_answer(content, envelope.ask)
         if not isinstance(answer, TrainedAnswer):
-            raise WireError(f"the reply is {answer.name!r}; one that is 'trained' is wanted")
+            raise WireError(f"the reply is {answer.name!r}, but must be 'trained'")
         kind = torch.int64 if isinstance(weight, int) else torch.float64
         answer = replace(answer, samples=torch.tensor([weight], dtype=kind))
         self.contents[client] = RecordDict({name: metrics, **content.array_records})

@@ -88,8 +88,8 @@ class Logging(Callback):
             except Exception as error:
                 self.end({}, failed=True)
                 raise EngineError(
-                    f"output.loggers: {name} cannot begin ({type(error).__name__}: {error}); check "
-                    "its settings, or leave it out"
+                    f"output.loggers: {name} cannot start ({type(error).__name__}: {error}). "
+                    "Check its settings, or leave it out."
                 ) from error
             self._going[name] = logger
             if found is not None:
@@ -115,7 +115,7 @@ class Logging(Callback):
             except Exception as error:  # a server or a disk may fail in any way
                 del self._going[name]
                 log.warning(
-                    "%s is left out from here on (%s: %s); the ledger has all rounds",
+                    "%s failed and gets no further rounds (%s: %s); the ledger has all of them",
                     name,
                     type(error).__name__,
                     error,
@@ -169,7 +169,7 @@ def logging_to(names: Sequence[str]) -> Logging:
         if name not in LOGGERS:
             raise unknown("output.loggers", name, LOGGERS)
     if len(set(names)) < len(names):
-        raise ConfigError(f"output.loggers is {list(names)}; each logger is wanted once")
+        raise ConfigError(f"output.loggers={list(names)}: name each logger once")
     made: dict[str, Logger] = {}
     for name in names:
         try:

@@ -171,7 +171,9 @@ def label_distribution(
         ShapeError: If ``counts`` is not a matrix with at least one row and one column.
     """
     if counts.ndim != 2 or 0 in counts.shape:
-        raise ShapeError(f"the counts have the shape {counts.shape}; [clients, classes] is wanted")
+        raise ShapeError(
+            f"the counts have the shape {counts.shape}, but must be [clients, classes]"
+        )
     small = counts.shape[0] <= _MAX_BARS and counts.shape[1] <= _MAX_BARS // 2
     write_png(_bars(counts) if small else _heat_map(counts, population or len(counts)), path)
 

@@ -103,10 +103,10 @@ class ClientStore:
             layout = Layout(tuple(s for s in layout.shapes if not s[0].startswith(MOMENTS)))
         if (found := Layout.of(values)) != layout:
             raise ShapeError(
-                f"client {client} holds other tensors from round {entry.round_} than round "
-                f"{round_} asks for: {difference(found, layout)}. What clients keep must stay the "
-                "same from round to round; moments may change with the number of the link "
-                "(local.optimizer_state=merge), which the method gives"
+                f"client {client}: its tensors of round {entry.round_} differ from those that "
+                f"round {round_} needs: {difference(found, layout)}. Keep names and shapes of "
+                "client state the same in all rounds; only optimizer moments may change, "
+                "with the merge (local.optimizer_state=merge)"
             )
         return values
 

@@ -41,7 +41,7 @@ def opened(found: Mapping[str, object], path: Path) -> dict[str, object]:
     """
     rest = {key: value for key, value in found.items() if key != SEAL}
     if found.get(SEAL, _digest(rest)) != _digest(rest):
-        raise CheckpointError(f"{path} is damaged: its digest does not fit; {ADVICE}")
+        raise CheckpointError(f"{path} is damaged: its checksum does not match; {ADVICE}")
     return rest
 
 
@@ -90,9 +90,9 @@ def check_config(folder: Path) -> bytes:
     text = path.read_bytes()
     if digests.is_file() and _text_digest(text) not in read_sealed(digests).get("config", ()):
         raise CheckpointError(
-            f"{path} is not the config that the run wrote (its digest is not in {FILE}); restore "
-            "the file from a copy. To change a setting of a run that goes on, say it on the "
-            "command line, beside resume"
+            f"{path} is not the config that the run wrote: its checksum is not in {FILE}. "
+            "Restore the file from a copy; to change a setting of a resumed run, give it on "
+            "the command line, beside resume"
         )
     return text
 
@@ -117,13 +117,14 @@ def check_data(folder: Path, data: Mapping[str, object]) -> None:
                 began = began_in(folder)
                 there = "" if began is None else f" in {began}"
                 raise DataError(
-                    f"data.{key}={data.get(key)}: {name}{_owner(key, name)} is missing since the "
-                    f"run began{there}; work in that folder, put it back, or start anew"
+                    f"data.{key}={data.get(key)}: {name}{_owner(key, name)} is missing since "
+                    f"the run began{there}. Work in that folder, restore the file, or start a "
+                    "new run"
                 )
             if now != recorded:
                 raise DataError(
-                    f"data.{key}={data.get(key)}: {name}{_owner(key, name)} has changed since the "
-                    "run began; restore the file, or start the run anew without resume"
+                    f"data.{key}={data.get(key)}: {name}{_owner(key, name)} has changed since "
+                    "the run began. Restore the file, or start a new run without resume"
                 )
 
 
@@ -144,24 +145,24 @@ def check_fixed(
     changed = [x for x in config_difference(stored, now) if not x.startswith(free)]
     # Checkpoints of before have no digests of code and of rows.
     changed = [x for x in changed if not (x.startswith((CODE, ROWS)) and "(absent)" in x)]
-    anew = "or start the run anew without resume"
+    anew = "or start a new run without resume"
     code = [x.removeprefix(CODE).rpartition(": ")[0] for x in changed if x.startswith(CODE)]
     if code:
         raise CheckpointError(
-            f"{folder}: the code of {', '.join(code)}, or of what it names in your modules, has "
-            f"changed since the run began: put that code back, {anew}"
+            f"{folder}: the code of {', '.join(code)}, or of something that it uses in your "
+            f"modules, has changed since the run began. Restore that code, {anew}"
         )
     if any(x.startswith(ROWS) for x in changed) and len(changed) == 1:
         name = str(_get(now, "partition", "name")).partition("@")[0]
         raise CheckpointError(
-            f"{folder}: partition={name} deals other rows to the clients "
-            "than when the run began: have it depend on its arguments alone (hash() of a text "
-            f"differs between processes), {anew}"
+            f"{folder}: partition={name} assigns other rows to the clients than when the run "
+            "began. Make it depend on its arguments only (hash() of a text differs between "
+            f"processes), {anew}"
         )
     if changed:
         raise CheckpointError(
             f"{folder}: the checkpoint was written under another configuration "
-            f"({'; '.join(changed)}); set these keys back, {anew}"
+            f"({'; '.join(changed)}). Set these keys back, {anew}"
         )
 
 

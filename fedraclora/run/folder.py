@@ -90,8 +90,8 @@ def refuse_existing(folder: Path) -> None:
     """
     if has_begun(folder):
         raise CheckpointError(
-            f"{folder} holds a run already; choose another output.dir, "
-            f"or go on with {resume_word(folder)}"
+            f"{folder} holds a run already. Choose another output.dir, or resume it with "
+            f"{resume_word(folder)}"
         )
     if not folder.is_dir() or is_ours(folder):
         return
@@ -100,8 +100,8 @@ def refuse_existing(folder: Path) -> None:
     if names := [name for name in names if name not in known]:
         more = f" and {len(names) - 1} more" if names[1:] else ""
         raise ConfigError(
-            f"{folder} holds {names[0]}{more}, and no run: what is there could be "
-            "overwritten; name a new or an empty folder"
+            f"{folder} holds {names[0]}{more} and no run, and a run could overwrite these "
+            "files. Name a new or an empty folder"
         )
 
 
@@ -112,7 +112,7 @@ def refuse_full(folder: Path) -> None:
         ConfigError: Naming it.
     """
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ConfigError(f"{folder} holds something already; name a new folder")
+        raise ConfigError(f"{folder} is not empty. Name a new folder")
 
 
 @contextmanager
@@ -177,15 +177,19 @@ def read_config(folder: Path) -> Plain:
     """
     path = folder / "config.yaml"
     if not path.is_file():
-        raise CheckpointError(f"{folder} is no run folder: it has no config.yaml")
+        raise CheckpointError(
+            f"{folder} is not a run folder: it has no config.yaml. Name the folder of a run"
+        )
     try:
         loaded = yaml.load(check_config(folder), LOADER)  # noqa: S506  it is a safe one
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # bytes that are no text, too
-        raise CheckpointError(f"{path} is damaged: {error}; restore the config file") from error
+        raise CheckpointError(
+            f"{path} is damaged: {error}. Restore the config file from a copy"
+        ) from error
     if not isinstance(loaded, dict) or not all(isinstance(loaded.get(k), dict) for k in GROUPS):
         raise CheckpointError(
-            f"{path} does not hold the config of a run; restore the file from a copy, or name "
-            "another folder"
+            f"{path} does not contain the config of a run. Restore the file from a copy, or "
+            "name another folder"
         )
     return loaded
 
@@ -225,8 +229,8 @@ def has_checkpoint(folder: Path, every: int) -> bool:
         return True
     if (reached := reached_round(folder)) > every:
         raise CheckpointError(
-            f"{folder} has no checkpoint, though its ledger reaches round {reached}; "
-            "restore the checkpoint from a copy, or start anew in another folder"
+            f"{folder} has no checkpoint, although its ledger reaches round {reached}. "
+            "Restore the checkpoint from a copy, or start a new run in another folder"
         )
     for name in ("ledger.jsonl", *RESUMED_FROM):
         (folder / name).unlink(missing_ok=True)
@@ -251,15 +255,17 @@ def alone(folder: Path, *, shared: bool = False) -> Iterator[None]:
         lock = open_lock(folder / ".lock")
     except PermissionError as error:
         raise CheckpointError(
-            f"the lock of {folder} is another user's ({error}); choose another output.dir, or "
-            "share the folder with a group that may write (output.shared=true, umask 002)"
+            f"output.dir={folder}: another user owns its lock ({error}). Choose another "
+            "output.dir, or share the folder with a group that may write "
+            "(output.shared=true, umask 002)"
         ) from error
     with lock as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise CheckpointError(
-                f"another process is running in {folder}; wait for it, or choose another output.dir"
+                f"another process is running in {folder}. Wait until it ends, or choose "
+                "another output.dir"
             ) from error
         yield
 
@@ -293,8 +299,8 @@ def make(folder: Path, *, shared: bool = False) -> None:
             folder.chmod(0o700)
     except OSError as error:
         raise ConfigError(
-            f"cannot make the folder {folder} ({error}); choose another one, by output.dir, or "
-            "by engine.folder where it is that of the server of `fedraclora deploy connection=`"
+            f"cannot make the folder {folder} ({error}). Choose another output.dir (or "
+            "engine.folder, for the server of `fedraclora deploy connection=`)"
         ) from error
 
 
@@ -331,11 +337,11 @@ def read_summary(folder: Path) -> dict[str, object]:
     path = folder / "summary.json"
     found = read_sealed(path)
     if "weights_digest" not in found:
-        raise CheckpointError(f"{path} is no summary of a run; restore it from a copy")
+        raise CheckpointError(f"{path} is not the summary of a run. Restore it from a copy")
     if LEDGER in found and found[LEDGER] != ["", *seals(read_ledger(folder / "ledger.jsonl"))][-1]:
         raise CheckpointError(
-            f"{path} and ledger.jsonl beside it are not of one run, or one of them was changed; "
-            "restore it from a copy"
+            f"{path} and the ledger.jsonl beside it do not belong together, or one of them "
+            "was changed. Restore both from a copy"
         )
     return found
 

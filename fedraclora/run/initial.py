@@ -98,8 +98,8 @@ def initial_weights(tensors: Tree, meta: Mapping[str, Any], path: Path) -> Tree:
     there = {n: built[n] for n in said["names"] if n in built}
     if digest(there) != said["sha256"]:
         raise CheckpointError(
-            f"{path} refers to {named}, which has other weights now; install the version that the "
-            "run began from"
+            f"{path} refers to {named}, whose weights have changed. Install the version that "
+            "the run began from"
         )
     return {n: base[n] if n in base else there[n] for n in said["order"]}
 
@@ -151,15 +151,15 @@ def _check_gap(folder: Path, last: int, number: int) -> None:
         rows = {row["round"]: row for row in read_ledger(folder / "ledger.jsonl")}
         if last < 0 or rows.get(round_, {}).get("cohort") != 0:
             path = folder / "chain" / f"{round_:06d}.safetensors"
-            raise CheckpointError(f"{path} is missing: restore it from a copy")
+            raise CheckpointError(f"{path} is missing. Restore it from a copy")
 
 
 def plan_in(meta: Mapping[str, Any], path: Path) -> Plan:
     """Read the plan of a run from what a file of it says; ``path`` names that for messages."""
     if not isinstance(stored := meta.get("plan"), Mapping):
         raise CheckpointError(
-            f"{path} was written by an older release, which kept no plan: hand the plan of the run "
-            "in, or go on with the run (resume=...)"
+            f"{path} was written by an older release, which did not store the plan of the "
+            "run. Pass the plan (plan=...), or resume the run (resume=...)"
         )
     return read_plan(stored)
 
@@ -183,13 +183,15 @@ def state_after(
         last, state, said = number, replace(after, link=None), meta
     if last < 0:
         raise CheckpointError(
-            f"round {round_} is read from {chain}, which has no round: they were not kept "
-            "(output.chain=false), or are to be restored from a copy"
+            f"round {round_} cannot be read: {chain} holds no rounds, since they were not "
+            "kept (output.chain=false) or were lost. Restore the folder from a copy, if "
+            "there is one"
         )
     if last < round_ and not beyond:
         missing = chain / f"{last + 1:06d}.safetensors"
         raise CheckpointError(
-            f"{chain} reaches round {last}, but not round {round_}: {missing} is missing"
+            f"{chain} reaches round {last}, but not round {round_}: {missing} is missing. "
+            "Restore it from a copy"
         )
     return state, said
 

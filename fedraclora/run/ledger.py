@@ -75,8 +75,8 @@ class Ledger:
         round_, last = row.get("round"), self.rows[-1]["round"] if self.rows else None
         if not isinstance(round_, int) or (isinstance(last, int) and round_ <= last):
             raise CheckpointError(
-                f"ledger {self.path or ''}: the round of a row must be an integer above {last}, "
-                f"got {round_!r}; to write a round again, cut the ledger first"
+                f"ledger {self.path or ''}: round={round_!r} of a row is not an integer above "
+                f"{last}. To write a round again, cut the ledger first"
             )
         plain = {str(key): ledger_value(value, str(key)) for key, value in row.items()}
         text = json.dumps(plain, allow_nan=False)
@@ -126,7 +126,9 @@ def read_ledger(path: Path) -> list[Row]:
         CheckpointError: If the file is missing or damaged; the message names file and line.
     """
     if not path.is_file():
-        raise CheckpointError(f"there is no ledger {path}; is {path.parent} the folder of a run?")
+        raise CheckpointError(
+            f"there is no ledger {path}. Check that {path.parent} is the folder of a run"
+        )
     return _parse(path.read_bytes(), path)
 
 
@@ -254,7 +256,7 @@ def _parse(data: bytes, path: Path) -> list[Row]:
             claimed = row.pop(_SEAL, None)
             seal = _seal(seal, json.dumps(row))
             if claimed != seal and (claimed is not None or sealed):
-                raise ValueError("its digest does not fit, or a row before it is gone")
+                raise ValueError("its checksum does not match, or an earlier row is missing")
             sealed = claimed is not None
         except ValueError as error:
             if last:
@@ -296,8 +298,8 @@ def ledger_value(value: object, where: str) -> object:
     if isinstance(value, int):
         if abs(value) > sys.float_info.max:
             raise CheckpointError(
-                f"the ledger cannot hold a whole number of {value.bit_length()} bits (column "
-                f"{where})"
+                f"column {where}: the ledger cannot store an integer of {value.bit_length()} "
+                "bits. Convert it to a float or a text"
             )
         return value
     if isinstance(value, float):  # numpy's double, too
@@ -308,7 +310,10 @@ def ledger_value(value: object, where: str) -> object:
         return {str(key): ledger_value(part, f"{where}.{key}") for key, part in value.items()}
     if isinstance(value, list | tuple):
         return [ledger_value(part, where) for part in value]
-    raise CheckpointError(f"the ledger cannot hold a {type(value).__name__} (column {where})")
+    raise CheckpointError(
+        f"column {where}: the ledger cannot store a {type(value).__name__}. "
+        "Use numbers, texts, lists or dicts"
+    )
 
 
 def withheld(row: Mapping[str, object]) -> str:

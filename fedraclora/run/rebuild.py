@@ -57,9 +57,9 @@ def state_at(
         and type(method).weights is not Method.weights
     ):
         raise CheckpointError(
-            f"{chain} was written by an older release, which kept the base weights alone "
-            "(fedraclora.run.rebuild.state_at gives them); only the weights of the last checkpoint "
-            "can be read"
+            f"{chain} was written by an older release, which stored only the base weights, so "
+            "only the weights of the last checkpoint can be read. "
+            "fedraclora.run.rebuild.state_at gives the base weights of other rounds"
         )
     return state
 
@@ -92,9 +92,9 @@ def _check_kept(chain: Path, round_: int) -> None:
     for file in link_files(chain):
         if file.first <= round_ < file.last:
             raise CheckpointError(
-                f"the weights after round {round_} are no longer in {chain}: its link was folded "
-                f"with those up to round {file.last} (fedraclora compact). Choose one of the "
-                f"rounds that were kept: {kept_rounds(chain)}"
+                f"the weights after round {round_} are no longer in {chain}: `fedraclora "
+                f"compact` joined the rounds up to {file.last}. Choose one of the rounds that "
+                f"were kept: {kept_rounds(chain)}"
             )
 
 

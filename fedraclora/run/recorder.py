@@ -87,8 +87,8 @@ def read_clients(folder: Path) -> Columns:
 RESUMED_FROM = (str(KEY), "run_id")
 PRESENT = ("config.yaml", "digests.json", CLIENTS_FILE)  # these have digests of their own, or grow
 WEIGHTS = (
-    "base/ alone is the trained model only for methods that merge everything into it: "
-    "fedraclora.strategies.weights.load_weights(folder) gives the model of every method"
+    "base/ is the whole trained model only for methods that merge all updates into it; for "
+    "every method, use fedraclora.strategies.weights.load_weights(folder)"
 )
 
 
@@ -263,13 +263,19 @@ class RunRecorder:
             CheckpointError: If there is none, it is damaged, or it is of another configuration.
         """
         if self.folder is None:
-            raise CheckpointError("a run without a folder cannot be resumed")
+            raise CheckpointError(
+                "a run without a folder cannot be resumed. Run it with folder=..."
+            )
         tensors, meta = load_checkpoint(self.folder / "checkpoint")
         check_fixed(self.folder, meta.get("fixed", {}), self.fixed, self.free)
         self.source = None  # a run that goes on has kept its initial weights
         counters = meta["counters"]
         if not isinstance(counters, dict):
-            raise CheckpointError(f"{self.folder}: the checkpoint's memo is {counters!r}")
+            raise CheckpointError(
+                f"{self.folder}: the counters of the checkpoint are "
+                f"{counters!r}, which is not valid. Restore the checkpoint "
+                "from a copy"
+            )
         round_ = meta["round"]
         self._verify(self.folder, meta, round_)
         self.ledger.cut(round_)
@@ -304,17 +310,16 @@ class RunRecorder:
         path = folder / "ledger.jsonl"
         if round_ not in {row["round"] for row in self.ledger.rows[: round_ + 1]}:
             raise CheckpointError(
-                f"{path} ends before round {round_}, where the checkpoint stands; {ADVICE}"
+                f"{path} ends before round {round_}, the round of the checkpoint; {ADVICE}"
             )
         if meta.get("ledger", self.ledger.seal(round_)) != self.ledger.seal(round_):
             raise CheckpointError(
-                f"{path} is not the ledger that the checkpoint of round {round_} belongs to; "
-                f"{ADVICE}"
+                f"{path} does not belong to the checkpoint of round {round_}; {ADVICE}"
             )
         if self.chain is not None and meta.get("chain", "") is None:
             raise CheckpointError(
-                f"{folder} keeps no chain, and one that begins at round {round_ + 1} has no "
-                "initial weights; go on with output.chain=false"
+                f"{folder} has no chain, and a chain that begins at round {round_ + 1} has no "
+                "initial weights. Resume with output.chain=false"
             )
         if self.chain is not None:
             hold_chain(folder, meta)
@@ -322,8 +327,8 @@ class RunRecorder:
         for name, recorded in meta.get("files", {}).items():
             if found.get(name) != recorded:
                 raise CheckpointError(
-                    f"{folder / name} is missing, or is not what it was when the checkpoint "
-                    f"was written; {ADVICE}"
+                    f"{folder / name} is missing, or has changed since the checkpoint was "
+                    f"written; {ADVICE}"
                 )
 
 
@@ -336,8 +341,8 @@ def hold_chain(folder: Path, meta: Mapping[str, Any]) -> None:
     chain, round_, known = folder / "chain", meta.get("round", 0), meta.get("chain")
     if isinstance(known, str) and link_digest(chain, round_) != known:
         raise CheckpointError(
-            f"{chain / f'{round_:06d}.safetensors'} is missing, or it is of another run than "
-            f"{folder / 'checkpoint'}: restore both folders from a copy"
+            f"{chain / f'{round_:06d}.safetensors'} is missing, or belongs to another run "
+            f"than {folder / 'checkpoint'}. Restore both folders from a copy"
         )
 
 
@@ -349,10 +354,10 @@ def hold_checkpoint(folder: Path, tensors: Tree, meta: Mapping[str, Any]) -> Non
     """
     path, ledger = folder / "checkpoint" / CHECKPOINT, folder / "ledger.jsonl"
     if "base_order" not in meta and not below(tensors, "base/"):
-        raise CheckpointError(f"{path} is another file of a run, no checkpoint; {ADVICE}")
+        raise CheckpointError(f"{path} is another file of a run, not a checkpoint; {ADVICE}")
     known = meta.get("ledger")
     if isinstance(known, str) and ledger.is_file() and known not in seals(read_ledger(ledger)):
-        raise CheckpointError(f"{path} is of another run than {ledger}; {ADVICE}")
+        raise CheckpointError(f"{path} belongs to another run than {ledger}; {ADVICE}")
 
 
 def carried_change(old: Tree, new: Tree) -> tuple[Tree, dict[str, object]]:

@@ -62,5 +62,5 @@ def _read(folder: Path) -> tuple[str, int, str] | None:
         return str(found["kind"]), int(found["round"]), str(found.get("reason", ""))
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise CheckpointError(
-            f"{path} is damaged ({error!r}); remove it, and the run counts as unfinished"
+            f"{path} is damaged ({error!r}). Remove it; the run then counts as unfinished"
         ) from error

@@ -9,8 +9,8 @@ from fedraclora.protocol.plan import TrainedPart, some_of
 from fedraclora.training.chunking import ChunkPlan
 
 NAMED = 8  # names of a list, and notes
-UNMEASURED = "none: the server has no test samples (data.test_file), so that nobody measures"
-OR_CLIENTS = " (evaluate.clients=round: clients do, on samples of their own)"
+UNMEASURED = "none: the server has no test samples (data.test_file)"
+OR_CLIENTS = " (with evaluate.clients=round clients evaluate on their own samples)"
 TITLE = 13  # characters, so that what follows stands in one column
 SAID = ("texts", "inputs", "weights", "precision", "new_head")  # what the task says of itself
 
@@ -32,20 +32,20 @@ def opening_lines(facts: Facts) -> list[str]:
         of = pretrained["labels"]
         classes = "" if of is None else f" on the classes {', '.join(map(str, of))}"
         lines["pretrained"] = (
-            f"all weights, {pretrained['epochs']} epochs in one place{classes}, before the clients "
-            "begin (pretrain=none leaves it out)"
+            f"all weights, centrally for {pretrained['epochs']} epochs{classes}, before the "
+            "first round (pretrain=none: off)"
         )
     lines |= {"steps": ", ".join(facts["steps"])} if facts["steps"] else {}
     if facts["own_samples"]:
         lines["weights"] = (
-            "the samples that your function says to round.read (or aggregation_weights=uniform)"
+            "the samples that your function gives to round.read (or aggregation_weights=uniform)"
         )
     lines |= _measured_by(facts)
     if facts["choices"] is not None:
         lines["choices"] = facts["choices"]
     if facts["split"] != "test":
         later = " (fedraclora evaluate RUN)" if facts["tests"] else ""
-        lines["measured on"] = f"validation samples: the test is left for the end{later}"
+        lines["measured on"] = f"validation samples; test samples are kept for the end{later}"
     chunk = ChunkPlan.of_record(facts["chunk"])
     lines |= {"chunk": str(chunk), **facts["engine"], **idle_workers(facts)}
     return [f"{title + ':':<{TITLE}}{text}" for title, text in lines.items()]
@@ -72,9 +72,9 @@ def notes_of(facts: Facts) -> list[str]:
         notes = [*notes[:NAMED], f"{len(more)} more such notes are in the ledger"]
     if names := facts["thawed"]:
         text = (
-            f"requires_grad=False of {some_of(names, 'parameter')} is not read: these are trained "
-            "or adapted, as target_modules, head and modules_to_save say (target_modules=[NAME] "
-            "adapts that layer alone, head=frozen)"
+            f"requires_grad=False of {some_of(names, 'parameter')} is ignored: target_modules, "
+            "head and modules_to_save choose what is trained or adapted (target_modules=[NAME] "
+            "adapts only that layer; see also head=frozen)"
         )
         notes = [*notes, text]
     warning, duplicates = told.get("loss_warning"), told.get("duplicates")
@@ -115,22 +115,25 @@ def _measured_by(facts: Facts) -> dict[str, str]:
     held = facts["measured_by"]
     own = held["own"]
     if held["clients"] is None:
-        idle = f"no client: set evaluate.clients=all to use the test samples that {own} bring"
+        idle = f"no clients: set evaluate.clients=all to use the test samples that {own} bring"
         return {"measured by": idle} if own else {}
     who = "the cohort" if held["clients"] == "round" else "all clients"
-    rest = f" on {held['portion']:g} of its samples, which nobody trains on"
+    rest = f" on a held-out share of {held['portion']:g} of its samples"
     text = f"{who}, each{rest}"
     if own and held["own_tests"]:
         text = f"{who}, {own} on test samples of their own, others{rest}"
     if held["least"] is not None:
-        text += f"; nothing is released of fewer than {held['least']} (evaluate.min_clients)"
+        text += (
+            f"; metrics of fewer than {held['least']} clients are not released "
+            "(evaluate.min_clients)"
+        )
     elif held["rows"] is not None:
         text += f": {held['rows']} in all"
         if none := held["without"]:
             some = ", ".join(map(str, none[:NAMED])) + ("..." if none[NAMED:] else "")
             text += f"; {len(none)} of {facts['clients']} have too few to hold any out ({some})"
     if unknown := ", ".join(held["unscored"]):
-        text += f"; no value over all samples of {unknown}, which need every output"
+        text += f"; {unknown} over all samples is unknown, since it needs every output"
     return {"measured by": text}
 
 

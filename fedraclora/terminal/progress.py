@@ -147,7 +147,7 @@ class RunProgress(Callback):
         if summary.get("stopped"):
             best = summary.get("best")
             told = f"; the best was round {best['round']}" if isinstance(best, dict) else ""
-            self.say(f"stopped early, after round {summary['rounds']} of {self.rounds}{told}")
+            self.say(f"stopped early after round {summary['rounds']} of {self.rounds}{told}")
 
     def _left(self, row: Mapping[str, object]) -> str:
         """Estimate how long the remaining rounds take, at the pace of the last ones."""

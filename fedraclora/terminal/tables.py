@@ -149,10 +149,10 @@ def read_table(path: Path) -> Cells:
     """
     if not path.is_file():
         raise ConfigError(
-            f"{path} is not there: run its study first, or take its block out of the page"
+            f"{path} does not exist: run its study first, or remove its block from the page"
         )
     lines = [line for line in path.read_text().splitlines() if line.startswith("|")]
     if len(lines) < 3:
-        raise ConfigError(f"{path} holds no table")
+        raise ConfigError(f"{path} contains no table")
     rows = [[_out_of_cell(cell) for cell in re.split(r"(?<!\\)\|", line)[1:-1]] for line in lines]
     return [dict(zip(rows[0], row, strict=True)) for row in rows[2:]]

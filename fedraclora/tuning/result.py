@@ -130,8 +130,8 @@ def how_to_run(
     stable = [size for size in configs if all(map(math.isfinite, tests.get(size, ())))]
     if not stable:
         return (
-            "every setting diverged on a test seed: tune again with a smaller tune.lr in another "
-            "folder (output.dir)"
+            "every setting diverged on a test seed. Tune again with a smaller tune.lr in "
+            "another folder (output.dir)"
         )
     title, registered_object = f"experiment=at_{max(stable):g}MB", lent_in(configs[max(stable)])
     if not registered_object:
@@ -178,7 +178,7 @@ def taken_within(most: float, curves: DataFrame, *, higher: bool) -> Point | Non
 def lacking(search: Search, size: float, curves: DataFrame) -> str:
     """Say why nothing is to be taken at a size."""
     if curves.empty:
-        return "no run came to an end that counts (all diverged?): smaller tune.lr, new output.dir"
+        return "no run finished (did all diverge?): use a smaller tune.lr in a new output.dir"
     fits = steady_within(curves, search.sizes[size])["round"].any()
     return "none is better than the untrained model" if fits else "all need more"
 
@@ -297,7 +297,7 @@ def test_chosen(
         search.say("not tested: the task has no test samples")
     known = {place(point) for point in chosen.values()}
     if tests and (others := len(study.user_attrs.get("tested", {}).keys() - known)):
-        search.say(f"the test samples were looked at before, for {others} others")
+        search.say(f"the test samples were used before, for {others} other settings")
     return tests
 
 

@@ -195,8 +195,8 @@ class Search:
                 study.enqueue_trial(params)
         elif lines := config_difference(known, told):
             raise CheckpointError(
-                f"{self.folder} holds a tuning of something else; it goes on with the same words "
-                "(the budget may grow), or name another folder:\n  " + "\n  ".join(lines)
+                f"{self.folder} holds another tuning. Give the same arguments to resume it (the "
+                "budget may grow), or name another folder:\n  " + "\n  ".join(lines)
             )
         return study
 
@@ -233,8 +233,9 @@ class Search:
             if reason and told.setdefault(reason, trial.number) == trial.number:
                 self.say(f"left out: {reason}")
         raise ConfigError(
-            f"{REFUSED} settings in a row cannot be run or are never to be tried, the last since "
-            f"{refused[-1]}: change what is tried (tune.method, tune.rank, ...) or said beside"
+            f"{REFUSED} settings in a row cannot be run or are excluded, the last since "
+            f"{refused[-1]}. Change the space (tune.method, tune.rank, ...) or the other "
+            "arguments"
         )
 
     def _runs_here(self, trial: int) -> AbstractContextManager[None]:
@@ -245,7 +246,7 @@ class Search:
         """Call trials failed that no process holds any more, and try their settings again."""
         for trial in trials(study, "RUNNING"):
             with suppress(CheckpointError), self._runs_here(trial.number):
-                self.say(f"run {trial.number} was cut off: its settings are tried again")
+                self.say(f"run {trial.number} was interrupted: its settings are tried again")
                 _fail(study, trial.number)
                 study.enqueue_trial(trial.params)
 
@@ -277,7 +278,7 @@ class Search:
         curve = self.curve(runs)
         if curve.empty:
             raise ConfigError(
-                f"{self.metric} is no number before round 1: take another tune.metric"
+                f"{self.metric} is not a number before round 1: choose another tune.metric"
             )
         score = float(curve["value"].iloc[0 if ended == DIVERGED else -1])
         trial.set_user_attr("curve", curve[KEPT].to_dict("records"))

@@ -71,12 +71,12 @@ class TuneConfig(Limited, group="tune"):
         super().__post_init__()
         if (self.runs, self.core_hours, self.megabytes) == (None, None, None):
             raise ConfigError(
-                "tune.runs, tune.core_hours and tune.megabytes are null, so that it would never "
+                "tune.runs, tune.core_hours and tune.megabytes are null, so tuning would never "
                 "end: set one of them"
             )
         if both := sorted({*self.seeds} & {*self.test_seeds}):
             raise ConfigError(
-                f"tune.seeds and tune.test_seeds have both {both[0]}: test on seeds of their own"
+                f"tune.seeds and tune.test_seeds both have {both[0]}: use other seeds for the test"
             )
 
 
@@ -133,7 +133,9 @@ class Space:
         """
         names = {**KEYS, "method": "method", **{key: key for key in config.more}}
         if twice := [key for key in names if names[key] in said and key in asked]:
-            raise ConfigError(f"tune.{twice[0]} and {names[twice[0]]} are both said: take one")
+            raise ConfigError(
+                f"tune.{twice[0]} and {names[twice[0]]} are both given: leave one out"
+            )
         if wrong := [key for key in SET_BY_TUNE if key in said]:
             raise ConfigError(f"{wrong[0]} is set by tune (conf/tune.yaml): leave it out")
         own, flat, local = section(plain, "method"), flatten(plain), section(plain, "local")
@@ -233,7 +235,7 @@ def _values(plain: PlainDict, config: TuneConfig) -> dict[str, list[Any]]:
         for key, values in found.items()
     }
     if empty := [key for key, values in found.items() if not values]:
-        raise ConfigError(f"tune.never leaves nothing of {empty[0]} to try: name another value")
+        raise ConfigError(f"tune.never excludes every value of {empty[0]}: name another value")
     return found
 
 

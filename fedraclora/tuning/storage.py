@@ -14,7 +14,7 @@ from pathlib import Path
 
 from fedraclora.errors import CheckpointError
 
-KEPT = "with its finished runs kept; the same command goes on"
+KEPT = "with its finished runs kept; give the same command to resume"
 OF_SYSTEM = {
     "SQLITE_FULL": errno.ENOSPC,
     "SQLITE_READONLY": errno.EACCES,
@@ -55,10 +55,10 @@ def _of_sqlite(file: Path) -> Iterator[None]:
             raise OSError(number, os.strerror(number), str(file)) from error
         if name in {"SQLITE_BUSY", "SQLITE_LOCKED"}:
             raise CheckpointError(
-                f"{file}: {found}, by another process: give the same command once that has ended"
+                f"{file}: {found}, by another process. Give the same command when that has ended"
             ) from error
         raise CheckpointError(
-            f"{file} is damaged ({found}): restore it from a copy, or name another folder "
+            f"{file} is damaged ({found}). Restore it from a copy, or name another folder "
             "(output.dir)"
         ) from error
 

@@ -101,11 +101,11 @@ def ended(search: Search, found: Callable[..., Tuned]) -> Tuned:
             found(over=False)
             raise
         if not alone:
-            search.say("another process still runs: the last one tests what is taken")
+            search.say("another process still runs: the last one tests the chosen settings")
         with search.turn():
             return found(over=alone)
     except KeyboardInterrupt as error:
-        error.add_note("with what was found so far; the same command goes on")
+        error.add_note("with the results so far; give the same command to resume")
         raise
 
 
@@ -117,8 +117,8 @@ def held_out(config: TaskConfig, asked: TuneConfig) -> float:
     """
     if config.evaluate.by_clients:
         raise ConfigError(
-            f"evaluate.clients={config.evaluate.clients} holds out by the seed, so that tuning "
-            "would train on test samples of other seeds: leave it out here (runs may have it)"
+            f"evaluate.clients={config.evaluate.clients} holds samples out by the seed, so "
+            "tuning would train on test samples of other seeds. Leave it out for tuning."
         )
     own, beside = parted("data", config.data)
     data = bind("data", DATASETS, own, clients=config.clients, seed=config.seed)()
@@ -126,8 +126,9 @@ def held_out(config: TaskConfig, asked: TuneConfig) -> float:
         return 0.0
     if not len(data.train):
         raise ConfigError(
-            f"data={config.data['name']} has no validation split, and clients bring all training "
-            "samples: tune on data that the server has (data=table, data=arrays) of a few clients"
+            f"data={config.data['name']} has no validation split, since clients bring all "
+            "training samples. Tune on data of a few clients that the server has (data=table, "
+            "data=arrays)."
         )
     return float(str(beside.get("validation") or asked.validation))
 

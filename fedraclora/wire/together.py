@@ -141,7 +141,7 @@ def split_answer(ask: Ask, answer: Answer, asks: Sequence[Ask]) -> list[Answered
     named += [r.client for r in answer.refused] if isinstance(answer, Summed) else []
     if len({*named}) != len(named) or not {*named} <= {*ask.clients} or ids != sorted(ids):
         raise WireError(
-            f"the reply is of clients {shown(named)}, but {shown(ask.clients)} were asked, each "
+            f"the reply is from clients {shown(named)}, expected {shown(ask.clients)}, each "
             "once and in this order"
         )
     rows, at = _parts(ask, answer), {client: i for i, client in enumerate(ids)}
@@ -181,8 +181,8 @@ def _parts(ask: Ask, answer: Answer) -> list[torch.Tensor]:
         raise WireError("the reply has no numbers")
     if answer.first != ask.request.first:
         raise WireError(
-            f"the reply begins at place {answer.first} of the cohort, but place "
-            f"{ask.request.first} was asked for"
+            f"the reply begins at place {answer.first} of the round's clients, expected place "
+            f"{ask.request.first}"
         )
     metrics = answer.metrics if isinstance(answer, FromTraining) else {}
     told = [*answer.vectors.values(), *metrics.values()]

@@ -174,8 +174,8 @@ class FedKSeed(Limited, Walking, group="method"):
         super().__post_init__()
         if self.pro and self.steps is None:
             raise ConfigError(
-                "method.pro is true, but sums along directions do not tell single steps; set "
-                "method.steps to the local steps of a client"
+                "method.pro=true: it needs single steps, but clients send sums along "
+                "directions. Set method.steps to the local steps of a client"
             )
 
     @property

@@ -269,13 +269,13 @@ class PoolRacLora(FedRacLora):
         super().__post_init__()
         if self.merge_every is None:
             raise ConfigError(
-                "method.merge_every is null, but a pool goes from sketch to sketch; take 1 or "
-                "more, or method=ffa_lora"
+                "method.merge_every=null: a pool changes its sketch with every merge. Set it "
+                "to 1 or more, or use method=ffa_lora"
             )
         least, rounds = self.pool * self.merge_every, self.refresh
         if rounds is not None and (rounds < least or rounds % self.merge_every):
             raise ConfigError(
-                f"method.refresh is {rounds}; null, or a multiple of method.merge_every "
-                f"({self.merge_every}) from {least} on, by which all {self.pool} sketches have "
-                "had a turn, is wanted"
+                f"method.refresh={rounds}: all {self.pool} sketches must have been used "
+                "before a refresh. Set it to null, or to a multiple of method.merge_every "
+                f"({self.merge_every}) of at least {least}"
             )

@@ -140,7 +140,7 @@ class SubspaceRacLora(GradientFirst):
     @property
     @override
     def unread(self) -> dict[str, str]:
-        reader = "rows that are kept, and with this method.fresh and method.rank all are drawn"
+        reader = "kept rows, and with this method.fresh and method.rank all rows are random"
         return {} if self.keeps_rows else dict.fromkeys(("kept_scale", "pairs"), reader)
 
     def kept(self, rank: int, link: int) -> int:
@@ -178,5 +178,6 @@ class SubspaceRacLora(GradientFirst):
         super().__post_init__()
         if self.probe_rounds and self.fresh == 1:
             raise ConfigError(
-                "method.init is gradient, but with method.fresh=1 all rows are drawn; lower that"
+                "method.init=gradient: with method.fresh=1 all rows are random, so the "
+                "gradient is not used. Lower method.fresh"
             )

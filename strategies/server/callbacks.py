@@ -95,7 +95,7 @@ class Callbacks:
             except Exception as error:
                 if not failed:
                     raise
-                log.warning("a callback could not end: %r", error)
+                log.warning("the end hook of a callback failed: %r", error)
 
 
 def _measures(callback: Callback) -> bool:
@@ -111,17 +111,22 @@ def joined(row: Row, found: Mapping[str, object], who: str) -> Row:
     """
     if not isinstance(found, Mapping):
         raise ConfigError(
-            f"{who} gives {told(found)} for the ledger; a dict of columns by name is wanted"
+            f"{who} returns {told(found)}, expected a dict of columns by name for the ledger"
         )
     for name in found:
         if not isinstance(name, str) or not name.isprintable() or not name:
-            raise ConfigError(f"{who} gives the column {name!r:.100}; a text is wanted for a name")
+            raise ConfigError(
+                f"{who} returns the column {name!r:.100}, whose name is not a "
+                "text. Use a str as name"
+            )
         if name in row or name.partition(".")[0] in COLUMNS:
-            raise ConfigError(f"{who} gives the column {name!r}, which rows have: rename it")
+            raise ConfigError(
+                f"{who} returns the column {name!r}, which rows have already. Rename it"
+            )
     try:
         return row | {str(name): ledger_value(value, name) for name, value in found.items()}
     except (CheckpointError, RecursionError) as error:
-        raise ConfigError(f"{who}: {error}; give numbers, texts, lists or dicts") from error
+        raise ConfigError(f"{who}: {error}. Return numbers, texts, lists or dicts") from error
 
 
 @dataclass
@@ -224,8 +229,8 @@ class AfterRound(Callback):
         if (found := self.call(row)) is not None:
             raise ConfigError(
                 f"the function {_name(self.call)} among the callbacks returns {found!r:.100}, "
-                "which nothing reads: let it return None; what ends a run is the hook ends(rows) "
-                "of a fedraclora.Callback"
+                "which is not used. Return None; to end a run, use the hook ends(rows) of a "
+                "fedraclora.Callback"
             )
 
 
@@ -254,7 +259,10 @@ class Undefined(Callback):
         found = {n: v for n, v in metrics_of(row).items() if n.endswith(".mean") or "." not in n}
         lost = [n for n, v in found.items() if not isinstance(v, float) or not math.isfinite(v)]
         if lost and not self.said:
-            text = "%s: no number in round %s, of %s: nothing can be chosen by what stays so"
+            text = (
+                "%s: not a number in round %s, on %s; a metric without a value cannot be "
+                "used to stop or to compare runs"
+            )
             log.warning(text, ", ".join(lost), row["round"], self.got)
         self.said |= bool(found)
 
@@ -341,18 +349,20 @@ def _callback(key: str, thing: Any) -> Callback:
     if isinstance(thing, Callback):
         return thing
     if isinstance(thing, type) and issubclass(thing, Callback):
-        raise ConfigError(f"{key} has the class {thing.__name__}: make one, {thing.__name__}(...)")
+        raise ConfigError(
+            f"{key} has the class {thing.__name__}, expected an object. Write {thing.__name__}(...)"
+        )
     if isinstance(thing, type) or not callable(thing):
         raise ConfigError(
-            f"{key} has {thing!r:.200}; a fedraclora.Callback is wanted, or a function that is "
-            "called with each new row (what changes a round is given as steps=[...])"
+            f"{key} has {thing!r:.200}, expected a fedraclora.Callback or a function of a new "
+            "row. Objects that change a round go to steps=[...]"
         )
     try:
         signature(thing).bind({})
     except ValueError:  # of some functions of C nobody knows
         pass
     except TypeError as error:
-        raise ConfigError(f"{key}: {_name(thing)} is called with one row each: {error}") from error
+        raise ConfigError(f"{key}: {_name(thing)} must take one row: {error}") from error
     return AfterRound(thing)
 
 

@@ -175,7 +175,7 @@ class Exchange:
             # What other machines sent must end in words and a checkpoint, whatever it was.
             reason = printable(f"{type(error).__name__}: {error}")
             raise ClientError(
-                f"round {self.round_}: its replies cannot be used ({reason})"
+                f"round {self.round_}: the replies cannot be used ({reason})"
             ) from error
 
     def _used(self) -> Uplinks:
@@ -195,7 +195,7 @@ class Exchange:
         summed = self.sum is not None or isinstance(self.replies[0], Summed)
         numbers = self._joined("numbers")
         if self.sum is not None and numbers.numel():
-            raise WireError(f"round {self.round_}: replies came to the messages of other clients")
+            raise WireError(f"round {self.round_}: the replies answer messages to other clients")
         if not summed:
             numbers = widen(numbers, self.downlink, places)
         refused = [] if summed else check_rows(clients, weights, losses, [numbers])
@@ -340,8 +340,7 @@ class Exchange:
             return
         if len(answered) != len(set(answered)) or not set(answered) <= set(asked):
             raise WireError(
-                f"round {self.round_}: clients {answered} answered, but each of {asked} must "
-                "answer once"
+                f"round {self.round_}: clients {answered} answered, expected each of {asked} once"
             )
         missing = sorted(set(asked) - set(answered))
         self.failures += [Refusal(c, "no reply in time") for c in missing]

@@ -37,33 +37,29 @@ def check_reply(reply: Worked, ask: Ask, loop: LoopConfig, counts: torch.Tensor)
     named = [*answered, *reply.failures]
     named += [r.client for r in reply.refused] if isinstance(reply, Summed) else []
     if sorted(named) != sorted(clients):
-        raise WireError(f"the reply is of clients {sorted(named)}, but {clients} were asked")
+        raise WireError(f"the reply is from clients {sorted(named)}, expected {clients}")
     if answered != [client for client in clients if client in set(answered)]:
-        raise WireError(
-            f"the reply is of clients {answered}, in another order than they were asked: {clients}"
-        )
+        raise WireError(f"the reply lists clients {answered}, expected the order {clients}")
     if reply.first != first:
         raise WireError(
-            f"the reply begins at place {reply.first} of the cohort, but place {first} was asked "
-            "for"
+            f"the reply begins at place {reply.first} of the round's clients, expected place "
+            f"{first}"
         )
     expected = DTYPES[loop.dtype] if isinstance(reply, TrainedAnswer) else torch.float64
     if reply.numbers.dtype != expected:
-        raise WireError(
-            f"the numbers of the reply are {reply.numbers.dtype}, but {expected} is wanted"
-        )
+        raise WireError(f"the numbers of the reply are {reply.numbers.dtype}, expected {expected}")
     most = loop.max_samples
     for name, found, least in (("samples", reply.samples, 1), ("steps", reply.steps, 0)):
         low = found <= 0 if found.is_floating_point() else found < least  # of Flower's apps
         if (low | (found > most)).any():
             raise WireError(
-                f"the reply says {found.tolist()} {name}; {least} to {most} are possible"
+                f"the reply reports {found.tolist()} {name}, expected {least} to {most}"
             )
     rounding = reply.vectors.get("rounding")
     if rounding is not None and not (rounding.isfinite() & (rounding >= 0)).all():
         raise WireError(
-            f"the reply says that rounding added {rounding.tolist()} of each change; "
-            "numbers from 0 on are possible"
+            f"the reply reports a quantization error of {rounding.tolist()}, expected numbers "
+            "of at least 0"
         )
     if isinstance(reply, Summed):
         _check_sums(reply, clients)
@@ -71,8 +67,7 @@ def check_reply(reply: Worked, ask: Ask, loop: LoopConfig, counts: torch.Tensor)
     sent = int(counts[torch.isin(ask.request.clients, reply.clients)].sum())
     if reply.numbers.numel() != sent:
         raise WireError(
-            f"{len(answered)} clients sent {reply.numbers.numel()} numbers in all, but {sent} "
-            "are wanted"
+            f"{len(answered)} clients sent {reply.numbers.numel()} numbers in all, expected {sent}"
         )
 
 
@@ -80,11 +75,11 @@ def _check_sums(reply: Summed, clients: Sequence[int]) -> None:
     """Check sums against who is in them: clients have checked their own rows."""
     blocks = -(-len(clients) // SUM_BLOCK)
     if len(reply.numbers) != blocks:
-        raise WireError(f"the reply has {len(reply.numbers)} sums, but {blocks} are wanted")
+        raise WireError(f"the reply has {len(reply.numbers)} sums, expected {blocks}")
     if not finite(reply.numbers).all() or not (reply.losses < math.inf).all():
-        raise WireError("a sum of the reply or one of its losses has a NaN or an infinity")
+        raise WireError("a sum or a loss in the reply is NaN or infinite")
     if not len(reply.clients) and reply.numbers.any():
-        raise WireError("the reply has a sum that is not zero, but no client in it")
+        raise WireError("the reply has a nonzero sum, but no client in it")
 
 
 def hold_to_traits(method: Method, before: State, after: State, sent: Downlink) -> State:
@@ -99,8 +94,8 @@ def hold_to_traits(method: Method, before: State, after: State, sent: Downlink) 
         old, new = before.base[name], after.base[name]
         if new is not old and not torch.equal(new, old):
             raise ConfigError(
-                f"{type(method).__name__} has merges=False in its traits, but merges into {name}. "
-                "Write merges=True, or carry the factors (LayerUpdate(carried=...))"
+                f"{type(method).__name__} has merges=False in its traits, but merges into "
+                f"{name}. Set merges=True, or carry the factors (LayerUpdate(carried=...))"
             )
     return after
 

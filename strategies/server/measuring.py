@@ -165,7 +165,7 @@ class Measurement(Exchange):
     def _failed(self, ask: Ask, why: str) -> None:
         if not self.loop.untrusted:
             raise ClientError(
-                f"after round {self.round_ - 1} the clients {ask.clients} could not measure: {why}"
+                f"after round {self.round_ - 1} the clients {ask.clients} could not evaluate: {why}"
             )
         self._fail(ask.clients, printable(why))
 
@@ -174,13 +174,13 @@ class Measurement(Exchange):
         answer = checked(answer, ask, Measured, Wanted(self.round_, self.version))
         names = sums_named(self.measuring.measure, self.when.values())
         if [name for name, _ in answer.layout.shapes] != (names if len(answer.clients) else []):
-            raise WireError(f"it has {answer.layout.shapes}; {names} are wanted")
+            raise WireError(f"it has {answer.layout.shapes}, expected {names}")
         sizes = torch.tensor([answer.layout.size])
         check_reply(answer, ask, self.loop, counts=sizes.expand(len(ask.clients)))
         # Where noise covers what each client sends, none may take those of its chunk with it.
         finite = self.measuring.noisy or torch.isfinite(answer.numbers).all()
         if self.loop.untrusted and not finite:
-            raise WireError("what it measured has a NaN or an infinity")
+            raise WireError("its metrics contain NaN or infinity")
         self.replies.append(answer)
         self.failures += [Refusal(c, why) for c, why in answer.failures.items()]
         self.untold |= {*answer.failures} if self.measuring.noisy else set()

@@ -238,13 +238,13 @@ def own_steps(given: object) -> list[RoundStep]:
     for thing in things:
         if isinstance(thing, RoundStep) and sum(other is thing for other in things) == 1:
             continue
-        why = "a fedraclora.RoundStep is wanted"
+        why = "expected a fedraclora.RoundStep"
         if isinstance(thing, RoundStep):
-            why = "each object stands there once"
+            why = "list each object once"
         elif isinstance(thing, type) and issubclass(thing, RoundStep):
-            why = f"make one: {thing.__name__}(...)"
+            why = f"expected an object, {thing.__name__}(...)"
         elif isinstance(thing, Callback) or callable(thing):
-            why = "what watches a run is given as callbacks=[...]"
+            why = "pass a callback in callbacks=[...]"
         raise ConfigError(f"steps has {thing!r:.200}; {why}")
     return [
         cast(RoundStep, GuardedHooks(thing, f"the step {step_name(thing)}", OF_STEPS))
@@ -273,9 +273,9 @@ def steps_of(said: Sequence[object], given: Sequence[RoundStep]) -> list[RoundSt
             break
     if left or len(found) < len(said):
         raise ConfigError(
-            f"this run has the steps {[*said]} of a Python program, and "
-            f"{[*map(described, given)]} are given: say fedraclora.simulate(steps=[...]) with such "
-            "objects (folder=..., resume=True to go on)"
+            f"this run was made with the steps {[*said]} of a Python program, but "
+            f"{[*map(described, given)]} are given. Call fedraclora.simulate(steps=[...]) "
+            "with the same objects (folder=..., resume=True to resume)"
         )
     return found
 

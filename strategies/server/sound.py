@@ -41,7 +41,7 @@ def truth(who: str, found: object, owner: object, given: tuple[Any, ...]) -> boo
     one = isinstance(found, torch.Tensor) and found.numel() == 1 and found.dtype == torch.bool
     if one or isinstance(found, bool | np.bool_ | None):
         return bool(found)
-    raise ConfigError(f"{who} gives {told(found)}; True or False is wanted")
+    raise ConfigError(f"{who} returns {told(found)}, expected True or False")
 
 
 def ids(who: str, found: object, owner: Any, given: tuple[Any, ...]) -> torch.Tensor | None:
@@ -54,8 +54,8 @@ def ids(who: str, found: object, owner: Any, given: tuple[Any, ...]) -> torch.Te
         if listed and sorted({*listed}) == listed and listed[0] >= 0 and listed[-1] < count:
             return found.to(torch.int64)
     raise ConfigError(
-        f"{who} gives {told(found)}; ids of one client or more are wanted, from 0 to {count - 1}, "
-        "each once in ascending order, as an int64 tensor"
+        f"{who} returns {told(found)}, expected an int64 tensor of client ids from 0 to "
+        f"{count - 1}, at least one, each once, in ascending order"
     )
 
 
@@ -69,7 +69,7 @@ def norm(who: str, found: object, owner: object, given: tuple[Any, ...]) -> floa
     except OverflowError:
         value = math.nan
     if not 0 < value < math.inf:
-        raise ConfigError(f"{who} gives {told(found)}; a positive number or None is wanted")
+        raise ConfigError(f"{who} returns {told(found)}, expected a positive number or None")
     return value
 
 
@@ -79,7 +79,7 @@ def of_kind(kind: type, *, optional: bool = False) -> HookCheck:
     def check(who: str, found: object, owner: object, given: tuple[Any, ...]) -> object:
         if isinstance(found, kind) or (optional and found is None):
             return found
-        raise ConfigError(f"{who} gives {told(found)}; a {kind.__name__} is wanted")
+        raise ConfigError(f"{who} returns {told(found)}, expected a {kind.__name__}")
 
     return check
 
@@ -95,7 +95,7 @@ def state(who: str, found: object, owner: object, given: tuple[Any, ...]) -> obj
 def uplinks(who: str, found: object, owner: object, given: tuple[Any, ...]) -> Uplinks:
     """Check the updates of a cohort; the last given ones define what was sent."""
     if not isinstance(found, Uplinks):
-        raise ConfigError(f"{who} gives {told(found)}; the Uplinks that it was given are wanted")
+        raise ConfigError(f"{who} returns {told(found)}, expected the Uplinks that it was given")
     got = next(each for each in given if isinstance(each, Uplinks))
     count, size = len(found.clients), got.layout.size
     shapes = {
@@ -107,17 +107,21 @@ def uplinks(who: str, found: object, owner: object, given: tuple[Any, ...]) -> U
         if tensor is None and name != "weights":
             continue
         if not isinstance(tensor, torch.Tensor) or [*tensor.shape] != shape:
-            raise ConfigError(f"{who} gives {name}: {told(tensor)}; a tensor {shape} is wanted")
+            raise ConfigError(f"{who} returns {name}: {told(tensor)}, expected a tensor {shape}")
         if not tensor.is_floating_point():
-            raise ConfigError(f"{who} gives {name}: {told(tensor)}; floating point is wanted")
+            raise ConfigError(
+                f"{who} returns {name}: {told(tensor)}, expected floating point numbers"
+            )
         if not bool(tensor.isfinite().all()):
-            raise DivergenceError(f"{who} gives {name} that are not finite; finite ones are wanted")
+            raise DivergenceError(
+                f"{who} returns {name} with NaN or infinity, expected finite numbers"
+            )
     if found.stacked is None and found.summed is None:
-        raise ConfigError(f"{who} gives neither updates nor their sum; one of them is wanted")
+        raise ConfigError(f"{who} returns neither updates nor their sum, expected one of them")
     if bool((found.weights < 0).any()) or not found.total > 0:
         raise ConfigError(
-            f"{who} gives weights {found.weights.tolist()!s:.60}; none below zero, and a sum above "
-            "it, are wanted"
+            f"{who} returns the weights {found.weights.tolist()!s:.60}, expected none below "
+            "zero and a positive sum"
         )
     return found
 
@@ -130,20 +134,24 @@ def tree(who: str, found: object, wanted: Tree) -> None:
         DivergenceError: Where one is not finite.
     """
     if not isinstance(found, Mapping):
-        raise ConfigError(f"{who} gives {told(found)}; tensors by name are wanted")
+        raise ConfigError(f"{who} returns {told(found)}, expected a dict of tensors by name")
     if odd := sorted(map(str, found.keys() ^ wanted.keys())):
         raise ConfigError(
-            f"{who}: the name {odd[0]!r} is missing or new; there are {', '.join(wanted)}"
+            f"{who}: the name {odd[0]!r} is missing or new, expected {', '.join(wanted)}"
         )
     for name, like in wanted.items():
         if found[name] is like:
             continue
         if not isinstance(found[name], torch.Tensor) or found[name].shape != like.shape:
-            raise ConfigError(f"{who} gives {told(found[name])} for {name}, of {[*like.shape]}")
+            raise ConfigError(
+                f"{who} returns {told(found[name])} for {name}, expected the shape {[*like.shape]}"
+            )
         if found[name].is_complex() or found[name].is_floating_point() != like.is_floating_point():
-            raise ConfigError(f"{who} gives {told(found[name])} for {name}, of {like.dtype}")
+            raise ConfigError(
+                f"{who} returns {told(found[name])} for {name}, expected the type {like.dtype}"
+            )
         if not bool(found[name].isfinite().all()):
-            raise DivergenceError(f"{who} gives numbers for {name} that are not finite")
+            raise DivergenceError(f"{who} returns NaN or infinity for {name}")
 
 
 OF_STEPS: Mapping[str, HookCheck] = {

@@ -164,9 +164,8 @@ class Factored(Probing, Drawn):
         check_start(self.init, fits=self.lives_on, why="here they begin anew in each link")
         if self.begins_carried and self.zero_init != "B":
             raise ConfigError(
-                f"method.zero_init is {self.zero_init}, but with method.init={self.init} neither "
-                "factor "
-                "begins at zero: leave method.zero_init at B"
+                f"method.zero_init={self.zero_init}: with method.init={self.init} neither "
+                "factor begins at zero. Leave method.zero_init at B"
             )
 
     @override

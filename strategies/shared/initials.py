@@ -104,9 +104,9 @@ def check_start(initial: str, *, fits: bool, why: str) -> None:
     """
     if initial in STARTS and not fits:
         raise ConfigError(
-            f"method.init is {initial}, a start for two factors that are both trained in all "
-            f"rounds, but {why}; take a method that carries both (fedavg_lora, fedex_lora), or a "
-            "drawing"
+            f"method.init={initial}: this initialization is for two factors that are trained "
+            f"in all rounds, but {why}. Use a method that carries both (fedavg_lora, "
+            "fedex_lora), or a random initialization"
         )
     if initial not in SKETCHES and initial not in STARTS:
         raise unknown("method.init", initial, [*SKETCHES, *(STARTS if fits else ())])
@@ -123,9 +123,9 @@ def bounded(initial: str, found: Rank, plan: Plan, name: str, *, cap: bool) -> R
         return found
     if not cap or not most:
         raise ConfigError(
-            f"method.init is lora_ga, which needs 2 r singular vectors, but {name} has only "
-            f"{min(plan.targets[name].shape)} for the rank {found.value}; lower the rank, set "
-            "method.cap=true, or leave the layer out of the targets"
+            f"method.init=lora_ga: it needs 2 r singular vectors, but {name} has only "
+            f"{min(plan.targets[name].shape)} for the rank {found.value}. Lower the rank, set "
+            "method.cap=true, or leave the layer out of target_modules"
         )
     return Rank(most, f"rank of {name} capped at {most}: lora_ga needs twice as many vectors")
 
@@ -320,8 +320,8 @@ class GradientFirst(Probing):
         super().__post_init__()
         if self.probe_rounds and self.traits.pools:
             raise ConfigError(
-                "method.init is gradient, but the sketches of a pool recur by their seeds; leave "
-                "it at random, or take method=fed_rac_lora"
+                "method.init=gradient: a pool draws its sketches again from their seeds. "
+                "Leave it at random, or use method=fed_rac_lora"
             )
 
     def first_factor(self, layer: Layer, gradient: Product) -> Tree:

@@ -32,8 +32,8 @@ def known(label: str, labels: Sequence[str] = LABELS) -> str:
     if label in labels:
         return label
     raise ConfigError(
-        f"a method speaks of the factor {label!r}; there are {', '.join(labels)}, of a product in "
-        "this order"
+        f"the method names the factor {label!r}, which does not exist. Use "
+        f"{', '.join(labels)}, the factors of a product in this order"
     )
 
 
@@ -219,8 +219,8 @@ class Replies:
         asked = self._factor(label)
         if asked.trained:
             raise ConfigError(
-                f"the factor {label} was trained by each client: replies.mean({label!r}) and "
-                f"replies.stack({label!r}) have what came of it, if it was sent"
+                f"the factor {label} was trained by each client, so there is no frozen one. "
+                f"Use replies.mean({label!r}) or replies.stack({label!r}), if clients sent it"
             )
         return asked
 
@@ -233,10 +233,10 @@ class Replies:
         asked = self._factor(label)
         if not asked.trained:
             raise ConfigError(
-                f"the factor {label} was frozen and did not come back: it is replies[{label!r}]"
+                f"the factor {label} was frozen, so clients did not send it. Use replies[{label!r}]"
             )
         if not asked.upload:
-            raise ConfigError(f"the factor {label} stays at each client: no reply has it")
+            raise ConfigError(f"the factor {label} stays at each client, so no reply contains it")
         return asked
 
     def mean(self, label: str, step: float = 1.0) -> torch.Tensor:

@@ -142,8 +142,8 @@ class LayerMethod(LowRankMethod):
             replies: What the cohort sent of it.
         """
         raise ConfigError(
-            f"{type(self).__name__} has no method update(layer, replies), which says what a round "
-            "makes of one matrix (CONTRIBUTING.md, A new method)"
+            f"{type(self).__name__} has no method update(layer, replies), which computes the "
+            "new state of one matrix. Write it (CONTRIBUTING.md, A new method)"
         )
 
     @property
@@ -203,7 +203,9 @@ class LayerMethod(LowRankMethod):
         drawn = self.drawn(shape)
         dim = min(shape) if drawn is None else shape["BA".index(drawn)]
         if parts > dim:
-            raise ConfigError(f"{parts} {of} share the {dim} dimensions of {name}; take fewer")
+            raise ConfigError(
+                f"{parts} {of} share the {dim} dimensions of {name}, which are too few. Use fewer"
+            )
         return resolve_rank(self.rank, dim, name, cap=self.cap, parts=parts, of=of)
 
     def rank_of(self, plan: Plan, name: str) -> int:
@@ -272,8 +274,9 @@ class LayerMethod(LowRankMethod):
         stays = [label for label, asked in adapter.factors.items() if not asked.upload]
         if stays and not self.client_state:
             raise ConfigError(
-                f"{type(self).__name__} leaves the factor {stays[0]} at each client (upload=False) "
-                "and does not say that clients keep something: write client_state = True in it"
+                f"{type(self).__name__} leaves the factor {stays[0]} at each client "
+                "(upload=False), but does not declare client state. Write client_state = "
+                "True in the class"
             )
         return adapter
 
@@ -311,9 +314,9 @@ class LayerMethod(LowRankMethod):
         """
         if given.numbers is None and label not in self.keeps:
             raise ConfigError(
-                f"LayerUpdate(carried=...) of {layer.name}: {label} is a drawing, of which a seed "
-                f'is sent. Say keeps = ("{label}",) in {type(self).__name__}, and its numbers are '
-                "carried and counted; else leave it out (replies.means(drawn=False)) and draw it "
+                f"LayerUpdate(carried=...) of {layer.name}: {label} is a random factor, which "
+                f'travels as a seed. Set keeps = ("{label}",) in {type(self).__name__} to carry '
+                "and count its numbers, or leave it out (replies.means(drawn=False)) and draw it "
                 "again by now.sketch with the same index"
             )
         return given.draw().detach()
@@ -375,9 +378,9 @@ def _left(layer: Layer, replies: Replies, update: LayerUpdate) -> Product:
     crosses = any(f.trained and k in carried for k, f in factors.items())
     if layer.ends and crosses and not factors.keys() <= carried.keys():
         raise ConfigError(
-            f"of {layer.name} a trained factor is carried beyond its link, and what it stands "
-            "under in the next one is not: say LayerUpdate(aggregate=...), the product that the "
-            "round left, by which the error of aggregation is measured"
+            f"{layer.name}: a trained factor is carried after its merge, but its frozen "
+            "partner in the next round is not known. Pass LayerUpdate(aggregate=...), the "
+            "product after this round, so that the aggregation error can be measured"
         )
     nothing = torch.zeros(layer.m, 0), torch.zeros(0, layer.n)
     merged = multiplied(update.merged) if update.merged else None

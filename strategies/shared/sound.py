@@ -44,7 +44,7 @@ def factors_of(method: OfLayers, layer: Layer, now: RoundContext) -> dict[str, F
     """
     with _calling(method, "factors", layer):
         found: object = method.factors(layer, now)
-    said = _Said(method, f"factors of {type(method).__name__} gives for {layer.name}")
+    said = _Said(method, f"factors of {type(method).__name__} returns for {layer.name}")
     if not (factors := said.labelled("", found)):
         raise ConfigError(f"{said.text} no factor; {LABELLED}")
     _check_product(said.text, [*factors.values()], layer)
@@ -60,29 +60,30 @@ def update_of(method: OfLayers, layer: Layer, replies: Replies) -> LayerUpdate:
     """
     with _calling(method, "update", layer):
         update: object = method.update(layer, replies)
-    said = _Said(method, f"update of {type(method).__name__} gives for {layer.name}", clients=False)
+    said = _Said(
+        method, f"update of {type(method).__name__} returns for {layer.name}", clients=False
+    )
     if not isinstance(update, LayerUpdate):
-        raise ConfigError(f"{said.text} a {type(update).__name__}; a LayerUpdate is wanted")
+        raise ConfigError(f"{said.text} a {type(update).__name__}, expected a LayerUpdate")
     carried = said.labelled("carried ", update.carried)
     ends = {"B": (0, layer.m), "A": (1, layer.n)}
     for label, (axis, length) in ends.items():
         if label in carried and carried[label].shape[axis] != length:
             raise ConfigError(
-                f"{said.text} carried {label} of the shape {carried[label].shape}; B has {layer.m} "
-                f"rows, and A has {layer.n} columns"
+                f"{said.text} carried {label} of the shape {carried[label].shape}, expected "
+                f"{layer.m} rows of B and {layer.n} columns of A"
             )
     for name, factors in (("merged", update.merged), ("aggregate", update.aggregate)):
         if factors is None:
             continue
         if not isinstance(factors, tuple | list):
             raise ConfigError(
-                f"{said.text} {name}={type(factors).__name__}; a tuple of matrices, (B, A), is "
-                "wanted"
+                f"{said.text} {name}={type(factors).__name__}, expected a tuple of matrices (B, A)"
             )
         product = [said.matrix(f"{name} {k}", factor) for k, factor in enumerate(factors)]
         _check_product(f"{said.text} {name}", product, layer)
     if update.keep not in {None, "B", "A"}:
-        raise ConfigError(f"{said.text} keep={update.keep!r}; B, A or None is wanted")
+        raise ConfigError(f"{said.text} keep={update.keep!r}, expected B, A or None")
     return update
 
 
@@ -96,14 +97,14 @@ def kept_place(update: LayerUpdate, layer: Layer) -> int | None:
         return place
     what = "no matrix" if len(merged) > 1 else "not a factor of a product"
     raise ConfigError(
-        f"LayerUpdate(keep={update.keep!r}) of {layer.name}: what is merged as {update.keep} is "
-        f"{what}, but what stays beside the weight, as layer.past, is a matrix that clients "
-        "trained: keep that one; a drawing is drawn anew by now.sketch with the same index"
+        f"LayerUpdate(keep={update.keep!r}) of {layer.name}: the merged factor {update.keep} "
+        f"is {what}, but only a matrix that clients trained can be kept as layer.past. Keep "
+        "the trained factor, and draw a random one again by now.sketch with the same index"
     )
 
 
 LABELLED = (
-    'a dict of factors by label is wanted, such as {"B": layer.trained("B"), '
+    'expected a dict of factors by label, such as {"B": layer.trained("B"), '
     '"A": now.sketch(layer, "A", "gaussian")}'
 )
 
@@ -136,8 +137,8 @@ class _Said:
             raise ConfigError(f"{self.text} {what}a {type(given).__name__}; {LABELLED}")
         if odd := [label for label in given if label not in LABELS]:
             raise ConfigError(
-                f"{self.text} {what}the factor {odd[0]!r}; there are {', '.join(LABELS)}, of a "
-                "product in this order"
+                f"{self.text} {what}the factor {odd[0]!r}, expected {', '.join(LABELS)}, the "
+                "factors of a product in this order"
             )
         return {
             label: self.matrix(f"{what}{label}", given[label]) for label in LABELS if label in given
@@ -145,23 +146,23 @@ class _Said:
 
     def matrix(self, what: str, given: object) -> Factor:
         """Take a factor; refuse what is no matrix of finite floating-point numbers."""
-        said, wanted = f"{self.text} {what}", "a matrix of floating-point numbers is wanted"
+        said, expected = f"{self.text} {what}", "expected a matrix of floating-point numbers"
         if not isinstance(given, FactorLike):
             raise ConfigError(
-                f"{said} as a {type(given).__name__}; a tensor, a drawing (now.sketch) or what "
-                "clients train (layer.trained) is wanted"
+                f"{said} as a {type(given).__name__}, expected a tensor, a random factor "
+                "(now.sketch) or a trained one (layer.trained)"
             )
         factor = Factor.of(given)
         numbers, shape = factor.numbers, factor.shape
         if len(shape) != 2 or min(shape) < 0 or (factor.per_client and not self.clients):
             got = shape if numbers is None else numbers.shape
-            raise ConfigError(f"{said} with the shape {[*got]}; {wanted}")
+            raise ConfigError(f"{said} with the shape {[*got]}; {expected}")
         if numbers is None:
             return factor
         if numbers.layout != torch.strided or numbers.is_meta or not numbers.is_floating_point():
             kind = "without numbers (meta)" if numbers.is_meta else f"{numbers.dtype}"
             raise ConfigError(
-                f"{said} as {kind}, {numbers.layout}; {wanted}, as replies.mean(label) gives"
+                f"{said} as {kind}, {numbers.layout}; {expected}, as replies.mean(label) gives"
             )
         if tuple(numbers.shape[-2:]) != shape:
             raise ConfigError(
@@ -169,9 +170,7 @@ class _Said:
                 f"{[*numbers.shape]}"
             )
         if not of_project(type(self.method)) and not bool(numbers.isfinite().all()):
-            raise DivergenceError(
-                f"{said} with numbers that are not finite; finite ones are wanted"
-            )
+            raise DivergenceError(f"{said} with NaN or infinity, expected finite numbers")
         return factor
 
 
@@ -181,6 +180,6 @@ def _check_product(said: str, factors: Sequence[Factor], layer: Layer) -> None:
     ends = (shapes[0][0], shapes[-1][-1]) if shapes else layer.shape
     if ends != layer.shape or any(one[-1] != other[0] for one, other in pairwise(shapes)):
         raise ConfigError(
-            f"{said} factors of the shapes {', '.join(map(str, shapes))}; those of a product are "
-            f"wanted, from {layer.m} rows to {layer.n} columns, as (B, A)"
+            f"{said} factors of the shapes {', '.join(map(str, shapes))}, expected those of a "
+            f"product of {layer.m} rows and {layer.n} columns, (B, A)"
         )

@@ -177,15 +177,15 @@ def advanced(rule: ServerOptimizer, change: Tree, moments: Tree) -> tuple[Tree, 
     with told_as(ConfigError, f"{who}: ", "calling its advance", passing=PASSING):
         found: object = rule.advance(dict(change), dict(moments))
     if not isinstance(found, tuple) or len(found) != 2:
-        raise ConfigError(f"{who} gives {told(found)}; a pair (steps, moments) is wanted")
+        raise ConfigError(f"{who} returns {told(found)}, expected a pair (steps, moments)")
     tree(f"{who}, its steps", found[0], change)
     like = {f"{kind}/{name}": t for name, t in change.items() for kind in ("first", "second")}
     if not isinstance(found[1], Mapping):
-        raise ConfigError(f"{who} gives the moments {told(found[1])}; a dict is wanted")
+        raise ConfigError(f"{who} returns the moments {told(found[1])}, expected a dict")
     named = {name: like.get(name, moments.get(name)) for name in found[1]}
     if odd := [name for name, known in named.items() if known is None]:
         raise ConfigError(
-            f"{who} gives the moment {odd[0]!r}; first/NAME or second/NAME of a tensor is wanted"
+            f"{who} returns the moment {odd[0]!r}, expected first/NAME or second/NAME of a tensor"
         )
     tree(f"{who}, its moments", found[1], {n: t for n, t in named.items() if t is not None})
     return found

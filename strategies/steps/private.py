@@ -80,8 +80,8 @@ class PrivateRounds(RoundStep):
             self.clip = number(rows[-1], "privacy", "next_clip")
             if not self.clip > 0:
                 raise CheckpointError(
-                    "the last row of the ledger has no privacy.next_clip, from which a private "
-                    "run goes on: restore the ledger from a copy"
+                    "the last row of the ledger has no privacy.next_clip, which a private "
+                    "run needs to resume. Restore the ledger from a copy"
                 )
         if self.secret is None:
             folder = recorder.folder
@@ -92,8 +92,8 @@ class PrivateRounds(RoundStep):
         """The secret, once it is there."""
         if self.secret is None:
             raise CheckpointError(
-                "a private run has no key before its rounds begin: open the step before noise is "
-                "drawn"
+                "the noise has no key, since the step was not opened. Call open() before the "
+                "first round"
             )
         return self.secret
 

@@ -98,7 +98,9 @@ class SecAggSession:
             rows = np.zeros((0, 0), np.uint32) if answer.words is None else answer.words.numpy()
             wanted = (len(clients), self.size(answer)) if clients else rows.shape
             if rows.shape != wanted:
-                raise WireError(f"masked vectors of shape {rows.shape} came; {wanted} is wanted")
+                raise WireError(
+                    f"the masked vectors have the shape {rows.shape}, expected {wanted}"
+                )
             self.exchange.received += rows.nbytes
             found: dict[int, Any] = {}
             for client, words in said.items():
@@ -182,6 +184,6 @@ class SecAggSession:
         """
         if len(clients) < LEAST_CLIENTS:
             raise ClientError(
-                f"round {self.exchange.round_}: {len(clients)} client(s) are left for the stage "
-                f"{stage} of secure aggregation; {LEAST_CLIENTS} or more are wanted"
+                f"round {self.exchange.round_}: {len(clients)} client(s) are left for the "
+                f"stage {stage} of secure aggregation. At least {LEAST_CLIENTS} are needed"
             )

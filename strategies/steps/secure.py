@@ -70,7 +70,7 @@ class MeasureSession(SecAggSession):
     def size(self, answer: Staged) -> int:
         told = read_sizes(answer.stage.settings.get("layout"))
         if [name for name, _ in told.shapes] != (names := sums_named(self.measure, [""])):
-            raise WireError(f"it measured {told.shapes}; {names} are wanted")
+            raise WireError(f"it measured {told.shapes}, expected {names}")
         self.told |= dict.fromkeys(answer.clients.tolist(), told)
         return SummedMeasure(self.measure, told, self.points).size
 
@@ -88,7 +88,7 @@ class MeasureSession(SecAggSession):
             self.layout = usual([self.told[c] for c in came])
         for client in came:
             if self.told[client] != self.layout:
-                failures[client] = "it measured by other sums than most clients"
+                failures[client] = "it reports other metrics than most clients"
                 del found[client]
         return found, failures
 
@@ -139,8 +139,8 @@ class SecureSum(RoundStep):
             text = self.file.read_text().strip()
             if not text.isdecimal():
                 raise CheckpointError(
-                    f"{self.file} holds {text[:50]!r}, but the number of the last round that asked "
-                    "clients for masked vectors is wanted; restore the file from a copy"
+                    f"{self.file} holds {text[:50]!r}, expected the number of the last round "
+                    "that asked for masked vectors. Restore the file from a copy"
                 )
             self.answered = int(text)
 
@@ -169,8 +169,8 @@ class SecureSum(RoundStep):
         if session is None or session.round_ != exchange.round_:
             if exchange.round_ <= self.answered:
                 why = (
-                    "the run was ended after clients had been asked for masked vectors; they give "
-                    "one"
+                    "the run was stopped after it had asked clients for masked vectors, and "
+                    "a client sends one in a round"
                 )
                 self.row = {"lost": why}
                 raise RoundLostError(f"round {exchange.round_}: {why}")
@@ -236,8 +236,8 @@ class SecureSum(RoundStep):
         """
         if (clients := len(measurement.cohort)) > MOST_CLIENTS:
             raise ConfigError(
-                f"{clients} clients are to measure, of whom a secure sum holds "
-                f"{MOST_CLIENTS}: set evaluate.clients=round"
+                f"evaluate.clients: {clients} clients would evaluate, but secure aggregation "
+                f"can sum at most {MOST_CLIENTS}. Set evaluate.clients=round"
             )
         talk = MeasureSession(measurement, send)
         try:
@@ -302,12 +302,12 @@ class SecureSum(RoundStep):
             raise RoundLostError(
                 f"round {exchange.round_}: the sum of {K} clients has the weight {weight} and the "
                 f"norm {norm:.4g}; {K} to {K * self.config.max_weight} and at most "
-                f"{weight * clip:.4g} are possible: some client sent what it may not"
+                f"{weight * clip:.4g} are possible: some client broke the protocol"
             )
         if not 0 <= cut <= K:
             raise RoundLostError(
                 f"round {exchange.round_}: in a sum of {K} clients {cut} say that their updates "
-                "were longer than the clip: some client sent what it may not"
+                "were longer than the clip: some client broke the protocol"
             )
         self.row = {
             "clients": K,

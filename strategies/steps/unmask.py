@@ -118,8 +118,9 @@ class Session:
             if len(closed) == 1:
                 raise RoundLostError(
                     f"round {self.round_}: client {closed[0]} cannot open the share of client "
-                    f"{sender}, and all {len(near)} of its neighbours are needed: either of them "
-                    "may be at fault; take a larger cohort or a lower secure.threshold"
+                    f"{sender} (either may be at fault), and all {len(near)} of its "
+                    "neighbours are needed. Raise clients_per_round, or lower "
+                    "secure.threshold"
                 )
             leaves[sender] = f"clients {closed} cannot open the shares that it sealed for them"
         for sender, why in leaves.items():
@@ -190,14 +191,15 @@ class Session:
         came = [answer[str(owner)] for answer in answers if str(owner) in answer]
         if len(came) < self.threshold:
             raise ClientError(
-                f"round {self.round_}: {len(came)} neighbours of client {owner} gave their shares; "
-                f"{self.threshold} are wanted to take its masks off: too many clients left"
+                f"round {self.round_}: {len(came)} neighbours of client {owner} sent their "
+                f"shares, but {self.threshold} are needed to remove its masks: too many "
+                "clients dropped out"
             )
         secret, known = "", self.keys[owner]
         try:
             secret = combine(came[: self.threshold])
         except WireError as error:
-            why = f"what it sealed are no shares ({error})"
+            why = f"what it sealed are not shares ({error})"
             raise CulpritError(self.round_, owner, why) from error
         fits = mark(secret) == known["seed"] if kind == "alive" else is_pair(secret, known["mask"])
         if not fits:
@@ -222,7 +224,7 @@ class CulpritError(RoundLostError):
 def check_keys(_client: int, _sent: Any, answer: Any) -> None:
     """Reject a reply that has no public keys."""
     if {*answer} != {"mask", "box", "seed"}:
-        raise WireError(f"it sent the keys {[*answer]}; mask, box and seed are wanted")
+        raise WireError(f"it sent the keys {[*answer]}, expected mask, box and seed")
     for name in ("mask", "box"):
         read_public(checked_text(answer[name], PUBLIC_LENGTH))
     checked_text(answer["seed"], MARK_LENGTH)
@@ -232,9 +234,9 @@ def check_sealed(_client: int, sent: Any, answer: Any) -> None:
     """Reject a reply without one sealed text, with two marks, for each neighbour."""
     if {*answer} != {*sent}:
         raise WireError(
-            f"it sealed shares for the clients {[*answer]}, but its neighbours are {[*sent]}"
+            f"it sealed shares for the clients {[*answer]}, expected its neighbours {[*sent]}"
         )
     for text, *marks in answer.values():
         checked_text(text, SEALED_LENGTH)
         if [len(checked_text(m, MARK_LENGTH)) for m in marks] != [MARK_LENGTH] * 2:
-            raise WireError(f"its shares have the marks {marks}; two SHA-256 digests are wanted")
+            raise WireError(f"its shares have the marks {marks}, expected two SHA-256 digests")

@@ -30,8 +30,8 @@ def method_of(config: RunConfig, task: Task | None = None) -> Method:
     taken, sent = config.local.steps, config.method.most_steps  # of scalars
     if taken is not None and sent is not None and taken < sent:
         raise ConfigError(
-            f"local.steps is {taken}, but clients send the scalars of method.steps={sent} steps: "
-            "they would send zeros for the others; take local.steps=null, or no less than that"
+            f"local.steps={taken}: clients send one number for each of method.steps={sent} "
+            f"steps, so the rest would be zeros. Set local.steps=null, or at least {sent}"
         )
     flow = None if task is None else partial(flows, task.model, task.test)
     method = allocated(config.method, config.allocation, flow)

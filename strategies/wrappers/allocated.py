@@ -93,7 +93,7 @@ class Allocated(Around):
         if any(state.base[name] is not base[name] for name in plan.targets):
             raise refused(self.inner, "it changes the base weights before the first round")
         if self.inner.counters is not Counters:
-            raise refused(self.inner, "it keeps numbers of its own from round to round")
+            raise refused(self.inner, "it has its own state from round to round")
         return replace(state, counters=Chosen())
 
     @override
@@ -142,8 +142,8 @@ class Allocated(Around):
         if after.depends_on_past and self.rule.every is not None:
             raise refused(
                 self.inner,
-                f"allocation.every={self.rule.every} would drop what it carries, or takes from the "
-                "last link, of layers that are left out: set every=null",
+                f"allocation.every={self.rule.every} would drop the state that it keeps for "
+                "layers that are left out; set every=null",
             )
         adapted = {name: int(name in sent.adapters) for name in state.plan.targets}
         counters = replace(cast(Chosen, after.counters), adapted=adapted)
@@ -167,7 +167,9 @@ def allocated(method: Method, rule: Uniform, flow: Flow | None = None) -> Method
     if not isinstance(rule, AdaLora):
         return method
     if not (isinstance(method, Factored) and method.cuts_components and method.lives_on):
-        raise refused(method, "its components do not live on", "fedavg_lora, fedex_lora")
+        raise refused(
+            method, "its components do not live on from round to round", "fedavg_lora, fedex_lora"
+        )
     return Pruned(method, rule)
 
 
@@ -176,8 +178,8 @@ def refused(
 ) -> ConfigError:
     """Build the error for a method that a rule does not fit."""
     return ConfigError(
-        f"allocation does not fit {type(method).__name__}: {why}; take another method ({take}), or "
-        "allocation=none"
+        f"allocation does not fit {type(method).__name__}: {why}. Use another method "
+        f"({take}), or allocation=none"
     )
 
 

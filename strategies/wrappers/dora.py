@@ -60,14 +60,14 @@ class Dora(Around):
         for name, view in state.plan.targets.items():
             if view.kind == "embedding":
                 raise ConfigError(
-                    f"dora is true, but {name} is an embedding, whose rows are no outputs of a "
-                    "layer; leave it out of target_modules, or set dora=false"
+                    f"dora=true: {name} is an embedding, whose rows are not outputs of a "
+                    "layer. Leave it out of target_modules, or set dora=false"
                 )
             lengths = row_lengths(view.matrix(weights[name]).double())
             if not lengths.all():
                 raise ConfigError(
-                    f"dora is true, but row {int(lengths.argmin())} of {name} is zero and so has "
-                    "no direction; leave the layer out of target_modules, or set dora=false"
+                    f"dora=true: row {int(lengths.argmin())} of {name} is zero and has no "
+                    "direction. Leave the layer out of target_modules, or set dora=false"
                 )
             found[magnitude_of(name)] = lengths.to("cpu", state.base[name].dtype)
         return found

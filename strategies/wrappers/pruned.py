@@ -93,9 +93,9 @@ class Pruned(Around):
         last, first = round(self.rule.target * len(ranks)), sum(ranks.values())
         if not 1 <= last <= first:
             raise ConfigError(
-                f"allocation.target is {self.rule.target}, which leaves {last} of the {first} "
-                f"components with which {len(ranks)} layers begin; 1 to {first} must be left: "
-                "change it, or method.rank"
+                f"allocation.target={self.rule.target}: it leaves {last} of the {first} "
+                f"components of {len(ranks)} layers, but 1 to {first} must be left. Change "
+                "it, or method.rank"
             )
         return replace(state, counters=RanksLeft(rank=ranks, components=first))
 

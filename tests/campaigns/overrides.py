@@ -354,7 +354,7 @@ def accepted(words: Sequence[str], config: Mapping[str, Any], said: str) -> str 
         )
         if override.is_delete() or key in GROUPS or inside:
             continue
-        if f"note: nothing reads {key} here" in said:
+        if f"note: {key} has no effect here" in said:
             continue
         found: Any = config
         for part in key.split("."):

@@ -146,12 +146,12 @@ def test_a_node_repeats_its_answer_and_gives_no_other(tmp_path: Path) -> None:
         replies = [anew.answer(copy.deepcopy(content)) for _ in range(2)]
         assert replies[0] == replies[1]
         put_stage(content, Stage(stage, {"step": 1.0}, stage_of(content).data))
-        with pytest.raises(ClientError, match=r"question of round 4 .* once"):
+        with pytest.raises(ClientError, match=r"request in round 4.* once"):
             anew.answer(content)
     header = json.loads(str(content["config"]["header"]))
     header["request"]["round_"] = 11
     content["config"]["header"] = json.dumps(header)
-    with pytest.raises(ClientError, match=r"round 11 .*rounds 1 to 10"):
+    with pytest.raises(ClientError, match=r"round 11: .*does not have"):
         anew.answer(content)
 
 
@@ -171,7 +171,7 @@ def test_a_client_wants_its_own_number_of_neighbours(told: int, fewest: int) -> 
     stage = Stage("shares", {"threshold": 1}, {0: {str(c): keys[c] for c in range(1, 1 + told)}})
     (why,) = answer_stage(request, stage, store, terms).failures.values()
     assert f"named {told} neighbours" in why
-    assert f"{fewest - 1} or more are needed" in why
+    assert f"at least {fewest - 1}" in why
 
 
 def test_of_a_graph_a_client_wants_its_degree() -> None:
@@ -250,7 +250,7 @@ def test_a_sum_that_nobody_can_be_blamed_for_is_lost() -> None:
     clients = {c: Client(c, 3) for c in range(3)}
     exchange, got = sum_of(secure_sum(), Wire(clients, bend("shares", 1, garbage(["2"]))))
     assert isinstance(got, RoundLostError)
-    assert "either of them may be at fault" in str(got)
+    assert "either may be at fault" in str(got)
     assert exchange.failures == []
 
 

@@ -97,7 +97,7 @@ def test_an_array_that_claims_to_be_large_takes_no_memory() -> None:
     scene = scene_of("rows")
     content = read(scene.replies[0])
     content["arrays"] = ArrayRecord({"flat": stored(claimed((10**13,), "<f4", b"\0" * 16))})
-    with pytest.raises(Exception, match=r"takes 40000000000000 bytes, but 16 came"):
+    with pytest.raises(Exception, match=r"takes 40000000000000 bytes, but the message has 16"):
         read_answer(content, scene.exchange.asks[0])
 
 

@@ -50,12 +50,12 @@ def nothing_starts(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        ([], "say where: connection=NAME"),
-        (["nodes=3", "connection=x"], "say where: connection=NAME"),
-        (["nodes=0"], "nodes is 0; a number of SuperNodes is wanted"),
-        (["nodes=-1"], "nodes is '-1'; a number of SuperNodes is wanted"),
-        (["nodes=1.5"], "nodes is '1.5'; a number of SuperNodes is wanted"),
-        (["nodes=three"], "nodes is 'three'; a number of SuperNodes"),
+        ([], "connection=NAME"),
+        (["nodes=3", "connection=x"], "connection=NAME"),
+        (["nodes=0"], "nodes=0: give a number of SuperNodes"),
+        (["nodes=-1"], "nodes='-1'"),
+        (["nodes=1.5"], "nodes='1.5'"),
+        (["nodes=three"], "nodes='three': give a number of SuperNodes"),
         (["nodes=3", "local=three"], "unknown local 'three'"),
         (["nodes=3", "engine=ray"], "engine=ray"),
         (["nodes=3", "engine=inlne"], "did you mean 'inline'?"),
@@ -69,13 +69,13 @@ def nothing_starts(monkeypatch: pytest.MonkeyPatch) -> None:
         (["nodes=3", "system=buffered"], "engine=deploy does not go with system: devices"),
         (
             ["connection=x", "clients=3", "clients_per_round=3", "system=buffered"],
-            "take system=none",
+            "system=none",
         ),
         (["nodes=3", "head=personal"], "engine=deploy does not go with head=personal"),
         (["connection=x", "data=table", "data.file=a.csv"], "data.file=a.csv is relative"),
         (["connection=x", "data=own", "data.test_file=a.npz"], "data.test_file=a.npz is relative"),
-        (["connection=x", "engine.folder=here"], "engine.folder is 'here'; an absolute path"),
-        (["nodes=3", "resume=nowhere"], "nowhere is no run folder"),
+        (["connection=x", "engine.folder=here"], "engine.folder='here' is not an absolute path"),
+        (["nodes=3", "resume=nowhere"], "nowhere is not a run folder"),
     ],
 )
 def test_what_cannot_run_is_refused_in_one_message(
@@ -359,7 +359,7 @@ def test_files_that_are_found_from_any_folder_go_to_a_connection(tmp_path: Path)
 
 def test_nodes_are_not_asked_for_without_a_file_of_connections(tmp_path: Path) -> None:
     link = Connection("house", program(tmp_path, "touch started") | {"FLWR_HOME": str(tmp_path)})
-    with pytest.raises(ConfigError, match=r"there is no .*config\.toml.* \[superlink\.house\]"):
+    with pytest.raises(ConfigError, match=r"config\.toml does not exist.* \[superlink\.house\]"):
         link.nodes()
 
 
@@ -380,5 +380,5 @@ def test_simulate_sends_its_reader_to_deploy() -> None:
     config = from_plain(
         composed([*SMALL, "clients=3", "clients_per_round=3", "engine=deploy"]), METHODS
     )
-    with pytest.raises(ConfigError, match="run `fedraclora deploy` with"):
+    with pytest.raises(ConfigError, match="Run `fedraclora deploy` with"):
         assemble(config, None)

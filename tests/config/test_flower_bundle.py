@@ -29,8 +29,8 @@ ROOT = Path(__file__).resolve().parents[2]
     ("text", "said"),
     [
         ("{}", r"cfg-json, .* is empty.*fedraclora deploy"),
-        ("", "cfg-json is no JSON"),
-        ("{'a': 1}", "cfg-json is no JSON"),
+        ("", "cfg-json is not JSON"),
+        ("{'a': 1}", "cfg-json is not JSON"),
         ("[1]", "cfg-json, .* is empty"),
         ('{"seed": 0}', "method"),
     ],
@@ -44,8 +44,8 @@ def test_a_config_that_is_none_is_refused(text: str, said: str) -> None:
     ("word", "said"),
     [
         ("engine=inline", "engine=inline"),
-        ("output.dir=null", "output.dir is None, .* an absolute path"),
-        ("output.dir=here", "output.dir is here, .* an absolute path"),
+        ("output.dir=null", "output.dir=None: .* an absolute path"),
+        ("output.dir=here", "output.dir=here: .* an absolute path"),
     ],
 )
 def test_a_config_of_another_place_is_refused(word: str, said: str) -> None:

@@ -54,7 +54,7 @@ def test_a_name_that_will_not_do_is_refused(name: str, tmp_path: Path) -> None:
 def test_what_lies_there_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "shop").mkdir()
     (tmp_path / "shop" / "mine.txt").write_text("mine")
-    with pytest.raises(ConfigError, match="holds something"):
+    with pytest.raises(ConfigError, match="is not empty"):
         init.write_project("shop", tmp_path)
     assert [p.name for p in (tmp_path / "shop").iterdir()] == ["mine.txt"]
 

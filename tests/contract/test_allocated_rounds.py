@@ -225,7 +225,7 @@ def opened(world: World, method: Method) -> None:
 
 def test_methods_that_carry_factors_are_asked_once() -> None:
     method = heterolora("fedavg_lora", {"every": 2})
-    with pytest.raises(ConfigError, match=r"allocation\.every=2 .*carries"):
+    with pytest.raises(ConfigError, match=r"allocation\.every=2 .*every=null"):
         run(make_world(), method, RAGGED, rounds=1)
 
 

@@ -202,7 +202,7 @@ def test_a_pair_of_settings_is_refused_before_data_are_read(
     (line,) = told_of("secure=secagg", "secure.max_weight=2000", "aggregator=krum")
     assert line.startswith("secure=secagg does not go with a rule that looks at single updates")
     assert "aggregator=krum" in line
-    assert "take aggregator=mean, or secure=none" in line
+    assert "aggregator=mean, or secure=none" in line
 
 
 def test_what_clients_add_to_their_steps_is_looked_at() -> None:

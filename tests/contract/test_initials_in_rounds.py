@@ -188,7 +188,7 @@ def test_a_first_link_is_as_long_as_a_drawn_one_and_stays(name: str, more: dict[
 
 
 def test_a_first_factor_that_would_do_nothing_is_refused() -> None:
-    with pytest.raises(ConfigError, match="recur by their seeds"):
+    with pytest.raises(ConfigError, match="again from their seeds"):
         make_method("pool_rac_lora", init="gradient")
     with pytest.raises(ConfigError, match=r"method\.fresh=1 .*rows"):
         make_method("subspace_rac_lora", init="gradient", fresh=1.0)

@@ -85,8 +85,8 @@ def test_what_fits_is_remembered_and_noted_once(
         done = run(make_world(), METHOD, RAGGED, rounds=3, chunk=5)
     assert asked == [5, 2, *[1] * 15]
     first = [
-        f"round 1: out of memory with {many} clients a batch; {half} from here on; "
-        "bits may differ from a run without"
+        f"round 1: out of memory with {many} clients a batch. Batches hold at most {half} "
+        "clients from now on, so results may differ in the last bits"
         for many, half in [(5, 2), (2, 1)]
     ]
     assert notes(done) == [first, [], []]

@@ -227,13 +227,13 @@ def test_an_attacker_is_shortened_by_the_server(world: World) -> None:
 
 def test_what_does_not_go_with_privacy_is_refused(world: World) -> None:
     method = make_method("fed_rac_lora")
-    with pytest.raises(ConfigError, match="take aggregation_weights=uniform"):
+    with pytest.raises(ConfigError, match="aggregation_weights=uniform"):
         run(world, method, RAGGED, rounds=1, treatment=private())
     treatment = private() | {"aggregator": Median()}
     with pytest.raises(ConfigError, match="aggregator=median"):
         run(world, method, RAGGED, rounds=1, weights="uniform", treatment=treatment)
     for step in (silent(1.0), SecureSum(SecAgg()), SampleAccount(SampleNoise())):
-        with pytest.raises(ConfigError, match="one exchange a round; take"):
+        with pytest.raises(ConfigError, match=r"one exchange a round.*ake"):
             step.bound(first=False)
     assert silent(1.0).bound(first=True) == 1.0
     assert Attackers(SignFlip(0.2)).bound(first=False) is None

@@ -297,7 +297,7 @@ def test_noise_is_not_put_on_updates_of_which_rounding_costs_a_fifth() -> None:
     level = ClientLevel(clip=0.05, noise_multiplier=0.5, delta=1e-3)
     private = {"privacy": level, "secret": Secret(bytes(range(32)))}
     with pytest.raises(
-        ConfigError, match=r"compression\.uplink=eden1.*take compression\.uplink=eden2"
+        ConfigError, match=r"compression\.uplink=eden1.*ake compression\.uplink=eden2"
     ):
         finished("fed_rac_lora", rounds=1, treatment=private, weights="uniform", uplink="eden1")
 

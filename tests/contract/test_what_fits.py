@@ -217,7 +217,7 @@ def test_groups_do_not_change_the_step_of_a_part(name: str, world: World) -> Non
 
 
 def test_a_side_without_effect_is_refused() -> None:
-    with pytest.raises(ConfigError, match=r"method\.zero_init is A.* neither"):
+    with pytest.raises(ConfigError, match=r"method\.zero_init=A.* neither"):
         make_method("fedavg_lora", init="pissa", zero_init="A")
 
 

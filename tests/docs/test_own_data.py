@@ -94,7 +94,7 @@ def test_a_module_of_ones_own_runs_at_the_first_try(tmp_path: Path) -> None:
         ("deploy nodes=3 data=own data.samples=mine:nothing", "has no nothing"),
         ("deploy nodes=3 data=own", "nodes on this machine"),
         ("deploy nodes=4 data=own data.samples=mine:samples", "client 3 .*0 targets"),
-        ("deploy connection=far data=own data.samples=mine:samples clients=3", "leave it out"),
+        ("deploy connection=far data=own data.samples=mine:samples clients=3", "Leave it out"),
     ],
 )
 @pytest.mark.slow

@@ -74,5 +74,5 @@ def test_what_is_not_there_is_named(results: Path, head: str, said: str) -> None
 
 def test_a_file_without_a_table_is_refused(tmp_path: Path) -> None:
     (tmp_path / "t.md").write_text("nothing\n")
-    with pytest.raises(ConfigError, match="holds no table"):
+    with pytest.raises(ConfigError, match="contains no table"):
         read_table(tmp_path / "t.md")

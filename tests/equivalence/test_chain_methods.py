@@ -339,7 +339,7 @@ def test_other_factors_under_one_link_are_an_error_that_names_the_first() -> Non
     with pytest.raises(ClientError) as caught:
         trained(method, replace(ADAMW, optimizer_state="merge"), rounds=2)
     told = str(caught.value)
-    assert "client 0 holds other tensors" in told
+    assert "client 0: its tensors of round 1 differ" in told
     assert "fc1.weight/B (6, 2), wanted is moments/first/fc1.weight/A (2, 7)" in told
     assert "(4 of 6 tensors differ)" in told
     assert len(told) < 600

@@ -299,7 +299,7 @@ def test_clients_are_found_wherever_they_are(tmp_path: Path) -> None:
     assert used == {5: [0, 2], 3: [1]}
     said = " ".join(map(str, rows(tmp_path / "run")[1]["incidents"]))  # type: ignore[call-overload]
     assert "client 1: served by node 3," in said
-    assert "a node cannot take part: ConfigError: node-config has partition-id=''" in said
+    assert "a node cannot take part: ConfigError: node-config partition-id=''" in said
 
 
 def test_the_cache_of_a_node_keeps_few_runs(tmp_path: Path) -> None:

@@ -234,7 +234,7 @@ def test_a_command_that_is_interrupted_leaves_no_process(sign: int, tmp_path: Pa
     _, said = process.communicate(timeout=120)
     assert process.returncode == 130
     assert "interrupted after round" in said
-    assert f"go on with: fedraclora deploy nodes=2 resume={folder}" in said
+    assert f"resume with: fedraclora deploy nodes=2 resume={folder}" in said
     assert not [*tmp_path.glob("fedraclora-*")]
     listed = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True, check=True)
     assert str(tmp_path) not in listed.stdout

@@ -176,7 +176,7 @@ def test_a_client_of_a_node_that_fails_is_left_out_alone(tmp_path: Path) -> None
     assert ids == [[], [2], [2, 4], [2, 4], [1, 2, 4, 6], [1, 2, 4, 6]]
     for words_, why in (
         ("restore it, or remove it", failures[1][0]),
-        ("NaN or an infinity", failures[2][1]),
+        ("a NaN or an infinity", failures[2][1]),
         ("[-5] samples", failures[3][1]),
         ("clients [1, 4, 5]", failures[4][0]),
         ("from version 1", failures[5][0]),

@@ -96,8 +96,8 @@ def test_a_round_that_is_asked_twice_tells_nothing_new(tmp_path: Path) -> None:
         other.content["config"]["header"] = header.replace(
             '"rate_scale": 1.0', f'"rate_scale": {rate}'
         )
-        assert "a client answers a round once" in network.call(other).error.reason
-    for round_, words in ((1, "answered round 2 before"), (3, "the run has rounds 1 to 2")):
+        assert "A client answers a round once" in network.call(other).error.reason
+    for round_, words in ((1, "answered round 2"), (3, "a round that the run does not have")):
         other = again(message)
         other.content["config"]["header"] = header.replace('"round_": 2', f'"round_": {round_}')
         assert words in network.call(other).error.reason
@@ -162,13 +162,13 @@ def test_a_secure_round_that_was_cut_short_is_given_up(tmp_path: Path) -> None:
     words, folder = [*SECURE, "rounds=3", "engine.retries=0"], tmp_path / "run"
     fault = raises(lambda m: round_of_message(m) == 2 and at_stage("unmask", {*range(5)})(m))
     network = Network(tmp_path / "cache", nodes_for(5), fault)
-    with pytest.raises(ClientError, match="too many clients left"):
+    with pytest.raises(ClientError, match="too many clients dropped out"):
         deploy(words, folder, network)
     network.fault = None
     deploy(words, folder, network, resume=True)
     one, two, three = rows(folder)[1:]
-    assert two["secure"]["lost"].startswith("the run was ended after clients had")  # type: ignore[index]
-    assert "they give one" in two["notes"][0]  # type: ignore[index]
+    assert two["secure"]["lost"].startswith("the run was stopped after")  # type: ignore[index]
+    assert "sends one in a round" in two["notes"][0]  # type: ignore[index]
     assert (one["secure"]["clients"], three["secure"]["clients"]) == (5, 5)  # type: ignore[index]
     assert summary_of(folder)["rounds"] == 3
     for who in range(5):

@@ -117,7 +117,7 @@ def test_a_client_whose_samples_change_is_refused_by_name_and_nobody_else(
     run(tmp_path / "run", network, *more)
     failures: list[Any] = [row["failures"] for row in rows(tmp_path / "run")[1:]]
     assert [[f["client"] for f in each] for each in failures] == [[], [1], [1], []]
-    for part in ("client 1: its samples ", "Restore them", "new run"):
+    for part in ("client 1: its samples ", "Restore the samples", "new run"):
         assert part in failures[1][0]["reason"]
     (note,) = (tmp_path / "cache" / "2" / CACHE).rglob("1/samples.json")
     assert note.stat().st_mode & 0o777 == 0o600
@@ -207,7 +207,7 @@ def test_a_server_without_a_sample_has_the_weights_of_one_that_measures(tmp_path
     found = summary_of(tmp_path / "run")
     assert found["weights_digest"] == summary_of(inline)["weights_digest"]
     assert found["metrics"] == {}
-    assert "nobody measures" in introduction(found["begins"])["metrics"]
+    assert "no test samples" in introduction(found["begins"])["metrics"]
     assert "samples_min" not in found["task"]["partition"]  # the server does not know it
 
 
@@ -252,13 +252,13 @@ def test_a_node_without_data_is_refused_by_name(tmp_path: Path) -> None:
     for row in rows(tmp_path / "run")[1:]:
         (failure,) = row["failures"]  # type: ignore[misc, has-type]
         assert failure["client"] == 1
-        assert "needs data in node-config" in failure["reason"]
+        assert "does not fit data=" in failure["reason"]
 
 
 @pytest.mark.parametrize(
     ("source", "error", "said"),
     [
-        ("clinic.data:nothing", ConfigError, "cannot be imported here"),
+        ("clinic.data:nothing", ConfigError, "cannot be imported"),
         ("nowhere.data:owner", ConfigError, "No module named 'nowhere'.*PYTHONPATH"),
         ("clinic.data:CLINICS", ConfigError, "type int; a function"),
         ("no/such/folder", DataError, "neither no/such/folder/1.npz nor no/such/folder/train.npz"),
@@ -272,10 +272,10 @@ def test_sources_that_are_none_are_named(source: str, error: type[Exception], sa
 @pytest.mark.parametrize(
     ("found", "said"),
     [
-        (torch.zeros(3, 4), r"returns a Tensor; \(inputs, target\)"),
+        (torch.zeros(3, 4), r"returns a Tensor, but must return \(inputs, target\)"),
         ((torch.zeros(3, 4), torch.zeros(2)), r"2 targets, .*{'x': 3}"),
         ((torch.zeros(0, 4), torch.zeros(0)), r"0 targets, .*{'x': 0}"),
-        ((torch.zeros(3, 5), torch.zeros(3)), r"input has \(5,\).*\(4,\) is wanted"),
+        ((torch.zeros(3, 5), torch.zeros(3)), r"input has \(5,\).*\(4,\)"),
         (({"ids": torch.zeros(3, 4)}, torch.zeros(3)), r"input has \['ids'\]"),
     ],
 )
@@ -287,7 +287,7 @@ def test_samples_that_do_not_fit_are_named(found: object, said: str) -> None:
 
 def test_files_without_a_target_or_with_pickles_are_refused(tmp_path: Path) -> None:
     np.savez(tmp_path / "1.npz", x=np.zeros((2, 4)))
-    with pytest.raises(DataError, match="target is wanted"):
+    with pytest.raises(DataError, match="needs target"):
         read_own(str(tmp_path), 1)
     np.savez(tmp_path / "2.npz", x=np.array([{}, {}], object), target=np.zeros(2))
     with pytest.raises(DataError, match="cannot be read"):
@@ -296,5 +296,5 @@ def test_files_without_a_target_or_with_pickles_are_refused(tmp_path: Path) -> N
 
 def test_what_is_with_its_owners_is_not_simulated() -> None:
     data = own_samples(clients=3, classes=10, shape=[64], test_function="clinic.data:held_out")
-    with pytest.raises(ConfigError, match="with their owners"):
+    with pytest.raises(ConfigError, match="at the clients"):
         data.parts.gather(torch.tensor([0]), torch.tensor([[0]]))  # type: ignore[union-attr]

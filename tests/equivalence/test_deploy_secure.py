@@ -110,7 +110,7 @@ def twice(message: Message) -> list[Message]:
     [
         ("keys", nothing_of_it, "keys: its reply"),
         ("shares", nothing_of_it, "shares: its reply"),
-        ("masked", wrong_words, "vectors of shape (1, 3)"),
+        ("masked", wrong_words, "the shape (1, 3)"),
         ("masked", twice, None),
     ],
 )

@@ -218,7 +218,7 @@ def test_every_strategy_of_flower_is_served_or_refused_as_the_page_says(name: st
     assert name in SAID or name.startswith("DifferentialPrivacy")
     if served:
         assert made(flower.LowRank, other).method == LOW_RANK[0]
-        with pytest.raises(ConfigError, match=rf"{name} stands before.*LowRank, {name}\)"):
+        with pytest.raises(ConfigError, match=rf"{name} comes before.*LowRank, {name}\)"):
             made(other, flower.LowRank)
         return
     for bases in ((flower.LowRank, other), (other, flower.LowRank)):

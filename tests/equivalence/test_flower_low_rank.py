@@ -305,7 +305,7 @@ def test_options_of_fedavg_go_on_to_work(
 @pytest.mark.parametrize(
     ("options", "why"),
     [
-        ({"method": FedSaLora(rank=1)}, "FedSaLora.*stays at each client"),
+        ({"method": FedSaLora(rank=1)}, "FedSaLora.*keeps a part at each client"),
         ({"method": SLora(rank=1)}, "sparse"),
         ({"method": FedRacLora(rank=1, init="gradient")}, "gradient"),
         ({"method": FedRacLora}, "an instance"),

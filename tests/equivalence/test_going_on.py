@@ -126,7 +126,7 @@ def test_metrics_may_be_measured_at_other_rounds(whole: dict[str, object], tmp_p
     ("words", "said"),
     [
         (["output.dir=elsewhere"], r"output\.dir: .*run -> elsewhere"),
-        (["engine=ray", "engine.chunk=2"], r"engine\.chunk: 1 -> 2 \(it decides bits\)"),
+        (["engine=ray", "engine.chunk=2"], r"engine\.chunk: 1 -> 2 \(it changes the results\)"),
         (["engine.threads=2"], r"engine\.threads: 1 -> 2"),
         (["seed=1"], "seed: 0 -> 1"),
         (["evaluate.split=validation"], r'evaluate\.split: "test" -> "validation"'),

@@ -128,7 +128,9 @@ def test_inline_and_vectorized_agree() -> None:
 
 
 def test_a_task_without_classes_is_refused() -> None:
-    with pytest.raises(ConfigError, match=r"head=personal.*no classes.*evaluate\.clients=round"):
+    with pytest.raises(
+        ConfigError, match=r"head=personal.*the classes of.*evaluate\.clients=round"
+    ):
         job("data=least_squares", "partition=given", "clients=null")
 
 

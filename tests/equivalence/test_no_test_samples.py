@@ -45,7 +45,7 @@ def test_whether_the_server_measures_changes_no_weight(run: fedraclora.RunResult
     assert run.summary["weights_digest"] == measured.summary["weights_digest"]
     assert [row["metrics"] for row in run.rows] == [{}, {}, {}]
     assert run.summary["metrics"] == {}
-    assert "nobody measures" in introduction(run.summary["begins"])["metrics"]  # type: ignore[index]
+    assert "no test samples" in introduction(run.summary["begins"])["metrics"]  # type: ignore[index]
 
 
 def test_every_command_reads_a_run_that_nobody_measured(
@@ -56,7 +56,7 @@ def test_every_command_reads_a_run_that_nobody_measured(
     gone_on = simulated(test=0, folder=again.folder, resume=True, rounds=2)
     assert gone_on.summary["weights_digest"] == run.summary["weights_digest"]
     text = page_of([read_shown(run.folder)])
-    assert "nobody measures" in text
+    assert "no test samples" in text
     assert "not finite" not in text
     run.plot(tmp_path / "a.png")
     with pytest.raises(CheckpointError, match=r"none .*evaluated"):
@@ -72,7 +72,7 @@ def test_every_command_reads_a_run_that_nobody_measured(
 
 @pytest.mark.parametrize("test", [True, 1, -0.1, float("nan")])
 def test_what_is_no_share_is_refused(test: object) -> None:
-    with pytest.raises(ConfigError, match=r"test is .*in \[0, 1\)"):
+    with pytest.raises(ConfigError, match=r"test=.*in \[0, 1\)"):
         simulated(test=test)
 
 
@@ -85,8 +85,8 @@ def test_a_share_may_be_said_in_place_of_samples() -> None:
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["evaluate.generate=1"], r"evaluate\.generate is 1.*no test samples"),
-        (["stop.patience=1"], r"data\.validation is 0"),
+        (["evaluate.generate=1"], r"evaluate\.generate=1.*no test samples"),
+        (["stop.patience=1"], r"data\.validation=0"),
     ],
 )
 def test_what_needs_test_samples_is_refused(words: list[str], said: str) -> None:
@@ -104,7 +104,7 @@ OWN = ["data=own", "clients=3", "model=mlp", "pretrain=none", "output=study"]
     [
         ([], r"data\.classes or data\.shape .*no sample"),
         (["data.classes=3"], r"data\.classes or data\.shape "),
-        (["data.classes=3", "data.shape=[4]", "data.test_fraction=0.2"], "with their owners"),
+        (["data.classes=3", "data.shape=[4]", "data.test_fraction=0.2"], "at the clients"),
     ],
 )
 def test_a_server_without_a_sample_is_told_what_samples_look_like(

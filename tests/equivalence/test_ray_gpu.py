@@ -88,7 +88,7 @@ def test_two_workers_share_a_card_and_give_the_same_bits(device: str) -> None:
 
 
 def test_no_more_workers_than_shares(device: str) -> None:
-    with pytest.raises(ConfigError, match=r"engine\.workers is 3 .*0\.5 GPU.* for 2"):
+    with pytest.raises(ConfigError, match=r"engine\.workers=3.*engine\.gpus=0\.5.* for 2"):
         job(f"device={device}", *HALVES, "engine.workers=3")
 
 

@@ -151,11 +151,11 @@ def test_a_client_measures_once_in_a_round_and_trains_all_the_same() -> None:
     of_others = {"8": keys[7], "9": keys[7], "10": keys[7]}
     assert asked("shares", 3, {}, of_others).stage.data
     # That training has come so far is nothing to the sum of measurements.
-    assert "stands after keys" in asked("unmask", 3, measured).failures[7]
+    assert "has finished keys" in asked("unmask", 3, measured).failures[7]
     memory = secure._recall(store, 7, 3, Stage("shares", measured, {}))
     secure._remember(store, 7, memory | {"near": [], "held": {}, "threshold": 2},
                      Stage("masked", measured, {}))  # fmt: skip
-    assert "does not answer twice" in asked("keys", 3, measured).failures[7]
+    assert "answers a stage once" in asked("keys", 3, measured).failures[7]
     assert asked("keys", 4, measured).stage.data
     assert asked("keys", 3, {}).stage.data
 
@@ -170,5 +170,5 @@ def test_a_client_measures_once_in_a_round_and_trains_all_the_same() -> None:
 def test_what_would_cost_privacy_that_nobody_accounts_is_refused(
     words: list[str], said: str
 ) -> None:
-    with pytest.raises(ConfigError, match=rf"{said}.*evaluate\.clients is round.*no noise"):
+    with pytest.raises(ConfigError, match=rf"{said}.*evaluate\.clients is round.*without noise"):
         simulated("evaluate.clients=round", *words)

@@ -162,7 +162,7 @@ def test_a_tokenizer_without_a_template_needs_one(tmp_path: Path, bare_tokenizer
     (tmp_path / "chat.jinja").write_text(given)
     same = load(file, bare_tokenizer, template=str(tmp_path / "chat.jinja"))
     assert torch.equal(same.train.target, data.train.target)
-    with pytest.raises(ConfigError, match=r"neither a Jinja template"):
+    with pytest.raises(ConfigError, match="neither a file nor a Jinja template"):
         load(file, bare_tokenizer, template="missing.jinja")
     with pytest.raises(DataError, match=r"row 1: .*no tools here"):
         load(file, bare_tokenizer, template="{{ raise_exception('no tools here') }}")
@@ -213,16 +213,16 @@ def test_more_clients_than_rows_are_refused(tmp_path: Path, tokenizer: str) -> N
 
 def test_what_is_no_table_is_refused(tmp_path: Path) -> None:
     for name, text, said in [
-        ("a.jsonl", "{not json}\n", "line 1 is no JSON"),
-        ("a.jsonl", "[1]\n", "line 1 is no JSON object"),
+        ("a.jsonl", "{not json}\n", "line 1 is not JSON"),
+        ("a.jsonl", "[1]\n", "line 1 is not a JSON object"),
         ("a.jsonl", "\n", "holds no rows"),
-        ("a.csv", "prompt,response\na\n", "line 2: 1 fields; 2 are wanted"),
-        ("a.txt", "a", "ends in .csv"),
+        ("a.csv", "prompt,response\na\n", "line 2: 1 fields.* 2"),
+        ("a.txt", "a", "end in .csv"),
     ]:
         (tmp_path / name).write_text(text)
         with pytest.raises((DataError, ConfigError), match=said):
             read_conversations(tmp_path / name, RowForm())
-    with pytest.raises(ConfigError, match="set both, or none"):
+    with pytest.raises(ConfigError, match="set both"):
         RowForm(prompt="prompt")
 
 

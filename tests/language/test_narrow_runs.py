@@ -146,7 +146,7 @@ def test_a_classifier_has_a_narrow_base_too(tmp_path: Path) -> None:
         (["method=fedavg_lora", "method.init=pissa"], "can be merged into"),
         (["method=fedavg_lora", "allocation=adalora"], "merges each update"),
         (["method=ffa_lora", "modules_to_save=[o_proj]"], r"o_proj\.weight is trained"),
-        (["method=ffa_lora", "pretrain=table3"], "are frozen, but pretrain"),
+        (["method=ffa_lora", "pretrain=table3"], "freezes the weights"),
     ],
 )
 def test_what_would_change_it_is_refused(
@@ -160,9 +160,7 @@ def test_a_start_is_not_merged_into_it(given: tuple[str, ...], tmp_path: Path) -
     run = fedraclora.simulate(*given, "rounds=1", "method=fedavg_lora", "evaluate.generate=null")
     run.export(tmp_path / "adapter", "peft")
     words = (*given, "method=fedavg_lora", "model.base=int8", f"init_from={tmp_path / 'adapter'}")
-    with pytest.raises(
-        ConfigError, match=r"init_from=.*model\.base=int8.*name that by model\.path"
-    ):
+    with pytest.raises(ConfigError, match=r"init_from=.*model\.base=int8.*set model\.path"):
         fedraclora.simulate(*words)
 
 

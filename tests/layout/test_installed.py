@@ -103,7 +103,7 @@ def test_the_code_is_that_of_the_wheel(shell: Shell) -> None:
 
 @pytest.mark.parametrize("command", ["bench", "theory"])
 def test_commands_of_the_laboratory_say_where_they_are(shell: Shell, command: str) -> None:
-    with pytest.raises(AssertionError, match=rf"{command} belongs .*source checkout"):
+    with pytest.raises(AssertionError, match=rf"{command} needs .*source checkout"):
         shell(f"fedraclora {command}")
 
 

@@ -138,14 +138,14 @@ BAD: dict[str, tuple[tuple[Any, ...], dict[str, Any], str]] = {
     "key": ((), {"round": 3}, "rounds"),
     "inner": (({"local": {"learning": 1.0}},), {}, "learning"),
     "value": ((), {"clients_per_round": 7}, "clients_per_round is 7, but there are only 6 clients"),
-    "deploy": ((), {"engine": "deploy"}, "run `fedraclora deploy` with"),
+    "deploy": ((), {"engine": "deploy"}, "Run `fedraclora deploy` with"),
     "object": ((), {"rounds": torch.ones(2)}, "rounds is of type Tensor"),
     "no word": ((5,), {}, "5 is of type int"),
     "sweep": (("seed=1,2",), {}, "sweep"),
     "resume word": (("resume=auto",), {}, "resume=True"),
     "no folder": ((), {"resume": True}, "folder"),
     "idle": (("output.chain=false",), {}, "output.chain"),
-    "two folders": (("output.dir=a",), {"folder": "b"}, "name one of them"),
+    "two folders": (("output.dir=a",), {"folder": "b"}, "give one of them"),
     "whole": (({"local": {"lr": "much"}},), {}, r"local\.lr"),
 }
 

@@ -122,7 +122,7 @@ def test_whole_numbers_stay_so_where_a_model_takes_indices(
     x = forms[form][0][0] if form in {"arrays", "bytes"} else IDS[:40]
     assert found.predict(x).equals(wanted.predict({"ids": IDS[:40]}))
     assert found.evaluate(TEXTS[1]) == wanted.evaluate(({"ids": TEXTS[1][0]}, TEXTS[1][1]))
-    with pytest.raises(DataError, match="whole ones"):
+    with pytest.raises(DataError, match="expected integers"):
         found.predict(X)
 
 
@@ -139,7 +139,7 @@ def test_whole_numbers_become_fractions_where_a_model_wants_these_and_it_is_said
     np.savez(tmp_path / "0.npz", x=whole[0][0], target=Y[:40])
     fedraclora.simulate("data=own", "model=mlp", {"data": {"samples": str(tmp_path)}}, rounds=0)
     assert "int64 converted to float32" in capsys.readouterr().err
-    with pytest.raises(DataError, match="bytes in one table"):
+    with pytest.raises(DataError, match="x holds bytes"):
         run(data=[whole[0], (abs(whole[1][0]).astype("uint8"), whole[1][1])])
 
 
@@ -248,7 +248,11 @@ def test_what_a_run_gives(tmp_path: Path) -> None:
         "model.safetensors",
         "summary.json",
     ]
-    for folder, said in ((place, "holds something"), ("/dev/null/x", "made"), ("x" * 300, "made")):
+    for folder, said in (
+        (place, "is not empty"),
+        ("/dev/null/x", "cannot make"),
+        ("x" * 300, "cannot make"),
+    ):
         with pytest.raises(ConfigError, match=said):
             found.save(folder)
 
@@ -382,10 +386,10 @@ BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"data": [(X, Y), (X * np.nan, Y)]}, DataError, "client 1: x holds NaN"),
     ({"data": [(X, Y), (X, Y - 1)]}, DataError, "client 1: the labels go from -1"),
     ({"data": (X, Y), "client": "site"}, ConfigError, "names a column"),
-    ({"data": "digits", "test": (X, Y)}, ConfigError, "go with data of the program"),
+    ({"data": "digits", "test": (X, Y)}, ConfigError, "apply to data of your program"),
     ({"data": CLIENTS, "test": (X[:, :2], Y)}, DataError, "test: one input has"),
     ({"data": CLIENTS, "model": 3}, ConfigError, "model is of type int"),
-    ({"data": CLIENTS, "method": FedRacLora}, ConfigError, r"make one, FedRacLora\("),
+    ({"data": CLIENTS, "method": FedRacLora}, ConfigError, r"give an instance, FedRacLora\("),
     (
         {"data": CLIENTS, "method": Untold(rank=2)},
         ConfigError,
@@ -403,19 +407,23 @@ BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"data": [(X, Y + 1)]}, DataError, "gives 2 outputs .* up to class 2"),
     ({"data": [(X, Y.astype("float32"))]}, DataError, "give them as whole numbers"),
     ({"data": CLIENTS, "on_round": "print"}, ConfigError, "on_round has 'print'"),
-    ({}, ConfigError, "no data are named"),
+    ({}, ConfigError, "there are no data"),
     ({"data": CLIENTS, "on_round": 5}, ConfigError, "on_round has 5"),
     ({"data": [(X, Y), (MASKED, Y)]}, DataError, "client 1: x is a masked array"),
     ({"data": [(X, Y), ([*MASKED], Y)]}, DataError, "client 1: x is a masked array"),
     ({"data": [(X, Y), Raising(X, Y)]}, DataError, "client 1: reading sample 3 raises KeyError"),
     ({"data": [(torch.tensor(X).to_sparse(), Y)]}, DataError, "client 0: x is a tensor of kind"),
     ({"data": [(torch.empty(90, 5, device="meta"), Y)]}, DataError, "kind meta: load its numbers"),
-    ({"data": [(X, Y.astype("uint64") + 2**63)]}, DataError, "which no int64 holds"),
+    ({"data": [(X, Y.astype("uint64") + 2**63)]}, DataError, "does not fit into int64"),
     ({"data": [(X.astype("longdouble"), Y)]}, DataError, "float64 is the widest"),
     ({"data": pd.Series(X[:, 0]), "clients": 3}, DataError, "data is of type Series"),
-    ({"data": pd.concat([FRAME, FRAME[["a"]]], axis=1), "clients": 3}, DataError, "columns 'a'"),
-    ({"data": FRAME, "test": (X, Y), "clients": 3}, DataError, "test is a tuple; a frame"),
-    ({"data": FRAME, "test": "new.csv", "clients": 3}, DataError, "of data is wanted"),
+    (
+        {"data": pd.concat([FRAME, FRAME[["a"]]], axis=1), "clients": 3},
+        DataError,
+        "columns named 'a'",
+    ),
+    ({"data": FRAME, "test": (X, Y), "clients": 3}, DataError, "test is a tuple.*frame"),
+    ({"data": FRAME, "test": "new.csv", "clients": 3}, DataError, "the columns of data"),
     ({"data": CLIENTS, "callbacks": 5}, ConfigError, "callbacks has 5"),
     ({"data": CLIENTS, "callbacks": [fedraclora.Callback]}, ConfigError, r"Callback\(\.\.\.\)"),
     ({"data": FRAME[:0], "clients": 3}, DataError, "data holds no rows"),
@@ -429,9 +437,9 @@ BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"data": CLIENTS, "model": odd(lambda m: m[2].bias.data.fill_(np.nan))}, ModelError, "2.bias"),
     ({"data": CLIENTS, "model": Uncopied(*net())}, ModelError, "it holds a lock"),
     ({"data": CLIENTS, "model": nn.Linear(4, 2)}, ModelError, "cannot be used with these data"),
-    ({"data": CLIENTS, "folder": 5}, ConfigError, "folder is 5"),
-    ({"data": CLIENTS, "folder": "a\0b"}, ConfigError, "folder is"),
-    ({"data": CLIENTS, "folder": "~nobody-here/x"}, ConfigError, "folder is"),
+    ({"data": CLIENTS, "folder": 5}, ConfigError, "folder=5"),
+    ({"data": CLIENTS, "folder": "a\0b"}, ConfigError, "folder="),
+    ({"data": CLIENTS, "folder": "~nobody-here/x"}, ConfigError, "folder="),
     ({"data": CLIENTS, "folder": "/dev/null/run"}, ConfigError, "/dev/null/run"),
     ({"data": CLIENTS, "folder": "x" * 300}, ConfigError, "choose a shorter name"),
     ({"data": [datasets.Dataset.from_dict({"label": Y})] * 2}, DataError, "only column"),

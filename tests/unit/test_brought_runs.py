@@ -368,10 +368,10 @@ def test_what_is_wrong_with_a_part_is_said_by_its_key(mine: Any, words: str, sai
 
 @pytest.mark.parametrize(
     ("name", "said"),
-    [("Careless", "a dict.*LayerUpdate"), ("Turned", r"factors .*\(3, 2\).*as \(B")],
+    [("Careless", "a dict.*LayerUpdate"), ("Turned", r"factors .*\(3, 2\).*\(B, A")],
 )
 def test_what_a_method_cannot_make_of_a_layer_is_refused(mine: Any, name: str, said: str) -> None:
-    with pytest.raises(ConfigError, match=rf"{name} gives for \w+\.weight .*{said}"):
+    with pytest.raises(ConfigError, match=rf"{name} returns for \w+\.weight .*{said}"):
         run(method=f"brought_parts:{name}")
 
 
@@ -384,7 +384,7 @@ def test_gradients_of_other_shapes_or_names_are_refused(mine: Any, name: str) ->
 @pytest.mark.parametrize(
     ("keys", "said"),
     [
-        ({"attack": 3.0}, "attack is 3.0; the name"),
+        ({"attack": 3.0}, "attack=3.0: give the name"),
         ({"local": "settings"}, "unknown local"),
         ({"local": {"lr": len}}, "local.lr .* type builtin"),
         ({"seed": len}, "seed is of type"),
@@ -395,7 +395,7 @@ def test_gradients_of_other_shapes_or_names_are_refused(mine: Any, name: str) ->
 def test_objects_that_are_no_such_part_are_refused(mine: Any, keys: Any, said: str) -> None:
     with pytest.raises(ConfigError, match=said):
         run(**keys)
-    with pytest.raises(ConfigError, match=r"class Louder: make"):
+    with pytest.raises(ConfigError, match=r"class Louder: give an instance"):
         run(attack=mine.Louder)
     with pytest.raises(ConfigError, match=r"local\.lr .*beside local"):
         run("local.lr=0.1", local=mine.LocalSettings())

@@ -123,7 +123,7 @@ def test_a_function_that_gives_something_else_each_time_is_refused(key: str, how
     if (key, how) == ("model.function", "torch"):
         run(**KEYS[key](how))  # the seed of the run is set for it
         return
-    with pytest.raises(ConfigError, match=rf"{key}.*(called again|each time that it is called)"):
+    with pytest.raises(ConfigError, match=rf"{key}.*(called again|when it is called twice)"):
         run(**KEYS[key](how))
 
 
@@ -163,7 +163,7 @@ def test_a_run_is_not_resumed_on_rows_that_were_dealt_otherwise(
     run(**given)
     run(**given, rounds=2, resume=True)
     monkeypatch.setenv("TURN", "3")
-    with pytest.raises(CheckpointError, match=r"partition=\S*by_process\S* deals other rows"):
+    with pytest.raises(CheckpointError, match=r"partition=\S*by_process\S* assigns other rows"):
         run(**given, rounds=3, resume=True)
 
 
@@ -220,7 +220,7 @@ def test_what_differs_says_that_entries_or_attributes_came() -> None:
     found: Any = [torch.ones(2), {"a": 1}]
     before = fingerprint_of(found)
     found[1]["b"] = 2
-    assert "[1] has more or fewer entries" in str(what_differs(before, fingerprint_of(found)))
+    assert "[1] has another number of entries" in str(what_differs(before, fingerprint_of(found)))
     del found[1]["b"]
     found[0].seen = True
     assert "[0] has other attributes" in str(what_differs(before, fingerprint_of(found)))

@@ -167,7 +167,7 @@ def test_a_node_that_would_run_is_told_so_and_with_which_key(
     ("mode", "text", "said"),
     [
         (0o640, None, "640.*chmod 600"),
-        (0o600, "no key", "ssh-keygen -t ecdsa"),
+        (0o600, "not a key", "ssh-keygen -t ecdsa"),
         (0o600, "", "kind"),
     ],
 )
@@ -248,7 +248,7 @@ def closed_port(owner: Owner) -> None:
         (other_roots, "--root-certificates"),
         (no_roots, "--root-certificates"),
         (another_name, "mismatch"),
-        (plain_http, "no TLS"),
+        (plain_http, "not use TLS"),
         (closed_port, "HOST:PORT"),
     ],
 )
@@ -295,7 +295,7 @@ def test_a_host_that_is_unknown_or_silent(
 @pytest.mark.parametrize(
     ("status", "code", "said"),
     [
-        (400, int(UNKNOWN), "send the public part"),
+        (400, int(UNKNOWN), "[Ss]end the public"),
         (404, 0, "404 .*proxy forwards"),
         (502, 0, "502 .*SuperLink that runs"),
         (401, 0, "401 .*clock"),
@@ -316,7 +316,7 @@ def test_a_superlink_that_anybody_may_start_runs_at(
     owner.link.health, owner.host, owner.secure = 200, "127.0.0.2", False
     words = owner.words
     owner.words = lambda port: [*words(port)[:4], "--insecure", *words(port)[-2:]]
-    assert "forward that path alone" in failing(owner, capsys)["address"]
+    assert "forward that path only" in failing(owner, capsys)["address"]
 
 
 @pytest.mark.parametrize(("late", "said"), [(-60.0, "ahead"), (3600.0, "behind")])
@@ -404,7 +404,7 @@ def test_what_may_be_wrong_with_a_run_has_no_tick(
     lines = dict(x.split(": ", 1) for x in capsys.readouterr().out.splitlines())
     assert "2 online for 5 clients" in lines["! nodes"]
     assert "data.test_file" in lines["! metrics"]
-    assert f"{file} is no folder" in lines["! folder"]
+    assert f"cannot write to {file}" in lines["! folder"]
     assert "engine.folder" in lines["! folder"]
 
 
@@ -412,7 +412,7 @@ def test_a_connection_that_is_not_named_is_told_which_are(tmp_path: Path) -> Non
     text = '[superlink]\ndefault = "a"\n[superlink.house]\naddress = "127.0.0.1:8000"\n'
     (tmp_path / "config.toml").write_text(text)
     failed = subprocess.CompletedProcess([], 1, stdout="", stderr="no")
-    for name, said in (("houses", r"connection=houses: .*it names house$"), ("house", "silent")):
+    for name, said in (("houses", r"connection=houses: .*Use one of house"), ("house", "silent")):
         connection = Connection(name, {"FLWR_HOME": str(tmp_path)})
         with pytest.raises(EngineError, match=said):
             connection._read(failed, "nodes", "is silent")
@@ -431,7 +431,7 @@ def test_a_file_that_a_user_may_not_read_is_told_who_may(
 
     monkeypatch.setattr(Path, "open", closed)
     told = failing(owner, capsys)["data"]
-    assert f"user {os.geteuid()} reads it" in told
+    assert f"Let user {os.geteuid()} read it" in told
     assert "mode 600" in told
     assert "whole" not in told
 

@@ -91,7 +91,7 @@ def test_numbers_of_other_tensors_are_not_handed_out() -> None:
         {"tail.weight": torch.zeros(2, 3), "head.bias": torch.ones(2)},
         {"head.weight": torch.zeros(3, 2), "head.bias": torch.ones(2)},
     ):
-        with pytest.raises(ShapeError, match=r"client 2 .*from round 1"):
+        with pytest.raises(ShapeError, match=r"client 2: .*of round 1"):
             store.read(torch.tensor([2]), 2, default)
         assert torch.equal(store.read(torch.tensor([3]), 2, default)["head.bias"], torch.ones(1, 2))
 

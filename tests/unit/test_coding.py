@@ -160,10 +160,12 @@ def test_without_coding_messages_are_what_they_were() -> None:
 
 
 def test_coding_of_full_numbers_is_refused() -> None:
-    with pytest.raises(ConfigError, match=r"compression.uplink_coding.*compression.uplink=float32"):
+    with pytest.raises(
+        ConfigError, match=r"compression.uplink_coding.*float32.*compression.uplink"
+    ):
         CompressionConfig(downlink="int8", uplink_coding=ZSTD)
     with pytest.raises(
-        ConfigError, match=r"compression.downlink_coding.*compression.downlink=float32"
+        ConfigError, match=r"compression.downlink_coding.*float32.*compression.downlink"
     ):
         CompressionConfig(uplink="int8", downlink_coding=ZSTD)
 

@@ -362,7 +362,7 @@ def test_a_diverged_run_is_named_and_not_advised_to_go_on(make: Make, tmp_path: 
         ("-", "fed_rac_lora rank=2", "diverged (round 21)"),
     ]
     assert len(table.notes) == 2
-    assert all("lower local.lr" in note and "resume" not in note for note in table.notes)
+    assert all("local.lr" in note and "resume=" not in note for note in table.notes)
 
 
 @pytest.mark.usefixtures("undrawn")
@@ -380,7 +380,7 @@ def test_an_unfinished_run_is_shown_without_a_rank(make: Make, tmp_path: Path) -
         ("-", "fed_rac_lora (unfinished, rounds 12 to 16 of 20)", "0.693 ± 0.14", "2"),
     ]
     assert [note.rpartition("; ")[2] for note in table.notes] == [
-        f"go on with resume={tmp_path / 'sweep' / name}" for name in ("b1", "b2")
+        f"resume it with resume={tmp_path / 'sweep' / name}" for name in ("b1", "b2")
     ]
 
 
@@ -482,18 +482,18 @@ def stopped(folder: Path, found: object) -> None:
 BAD: dict[str, tuple[Callable[[Path], object], str]] = {
     "no config": (lambda f: (f / "config.yaml").unlink(), r"no config\.yaml"),
     "bad yaml": (lambda f: (f / "config.yaml").write_text("a: [1"), r"config\.yaml is damaged"),
-    "no mapping": (lambda f: (f / "config.yaml").write_text("7"), r"config\.yaml does not hold"),
+    "no mapping": (lambda f: (f / "config.yaml").write_text("7"), r"config\.yaml does not contain"),
     "bad json": (lambda f: (f / "summary.json").write_text("{"), r"summary\.json is damaged"),
     "no ledger": (lambda f: (f / "ledger.jsonl").unlink(), r"no ledger .*ledger\.jsonl"),
-    "empty ledger": (lambda f: (f / "ledger.jsonl").write_text(""), "has no rows"),
+    "empty ledger": (lambda f: (f / "ledger.jsonl").write_text(""), "has no rounds"),
     "bad ledger": (lambda f: (f / "ledger.jsonl").write_text("x\n{}\n"), "line 1 is damaged"),
-    "bad end": (lambda f: stopped(f, 7), r"stopped\.json is damaged.*remove it"),
+    "bad end": (lambda f: stopped(f, 7), r"stopped\.json is damaged.*Remove it"),
     "longer": (lambda f: Ledger(f / "ledger.jsonl").append({"round": 21}), "ends at round 21"),
     "changed": (
         lambda f: (f / "ledger.jsonl").write_text(
             (f / "ledger.jsonl").read_text().replace('"cohort": 5', '"cohort": 6')
         ),
-        "is damaged .its digest does not fit",
+        "is damaged .its checksum does not match",
     ),
     "nothing left": (spoil_nothing_left, "no ledger"),
 }
@@ -525,7 +525,7 @@ def test_runs_are_found_below_a_folder_once(make: Make, tmp_path: Path) -> None:
     assert find_runs([tmp_path / "sweep", a]) == ([a, b], [])
     with pytest.raises(CheckpointError, match="no run in"):
         find_runs([a / "checkpoint"])
-    with pytest.raises(CheckpointError, match=r"there is no .*absent"):
+    with pytest.raises(CheckpointError, match="absent does not exist"):
         find_runs([tmp_path / "absent"])
     (tmp_path / "study").mkdir()
     (tmp_path / "study/study.yaml").write_text("{}")
@@ -545,20 +545,20 @@ def test_a_comparison_may_be_made_again_of_all_that_lies_beside_it(
         return [str(path) for path in sorted(sweep.iterdir())]
 
     assert cli.run("compare", [*words(), "--out", str(out)]) == 0
-    assert "passed over" not in capsys.readouterr().out
+    assert "skipped" not in capsys.readouterr().out
     table = (out / "table.md").read_text()
     study = sweep / "compared" / "mine"
     study.mkdir(parents=True)
     (study / "study.yaml").write_text("grid: {}")
     assert cli.run("compare", [*words(), "--out", str(out)]) == 0
-    (line,) = [x for x in capsys.readouterr().out.splitlines() if "passed over" in x]
+    (line,) = [x for x in capsys.readouterr().out.splitlines() if "skipped" in x]
     assert line.endswith(f"{out}, {study.parent}")
     assert (out / "table.md").read_text() == table
     # So is an empty folder and a file; a command that names no run at all is an error.
     (sweep / "empty").mkdir()
     (sweep / "notes.txt").write_text("mine")
     assert cli.run("compare", [*words(), "--out", str(out)]) == 0
-    (line,) = [x for x in capsys.readouterr().out.splitlines() if "passed over" in x]
+    (line,) = [x for x in capsys.readouterr().out.splitlines() if "skipped" in x]
     assert line.endswith(f"{out}, {study.parent}, {sweep}/empty, {sweep}/notes.txt")
     assert cli.run("compare", [str(out), "--out", str(out)]) == 1
     assert f"no run in {out} " in capsys.readouterr().err
@@ -580,7 +580,7 @@ def test_an_unknown_metric_names_the_known_ones(make: Make, tmp_path: Path) -> N
     make("a", rac())
     with pytest.raises(ConfigError, match="There are: accuracy, loss"):
         compare([tmp_path / "sweep"], tmp_path / "out", "acuracy")
-    with pytest.raises(ConfigError, match="target is nan"):
+    with pytest.raises(ConfigError, match="target=nan"):
         compare([tmp_path / "sweep"], tmp_path / "out", "accuracy", float("nan"))
 
 

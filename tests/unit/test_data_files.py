@@ -202,7 +202,7 @@ def test_a_damaged_mnist_is_refused(small_mnist):
         DATASETS["mnist"](root=str(small_mnist))
     packed = small_mnist / "MNIST" / "raw" / "train-images-idx3-ubyte.gz"
     packed.write_bytes(packed.read_bytes()[:50])
-    with pytest.raises(DataError, match=r"cannot be read: .*is the file whole"):
+    with pytest.raises(DataError, match=r"cannot be read: .*is the file complete"):
         DATASETS["mnist"](root=str(small_mnist))
 
 

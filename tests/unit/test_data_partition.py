@@ -215,7 +215,7 @@ BAD = {
         "partition.largest=10, but film has 9 values.*largest=9",
     ),
     "least": ({"name": "natural", "column": "film", "least": 0}, "partition.least is 0"),
-    "given": ({"name": "given"}, "brings no division"),
+    "given": ({"name": "given"}, "has no division"),
 }
 
 

@@ -127,7 +127,7 @@ def test_sentences_become_padded_token_ids(file, tokenizer):
     assert data.train.target.tolist() == [1, 0, 1, 0, 1]
     assert (data.classes, data.loss, data.sample_shape) == (2, "cross_entropy", ())
     assert data.info["rows_dropped"] == 2  # one in each file
-    assert "up to 6 tokens each, of which 0 of 5" in str(data.info["texts"])
+    assert "up to 6 tokens each" in str(data.info["texts"])
     assert data.reading == {"tokenizer": tokenizer, "max_length": 6, "classes": [0, 1]}
     assert data.columns["film"].tolist() == ["x", "y", "x", "z", "z"]
 
@@ -302,13 +302,13 @@ def test_an_unseen_test_label_is_refused(file, tmp_path, tokenizer):
 def test_a_short_row_and_a_strange_file_are_named(tmp_path):
     path = tmp_path / "t.tsv"
     path.write_text("a\tb\n1\t2\n\n3\n")
-    with pytest.raises(DataError, match=r"line 4: 1 fields; 2 are"):
+    with pytest.raises(DataError, match=r"line 4: 1 fields, but.*2"):
         Table.read(path, words=None)
     path.write_text("a\tb\n1\t2\t3\n")
     for words in ((), None):
         with pytest.raises(DataError, match=r"fields.*first row"):
             Table.read(path, words=words)
-    with pytest.raises(ConfigError, match=r"ends in \.csv, \.tsv"):
+    with pytest.raises(ConfigError, match=r"end in \.csv, \.tsv"):
         Table.read(tmp_path / "t.txt", words=None)
     (tmp_path / "bad.tsv.gz").write_bytes(b"no gzip")
     with pytest.raises(DataError, match=r"cannot be read"):

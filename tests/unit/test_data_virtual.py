@@ -275,7 +275,7 @@ def test_validation_samples_are_taken_from_the_table_alone() -> None:
 
 
 def test_labels_of_clients_on_demand_cannot_be_selected() -> None:
-    with pytest.raises(ConfigError, match=r"on demand; .*data\.labels=null"):
+    with pytest.raises(ConfigError, match=r"on demand.*data\.labels=null"):
         select_labels(virtual(clients=3), [0, 1])
 
 

@@ -83,7 +83,9 @@ def test_any_digit_of_a_summary_is_seen(tmp_path: Path) -> None:
         read_summary(tmp_path)
     write_summary(tmp_path, OF_A_RUN)
     Ledger(tmp_path / "ledger.jsonl").append({"round": 1})
-    with pytest.raises(CheckpointError, match=r"summary\.json and ledger\.jsonl .*not of one run"):
+    with pytest.raises(
+        CheckpointError, match=r"summary\.json and the ledger\.jsonl .*not belong together"
+    ):
         read_summary(tmp_path)
 
 
@@ -95,7 +97,7 @@ def test_a_summary_without_a_digest_is_read(tmp_path: Path) -> None:
     path.write_text(sealed(read_sealed(path)))
     assert read_summary(tmp_path) == summary
     path.write_text(json.dumps({"rounds": 3}))
-    with pytest.raises(CheckpointError, match="no summary of a run"):
+    with pytest.raises(CheckpointError, match="not the summary of a run"):
         read_summary(tmp_path)
 
 
@@ -114,7 +116,7 @@ def test_any_digit_of_a_ledger_is_seen_by_every_reader(tmp_path: Path) -> None:
                 read_ledger(path)
     lines = whole.splitlines(keepends=True)
     path.write_text("".join([lines[0], lines[2]]))
-    with pytest.raises(CheckpointError, match="row before it"):
+    with pytest.raises(CheckpointError, match="earlier row"):
         read_ledger(path)
 
 
@@ -168,7 +170,7 @@ def test_the_ledger_of_another_run_is_refused(tmp_path: Path) -> None:
     Ledger(other).cut(1)
     Ledger(other).append({"round": 2, "uplink_total": 8, "downlink_total": 7})
     (tmp_path / "it" / "ledger.jsonl").write_bytes(other.read_bytes())
-    with pytest.raises(CheckpointError, match=r"ledger\.jsonl is not the"):
+    with pytest.raises(CheckpointError, match=r"ledger\.jsonl does not belong"):
         RunRecorder(tmp_path / "it").restore(state, CatchUp(state.base, 3))
 
 

@@ -109,16 +109,16 @@ def test_rows_that_occur_twice_in_one_table_are_found_across_its_parts_and_its_c
         fedraclora.simulate(*QUIET, **given)
     with pytest.raises(DataError, match="validation samples"):
         fedraclora.simulate(*QUIET, "data.validation=0.3", **given, test=0)
-    with pytest.raises(DataError, match="clients measure on"):
+    with pytest.raises(DataError, match="clients are evaluated on"):
         fedraclora.simulate(*QUIET, "evaluate.clients=all", **given, test=0)
     apart = [(x[:90], y[:90]), (x[90:], y[90:])]  # two clients with the same rows
     same = given | {"data": apart, "clients": None, "test": 0}
-    with pytest.raises(DataError, match="clients measure on"):
+    with pytest.raises(DataError, match="clients are evaluated on"):
         fedraclora.simulate(*QUIET, "evaluate.clients=all", **same)
     caplog.set_level("INFO")
     words = ("evaluate.clients=all", "data.duplicates=keep")
     fedraclora.simulate(*QUIET, *words, **same)
-    assert "of the 36 samples that clients measure on are among the" in caplog.text
+    assert "of the 36 samples that clients are evaluated on are among the" in caplog.text
     few = Samples.join([whole, whole.take(torch.arange(3))])
     given |= {"data": (few.inputs["x"], few.target), "test": 0}
     run = fedraclora.simulate(*QUIET, "evaluate.clients=all", "evaluate.share=0.5", **given)

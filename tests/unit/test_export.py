@@ -624,7 +624,7 @@ def test_the_command_prints_errors_by_layer_and_writes_beside_the_run(plain_run,
     assert re.search(r"\b2\s+4\s+\d\.\d\de", said)
     assert (out / "adapter_model.safetensors").is_file()
     assert cli.run("export", words) == 1
-    assert "holds something already" in capsys.readouterr().err
+    assert "is not empty" in capsys.readouterr().err
 
 
 def test_the_command_says_what_it_cannot_export(plain_run, tmp_path, capsys):
@@ -633,9 +633,9 @@ def test_the_command_says_what_it_cannot_export(plain_run, tmp_path, capsys):
     (stopped / "summary.json").unlink()
     (tmp_path / "empty").mkdir()
     for name, words in {
-        "stopped": "this run has not come to its end; go on with resume=",
-        "empty": "is no run folder: it has no config.yaml",
-        "missing": "there is no run folder",
+        "stopped": "this run is not finished; resume it first with resume=",
+        "empty": "is not a run folder: it has no config.yaml",
+        "missing": "is not a run folder",
     }.items():
         assert cli.run("export", [str(tmp_path / name)]) == 1
         assert words in capsys.readouterr().err

@@ -208,7 +208,7 @@ def test_starts_are_refused_where_factors_do_not_live_on(initial: str) -> None:
         lambda: FloraStacking(init=initial),
         lambda: FedSb(init=initial),
     ):
-        with pytest.raises(ConfigError, match=rf"method\.init is {initial}.*fedavg_lora"):
+        with pytest.raises(ConfigError, match=rf"method\.init={initial}.*fedavg_lora"):
             make()
 
 
@@ -249,5 +249,5 @@ def test_every_method_that_trains_both_factors_takes_a_start_or_refuses_it() -> 
     both = {name for name, kind in METHODS.items() if issubclass(kind, Factored)}
     assert set(LIVING) <= both
     for name in sorted(both - set(LIVING) - {"lora", "cola", "relora", "fed_cola", "fed_relora"}):
-        with pytest.raises(ConfigError, match=r"method\.init is pissa"):
+        with pytest.raises(ConfigError, match=r"method\.init=pissa"):
             METHODS[name](init="pissa")  # type: ignore[call-arg]

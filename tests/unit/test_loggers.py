@@ -231,7 +231,7 @@ def test_a_logger_that_fails_later_is_left_out(at: str, caplog: pytest.LogCaptur
         logging_.row({"round": 2})
         logging_.end({})
     assert [r.getMessage().partition(" (")[0] for r in caplog.records] == [
-        "mine is left out from here on"
+        "mine failed and gets no further rounds"
     ]
 
 

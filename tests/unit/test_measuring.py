@@ -274,7 +274,7 @@ def test_a_client_too_small_to_hold_any_out_is_named(caplog: pytest.LogCaptureFi
     assert "evaluate.share" in failed["reason"]
     assert run.rows[1]["clients"]["n"] == 3
     assert "1 of 4" in caplog.text
-    with pytest.raises(ConfigError, match=r"evaluate.share is 0.01"):
+    with pytest.raises(ConfigError, match=r"evaluate.share=0.01"):
         fedraclora.simulate(*words, "evaluate.share=0.01", model=net(), data=data)
 
 
@@ -407,7 +407,7 @@ def test_tests_of_clients_in_a_list_are_told_kept_apart_and_refused_where_they_c
     assert len(features(few.builder.built.task.held.data, 3)) == 2
     wide = [*swapped[:5], {"train": of_client(5), "test": (np.zeros((2, 4)), np.zeros(2, int))}]
     for said, changed in (
-        ("train and test, which is the entry of one client", {"data": with_tests(1)}),
+        ("keys train and test", {"data": with_tests(1)}),
         ("partition=iid divides all rows anew", {"partition": "iid", "clients": 6}),
         (r"client 5, test.*\(4,\)", {"data": wide}),
     ):
@@ -423,7 +423,7 @@ def test_clients_validate_where_the_server_has_nothing_to_validate_on(
     run = simulated(*words, "stop.patience=2", "stop.metric=clients.loss.mean", rounds=1)
     assert "measured on: validation" in caplog.text
     assert run.rows[1]["metrics"]["loss"] == run.rows[1]["clients"]["loss"]["pooled"]
-    with pytest.raises(ConfigError, match=r"data.validation is 0.*clients.accuracy.mean"):
+    with pytest.raises(ConfigError, match=r"data.validation=0.*clients.accuracy.mean"):
         simulated(*words, "stop.patience=2")
     none = fedraclora.simulate("evaluate.clients=none", model=net(), data=moons(), rounds=0)
     assert "clients" not in none.rows[0]
@@ -441,4 +441,4 @@ def test_clients_of_a_table_measure_on_the_rows_that_its_column_of_splits_gives_
     run = fedraclora.simulate(*words, data=frame, client="site", model="mlp", rounds=0)
     held = frame[frame.fold == "test"].groupby("site").size()
     assert run.clients["samples"].tolist() == held.tolist()
-    assert "3 on test samples of their own, others on 0.2" in caplog.text
+    assert "3 on test samples of their own, others on a held-out share of 0.2" in caplog.text

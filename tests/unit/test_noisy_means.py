@@ -209,7 +209,7 @@ def test_a_run_that_goes_on_draws_the_same_noise_and_keeps_the_account(tmp_path:
         (["privacy.measure_noise=null"], r"set privacy\.measure_noise"),
         (["privacy.measure_bound=null"], r"clients measure loss.*privacy\.measure_bound"),
         (["secure=secagg"], r"beside secure=secagg"),
-        (["evaluate.clients=none", "evaluate.share=null"], r"privacy\.measure_noise is 2"),
+        (["evaluate.clients=none", "evaluate.share=null"], r"privacy\.measure_noise=2"),
         (["evaluate.min_clients=7"], r"evaluate\.clients asks 6, evaluate\.min_clients=7"),
         (["evaluate.min_clients=2"], r"evaluate\.min_clients is 2; 3 or more"),
         (["stop.patience=2", "stop.metric=clients.accuracy.worst10"], r"accuracy\.worst10"),

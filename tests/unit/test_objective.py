@@ -331,7 +331,7 @@ def test_a_word_is_a_metric_and_a_key_of_the_config_a_loss() -> None:
         "output.progress=false", "data.loss=multi_label", model=scores(3), data=[(X, YES)], rounds=0
     )
     assert found.config["data"]["loss"] == "multi_label"  # type: ignore[index]
-    with pytest.raises(ConfigError, match=r"data\.shape is not read"):
+    with pytest.raises(ConfigError, match=r"data\.shape has no effect"):
         fedraclora.simulate("data.shape=[4]", model=scores(3), data=[(X, YES)], loss="multi_label")
 
 
@@ -363,7 +363,11 @@ def test_a_softmax_before_the_loss_and_an_area_of_one_class_are_said(
 
 WRONG: dict[str, tuple[type[Exception], str, dict[str, Any]]] = {
     "a function": (ConfigError, "loss mean.*TypeError", {"loss": np.mean}),
-    "-1 and 1": (DataError, "logistic 0 or 1", {"loss": "logistic", "y": np.float32([-1, 1] * 5)}),
+    "-1 and 1": (
+        DataError,
+        "logistic needs 0 or 1",
+        {"loss": "logistic", "y": np.float32([-1, 1] * 5)},
+    ),
     "yes as a fraction": (
         DataError,
         r"one of logistic \([^)]*\), squared_error",
@@ -418,7 +422,7 @@ def test_targets_that_no_loss_reads_are_refused_by_client() -> None:
     said(DataError, "class for each token", model=tagger, data=[(IDS, TAGS[:, 0])])
     said(DataError, "output of shape", model=tagger, data=[(IDS, TAGS[:, :4])])
     said(DataError, "output of shape", model=tagger, data=[(IDS, np.where(TAGS == 2, 7, TAGS))])
-    said(DataError, "holds no number", data=[(X, TAGS[:, :0])])
+    said(DataError, "has no values", data=[(X, TAGS[:, :0])])
     said(DataError, "0.5", data=[(X, YES / 2)], loss="multi_label")
     said(DataError, "as many outputs", data=[(X, YES[:, :2])], loss="multi_label")
     said(DataError, "for each pixel", data=[(X, YES)], loss="pixel_classes")

@@ -91,7 +91,7 @@ WRONG: dict[str, tuple[Callable[..., Any], str]] = {
     "three tensors": (lambda o, t: (focal(o, t),) * 3, r"\(4,\), \(4,\), \(4,\)"),
     "negative parts": (lambda o, t: (focal(o, t), -torch.ones(4)), "numbers of parts"),
     "samples that interact": (of_batch, "depends on the other samples"),
-    "an infinity": (lambda o, t: focal(o, t) / 0.0, "finite numbers are wanted"),
+    "an infinity": (lambda o, t: focal(o, t) / 0.0, "losses must be finite"),
     "a choice": (hard, "no gradient"),
     "a rounded output": (rounded, "no gradient"),
     "a detached output": (lambda o, t: focal(o.detach(), t), "no gradient"),
@@ -100,9 +100,9 @@ WRONG: dict[str, tuple[Callable[..., Any], str]] = {
     "another type": (F.binary_cross_entropy_with_logits, r"int64 on cpu raises ValueError"),
     "an error": (broken, "ArithmeticError: no loss"),
     "a call with one argument": (lambda output: output, "TypeError"),
-    "numbers that are drawn": (lambda o, t: focal(o, t) * torch.rand(len(t)), "draw no numbers"),
-    "what is kept": (counts(), "keep nothing"),
-    "an output written into": (writing, "writes into"),
+    "numbers that are drawn": (lambda o, t: focal(o, t) * torch.rand(len(t)), "no random numbers"),
+    "what is kept": (counts(), "keep no state"),
+    "an output written into": (writing, "changes its output"),
     "weights of its own": (Learned(), "weights of its own"),
 }
 
@@ -122,7 +122,7 @@ def test_a_wrong_loss_is_refused_by_name(case: str) -> None:
 
 def test_a_loss_that_draws_or_counts_is_told_from_one_whose_samples_interact() -> None:
     for case in ("numbers that are drawn", "what is kept"):
-        with pytest.raises(ConfigError, match="each time"):
+        with pytest.raises(ConfigError, match="called twice"):
             check_loss(OwnLoss("mine", WRONG[case][0]), *few())
 
 
@@ -329,7 +329,7 @@ def test_any_data_set_takes_a_loss_and_metrics_of_ones_own(tmp_path: Path, mine:
         *words, "data=digits", f"data.loss={mine}:focal", f"data.metrics=[{mine}:wrong,accuracy]"
     )
     assert [*found.rows[0]["metrics"]] == ["wrong", "accuracy"]
-    with pytest.raises(ConfigError, match="squared_error; these data"):
+    with pytest.raises(ConfigError, match="squared_error, but these data"):
         fedraclora.simulate(*words, "data=digits", "data.loss=squared_error")
     rng = np.random.default_rng(0)
     np.savez(tmp_path / "rows.npz", x=rng.normal(size=(30, 4)), target=rng.normal(size=30))

@@ -270,7 +270,7 @@ def test_a_method_that_merges_and_says_that_it_does_not_is_refused(system: Any) 
 @pytest.mark.parametrize(("what", "label"), [("merged", "0"), ("aggregate", "0"), ("carried", "B")])
 def test_a_factor_that_is_no_float_is_refused(what: str, label: str, kind: str) -> None:
     """It was cut to whole numbers, so that the run trained nothing."""
-    with pytest.raises(ConfigError, match=rf"Says gives for .* {label} as torch\.{kind}.*mean"):
+    with pytest.raises(ConfigError, match=rf"Says returns for .* {label} as torch\.{kind}.*mean"):
         run(method=Says(rank=2, merges=what != "carried", kind=kind, what=what))
 
 
@@ -298,9 +298,9 @@ scored.higher_is_better = True  # type: ignore[attr-defined]
 @pytest.mark.parametrize(
     ("keys", "words"),
     [
-        ({"local": {"extras": [Row]}}, r"local\.extras\[0\].* class Row.*make one"),
-        ({"loss": Scaled}, r"data\.loss.* class Scaled.*make one"),
-        ({"metrics": [torchmetrics.AUROC]}, r"data\.metrics.* class AUROC.*make one"),
+        ({"local": {"extras": [Row]}}, r"local\.extras\[0\].* class Row.*give an instance"),
+        ({"loss": Scaled}, r"data\.loss.* class Scaled.*give an instance"),
+        ({"metrics": [torchmetrics.AUROC]}, r"data\.metrics.* class AUROC.*give an instance"),
         ({"metrics": ["torchmetrics:AUROC"]}, "AUROC.* its parameter task"),
         ({"metrics": [scored]}, r"data\.metrics: scored.*'task'"),
         ({"loss": f"{HERE}:Scaled"}, rf"{HERE}\.Scaled.* its parameter by"),
@@ -339,7 +339,7 @@ def test_what_a_function_says_of_its_samples_is_checked_and_said(
     caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run(train=learnt)
-    assert "that your function says" in capsys.readouterr().err
+    assert "that your function gives" in capsys.readouterr().err
     assert "has" not in caplog.text
     run(train=claims(80))
     assert "samples=80 to round.read, and has 5" in caplog.text
@@ -379,7 +379,7 @@ def test_a_metric_without_a_number_is_told_once_with_what_it_got(
     test: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
     run(metrics=["accuracy", unsure], test=test, **{"evaluate.clients": "all"})
-    [told] = [each for each in caplog.messages if "no number" in each]
+    [told] = [each for each in caplog.messages if "not a number" in each]
     assert "clients.unsure.mean" in told
     assert ("int64 [20] from 0 to 2" in told) == bool(test)
     assert "accuracy" not in told

@@ -103,9 +103,9 @@ def test_rows_that_cannot_be_read_end_in_a_sentence(folder: Path, tmp_path: Path
         (FRAME.assign(age=[30, "old"] * 45), "column age holds numbers, but 'old' in row 2"),
         (FRAME.assign(age=np.nan), "values are missing"),
         ((FRAME[["age", "dose"]].to_numpy(), FRAME.kind), "data is a tuple"),
-        (tmp_path / "none.csv", "there is no file"),
+        (tmp_path / "none.csv", "no such file"),
         ("valid", "test or validation"),
-        ("validation", "data.validation is 0"),
+        ("validation", "data.validation=0"),
     ]:
         with pytest.raises(FedRacLoraError, match=said):
             run.evaluate(data)
@@ -130,16 +130,16 @@ def test_the_command_line_measures_and_answers(
     rows = [json.loads(line) for line in out.read_text().splitlines()]
     assert rows == found.to_dict("records")
     for words, reason in [
-        (["--out", out], "is there already"),
-        (["--out", tmp_path / "a.txt"], "ends in .csv or .jsonl"),
-        (["--out", tmp_path / "no" / "a.csv"], "there is no folder"),
+        (["--out", out], "exists already"),
+        (["--out", tmp_path / "a.txt"], "end in .csv or .jsonl"),
+        (["--out", tmp_path / "no" / "a.csv"], "does not exist"),
         (["--round", 9], "not round 9"),
     ]:
         status, said, error = command("predict", folder / "run", "--data", new, *words)
         assert (status, said) == (1, "")
         assert reason in error
         assert "Traceback" not in error
-    assert "there is no run folder" in command("evaluate", tmp_path / "no")[2]
+    assert "is not a run folder" in command("evaluate", tmp_path / "no")[2]
     run.export(tmp_path / "export", "state_dict")
     assert "is an export" in command("predict", tmp_path / "export", "--data", new)[2]
 
@@ -207,11 +207,11 @@ def test_images_are_read_as_those_of_the_run(tmp_path: Path) -> None:
     assert (found == names[30:]).mean() == last["accuracy"]
     assert (run.predict(images[30:]).prediction == found).all()
     for data, said in [
-        (tmp_path / "bare.npz", "no target to measure by"),
+        (tmp_path / "bare.npz", "no target to evaluate on"),
         (tmp_path / "own.npz", "beside other samples"),
-        ((images[30:] / 255.0, names[30:]), "seems scaled already"),
+        ((images[30:] / 255.0, names[30:]), "scaled already"),
         ((images[30:], np.full(10, "cow")), "'cow'"),
-        ((images[30:, :5], names[30:]), "is wanted"),
+        ((images[30:, :5], names[30:]), "data.shape"),
     ]:
         with pytest.raises(DataError, match=said):
             run.evaluate(data)
@@ -317,8 +317,8 @@ def test_inputs_are_those_of_the_run() -> None:
     assert run.evaluate((inputs, target)) == pytest.approx(run.rows[-1]["metrics"])
     assert [len(row) for row in run.predict(inputs).prediction] == mask.sum(axis=1).tolist()
     for data, said in [
-        ({"input_ids": ids}, "attention_mask.*are wanted"),
-        (ids, "attention_mask.*are wanted"),
+        ({"input_ids": ids}, "expected .*attention_mask"),
+        (ids, "expected .*attention_mask"),
         (inputs | {"input_ids": ids + 30}, "knows 20 tokens"),
     ]:
         with pytest.raises(FedRacLoraError, match=said):
@@ -411,7 +411,7 @@ def test_of_two_columns_of_one_name_none_is_taken_in_silence() -> None:
     reader = TextReader(("prompt",), "response", True, "classification", None, None, None, 8)
     form = conversations.RowForm()
     for read in (reader.rows, lambda found: conversations.program_rows(found, form)):
-        with pytest.raises(DataError, match="several columns 'prompt'"):
+        with pytest.raises(DataError, match="several columns named 'prompt'"):
             read(frame)
 
 
@@ -433,7 +433,7 @@ def test_a_run_answers_from_any_folder(tmp_path: Path, monkeypatch: pytest.Monke
     with pytest.raises(DataError, match="has changed"):
         fedraclora.read_run(began / "run").evaluate()
     (began / "train.csv").unlink()
-    with pytest.raises(DataError, match=r"train\.csv.*missing.*put it back") as raised:
+    with pytest.raises(DataError, match=r"train\.csv.*missing.*restore the file") as raised:
         fedraclora.read_run(began / "run").evaluate()
     assert str(began) in str(raised.value)
     FRAME.to_csv(began / "train.csv", index=False)  # as it says
@@ -464,7 +464,7 @@ def test_each_advice_on_later_rows_works(folder: Path, tmp_path: Path) -> None:
     answered(gap.fillna(1.0))
     answered(gap.dropna())
     word = good.assign(dose=good.dose.astype(object).where(good.index != 63, "high"))
-    assert "mend the cell" in refused(word)
+    assert "correct the cell" in refused(word)
     answered(word[word.dose != "high"])
     lacking = good.drop(columns="dose").assign(doses=1.0)  # no name for another
     assert "'dose'" in (told := refused(lacking))

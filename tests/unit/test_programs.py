@@ -82,7 +82,7 @@ def test_what_does_not_end_is_killed(
     assert program.ended
     assert goes(pid)
     assert [record.getMessage() for record in caplog.records] == [
-        "0.5 s after SIGTERM not all has ended of flower-supernode"
+        "0.5 s after SIGTERM these programs still run: flower-supernode"
     ]
 
 

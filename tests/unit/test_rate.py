@@ -118,7 +118,7 @@ def test_a_run_says_its_rate_and_is_that_of_the_number(capsys: pytest.CaptureFix
     "word", ["method=fedavg", "local=momentum", "local.clip=1", "local.prox=0.1", "method=fed_sb"]
 )
 def test_what_the_rule_does_not_know_is_refused(word: str) -> None:
-    with pytest.raises(ConfigError, match=r"local\.lr is auto.*say local\.lr="):
+    with pytest.raises(ConfigError, match=r"local\.lr=auto.*Set local\.lr="):
         fedraclora.simulate(*WORDS, "local.lr=auto", word)
 
 
@@ -135,7 +135,7 @@ def test_numbers_to_predict_are_refused_under_sgd() -> None:
 
 
 def test_own_training_is_refused() -> None:
-    with pytest.raises(ConfigError, match=r"local\.lr is auto"):
+    with pytest.raises(ConfigError, match=r"local\.lr=auto"):
         fedraclora.simulate(*WORDS, "local.lr=auto", train=print)
 
 

@@ -126,7 +126,7 @@ def test_an_address_is_that_of_the_config_else_of_the_environment(
 
 @pytest.mark.parametrize("address", ["ray://10.0.0.1:10001", "http://10.0.0.1:8265"])
 def test_an_address_for_drivers_outside_is_refused_with_what_to_do(address: str) -> None:
-    with pytest.raises(ConfigError, match=rf"RAY_ADDRESS is '{address}'.*ray job submit"):
+    with pytest.raises(ConfigError, match=rf"RAY_ADDRESS='{address}'.*ray job submit"):
         check_address(address, "RAY_ADDRESS")
 
 
@@ -178,7 +178,7 @@ def test_a_cluster_without_its_token_is_left_before_ray_asks_on(
     monkeypatch.setattr("fedraclora.engines.ray.cluster.check_address", lambda *_: None)
     monkeypatch.setattr("fedraclora.engines.ray.cluster.GcsClient", refuse)
     monkeypatch.setattr(ray, "init", lambda **_: pytest.fail("asked"))
-    with pytest.raises(EngineError, match=r"10\.0\.0\.1:6379.*no token.*check engine\.address"):
+    with pytest.raises(EngineError, match=r"10\.0\.0\.1:6379.*no token.*Check engine\.address"):
         Cluster(RayConfig(address="10.0.0.1:6379"), "cpu")
 
 
@@ -214,7 +214,7 @@ def test_workers_that_ask_for_no_gpu_are_not_put_where_there_is_none(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     made = cluster(monkeypatch, [{"CPU": 4, "GPU": 1}, {"CPU": 4}], "cuda", gpus=0)
-    with pytest.raises(ConfigError, match=r"engine.gpus is 0.*10\.0\.0\.1 has no GPU"):
+    with pytest.raises(ConfigError, match=r"engine.gpus=0.*10\.0\.0\.1 has no GPU"):
         made._count()
 
 

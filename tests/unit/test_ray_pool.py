@@ -110,7 +110,7 @@ def test_jobs_of_workers_that_die_or_hang_are_run_again(tmp_path: Path, cluster:
 
 def test_a_job_that_kills_every_worker_ends_the_run(tmp_path: Path, cluster: Cluster) -> None:
     pool = pool_of(tmp_path, cluster, retries=0)
-    with pytest.raises(EngineError, match=r"worker \d was lost.*engine.retries=0.*It was at die 7"):
+    with pytest.raises(EngineError, match=r"engine.retries=0: worker \d was lost.*\(die 7\)"):
         done(pool, ["die 7"])
     pool.close()
 
@@ -197,21 +197,21 @@ def test_a_worker_that_cannot_start_is_named(cluster: Cluster) -> None:
 
 
 def test_more_than_there_is_is_refused(cluster: Cluster) -> None:
-    with pytest.raises(ConfigError, match=r"engine\.workers is 3.*2 CPUs and 0 GPUs.* 2"):
+    with pytest.raises(ConfigError, match=r"engine\.workers=3.*2 CPUs and 0 GPUs.* 2"):
         Cluster(RayConfig(workers=3), "cpu")
-    with pytest.raises(ConfigError, match=r"1 GPU each.*0 GPUs, enough for 0"):
+    with pytest.raises(ConfigError, match=r"engine\.gpus=1: .*0 GPUs, enough for 0"):
         Cluster(RayConfig(), "cuda")
     assert ray.is_initialized()  # what others started is left alone
 
 
 @pytest.mark.parametrize("address", ["host", "host:port", ":1"])
 def test_what_is_no_address_is_refused(address: str) -> None:
-    with pytest.raises(ConfigError, match=r"engine.address is .*; auto .*, or host:port"):
+    with pytest.raises(ConfigError, match=r"engine.address=.*auto .*, host:port"):
         check_address(address)
 
 
 def test_an_address_where_nobody_listens_is_named() -> None:
-    with pytest.raises(EngineError, match=r"no Ray cluster at 127\.0\.0\.1:1 "):
+    with pytest.raises(EngineError, match=r"engine\.address=127\.0\.0\.1:1: no Ray cluster"):
         check_address("127.0.0.1:1")
 
 
@@ -231,6 +231,6 @@ def test_what_listens_and_is_no_cluster_is_named(
         thread = Thread(target=answer)
         thread.start()
         address = f"127.0.0.1:{listener.getsockname()[1]}"
-        with pytest.raises(EngineError, match=f"no Ray cluster at {address}"):
+        with pytest.raises(EngineError, match=f"{address}: no Ray cluster"):
             check_address(address)
         thread.join()

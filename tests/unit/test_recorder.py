@@ -123,7 +123,9 @@ def test_changed_code_is_said_by_its_function_and_no_key_is_blamed(tmp_path: Pat
     fixed: Any = {"seed": 1, "code": {"mine:plain": "0" * 16, "mine:loss": "2" * 16}}
     filled(tmp_path, fixed=fixed)
     now = {**fixed, "code": {**fixed["code"], "mine:plain": "1" * 16}}
-    with pytest.raises(CheckpointError, match=r"the code of mine:plain, or of what it names") as at:
+    with pytest.raises(
+        CheckpointError, match=r"the code of mine:plain, or of something that it uses"
+    ) as at:
         RunRecorder(tmp_path, fixed=now).restore(state(), caught_up())
     assert "configuration" not in str(at.value)
 
@@ -171,7 +173,7 @@ class Broken(Counters):
 def test_a_memo_that_is_none_is_refused(tmp_path: Path) -> None:
     recorder = RunRecorder(tmp_path)
     recorder.save(replace(state(), counters=Broken()), 1, caught_up())
-    with pytest.raises(CheckpointError, match=r"memo is \[1\]"):
+    with pytest.raises(CheckpointError, match=r"counters of the checkpoint are \[1\]"):
         recorder.restore(state(), caught_up())
 
 

@@ -201,7 +201,7 @@ def test_bad_folders_are_refused(
 def test_a_folder_without_rows_is_refused(tmp_path: Path) -> None:
     (tmp_path / "ledger.jsonl").write_text("")
     (tmp_path / "config.yaml").write_text("{}")
-    with pytest.raises(CheckpointError, match="no row"):
+    with pytest.raises(CheckpointError, match="no rounds"):
         read_shown(tmp_path)
 
 

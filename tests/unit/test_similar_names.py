@@ -88,7 +88,7 @@ def test_every_loader_names_classes_that_look_alike(
     fedraclora.simulate(
         *QUIET, "data.test_fraction=0.5", **brought(source, tmp_path, sites, labels)
     )
-    assert "differ in letter case alone" in caplog.text
+    assert "differ only in letter case" in caplog.text
 
 
 def test_blanks_around_names_of_a_table_do_not_count(tmp_path: Path) -> None:

@@ -150,4 +150,4 @@ def test_the_socket_of_a_node_has_a_path_that_a_socket_can_have(
 )
 def test_a_node_refuses_to_listen_elsewhere(word: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.run("node", ["--insecure", word, "8000"]) == 1
-    assert "its own processes" in capsys.readouterr().err
+    assert "private socket" in capsys.readouterr().err

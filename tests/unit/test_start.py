@@ -87,7 +87,7 @@ def test_a_beginning_that_has_changed_since_is_refused(tmp_path):
     config = plain_run(None, tmp_path / "first").config
     shutil.rmtree(tmp_path / "first")
     plain_run(tmp_path / "first", seed=1)
-    with pytest.raises(CheckpointError, match="is not what"):
+    with pytest.raises(CheckpointError, match="has changed"):
         fedraclora.simulate(config)
 
 
@@ -208,7 +208,7 @@ def test_files_of_a_run_that_changed_places_are_named(tmp_path):
 
 REFUSED = {
     "nothing": (lambda f: None, {}, ConfigError, "holds neither a run"),
-    "unfinished": (lambda f: (f / "summary.json").unlink(), {}, CheckpointError, "not come to its"),
+    "unfinished": (lambda f: (f / "summary.json").unlink(), {}, CheckpointError, "is not finished"),
     "other shapes": (lambda f: None, {"model": net(wide=20)}, ModelError, "0.weight is (16, 12)"),
     "pretraining": (lambda f: None, {"pretrain": "digits_0_4"}, ConfigError, "pretrain=none"),
 }

@@ -46,7 +46,7 @@ FORESEEN: dict[str, tuple[Exception, list[str]]] = {
         PermissionError(13, "Permission denied", "/etc/flower/node"),
         ["/etc/flower/node: Permission denied", f"user {os.geteuid()} read"],
     ),
-    "missing value": (of_config(seed="???"), ["seed is ???", "set seed=VALUE"]),
+    "missing value": (of_config(seed="???"), ["seed=???", "set seed=VALUE"]),
     "unknown reference": (of_config(rank="${foo}"), ["rank takes its value", "'foo' not found"]),
     "circle": (of_config(a="${b}", b="${a}"), ["takes its value", "Recursive"]),
     "no resolver": (of_config(a="${nix:3}"), ["a takes its value", "nix"]),

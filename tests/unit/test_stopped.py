@@ -80,7 +80,7 @@ def test_what_cannot_be_noted_does_not_hide_the_error(
     monkeypatch.setattr(runner, "note_stop", full)
     with pytest.raises(ClientError, match="round 3"), stopping_noted(assembled(ROWS), tmp_path):
         raise ClientError("round 3")
-    assert "could not be noted" in caplog.text
+    assert "why the run stopped" in caplog.text
 
 
 def test_a_record_of_a_run_elsewhere_is_drawn_where_it_stops(tmp_path: Path) -> None:

@@ -117,7 +117,7 @@ def test_what_cannot_stop_a_run_is_refused(tmp_path: Path) -> None:
     stop = Stopping(StopConfig("f1", 1), lambda weights: {"accuracy": 0.5})
     with pytest.raises(ConfigError, match=r"stop.metric 'f1'. There are: accuracy"):
         stop.measure({}, 1)
-    with pytest.raises(ConfigError, match=r"data\.validation is 0.*above 0"):
+    with pytest.raises(ConfigError, match=r"data\.validation=0.*above 0"):
         simulated(composed([*JOB, "data.validation=0.0"]), tmp_path / "run")
 
 

@@ -482,11 +482,11 @@ def test_links_are_tuned_where_a_method_has_some(links: str, wanted: bool) -> No
         (["tune.rank=[0]"], r"tune\.rank\[0\] is 0"),
         (["tune.method=[fedavgg]"], "fedavg"),
         (["tune.uplink=[int3]"], "int4"),
-        (["tune.seeds=[0]"], r"test_seeds have both 0"),
+        (["tune.seeds=[0]"], r"test_seeds both have 0"),
         (["tune.rungs=[2]"], r"tune\.rungs\[0\] is 2"),
         (["tune.more={local.epoch: [1]}"], "local.epochs"),
         (["tune.metric=f1"], "accuracy"),
-        (["tune.lr=[0.1,1]", "local.lr=1"], "both said"),
+        (["tune.lr=[0.1,1]", "local.lr=1"], "both given"),
         (["evaluate.split=test"], "set by tune"),
         (["evaluate.clients=all"], "other seeds"),
         (["tune.runs={"], "cannot be read"),
@@ -571,7 +571,7 @@ def test_where_the_rule_knows_no_rate_it_says_so(
 def test_why_nothing_is_taken_at_a_size_is_said(feeding: Feeding) -> None:
     made, _ = feeding(Fed([]), "tune.sizes=[10]")
     size = made.sizes[10]
-    assert "diverged" in lacking(made, 10, trials_of())
+    assert "diverge" in lacking(made, 10, trials_of())
     assert lacking(made, 10, trials_of([(0, 0.1), (2 * size, 0.9)])) == "all need more"
     assert "untrained" in lacking(made, 10, trials_of([(0, 0.5), (size / 2, 0.3)]))
 

@@ -111,7 +111,7 @@ def test_an_engine_of_a_run_that_is_refused_is_ended() -> None:
 
 @pytest.mark.parametrize(("name", "command"), [("deploy", "deploy")])
 def test_what_is_not_of_this_process_is_refused_with_its_command(name: str, command: str) -> None:
-    with pytest.raises(ConfigError, match=rf"engine={name} .*fedraclora {command}"):
+    with pytest.raises(ConfigError, match=rf"engine={name}: .*fedraclora {command}"):
         engine_of(TaskBuilder(config(f"engine={name}")))
 
 

@@ -168,7 +168,7 @@ class Shown(RunFiles):
             "engine, device": ", ".join(
                 filter(None, (self._choice("engine"), str(found.get("device", ""))))
             ),
-            "digest of the weights": str(found.get("weights_digest", ""))[:DIGITS],
+            "checksum of the weights": str(found.get("weights_digest", ""))[:DIGITS],
             "versions": ", ".join(f"{n} {v}" for n, v in dict(found.get("versions", {})).items()),  # type: ignore[call-overload]
             "begun from commit": str(found.get("git") or "")[:DIGITS],
         }
@@ -211,7 +211,7 @@ def read_shown(folder: Path) -> Shown:
     """
     if not (folder / "ledger.jsonl").is_file():
         raise CheckpointError(
-            f"{folder} holds no run: a folder with config.yaml and ledger.jsonl is wanted"
+            f"{folder} holds no run: give a folder with config.yaml and ledger.jsonl"
         )
     running = is_running(folder)  # it may end meanwhile, and then has a summary
     return Shown(**vars(read_files(folder)), stopped=stop_reason(folder), running=running)

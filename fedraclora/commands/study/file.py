@@ -108,14 +108,14 @@ class Study:
                 overrides of tuning runs, and it tunes nothing.
         """
         if not path.is_file():
-            raise ConfigError(f"there is no study {path}; see experiments/studies")
+            raise ConfigError(f"there is no study {path}: see experiments/studies")
         take_own(path)
         study = cls.parse(path.read_text(), path, {})
         if overrides:
             study = study.changed(overrides=[*study.overrides, *overrides])
         if tuning:
             if study.tune is None:
-                raise ConfigError(f"{path} tunes nothing, but has {' '.join(tuning)} for tuning")
+                raise ConfigError(f"{path} has no tune, but keys for tuning: {' '.join(tuning)}")
             own = _list(study.tune["overrides"])
             study = study.changed(tune={**study.tune, "overrides": [*own, *tuning]})
         return study if metric is None else study.changed(metric=metric)
@@ -204,8 +204,8 @@ def _sections(path: Path, loaded: dict[str, Any]) -> None:
         section = loaded[name]
         if not isinstance(section, Mapping) or needed - section.keys():
             raise ConfigError(
-                f"{name} of {path} is {section!r:.200}; a mapping with the keys "
-                f"{', '.join(sorted(needed))} is wanted"
+                f"{name} of {path} is {section!r:.200}, but must be a mapping with the keys "
+                f"{', '.join(sorted(needed))}"
             )
         if extra := section.keys() - needed - more:
             raise unknown(f"key of {name}", min(map(str, extra)), needed | more)
@@ -217,14 +217,14 @@ def _sections(path: Path, loaded: dict[str, Any]) -> None:
             where = f"{name}.{key} of {path}"
             _numbers(section[key], where, int if key == "seeds" else float)
             if not section[key] and key != "refine":
-                raise ConfigError(f"{where} is empty; one or more are wanted")
+                raise ConfigError(f"{where} is empty: give one or more")
     for key in {"overrides", "varied"} & loaded.keys():
         _list(loaded[key], f"{key} of {path}")
     if loaded.get("target") is not None:
         _numbers([loaded["target"]], f"target of {path}", float)
     loaded["rows"] = loaded["rows"] or {}
     if not isinstance(loaded["rows"], Mapping):
-        raise ConfigError(f"rows of {path} is {loaded['rows']!r:.200}; a mapping is wanted")
+        raise ConfigError(f"rows of {path} is {loaded['rows']!r:.200}, but must be a mapping")
     for row, overrides in loaded["rows"].items():
         _list(overrides, f"row {row!r} of {path}")
 
@@ -233,8 +233,8 @@ def refuse_lower(where: object, metric: str, lower: Collection[str]) -> None:
     """Reject a study by a metric of which less is better (`fedraclora.evaluation.metrics`)."""
     if not higher_is_better(metric, lower):
         raise ConfigError(
-            f"{where} has the metric {metric}, of which less is better; studies choose the "
-            "greatest value: take a score, of classes accuracy, of numbers pearson or spearman"
+            f"{where} has the metric {metric}, of which less is better, but studies choose the "
+            "greatest value. Use accuracy for classes, pearson or spearman for numbers."
         )
 
 
@@ -250,16 +250,16 @@ def _check(path: Path, loaded: Mapping[str, Any]) -> None:
     for row, seeds in (loaded["final"].get("more") or {}).items():
         if twice := set(_list(seeds)) & set(_list(loaded["final"]["seeds"])):
             raise ConfigError(
-                f"final.more of {path} has for {row} the seed {min(map(str, twice))} of all rows; "
-                "name further seeds alone"
+                f"final.more of {path} repeats the seed {min(map(str, twice))} for {row}: give "
+                "further seeds only"
             )
     for key in ("reference", "budget"):
         if loaded.get(key) not in {None, *loaded["rows"]}:
             raise unknown(f"row as {key}", loaded[key], loaded["rows"])
     if loaded.get("tune") is None and len(loaded["grid"]["values"]) != 1:
         raise ConfigError(
-            f"{path} has no tune, but grid.values is {loaded['grid']['values']}; one value for "
-            "all rows is wanted, or tune, which says how to choose"
+            f"{path} has no tune, but grid.values is {loaded['grid']['values']}. Give one value "
+            "for all rows, or add tune."
         )
 
 
@@ -278,7 +278,7 @@ def _keep(loaded: dict[str, Any], only: Sequence[str] | None) -> None:
 
 def _list(value: object, where: str = "a key of a study") -> list[object]:
     if not isinstance(value, list):
-        raise ConfigError(f"{where} is {value!r:.200}; a list is wanted")
+        raise ConfigError(f"{where} is {value!r:.200}, but must be a list")
     return value
 
 
@@ -290,7 +290,7 @@ def _numbers(value: object, where: str, kind: Callable[[str], float]) -> None:
     except ValueError:
         right = False
     if not right:
-        raise ConfigError(f"{where} is {value!r:.200}; {wanted} are wanted")
+        raise ConfigError(f"{where} is {value!r:.200}, but must be {wanted}")
 
 
 SHARED: list[str] = yaml.safe_load(
@@ -347,14 +347,14 @@ def check_split(study: Study, phase: str, config: RunConfig) -> None:
         return
     if phase == "tune" and config.evaluate.split != "validation":
         raise ConfigError(
-            f"its tuning runs are measured on evaluate.split={config.evaluate.split}, so that its "
-            "final runs would be measured on what they were tuned on: add "
-            "evaluate.split=validation and data.validation=0.2, say, to tune.overrides"
+            f"its tuning runs are measured on evaluate.split={config.evaluate.split}, so its "
+            "final runs would be evaluated on the samples they were tuned on. Add "
+            "evaluate.split=validation and data.validation=0.2, say, to tune.overrides."
         )
     if phase == "final" and config.evaluate.split == "validation":
         raise ConfigError(
-            "its final runs are measured on evaluate.split=validation, on which it is tuned: take "
-            "that out of overrides and final.overrides"
+            "its final runs are evaluated on evaluate.split=validation, on which it is tuned: "
+            "remove that from overrides and final.overrides"
         )
 
 

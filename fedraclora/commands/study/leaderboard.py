@@ -239,4 +239,4 @@ def _number(key: str, value: object) -> float:
     try:
         return float(str(value))
     except ValueError as error:
-        raise ConfigError(f"{key} is {value!r}; a number is wanted") from error
+        raise ConfigError(f"{key}={value!r}: give a number") from error

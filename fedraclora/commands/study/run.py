@@ -89,7 +89,7 @@ def run_study(
             another study, or somebody else's files; or there is no row of a name, or no process.
     """
     if not isinstance(workers, int) or workers < 1:
-        raise ConfigError(f"jobs is {workers!r}; runs at a time, 1 or more, are wanted")
+        raise ConfigError(f"jobs={workers!r}: give the number of runs at a time, 1 or more")
     for row in rows:
         if row not in study.rows:
             raise unknown("row", row, study.rows)
@@ -129,7 +129,7 @@ def refuse_failed(failed: Mapping[str, str]) -> None:
     if failed:
         lines = "".join(f"\n  row {row!r}: {why}" for row, why in failed.items())
         raise FedRacLoraError(
-            f"{len(failed)} rows failed and stand in no table; the same command tries them "
+            f"{len(failed)} rows failed and are in no table. Give the same command to try them "
             f"again{lines}"
         )
 
@@ -236,7 +236,7 @@ def run_jobs(
         if was != _decisive(job.overrides):
             raise ConfigError(
                 f"{path} has {job.key} run with {' '.join(was)}; this study would run it with "
-                f"{' '.join(_decisive(job.overrides))}: take another folder, or remove those lines"
+                f"{' '.join(_decisive(job.overrides))}. Use another folder, or remove those lines"
             )
     left, told = [job for job in jobs if job.key not in done], set[str]()
     for job, line_of in endings(left, workers):
@@ -314,8 +314,8 @@ def check_first_runs(study: Study, rows: Sequence[str], done: Done) -> None:
     if wrong:
         lines = "".join(f"\n  row {row!r}: {why}" for row, why in wrong.items())
         raise ConfigError(
-            f"{len(wrong)} of {len(rows)} rows of the study cannot be run, and nothing was run: "
-            f"mend them, or leave them out{lines}"
+            f"{len(wrong)} of {len(rows)} rows of the study cannot be run, so nothing was run. "
+            f"Correct them, or leave them out{lines}"
         )
 
 
@@ -348,7 +348,7 @@ def check_same_data(study: Study, done: Mapping[str, Line], path: object) -> Non
         if found is not None and line.get("data_files", found) != found:
             raise DataError(
                 f"{path}: {line['key']} ran on other data: {', '.join(_changed(line, found))} "
-                "changed since. Restore the files, or take another folder (out)"
+                "changed since. Restore the files, or use another folder (out)"
             )
 
 

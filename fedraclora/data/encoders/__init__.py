@@ -1,1 +1,1 @@
-"""Encoders: what a source has, as tensors of samples; later rows are read by the same."""
+"""Encoders: turn a source's rows into tensors; new rows are encoded in the same way."""

@@ -1,4 +1,4 @@
-"""Samples from other people's arrays: converted where there is one meaning, else refused by name.
+"""Samples from a user's arrays: converted if their meaning is clear, else rejected.
 
 Images of bytes become numbers from 0 to 1, labels of any whole type int64, and labels in a column
 [N, 1] a row [N]. What could mean two things (fractions as labels, one-hot rows) is refused, with
@@ -29,7 +29,7 @@ LARGEST_INTEGER = 2**63 - 1
 
 @dataclass(frozen=True)
 class SampleSpec:
-    """What samples must look like.
+    """The required shape and type of samples.
 
     Attributes:
         shape: Of one input ``"x"``; empty for token ids; None for numbers of any shape.
@@ -59,13 +59,11 @@ class SampleSpec:
         x = inputs.get("x")
         if self.shape and (x is None or tuple(x.shape[1:]) != self.shape):
             came = [*inputs] if x is None else tuple(x.shape[1:])
-            raise DataError(
-                f"{where}: one input has {came}; x of shape {self.shape} is wanted (data.shape)"
-            )
+            raise DataError(f"{where}: one input has {came}, but data.shape is {self.shape}")
         return fitted
 
     def nothing(self) -> Samples:
-        """Make a table of this form without a row; the names of token ids are not known."""
+        """Return an empty table of this form; without token ids."""
         inputs = {"x": torch.zeros(0, *self.shape)} if self.shape else {}
         wide = self.loss in {"squared_error", "multi_label"}
         target = torch.zeros(0, self.classes or 1) if wide else torch.zeros(0).long()
@@ -91,7 +89,7 @@ class SampleSpec:
             return self._labels(target, where)
         if read_as(self.loss).each:
             return self._labelled(samples, where)
-        if self.loss not in LOSSES:  # what a loss of the user's own makes of it is its business
+        if self.loss not in LOSSES:  # a user's loss may read any target
             return target.float() if target.is_floating_point() else target.long()
         numbers = target.float()
         if not bool(torch.isfinite(numbers).all()):
@@ -101,8 +99,8 @@ class SampleSpec:
             if not is_binary(numbers):
                 other = float(numbers[(numbers != 0) & (numbers != 1)][0])
                 raise DataError(
-                    f"{where}: the target holds {other:g}; with the loss multi_label 0 or 1 is "
-                    "wanted for every output, [N, outputs]"
+                    f"{where}: the target holds {other:g}, but data.loss=multi_label needs 0 or "
+                    "1 for every output, [N, outputs]"
                 )
         found = prod(numbers.shape[1:])
         if self.classes is not None and found != self.classes:
@@ -121,8 +119,7 @@ class SampleSpec:
         if target.is_floating_point() or target.dim() != axes:
             raise DataError(
                 f"{where}: the target holds {target.dtype} numbers of shape "
-                f"{tuple(target.shape)}; with the loss {self.loss} whole numbers are wanted, "
-                f"{wanted}"
+                f"{tuple(target.shape)}; data.loss={self.loss} needs whole numbers, {wanted}"
             )
         labels = target.long()
         counted = labels != IGNORED_TOKEN
@@ -130,8 +127,8 @@ class SampleSpec:
             counted[:, 0] = False  # nothing stands before it that could tell it
         if not bool(counted.any()):
             raise DataError(
-                f"{where}: every target is {IGNORED_TOKEN}, which has no loss, so that nothing can "
-                "be learnt from these samples: leave them out"
+                f"{where}: every target is {IGNORED_TOKEN}, which the loss ignores, so nothing "
+                "can be learnt from these samples. Leave them out."
             )
         self._require_range(labels[labels != IGNORED_TOKEN], where)
         mask = samples.inputs.get("attention_mask")
@@ -139,8 +136,8 @@ class SampleSpec:
             idle = int((counted & (mask == 0)).sum())
             if idle:
                 raise DataError(
-                    f"{where}: {idle} tokens of padding (attention_mask is 0) have a label: write "
-                    f"{IGNORED_TOKEN} there, which has no loss"
+                    f"{where}: {idle} tokens of padding (attention_mask is 0) have a label: "
+                    f"write {IGNORED_TOKEN} there, which the loss ignores"
                 )
         return labels
 
@@ -149,24 +146,25 @@ class SampleSpec:
             target = target[:, 0]
         if target.dim() != 1:
             raise DataError(
-                f"{where}: the target has shape {tuple(target.shape)}; one class a sample, [N], is "
-                "wanted. Of one-hot rows target.argmax(1) is that; for several numbers to predict "
-                "set data.loss=squared_error, for several answers of 0 and 1 multi_label, for a "
-                "class for each token token_classes, for each pixel pixel_classes"
+                f"{where}: the target has shape {tuple(target.shape)}, but one class for each "
+                "sample, [N], is needed. Convert one-hot rows by target.argmax(1), or set "
+                "data.loss: squared_error for several numbers, multi_label for several answers "
+                "of 0 and 1, token_classes or pixel_classes for one class for each token or "
+                "pixel."
             )
         if self.loss == "logistic" and is_binary(target):
             return target.long()
         if self.loss == "logistic" and target.is_floating_point():
             other = float(target[(target != 0) & (target != 1)][0])
             raise DataError(
-                f"{where}: the target holds {other:g}; with the loss logistic 0 or 1 is wanted for "
-                "each sample (of -1 and 1: target > 0)"
+                f"{where}: the target holds {other:g}, but data.loss=logistic needs 0 or 1 for "
+                "each sample (convert -1 and 1 by target > 0)"
             )
         if target.is_floating_point():
             raise DataError(
-                f"{where}: the target holds {target.dtype} numbers, such as {float(target[0]):g}; "
-                "whole numbers, the classes from 0, are wanted. If they are classes, convert them "
-                "to int64; if they are numbers to predict, set data.loss=squared_error"
+                f"{where}: the target holds {target.dtype} numbers, such as "
+                f"{float(target[0]):g}; class labels must be whole numbers from 0. Convert "
+                "classes to int64; for numbers to predict set data.loss=squared_error."
             )
         labels = target.long()
         if self.classes is not None or bool((labels < 0).any()):
@@ -182,13 +180,13 @@ class SampleSpec:
                 bounds += f" ({IGNORED_TOKEN}: no loss)"
             mend = "" if least < 0 or self.loss == "logistic" else f", or data.classes={most + 1}"
             raise DataError(
-                f"{where}: the labels go from {least} to {most}; {bounds} is wanted: number the "
-                f"classes from 0{mend}"
+                f"{where}: the labels go from {least} to {most}, but must be {bounds}: number "
+                f"the classes from 0{mend}"
             )
 
 
 def gathered(found: object, where: str) -> Samples:
-    """Make samples of what a file or a function gives, with the types that they come in.
+    """Convert what a file or a function returns to samples, and name the original types.
 
     Args:
         found: `Samples`, or (inputs, target) where inputs are one array or a dict of arrays.
@@ -205,20 +203,21 @@ def gathered(found: object, where: str) -> Samples:
         samples = Samples(tensors, as_tensor(found[1], f"{where}: the target"))
     else:
         raise DataError(
-            f"{where} returns a {type(found).__name__}; (inputs, target) is wanted (of texts or "
-            "other objects that a training function reads, a datasets.Dataset: from_list makes one)"
+            f"{where} returns a {type(found).__name__}, but must return (inputs, target). Return "
+            "texts or other objects for your training function as a datasets.Dataset (from_list "
+            "makes one)."
         )
     for name, tensor in samples.tensors.items():
         if not tensor.dim():
-            raise DataError(f"{where}: {name} is one number; an array of samples is wanted")
+            raise DataError(f"{where}: {name} is a single number, but must be an array of samples")
         if len(tensor) and not tensor.numel():
             shape = tuple(tensor.shape)
-            raise DataError(f"{where}: {name} of shape {shape} holds no number for a sample")
+            raise DataError(f"{where}: {name} of shape {shape} has no values for a sample")
     sizes = {name: len(tensor) for name, tensor in samples.inputs.items()}
     if not len(samples) or {*sizes.values()} != {len(samples)}:
         raise DataError(
-            f"{where}: there are {len(samples)} targets, but inputs of {sizes} samples; as many of "
-            "each, and at least one, are wanted"
+            f"{where}: there are {len(samples)} targets, but inputs of {sizes} samples. Give as "
+            "many of each, and at least one."
         )
     return samples
 
@@ -233,28 +232,32 @@ def as_tensor(value: Any, where: str) -> torch.Tensor:
         return _plain(value.detach(), where)
     if is_masked(value):
         raise DataError(
-            f"{where} is a masked array, some of whose numbers are missing: fill them "
-            "(.filled(number)), or leave the rows out"
+            f"{where} is a masked array with missing values: fill them (.filled(number)), or "
+            "leave the rows out"
         )
     try:
         array = np.array(value)
-    except Exception as error:  # of whatever somebody else's type raises
-        raise DataError(f"{where} is no array: {error}") from error
+    except Exception as error:  # a user's type may raise anything
+        raise DataError(f"{where} is not an array: {error}") from error
     if array.dtype.kind not in "biuf":
         raise DataError(
-            f"{where} holds {_kind(array)}; numbers are wanted. Number the words first, or "
-            "use data=table, which does it"
+            f"{where} holds {_kind(array)}, but must hold numbers. Encode words as numbers, or "
+            "use data=table, which does so."
         )
     if array.dtype.itemsize > 8:
-        raise DataError(f"{where} holds {array.dtype} numbers; float64 is the widest that is read")
+        raise DataError(
+            f"{where} holds {array.dtype} numbers, but float64 is the widest type supported"
+        )
     if array.dtype.kind == "u" and array.size and int(array.max()) > LARGEST_INTEGER:
-        raise DataError(f"{where} holds {int(array.max())}, which no int64 holds: use smaller ids")
+        raise DataError(
+            f"{where} holds {int(array.max())}, which does not fit into int64: use smaller ids"
+        )
     native = array.astype(WIDER.get(array.dtype.name, array.dtype.newbyteorder("=")))
     return torch.from_numpy(native)
 
 
 def is_masked(value: object) -> bool:
-    """Check whether an array, or one in a list or a dict of them, has numbers that are masked."""
+    """Return whether an array, or one in a list or dict, has masked values."""
     if isinstance(value, Mapping):
         value = [*value.values()]
     if isinstance(value, list | tuple):
@@ -269,7 +272,7 @@ def _plain(tensor: torch.Tensor, where: str) -> torch.Tensor:
         mend = "load its numbers first" if tensor.is_meta else "make it a dense one first"
         raise DataError(f"{where} is a tensor of kind {kind}: {mend}")
     if tensor.is_complex():
-        raise DataError(f"{where} holds complex numbers; real ones are wanted")
+        raise DataError(f"{where} holds complex numbers, but must hold real ones")
     wider = WIDER.get(str(tensor.dtype).removeprefix("torch."))
     return as_tensor(tensor.numpy(), where) if wider and tensor.device.type == "cpu" else tensor
 
@@ -280,14 +283,14 @@ def _kind(array: np.ndarray[Any, Any]) -> str:
 
 
 def scale_of_bytes(samples: Samples) -> dict[str, object]:
-    """Say what `SampleSpec.validate` does to images, given as they came (`DataSet.reading`)."""
+    """Return the scaling that `SampleSpec.validate` applies to images (`DataSet.reading`)."""
     if set(samples.inputs) != {"x"} or samples.inputs["x"].dtype != torch.uint8:
         return {}
     return {"subtract": 0.0, "divide_by": 255.0}
 
 
 def said_of_inputs(came: Samples, fitted: Samples) -> dict[str, object]:
-    """Say what became of the numbers of ``x``, where these are no float32 already."""
+    """Describe how ``x`` was converted to float32."""
     if set(came.inputs) != {"x"}:
         return {}
     kinds = [str(t.inputs["x"].dtype).removeprefix("torch.") for t in (came, fitted)]
@@ -300,7 +303,7 @@ def said_of_inputs(came: Samples, fitted: Samples) -> dict[str, object]:
 
 
 def scale_of(rows: torch.Tensor) -> dict[str, Any]:
-    """Find means and deviations of columns, in float64; a deviation of 0 counts as 1."""
+    """Compute columns' means and standard deviations, in float64; a deviation of 0 counts as 1."""
     rows = rows.double()
     spread = rows.std(dim=0, correction=0)
     spread = torch.where(spread == 0, torch.ones_like(spread), spread)
@@ -308,24 +311,24 @@ def scale_of(rows: torch.Tensor) -> dict[str, Any]:
 
 
 def as_scaled(values: torch.Tensor, scale: Mapping[str, Any]) -> torch.Tensor:
-    """Standardize by what `scale_of` found before; float64."""
+    """Standardize by the means and deviations of `scale_of`; float64."""
     mean, spread = (torch.tensor(scale[k], dtype=torch.float64) for k in ("subtract", "divide_by"))
     return (values.double() - mean) / spread
 
 
 def as_unscaled(values: torch.Tensor, scale: Mapping[str, Any]) -> torch.Tensor:
-    """Take back what `as_scaled` has done; float64."""
+    """Undo `as_scaled`; float64."""
     mean, spread = (torch.tensor(scale[k], dtype=torch.float64) for k in ("subtract", "divide_by"))
     return values.double() * spread + mean
 
 
 def found_shape(samples: Samples) -> tuple[int, ...]:
-    """Shape of one input ``"x"``; empty where inputs have names of their own (token ids)."""
+    """Return the shape of one input ``"x"``; empty if inputs have other names (token ids)."""
     return tuple(samples.inputs["x"].shape[1:]) if set(samples.inputs) == {"x"} else ()
 
 
 def outputs_for(tables: Sequence[Samples], loss: str) -> int | None:
-    """Count the outputs that the targets need; None where they do not tell."""
+    """Count the outputs that the targets need; None if they do not determine it."""
     if read_as(loss).numbers:
         return max(1, tables[0].target[0].numel())
     if loss == "next_token" or any(t.target.is_floating_point() for t in tables):
@@ -341,12 +344,12 @@ def read_npz(path: Path, where: str) -> Samples:
     """
     do = (
         "write one with numpy.savez(path, x=..., target=...), or name a function that reads it. "
-        "Tables (CSV, Parquet) that are to be divided among clients are for data=table"
+        "For a table (CSV, Parquet) to divide among clients use data=table"
     )
     arrays = read_arrays(path, do, where)
     if "target" not in arrays or len(arrays) < 2:
         raise DataError(
-            f"{where}: {path} holds {[*arrays]}; target is wanted, and x (or the inputs of the "
+            f"{where}: {path} holds {[*arrays]}, but needs target, and x (or the inputs of the "
             "model by name)"
         )
     target = arrays.pop("target")

@@ -1,4 +1,4 @@
-"""Arrays that come after a run, read as its own were: one rule for every data set of numbers."""
+"""Read new arrays for a finished run, as its own samples were read."""
 
 from __future__ import annotations
 
@@ -89,32 +89,33 @@ class ArrayReader:
         if "subtract" not in reading:
             if value.dtype == torch.uint8 and self.form.shape:
                 raise DataError(
-                    f"{where}: x holds bytes, but the run's own samples did not: give them as the "
-                    "numbers that the run was trained on"
+                    f"{where}: x holds bytes, but the run was trained on other numbers: give "
+                    "them in the run's type"
                 )
             return value
         if value.is_floating_point() and len(value) and float(value.max()) <= 1.0:
             scale = np.ravel(reading["divide_by"])
             raise DataError(
-                f"{where}: x goes up to {float(value.max()):g}, so that it seems scaled already; "
-                f"give it raw, as the run's own samples were before they were divided by "
-                f"{scale[0]:g}"
+                f"{where}: x goes up to {float(value.max()):g}, so it seems to be scaled "
+                f"already. Give raw values: the run divides by {scale[0]:g} itself."
             )
         return as_scaled(value, reading).float()
 
 
 def _from_file(path: Path, *, target: bool) -> Any:
     """Take inputs, and the target where one is wanted, from a ``.npz`` file."""
-    rest = read_arrays(path, "one with x (or the inputs of the model by name) and target is wanted")
+    rest = read_arrays(path, "give one with x (or the inputs of the model by name) and target")
     names = [*rest]
     found = taken(rest, path)
     if both := [name for name in ("test_x", "test_target") if name in found]:
-        raise DataError(f"{path} holds {both[0]} beside other samples: write one set into a file")
+        raise DataError(
+            f"{path} holds {both[0]} beside other samples: write one set of samples into a file"
+        )
     if target and "target" not in found:
-        raise DataError(f"{path} holds {names}, but no target to measure by")
+        raise DataError(f"{path} holds {names}, but no target to evaluate on")
     inputs = {"x": found["x"]} if "x" in found else rest
     if not inputs:
-        raise DataError(f"{path} holds no inputs: x, or the inputs of the model by name, is wanted")
+        raise DataError(f"{path} holds no inputs: add x, or the inputs of the model by name")
     return (inputs, found["target"]) if target else inputs
 
 
@@ -132,5 +133,5 @@ def _inputs_of(found: Any, where: str, column: str | None) -> Samples:
         tensors = {str(name): as_tensor(each, f"{where}: {name}") for name, each in inputs.items()}
     sizes = {name: len(tensor) if tensor.dim() else 0 for name, tensor in tensors.items()}
     if len({*sizes.values()}) != 1 or 0 in sizes.values():
-        raise DataError(f"{where}: the inputs have {sizes} samples; as many of each are wanted")
+        raise DataError(f"{where}: the inputs have {sizes} samples, but need as many of each")
     return Samples(tensors, torch.zeros(next(iter(sizes.values())), dtype=torch.int64))

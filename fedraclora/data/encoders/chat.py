@@ -1,4 +1,4 @@
-"""Conversations to token ids, by a chat template, with labels on the answers alone."""
+"""Tokenize conversations by a chat template, with labels on the answers only."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Encoded:
 
 @dataclass(frozen=True)
 class Choice:
-    """An answer that the last of a conversation could be: its tokens, without what ends them.
+    """A possible last answer of a conversation: its tokens, without the end-of-text token.
 
     Attributes:
         ids: Of the tokens.
@@ -116,9 +116,9 @@ class Chat:
             answered = self._text(conversation, place + 1, prompt=False)
             if not asked.startswith(done) or not answered.startswith(asked):
                 raise DataError(
-                    f"{conversation.where}: the chat template does not write an answer after its "
-                    "prompt, so that the response cannot be told from the rest: set data.template "
-                    "to one that adds message after message"
+                    f"{conversation.where}: the chat template does not write the answer after "
+                    "its prompt, so the response cannot be found in the text. Set data.template "
+                    "to one that appends each message."
                 )
             found += [(asked[len(done) :], False), (answered[len(asked) :], True)]
             done = answered
@@ -161,13 +161,13 @@ def _template(template: str) -> str:
     path = user_path("data.template", template)
     if not path.is_file():
         raise ConfigError(
-            f"data.template={template}: neither a Jinja template (it has no brace) nor a file"
+            f"data.template={template} is neither a file nor a Jinja template (it has no brace)"
         )
     return path.read_text(encoding="utf-8")
 
 
 def padded(encoded: Sequence[Encoded], pad: int) -> Samples:
-    """Give conversations as one table, each row padded to the longest.
+    """Return conversations as one table, each row padded to the longest.
 
     Returns:
         ``input_ids`` and ``attention_mask`` int64 [N, T]; labels int64 [N, T]. Beside them, where
@@ -207,7 +207,7 @@ def _beside(encoded: Sequence[Encoded]) -> dict[str, torch.Tensor]:
 def packed(
     encoded: Sequence[Encoded], owners: Sequence[str | None], max_length: int, pad: int
 ) -> tuple[Samples, list[str | None]]:
-    """Put several conversations of one owner into a row, in their order, as many as fit.
+    """Pack as many conversations of one owner into each row as fit, in their order.
 
     They do not see each other: positions begin anew with each, and transformers' attention keeps
     apart what its positions keep apart where there is no ``attention_mask``.

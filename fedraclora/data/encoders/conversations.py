@@ -1,4 +1,4 @@
-"""Conversations of a file: chat messages, prompts with responses, or Alpaca's columns.
+"""Read conversations from a file: chat messages, prompts with responses, or Alpaca's columns.
 
 One row is one conversation. Its form is read off the columns: ``messages`` (a list of roles and
 contents), ``instruction``, ``input`` and ``output`` (Alpaca), or ``prompt`` and ``response``.
@@ -43,11 +43,11 @@ class Conversation:
     choices: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        """Refuse a conversation that there is nothing to learn from."""
+        """Reject a conversation without anything to learn."""
         if [m for m in self.messages if m["role"] == "assistant" and not m["content"].strip()]:
             raise DataError(
-                f"{self.where}: the response is empty; leave the row out or fill it: an empty "
-                "answer would teach the model to say nothing"
+                f"{self.where}: the response is empty, which would teach the model to answer "
+                "nothing. Leave the row out or fill it."
             )
         if not self.messages or self.messages[0]["role"] == "assistant":
             raise DataError(f"{self.where}: the conversation does not begin with a prompt")
@@ -78,11 +78,12 @@ class RowForm:
     choices: str | Sequence[str] | None = None
 
     def __post_init__(self) -> None:
-        """Refuse half a form."""
+        """Reject a prompt without a response, or the reverse."""
         if (self.prompt is None) != (self.response is None):
             raise ConfigError(
-                f"data.prompt={self.prompt}, data.response={self.response}: set both, or none for "
-                "files with the columns messages, or prompt and response, or instruction and output"
+                f"data.prompt={self.prompt}, data.response={self.response}: set both. Leave both "
+                "unset for files with the columns messages, prompt and response, or instruction "
+                "and output."
             )
 
     def read(self, row: Mapping[str, Any], where: str) -> Conversation:
@@ -95,8 +96,8 @@ class RowForm:
         client = None if self.client is None else text_of(row, self.client, "data.client", where)
         if client == "":
             raise DataError(
-                f"{where}: the column {self.client} (data.client) is empty, so that the row is no "
-                "client's: fill it or leave the row out"
+                f"{where}: the column {self.client} (data.client) is empty, so the row belongs "
+                "to no client. Fill it or leave the row out."
             )
         messages = tuple(self._messages(row, where))
         choices = self._choices(row, messages[-1:], where) if self.answered else ()
@@ -114,15 +115,15 @@ class RowForm:
                 found = json.loads(listed) if isinstance(found, str) else found
             if isinstance(found, str | Mapping) or not hasattr(found, "__iter__"):
                 raise DataError(
-                    f"{where}: {self.choices} (data.choices) is {listed[:60]!r}; a list of answers "
-                    "is wanted, in a .csv or .tsv as JSON"
+                    f"{where}: {self.choices} (data.choices) is {listed[:60]!r}, but must be a "
+                    "list of answers (as JSON in a .csv or .tsv)"
                 )
         choices = tuple(dict.fromkeys(str(text).strip() for text in found))
         if self.choices is not None and answer and answer[0]["content"].strip() not in choices:
             raise DataError(
                 f"{where}: the response {answer[0]['content'][:60]!r} is none of the choices "
-                f"{', '.join(map(repr, choices))[:200]} (data.choices): the text of one of them is "
-                "wanted, no number and no letter, since nothing says how these count"
+                f"{', '.join(map(repr, choices))[:200]} (data.choices). Give the text of a "
+                "choice, not its number or letter."
             )
         return choices
 
@@ -161,7 +162,7 @@ def _pair(prompt: str, response: str | None) -> list[Message]:
 
 
 def filled_in(text: str, row: Mapping[str, Any], key: str, where: str) -> str:
-    """Fill columns into a text with braces; a text without any is the name of a column.
+    """Fill columns into a text with braces; a text without braces names a column.
 
     Example:
         >>> filled_in("Is this good? {0}", {"0": "a dull film"}, "data.prompt", "row 1")
@@ -175,7 +176,7 @@ def filled_in(text: str, row: Mapping[str, Any], key: str, where: str) -> str:
 
 
 def text_of(row: Mapping[str, Any], column: str, key: str, where: str) -> str:
-    """Give a value as text, without space around it; nothing is the empty text.
+    """Return a value as text without surrounding space; a missing value is empty.
 
     Raises:
         ConfigError: If there is no such column.
@@ -186,31 +187,35 @@ def text_of(row: Mapping[str, Any], column: str, key: str, where: str) -> str:
 
 
 def is_missing(value: object) -> bool:
-    """Tell whether a cell holds nothing: None, or NaN, which tables hold for it."""
+    """Return whether a cell is missing: None or NaN."""
     return value is None or (isinstance(value, float) and value != value)  # noqa: PLR0124
 
 
 def read_messages(value: Any, where: str, *, answered: bool = True) -> list[Message]:
-    """Check a list of messages, which a CSV file holds as JSON; what follows the last answer goes.
+    """Check a list of messages (JSON in a CSV file), and drop those after the last answer.
 
     Where it is to be generated (``answered`` is False), an answer at the end goes.
 
     Raises:
         DataError: Naming file and row, and what is wrong.
     """
-    wanted = f"a list of messages with role ({', '.join(ROLES)}) and content is wanted"
+    wanted = f"a list of messages with role ({', '.join(ROLES)}) and content"
     try:
         messages = json.loads(value) if isinstance(value, str) else list(value)
     except (TypeError, ValueError) as error:
-        raise DataError(f"{where}: messages is {str(value)[:60]!r}; {wanted}") from error
+        raise DataError(
+            f"{where}: messages is {str(value)[:60]!r}, but must be {wanted}"
+        ) from error
     found = []
     for message in messages:
         if not isinstance(message, Mapping):
-            raise DataError(f"{where}: a message is {str(message)[:60]!r}; {wanted}")
+            raise DataError(
+                f"{where}: a message is {str(message)[:60]!r}, but messages must be {wanted}"
+            )
         role = str(message.get("role", message.get("from")))
         role, content = _SHAREGPT.get(role, role), message.get("content", message.get("value"))
         if role not in ROLES or not isinstance(content, str):
-            raise DataError(f"{where}: a message is {dict(message)}; {wanted}")
+            raise DataError(f"{where}: a message is {dict(message)}, but messages must be {wanted}")
         found.append({"role": role, "content": content})
     if not answered:
         return found[:-1] if found and found[-1]["role"] == "assistant" else found
@@ -219,7 +224,7 @@ def read_messages(value: Any, where: str, *, answered: bool = True) -> list[Mess
 
 
 def read_conversations(found: Any, form: RowForm, *, header: bool = True) -> list[Conversation]:
-    """Read every conversation of a file, or of rows that a program has.
+    """Read every conversation of a file, or of rows in memory.
 
     Args:
         found: A file of `Table.read`; or what `program_rows` takes.
@@ -242,7 +247,7 @@ def read_conversations(found: Any, form: RowForm, *, header: bool = True) -> lis
 
 
 def program_rows(found: Any, form: RowForm) -> list[Mapping[str, Any]]:
-    """Take rows that a program has: a frame, a list of dicts, or prompts that are to be answered.
+    """Return rows from a frame, a list of dicts, or a list of prompts to answer.
 
     Raises:
         DataError: If they are something else.
@@ -256,6 +261,6 @@ def program_rows(found: Any, form: RowForm) -> list[Mapping[str, Any]]:
     if isinstance(found, list) and all(isinstance(row, Mapping) for row in found):
         return found
     raise DataError(
-        f"data is a {type(found).__name__}; a file, a frame or a list of dicts with the columns of "
-        "the run's data is wanted" + ("" if form.answered else ", or a list of prompts")
+        f"data is a {type(found).__name__}, but must be a file, a frame or a list of dicts with "
+        "the columns of the run's data" + ("" if form.answered else ", or a list of prompts")
     )

@@ -1,4 +1,4 @@
-"""Conversations to samples of a causal language model: the loss is on the answers alone."""
+"""Turn conversations into samples of a causal language model, with the loss on answers only."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ class InstructionReader:
 
     @property
     def pad(self) -> int:
-        """The token that fills rows up."""
+        """Return the padding token."""
         pad, end = (getattr(self.chat.tokenizer, f"{kind}_token_id") for kind in ("pad", "eos"))
         return int((end or 0) if pad is None else pad)
 
@@ -120,8 +120,8 @@ class InstructionReader:
                 if not self.drop:
                     raise DataError(
                         f"{one.where}: the prompt fills data.max_length={self.max_length} tokens "
-                        f"(the whole has {size}), so that nothing of the response is left: raise "
-                        "data.max_length, or set data.cut_away=drop to leave such rows out"
+                        f"(the conversation has {size}), so no response is left. Raise "
+                        "data.max_length, or set data.cut_away=drop to leave such rows out."
                     )
                 continue
             cut += size > self.max_length
@@ -136,10 +136,10 @@ class InstructionReader:
 
 
 def _say_cut(max_length: int, cut: int, total: int, lost: int) -> None:
-    """Say aloud how many conversations were cut or left out, if any."""
+    """Warn how many conversations were cut or left out, if any."""
     if cut or lost:
         log.warning(
-            "data.max_length=%d: %d of %d conversations were cut, and %d more left out, of whose "
-            "response nothing would have been left",
+            "data.max_length=%d: %d of %d conversations were cut, and %d more were left out "
+            "because their prompt leaves no room for a response",
             *(max_length, cut, total, lost),
         )

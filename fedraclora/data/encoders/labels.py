@@ -1,4 +1,4 @@
-"""What is predicted: the names of classes, targets of labels, and the data set of both."""
+"""Labels: the names of classes, targets, and the data set of samples with them."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ ArrayTask = Annotated[str, OneOf((*OBJECTIVES, *OF_ARRAYS))]
 
 
 def class_names(labels: Sequence[str], values: Sequence[str] | None = None) -> list[str]:
-    """Name the classes in their order: as asked for, else sorted (whole numbers by size).
+    """Return the class names in order: as asked for, else sorted (whole numbers by size).
 
     Raises:
         ConfigError: If what is asked for does not occur.
@@ -50,7 +50,7 @@ def class_names(labels: Sequence[str], values: Sequence[str] | None = None) -> l
 
 
 def as_values(names: Sequence[str], values: object = None) -> list[Any]:
-    """Give classes as their column has them: whole numbers and truth values as such, else texts.
+    """Return classes with the type of their column: whole numbers, booleans or texts.
 
     Args:
         names: Of the classes, in their order.
@@ -74,7 +74,7 @@ def found_classes(
     source: object,
     values: Sequence[str] | None = None,
 ) -> list[str]:
-    """Name the classes of a column of labels; none where numbers are predicted.
+    """Return the classes of a column of labels; none for a regression.
 
     Args:
         labels: Of each row.
@@ -92,16 +92,17 @@ def found_classes(
     if any("." in name and name.replace(".", "", 1).lstrip("-").isdigit() for name in names):
         raise ConfigError(
             f"data.label={label}: the values ({', '.join(names[:3])}, ...) are fractions, not "
-            "classes; to predict a number set data.task=regression"
+            "classes. To predict a number set data.task=regression."
         )
     whole = all(name.lstrip("-").isdigit() for name in names)
     if whole and len(names) > max(100, len(labels) / 10):
         raise ConfigError(
-            f"data.label={label}: {len(names)} whole numbers in {len(labels)} rows are hardly "
-            "classes; to predict a number set data.task=regression (classes may be words)"
+            f"data.label={label}: {len(names)} different whole numbers in {len(labels)} rows do "
+            "not look like classes. To predict a number set data.task=regression; write classes "
+            "as words."
         )
     if len(names) < 2:
-        raise ConfigError(f"data.label={label}: {source} has the one value {names} only")
+        raise ConfigError(f"data.label={label}: {source} has only the value {names}")
     return names
 
 
@@ -111,7 +112,7 @@ def target_of(
     where: object = "test",
     rows: RowNumbers | None = None,
 ) -> torch.Tensor:
-    """Turn labels into classes by their place in ``names``, or into scores.
+    """Convert labels to class numbers by their place in ``names``, or to scores.
 
     Args:
         labels: Of each row.
@@ -134,12 +135,12 @@ def target_of(
             except ValueError as error:
                 raise DataError(
                     f"data.label: {label!r} is not a number, but data.task=regression predicts "
-                    "numbers: set data.task=classification, or mend the rows that have it"
+                    "numbers: set data.task=classification, or correct these rows"
                 ) from error
         if not np.isfinite(scores).all():
             raise DataError(
-                "data.label: a score is NaN, infinite or larger than float32 can hold: mend it, or "
-                "leave its row out"
+                "data.label: a value is NaN, infinite or too large for float32. Correct it, or "
+                "leave its row out."
             )
         return torch.from_numpy(scores)
     number = {name: index for index, name in enumerate(names)}

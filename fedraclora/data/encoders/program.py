@@ -1,4 +1,4 @@
-"""Tables of a Python program: arrays, datasets of torch and Hugging Face, frames of pandas."""
+"""Encode data of a Python program: arrays, torch and Hugging Face datasets, pandas frames."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ def table_of(found: object, where: str, target: str | None = None) -> Samples:
         return of_dataset(found, where, target)
     if not isinstance(found, tuple | list | Samples):
         raise DataError(
-            f"{where} is of type {type(found).__name__}; (inputs, target), a dataset of torch or "
-            "of Hugging Face, or a list with one of them for each client is wanted"
+            f"{where} is of type {type(found).__name__}. Give (inputs, target), a dataset of "
+            "torch or Hugging Face, or a list with one of these for each client."
         )
     return gathered(found, where)
 
@@ -47,23 +47,23 @@ def of_dataset(found: Any, where: str, target: str | None) -> Samples:
         count = len(found)
     except Exception as error:
         raise DataError(
-            f"{where}: {type(found).__name__} has no length ({error}); a map-style dataset is "
-            "wanted (list(...) of an iterable one makes one)"
+            f"{where}: {type(found).__name__} has no length ({error}). Give a map-style dataset "
+            "(list(...) makes one of an iterable dataset)."
         ) from error
     if not count:
-        raise DataError(f"{where} holds no sample")
+        raise DataError(f"{where} holds no samples")
     rows = []
     for row in range(count):
         with told_as(DataError, f"{where}: ", f"reading sample {row}"):
             rows.append(found[row])
         if is_masked(rows[-1]):
-            raise DataError(f"{where}: sample {row} is masked in part: fill it, or leave it out")
+            raise DataError(f"{where}: sample {row} has masked values: fill them, or leave it out")
     try:
         samples = torch.utils.data.default_collate(rows)
     except Exception as error:  # a user's type may raise anything
         raise DataError(
-            f"{where}: its samples cannot be put into one array ({error}); give inputs of one "
-            "shape: pad texts, resize images"
+            f"{where}: its samples do not stack into one array ({error}). Give inputs of one "
+            "shape: pad texts, resize images."
         ) from error
     if isinstance(samples, dict):
         name = found_target(samples, target)
@@ -77,12 +77,12 @@ def of_dataset(found: Any, where: str, target: str | None) -> Samples:
 
 
 def found_target(names: Collection[str], said: str | None) -> str | None:
-    """Find the column to predict: what the caller said, else one of the usual names."""
+    """Find the column to predict: the one given, else one with a usual name."""
     return said or next((name for name in TARGET_NAMES if name in names), None)
 
 
 def is_clients(data: object) -> TypeGuard[Mapping[Any, Any] | list[Any]]:
-    """Tell whether these are tables of several clients, and not one."""
+    """Return whether these are tables of several clients, not one table."""
     return isinstance(data, Mapping | list) and not is_columns(data)
 
 
@@ -95,12 +95,12 @@ def listed_tables(data: object) -> list[Any]:
     if not is_clients(data):
         return [data]
     if not data:
-        raise DataError("data is an empty list; the samples of one or more clients are wanted")
+        raise DataError("data is an empty list: give the samples of one or more clients")
     return list(data.values()) if isinstance(data, Mapping) else data
 
 
 def named_classes(data: Any, target: str | None) -> dict[str, object]:
-    """Take the names of the classes that a ``Dataset`` of Hugging Face has (`DataSet.reading`)."""
+    """Return the class names of a Hugging Face ``Dataset`` (`DataSet.reading`)."""
     first = listed_tables(data)[0]
     if not is_columns(first):
         return {}
@@ -111,7 +111,7 @@ def named_classes(data: Any, target: str | None) -> dict[str, object]:
 
 
 def is_frame(found: object) -> bool:
-    """Tell whether this is a frame of pandas."""
+    """Return whether this is a pandas frame."""
     return type(found).__module__.partition(".")[0] == "pandas" and hasattr(found, "columns")
 
 
@@ -131,7 +131,7 @@ def of_frame(data: Any, test: Any, loss: str | None, how: TableForm) -> DataSet:
     own, loss = (loss, None) if is_own(loss or "") else (None, loss)
     if loss not in {None, "cross_entropy", "squared_error"}:
         raise ConfigError(
-            f"loss is {loss}; of a frame classes or numbers are predicted: leave it out"
+            f"loss={loss}, but a frame is for predicting classes or numbers: leave loss out"
         )
     rows = Table.of(data, "data")
     held_out = None if test is None else Table.of(test, "test")
@@ -139,9 +139,9 @@ def of_frame(data: Any, test: Any, loss: str | None, how: TableForm) -> DataSet:
     numbers = name in rows.frame.columns and rows.frame[name].dtype.kind == "f"
     if numbers and loss is None and bool((rows.frame[name].dropna() % 1 == 0).all()):
         raise DataError(
-            f"the column {name!r} holds whole numbers as {rows.frame[name].dtype}, which does not "
-            "tell whether they are classes: say loss='squared_error' if they are numbers to "
-            "predict, else convert them to int64"
+            f"the column {name!r} holds whole numbers as {rows.frame[name].dtype}, which may be "
+            "classes or numbers to predict. Give loss='squared_error' for numbers; convert "
+            "classes to int64."
         )
     task = (
         "regression" if loss == "squared_error" or (loss is None and numbers) else "classification"
@@ -168,15 +168,18 @@ def of_columns(found: Any, where: str, target: str | None) -> Samples:
         )
     inputs = {n: column_of(found, n, where) for n in names if n != target_name}
     if not inputs:
-        raise DataError(f"{where}: {target_name!r} is the only column; inputs are wanted, too")
+        raise DataError(
+            f"{where}: {target_name!r} is the only column, and there are no inputs: add some"
+        )
     if INPUT_IDS not in inputs and len(inputs) > 1:
         rows = {name: np.asarray(column) for name, column in inputs.items()}
         words = [name for name, row in rows.items() if row.dtype.kind not in "biuf"]
         flat = [name for name, row in rows.items() if row.ndim != 1]
         if words or flat:
             raise DataError(
-                f"{where}: the columns {words or flat} are no plain numbers; keep one column of "
-                "inputs, columns of numbers alone, or input_ids and attention_mask of a tokenizer"
+                f"{where}: the columns {words or flat} are not plain numbers. Keep one column of "
+                "inputs, only columns of numbers, or input_ids and attention_mask of a "
+                "tokenizer."
             )
         x = np.stack([*rows.values()], axis=1).astype(np.float32)
         return gathered((x, found[target_name][:]), where)

@@ -1,4 +1,4 @@
-"""Rows of a table to numbers: which columns are features, what is missing, and their scale."""
+"""Encode rows of a table: choose features, handle missing values, and scale."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ MERGED = 10  # different values that become one
 
 @dataclass(frozen=True)
 class Mend:
-    """What a user may do about rows that cannot be read.
+    """Advice to the user about rows that cannot be read.
 
     Attributes:
         gaps: Where values are missing.
@@ -53,9 +53,10 @@ class Mend:
 OF_RUN = Mend(
     "Set data.missing=drop to leave such rows out, data.features to leave columns out, or fill "
     "them in the file",
-    "mend the cell (leave it empty if it is missing), or list columns in data.features",
+    "correct the cell (leave it empty if the value is missing), or list the columns to read in "
+    "data.features",
 )
-LATER = Mend("Fill them in, or leave such rows out", "mend the cell, or leave the row out")
+LATER = Mend("Fill them in, or leave such rows out", "correct the cell, or leave the row out")
 
 
 @dataclass(frozen=True)
@@ -84,7 +85,7 @@ class TableForm:
         else:
             table = found if isinstance(found, Table) else Table.of(found, "data")
         mend = OF_RUN if isinstance(found, Table) else LATER
-        purpose = "which answers are compared with (predict needs none)"
+        purpose = "which predictions are compared with (predict needs none)"
         label = _later(table, str(self.label), purpose) if target else None
         features = [_later(table, name, LEARNT) for name in reading["features"]]
         x, labels, _, kept = _rows(table, features, label, None, self.missing, mend)
@@ -95,7 +96,7 @@ class TableForm:
         return Read(_scaled(Samples({"x": x}, wanted), reading), kept, len(table.frame))
 
 
-LEARNT = "which the run learnt from"
+LEARNT = "which the run was trained on"
 
 
 def _later(table: Table, name: str, purpose: str) -> str:
@@ -121,7 +122,7 @@ def _later(table: Table, name: str, purpose: str) -> str:
 
 
 def of_frames(table: Table, test: Table | None, how: TableForm, source: str = "a frame") -> DataSet:
-    """Make a data set of rows; errors as of `load_table`.
+    """Build a data set from rows; errors as of `load_table`.
 
     Args:
         table: The rows.
@@ -136,12 +137,12 @@ def of_frames(table: Table, test: Table | None, how: TableForm, source: str = "a
     frame, path = table.frame, table.path
     if how.label is None:
         raise ConfigError(
-            f"data.label is not set: name the column to predict; {path} has {[*frame.columns]}"
+            f"data.label is not set: name the column to predict. {path} has {[*frame.columns]}."
         )
     named = table.column("data.label", how.label)
     owner = None if how.client is None else table.column("data.client", how.client)
     if owner == named:
-        raise ConfigError(f"data.client={owner} is data.label, too: name another column, or none")
+        raise ConfigError(f"data.client={owner} is also data.label: name another column, or none")
     used, left_out = _features(table, how.features, named, owner)
     x, labels, clients, kept = _rows(table, used, named, owner, how.missing)
     dropped = len(frame) - len(kept)
@@ -225,7 +226,7 @@ def _features(
     words = [name for name in used if name not in numeric]
     if label in used or words or not used or len(set(used)) < len(used):
         raise ConfigError(
-            f"data.features={used}: different columns of numbers, without the label, are wanted; "
+            f"data.features={used}: name different columns of numbers, without the label. "
             f"{table.path} has {[name for name in others if name in numeric]}"
             + (f", and words in {words}" if words else "")
         )
@@ -257,7 +258,7 @@ def _refuse_spoilt(table: Table, name: str, share: float = 0.5, mend: Mend = OF_
     if pd.to_numeric(cells.str.replace(",", "."), errors="coerce").notna().mean() > 0.5:
         raise DataError(
             f"{table.path}: column {name} holds numbers with decimal commas, such as "
-            f"{cells.iloc[0]!r}: write them with points"
+            f"{cells.iloc[0]!r}: write decimal points"
         )
 
 
@@ -290,11 +291,13 @@ def _rows(
             f"{name} in {int(gap.sum())} rows" for name, gap in gaps.items() if gap.any()
         ]
         raise DataError(
-            f"{path}: values are missing (or infinite): {', '.join(gaps_by_column[:5])}; the "
-            f"first of them in row {int(np.flatnonzero(gone)[0]) + 1}. {mend.gaps}"
+            f"{path}: values are missing or infinite in {', '.join(gaps_by_column[:5])}, first "
+            f"in row {int(np.flatnonzero(gone)[0]) + 1}. {mend.gaps}"
         )
     if gone.all():
-        raise DataError(f"{path}: no row is whole: check data.features, data.label, data.client")
+        raise DataError(
+            f"{path}: every row has a missing value: check data.features, data.label, data.client"
+        )
     whole = frame[~gone]
     clients = None if client is None else texts_of(whole[client])
     labels = [] if label is None else texts_of(whole[label])
@@ -321,10 +324,10 @@ def _refuse_flat(path: Path, names: list[str], raw: Samples, scaled: Samples) ->
         before, after = (len(np.unique(each[near])) for each in (values, became))
         if after < before and (after == 1 or MERGED * after <= before):
             raise DataError(
-                f"{path}: column {name} has values from {values.min():g} to {values.max():g}, and "
-                f"{before} different ones become {after} when they are scaled to float32. Mend or "
-                "drop the rows with values that are far off, subtract what all have in common, or "
-                "leave the column out (data.features)"
+                f"{path}: column {name} has values from {values.min():g} to {values.max():g}, "
+                f"and scaling to float32 leaves {after} of {before} different ones. Correct or "
+                "drop rows with extreme values, subtract a common offset, or leave the column "
+                "out (data.features)."
             )
 
 
@@ -339,7 +342,7 @@ def _scaled(samples: Samples, reading: Mapping[str, Any]) -> Samples:
         raise DataError(
             f"column {reading['features'][place]} has values up to "
             f"{float(samples.inputs['x'][:, place].abs().max()):g}, which float32 cannot hold: "
-            "mend or drop such rows, or leave the column out (data.features)"
+            "correct or drop such rows, or leave the column out (data.features)"
         )
     return scaled
 

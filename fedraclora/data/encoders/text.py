@@ -1,4 +1,4 @@
-"""Texts of a table to token ids and targets."""
+"""Tokenize the texts of a table."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class TextReader:
         return Read(self.samples(table[kept], names), kept, len(table))
 
     def rows(self, found: Any, *, owner: str | int | None = None, target: bool = True) -> Cleaned:
-        """Take texts, then labels where they are wanted, then owners where they have a column.
+        """Return texts, labels if needed, and owners if they have a column.
 
         Returns:
             All rows; which of them have a text and a label that is asked for; and how many of those
@@ -80,7 +80,7 @@ class TextReader:
         return table, rows, dropped
 
     def samples(self, table: TextRows, names: Sequence[str] | None) -> Samples:
-        """Tokenize rows; ``names`` are those of the classes, and None where nothing is wanted."""
+        """Tokenize rows; ``names`` are the classes, None without targets."""
         count = len(self.text)
         wanted = torch.zeros(len(table))
         if names is not None:
@@ -97,11 +97,11 @@ class TextReader:
         return Samples(ids, wanted)
 
     def told(self, texts: Samples) -> str:
-        """Say how long texts may be, and how many are as long, and may have been cut."""
+        """Describe the length limit, and how many texts reach it and may have been cut."""
         full = int((texts.inputs["attention_mask"].sum(dim=1) == self.max_length).sum())
         return (
-            f"up to {self.max_length} tokens each, of which {full} of {len(texts)} have as many: "
-            "what is longer is cut (data.max_length)"
+            f"up to {self.max_length} tokens each (data.max_length; longer texts are cut), "
+            f"reached by {full} of {len(texts)}"
         )
 
     @cached_property
@@ -128,8 +128,8 @@ def _texts_of(
     rows = [[row] if isinstance(row, str) else [*row] for row in found] if plain else []
     if not rows or len(named) > texts or any(len(row) != texts for row in rows):
         raise DataError(
-            f"data is a {type(found).__name__}; a file or a frame with the columns "
-            f"{[name for _, name in named]} is wanted"
+            f"data is a {type(found).__name__}. Give a file or a frame with the columns "
+            f"{[name for _, name in named]}"
             + ("" if len(named) > texts else f", or a list with {texts} text(s) a row")
         )
     return [[str(row[place]) for row in rows] for place in range(texts)]

@@ -124,7 +124,7 @@ def read_file(path: Path) -> dict[str, AnyArray]:
     Raises:
         DataError: If it has no inputs or targets, or two arrays for one of them.
     """
-    do = "one, or a folder of IDX files, is wanted; for CSV and Parquet there is data=table"
+    do = "give an .npz file or a folder of IDX files; for CSV and Parquet use data=table"
     arrays = read_arrays(path, do)
     names = [*arrays]
     found = taken(arrays, path)
@@ -144,7 +144,7 @@ def read_folder(folder: Path) -> dict[str, AnyArray]:
         # Raw beside packed is the same file twice.
         there = {file.removesuffix(".gz"): file for file in names if any(w in file for w in words)}
         if len(there) > 1:
-            raise DataError(f"{folder}: {sorted(there)} could each be {name}; keep one of them")
+            raise DataError(f"{folder}: each of {sorted(there)} could be {name}: keep one of them")
         for file in there.values():
             found[name] = parse_idx(read_packed(folder / file), str(folder / file))
     _require_pairs(found, folder, names)
@@ -155,9 +155,9 @@ def _require_pairs(found: dict[str, AnyArray], path: Path, names: list[str]) -> 
     required = ["x", "target"] + ["test_x", "test_target"] * any("test" in name for name in found)
     if missing := [name for name in required if name not in found]:
         raise DataError(
-            f"{path} holds {names}, but nothing for {missing[0]}: a .npz file has arrays x and "
-            "target (and perhaps x_test, target_test, client), a folder the files train-images... "
-            "and train-labels... of IDX"
+            f"{path} holds {names}, but nothing for {missing[0]}. An .npz file needs the arrays "
+            "x and target (x_test, target_test and client are optional), a folder the IDX files "
+            "train-images... and train-labels..."
         )
 
 
@@ -168,8 +168,8 @@ def _classes(target: AnyArray, task: str, source: str) -> list[str]:
     names = class_names([str(label) for label in np.unique(target)])
     if len(names) < 2:
         raise DataError(
-            f"{source}: every target is {names}, so that there is nothing to learn; two or more "
-            "different ones are wanted"
+            f"{source}: every target is {names}, so there is nothing to learn. Give two or more "
+            "different ones."
         )
     return names
 
@@ -187,7 +187,7 @@ def _owners(arrays: dict[str, AnyArray], samples: int, source: str) -> AnyArray 
     owners = arrays.get("client")
     if owners is not None and owners.shape != (samples,):
         raise DataError(
-            f"{source}: client has shape {owners.shape}; one value for each of the {samples} "
-            "samples is wanted"
+            f"{source}: client has shape {owners.shape}, but needs one value for each of the "
+            f"{samples} samples"
         )
     return owners

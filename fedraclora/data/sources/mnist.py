@@ -55,11 +55,13 @@ def parse_idx(data: bytes, name: str) -> npt.NDArray[Any]:
     kind = TYPES.get(data[2]) if len(data) > 4 and data[:2] == b"\0\0" else None
     axes = data[3] if kind else 0
     if kind is None or not axes or len(data) < 4 + 4 * axes:
-        raise DataError(f"{name} is no IDX file (it does not begin as one)")
+        raise DataError(f"{name} is not an IDX file (its header is another)")
     shape = tuple(np.frombuffer(data, ">i4", count=axes, offset=4).tolist())
     size = 4 + 4 * axes + prod(shape) * np.dtype(kind).itemsize
     if min(shape) < 0 or len(data) != size:
-        raise DataError(f"{name} is not whole: {len(data)} bytes for shape {shape}, not {size}")
+        raise DataError(
+            f"{name} is damaged: it has {len(data)} bytes, but shape {shape} needs {size}"
+        )
     found = np.frombuffer(data, kind, offset=4 + 4 * axes).reshape(shape)
     return found.astype(np.dtype(kind).newbyteorder("="))
 

@@ -91,18 +91,20 @@ def own_samples(
     function = test_function or (samples is not None and is_function(samples))
     if said and samples is not None and not function:
         raise ConfigError(
-            f"data.parameters is {dict(said)}, and no function is named that would get them: name "
-            "one as data.samples or data.test_function, or leave them out"
+            f"data.parameters={dict(said)}, but there is no function to pass them to. Set "
+            "data.samples or data.test_function, or leave them out."
         )
     count = counted(samples, clients)
     if objects:
         if any(named.values()) or test_fraction:
             key = next((k for k, value in named.items() if value), "test_fraction")
             raise ConfigError(
-                f"data.objects is true, and nobody measures on objects: leave data.{key} out"
+                f"data.objects=true, but objects cannot be evaluated: leave data.{key} out"
             )
         if samples is not None and not is_function(samples):
-            raise ConfigError(f"data.samples is {samples}; with data.objects a function is wanted")
+            raise ConfigError(
+                f"data.samples={samples}, but data.objects=true needs a function (module:function)"
+            )
         brought = PerClientSource(samples, count, form, served, parameters=said, objects=True)
         info: dict[str, object] = {"source": "each client's own", "loss_from": "nobody measures"}
         nothing = stand_in(0)
@@ -112,7 +114,9 @@ def own_samples(
         brought, measured = _measured(brought, test_file, test_function)
         form = brought.spec
     elif classes is None:
-        raise ConfigError("data.classes is not set, and a node cannot know it")
+        raise ConfigError(
+            "data.classes is not set, and a node sees only its own client's labels: set it"
+        )
     else:
         measured = _none_of(_readable(brought, served))
     labelled = has_classes(form.loss, measured.target) and samples is not None and served is None
@@ -144,9 +148,9 @@ def _holdout(
     found = holdout_of(fraction, seed, **named)
     if samples is None and fraction:
         raise ConfigError(
-            f"data.test_fraction={fraction} holds samples of clients out for the server, and those "
-            "of this run are with their owners: leave it out; what the server is to measure on, if "
-            "anything, is data.test_file or data.test_function"
+            f"data.test_fraction={fraction}, but in this run the samples stay at the clients. "
+            "Leave it out; for an evaluation at the server set data.test_file or "
+            "data.test_function."
         )
     return NO_HOLDOUT if found is None or samples is None else found
 
@@ -177,8 +181,8 @@ def _measured(
     table = brought.held_out()
     if not len(table):
         raise ConfigError(
-            f"data.test_fraction={brought.holdout.fraction} holds no sample out: raise it, or name "
-            "test samples with data.test_file or data.test_function"
+            f"data.test_fraction={brought.holdout.fraction} holds out no samples. Raise it, or "
+            "set data.test_file or data.test_function."
         )
     return brought, table
 
@@ -187,9 +191,9 @@ def _completed(form: SampleSpec, tables: Sequence[Samples]) -> SampleSpec:
     """Read from samples what is not said of them."""
     if not tables:
         raise ConfigError(
-            "data.classes or data.shape is not set, and the server has no sample that would tell: "
-            "say how many outputs there are (1 for a number) and the shape of one input x ([] for "
-            "token ids), for example data.classes=10 data.shape=[28,28]; or name test samples"
+            "data.classes or data.shape is not set, and the server has no samples to read them "
+            "from. Give the number of outputs (1 for a number) and the shape of one input x ([] "
+            "for token ids), such as data.classes=10 data.shape=[28,28], or set data.test_file."
         )
     first, classes = tables[0], form.classes
     if classes is None and read_as(form.loss).numbers:
@@ -200,13 +204,12 @@ def _completed(form: SampleSpec, tables: Sequence[Samples]) -> SampleSpec:
         classes = max(2, 1 + int(seen.max()))
         if 2 * len(seen) < classes:
             raise DataError(
-                f"data.samples: the labels are {seen.tolist()[:10]}, and most between 0 and "
-                f"{classes - 1} never occur: number the classes from 0, or say how many there are "
-                "with data.classes"
+                f"data.samples: the labels are {seen.tolist()[:10]}, but most numbers from 0 to "
+                f"{classes - 1} never occur. Number the classes from 0, or set data.classes."
             )
     if classes is None:
         raise ConfigError(
-            f"data.classes is not set: say how many outputs the loss {form.loss} wants"
+            f"data.classes is not set: give the number of outputs for the loss {form.loss}"
         )
     shape = found_shape(first) if form.shape is None else form.shape
     return replace(form, shape=shape, classes=classes)

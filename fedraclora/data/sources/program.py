@@ -165,8 +165,8 @@ def parted(data: object) -> tuple[object, dict[int, Any]]:
         return data, {}
     if parts_of(data)[1] is not None:
         raise ConfigError(
-            "data has the keys train and test, which is the entry of one client: give a list with "
-            "an entry for each, or what the server measures on as test=..."
+            "data has the keys train and test, which is the form of one client's entry. Give a "
+            "list with one entry for each client, or the server's test samples as test=..."
         )
     pairs = [*map(parts_of, listed_tables(data))]
     tests = {k: test for k, (_, test) in enumerate(pairs) if test is not None}
@@ -181,8 +181,8 @@ def is_share(test: object) -> bool:
     """
     if isinstance(test, bool) or (isinstance(test, int | float) and not 0 <= test < 1):
         raise ConfigError(
-            f"test is {test!r}; samples to measure on are wanted, or the share of each client's "
-            "samples that is held out, in [0, 1): with 0 the server has none"
+            f"test={test!r}: give test samples, or the share of each client's samples to hold "
+            "out, in [0, 1). With 0 the server has no test samples."
         )
     return isinstance(test, int | float)
 
@@ -229,13 +229,13 @@ def owners_of(data: object, client: str | None) -> dict[str, Column]:
         return {}
     if is_clients(data):
         raise ConfigError(
-            "data is a list, one entry for each client, so that nothing is left to divide: "
-            "leave client out"
+            "data is a list with one entry for each client, so it is divided already: leave "
+            "client out"
         )
     if not is_columns(data):
         raise ConfigError(
-            f"client={client!r} names a column, but data is a {type(data).__name__}: give a "
-            "table with columns, or a list with the samples of each client"
+            f"client={client!r} names a column, but data is a {type(data).__name__}. Give a "
+            "table with columns, or a list with one entry for each client."
         )
     return {"client": np.asarray(column_of(data, client, "client"))}
 
@@ -271,15 +271,17 @@ def unread(
     `data_of`; ``held_out`` is its ``test``, read.
     """
     if held_out is not None and loss is None:
-        raise ConfigError("test=... is measured with a loss, and no table tells it: say loss=...")
+        raise ConfigError(
+            "test=... needs a loss, which cannot be guessed from these data: give loss=..."
+        )
     objects = listed_tables(data)
     sizes = [*map(length, objects)]
     if not all(sizes):
-        raise DataError(f"data, client {sizes.index(0)}: it has no samples; one or more are wanted")
+        raise DataError(f"data, client {sizes.index(0)}: it has no samples. Give one or more.")
     loss = loss or "cross_entropy"
     classes = None if held_out is None else outputs_for([held_out], loss)
     if held_out is None:
-        metrics, source = (), "no test samples, so none is measured"
+        metrics, source = (), "none: there are no test samples"
     else:
         metrics, source = metrics or usual_metrics(loss, held_out.target), "said"
     return DataSet(
@@ -309,7 +311,8 @@ def stacked(tables: Sequence[Samples], names: Sequence[str]) -> Samples:
     for form, name in zip(forms, names, strict=True):
         if form != forms[0]:
             raise DataError(
-                f"{name}: inputs and target are {form}; {forms[0]}, as of client 0, are wanted"
+                f"{name}: inputs and target are {form}, but those of client 0 are {forms[0]}: "
+                "give all clients the same"
             )
     return Samples.join(tables)
 

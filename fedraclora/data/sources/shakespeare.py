@@ -86,8 +86,8 @@ def load_shakespeare(
     windows = cut(role for role in roles if role[0] not in chosen)
     if not windows:
         raise ConfigError(
-            f"data.least={least}, data.length={length}: no role of these plays has as much text "
-            "as a client needs; lower one of the two"
+            f"data.least={least}, data.length={length}: no role of these plays has enough text "
+            "for a client. Lower one of the two."
         )
     apart = cut(role for role in roles if role[0] in chosen)
     train, held_out = _split(windows, test_fraction)

@@ -181,7 +181,8 @@ def logistic_optimum(x: Matrix, labels: npt.NDArray[np.int64]) -> tuple[float, f
         w, loss = _newton_step(signed, w, loss, gradient, hessian)
     raise ConfigError(
         f"the logistic loss of {len(x)} samples with {x.shape[1]} features has no finite minimum "
-        "(the classes are separable): raise data.flip or data.samples, or lower data.features"
+        "because the classes are separable. Raise data.flip or data.samples, or lower "
+        "data.features."
     )
 
 

@@ -77,7 +77,7 @@ def load_text(
     """
     columns = [text] if isinstance(text, str | int) else list(text)
     if len(columns) not in {1, 2}:
-        raise ConfigError(f"data.text={columns}: one column, or two for pairs of texts, is wanted")
+        raise ConfigError(f"data.text={columns}: name one column, or two for pairs of texts")
     if test_by_client and (test_file or client is None):
         raise ConfigError("data.test_by_client=true needs data.client, and data.test_file=null")
     count = len(columns)

@@ -76,8 +76,8 @@ class Connection:
         """
         if not (file := self.home / "config.toml").is_file():
             raise ConfigError(
-                f"connection={self.name}: there is no {file}; write it with address and "
-                f"root-certificates below [superlink.{self.name}], or set FLWR_HOME to its folder"
+                f"connection={self.name}: {file} does not exist. Write it with address and "
+                f"root-certificates in [superlink.{self.name}], or set FLWR_HOME to its folder"
             )
         listed = self._read(self._call("supernode", "list", self.name), "nodes", "is silent")
         return [str(node["status"]) for node in listed]
@@ -100,13 +100,13 @@ class Connection:
             return found[key]
         if (names := self.known()) and self.name not in names:
             raise EngineError(
-                f"connection={self.name}: {self.home / 'config.toml'} has no "
-                f"[superlink.{self.name}]; it names {', '.join(names)}"
+                f"connection={self.name}: {self.home / 'config.toml'} has no section "
+                f"[superlink.{self.name}]. Use one of {', '.join(names)}, or add the section"
             )
         reason = found.get("error-message") or f"{done.stdout}{done.stderr}".strip()
         raise EngineError(
-            f"the SuperLink of connection {self.name} {failed}: {reason} (address and "
-            "root-certificates of the connection must be those of the SuperLink)"
+            f"connection={self.name}: the SuperLink {failed}: {reason}. Check that address "
+            "and root-certificates of the connection are those of the SuperLink"
         )
 
     def status(self, run: int) -> Status:
@@ -123,9 +123,10 @@ class Connection:
                 return Status(str(runs[0]["status"]), str(runs[0].get("status-details") or ""))
             if time.monotonic() > end:
                 raise EngineError(
-                    f"the SuperLink of connection {self.name} has not answered for {LOST:g} s "
-                    f"({(listed.stdout + listed.stderr).strip()[-300:]}); run {run} may go on "
-                    "there: look with `flwr list`, and go on with resume once it has ended"
+                    f"connection={self.name}: the SuperLink has not answered for {LOST:g} s "
+                    f"({(listed.stdout + listed.stderr).strip()[-300:]}), and run {run} may "
+                    "still be running there. Check with `flwr list`, and resume the run once "
+                    "it has ended"
                 )
             time.sleep(PAUSE)
 

@@ -210,8 +210,8 @@ class DeployGrid(PostedGrid):
                     continue
                 self.one_by_one = True
                 raise ClientError(
-                    f"a client's reply cannot be decoded ({why}); from here on replies are asked "
-                    "for one by one, so that such a client is left out by name"
+                    f"a client's reply cannot be decoded ({why}). The server now fetches "
+                    "replies one by one, to find and exclude that client"
                 ) from error
             found += [(reply.metadata.reply_to_message_id, reply) for reply in came]
         return found
@@ -300,10 +300,10 @@ class DeployGrid(PostedGrid):
         if proof != (expected := (newest.version, str(newest.mark))):
             came = f"({', '.join(map(shown, proof))})"
             raise WireError(
-                f"it trained on weights of version and fingerprint {came}, wanted are {expected}"
+                f"it trained on weights of version and fingerprint {came}, expected {expected}"
             )
         if (run := told.get("run")) != self.run_id:
-            raise WireError(f"it answers for run {shown(run)}, wanted is run {self.run_id}")
+            raise WireError(f"it answers for run {shown(run)}, expected run {self.run_id}")
 
     def answered(self, content: RecordDict, envelope: Envelope) -> Answer:
         """Decode the answer of a node whose weights are up to date."""

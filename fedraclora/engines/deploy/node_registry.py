@@ -235,10 +235,10 @@ def _read(reply: Message) -> tuple[list[int], int | None]:
         raise ValueError(reply.error.reason)
     answer = reply.content["partition"]
     if not isinstance(answer, ConfigRecord):
-        raise TypeError("its answer is not a record of settings")
+        raise TypeError("its answer is not a config record")
     check_format(answer.get("format"), "it")
     ids, version = answer["ids"], whole(answer["held"], "the version that it holds", -1)
     if not isinstance(ids, list):
-        raise TypeError(f"it says that it serves {shown(ids)}; a list of clients is wanted")
+        raise TypeError(f"it reports {shown(ids)} as its clients, expected a list of ids")
     mine = sorted({whole(c, "a client that it serves") for c in ids})
     return mine, version if version >= 0 else None

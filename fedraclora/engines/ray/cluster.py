@@ -136,10 +136,9 @@ class Cluster:
         except Exception as error:  # Ray raises it bare where a part of it starts too slowly
             where = "on this machine" if alone else f"at {address}"
             raise EngineError(
-                f"Ray cannot be reached or started {where}: {error}; check {said_by}, that "
-                "the cluster's token is here (RAY_AUTH_MODE=token and RAY_AUTH_TOKEN), if it asks "
-                "for one, and that it runs this version of Ray and Python "
-                f"({ray.__version__}, {sys.version.split()[0]})"
+                f"Ray cannot be reached or started {where}: {error}. Check {said_by}, the "
+                "token (RAY_AUTH_MODE=token and RAY_AUTH_TOKEN), and that the cluster runs "
+                f"Ray {ray.__version__} and Python {sys.version.split()[0]}"
             ) from error
         if alone:
             refuse_open_ray()
@@ -162,15 +161,15 @@ class Cluster:
         without = [host.address for host in self.hosts if not host.cards]
         if self.device == "cuda" and not self.gpus and len(self.hosts) > 1 and without:
             raise ConfigError(
-                f"engine.gpus is 0, so that Ray puts workers anywhere, but the device is cuda and "
-                f"{', '.join(without[:SOME])} has no GPU: set engine.gpus to the share of a worker"
+                "engine.gpus=0: Ray puts workers on any host, but the device is cuda and "
+                f"{', '.join(without[:SOME])} has no GPU. Set engine.gpus to the share of a "
+                "GPU for each worker"
             )
         workers = self._free(fit) if asked is None else asked
         if not 1 <= workers <= fit:
             raise ConfigError(
-                f"engine.workers is {asked} with {self.gpus:g} GPU each, but the Ray "
-                f"cluster has {self._size()}, enough for {fit}; lower "
-                "engine.workers or engine.gpus"
+                f"engine.workers={asked}, engine.gpus={self.gpus:g}: the Ray cluster has "
+                f"{self._size()}, enough for {fit}. Lower engine.workers or engine.gpus"
             )
         return workers
 
@@ -232,7 +231,7 @@ class Cluster:
         try:
             return [address for address, found in asked.items() if ray.get(found) != wanted]
         except RayError as error:
-            raise EngineError(f"a host cannot say what it has of {here}: {error}") from error
+            raise EngineError(f"a host of the Ray cluster cannot read {here}: {error}") from error
 
     def close(self) -> None:
         """End a Ray that was started here; disconnect from one that was joined."""
@@ -273,23 +272,23 @@ def check_address(address: str, said_by: str = "engine.address") -> None:
         return
     if "://" in address:
         raise ConfigError(
-            f"{said_by} is {address!r}, by which Ray is driven from outside of a cluster: send the "
-            "command to it (ray job submit --address=http://HOST:8265 --working-dir=. -- "
-            "fedraclora simulate engine=ray ...), or run it on one of the cluster's hosts with "
-            "engine.address=auto"
+            f"{said_by}={address!r}: a Ray client address cannot be used from outside the "
+            "cluster. Submit the command as a job (ray job submit --address=http://HOST:8265 "
+            "--working-dir=. -- fedraclora simulate engine=ray ...), or run it on a host of "
+            "the cluster with engine.address=auto"
         )
     host, _, port = address.rpartition(":")
     if not host or not port.isdecimal() or "/" in address:
         raise ConfigError(
-            f"{said_by} is {address!r}; auto (a cluster of this machine), or host:port of a "
-            "cluster's head, is wanted; local starts a Ray of this machine's own"
+            f"{said_by}={address!r}: not an address of a Ray cluster. Use auto (a cluster on "
+            "this machine), host:port of a cluster's head, or local (start a private Ray)"
         )
     try:
         greet(host.strip("[]"), int(port), PATIENCE)
     except OSError as error:
         raise EngineError(
-            f"there is no Ray cluster at {address} ({error}), which {said_by} names; start one "
-            "(ray start --head), or set engine.address=local"
+            f"{said_by}={address}: no Ray cluster answers there ({error}). Start one (ray "
+            "start --head), or set engine.address=local"
         ) from error
 
 

@@ -180,15 +180,15 @@ class RayGrid(Grid):
             host = f"node {there['node']} ({there['address']})"
             if any(there[k] != here[k] for k in ("python", "torch")):
                 raise ConfigError(
-                    f"{host} has Python {there['python']} and torch "
-                    f"{there['torch']}, this process {here['python']} and {here['torch']}: bits "
-                    "would depend on which worker trains; install the same versions"
+                    f"{host} has Python {there['python']} and torch {there['torch']}, but "
+                    f"this process has {here['python']} and {here['torch']}, so results would "
+                    "depend on which worker trains. Install the same versions"
                 )
             for name, (digest, file) in there["code"].items():
                 if code.get(name, (digest,))[0] != digest:
                     raise ConfigError(
-                        f"{host} has another {name} than this process, in {file}, which comes "
-                        "before what was sent to it: take it off Python's path there"
+                        f"{host} imports another {name} ({file}) than the one that this "
+                        "process sent. Remove that file from Python's path on the host"
                     )
         places = Counter(there["address"] for there in found)
         text = ", ".join(f"{count} on {address}" for address, count in places.most_common(SOME))
@@ -199,8 +199,8 @@ class RayGrid(Grid):
         }
         if len(kinds := {there["processor"] for there in [here, *found]}) > 1:
             self.told["processors"] = (
-                f"{', '.join(sorted(kinds))}, which may round differently: bits may depend on "
-                "which host trains"
+                f"{', '.join(sorted(kinds))}; they may round differently, so results may "
+                "depend on which host trains"
             )
 
     def _admit(self, late: list[dict[str, Any]]) -> None:

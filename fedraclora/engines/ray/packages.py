@@ -115,10 +115,10 @@ def _packed(folder: Path, why: str) -> bytes:
             total += path.stat().st_size
         if total > LARGEST:
             raise ConfigError(
-                f"the module {why} is imported from {folder}, whose files go to the hosts of the "
-                f"Ray cluster, and these are more than {LARGEST >> 20} MB: name what is no code in "
-                f"{folder / '.rayignore'} (as in .gitignore), or move the modules into a folder of "
-                "their own"
+                f"the module {why} is imported from {folder}, which is larger than "
+                f"{LARGEST >> 20} MB and would be sent to every host of the Ray cluster. List "
+                f"files that are not code in {folder / '.rayignore'} (as in .gitignore), or "
+                "move the modules into their own folder"
             )
 
     ignored: list[Any] = [_get_excludes(folder, out)]

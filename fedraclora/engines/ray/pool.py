@@ -140,8 +140,8 @@ class WorkerPool:
         while missing := [slot for slot in self.slots if slot.facts is None]:
             if time.monotonic() > end:
                 raise EngineError(
-                    f"{missing[0]} of {len(self.slots)} was not ready after {timeout:g} s; "
-                    "lower engine.workers; on a cluster Ray's log says more"
+                    f"{missing[0]} of {len(self.slots)} was not ready after {timeout:g} s. "
+                    "Lower engine.workers; on a cluster, see Ray's log"
                 )
             self._step()
         return [slot.facts for slot in self.slots if slot.facts is not None]
@@ -284,9 +284,9 @@ class WorkerPool:
         self._without = 0.0 if there else self._without + gap
         if self._without > self.wait and self.check is not None:
             raise EngineError(
-                f"none of {len(self.slots)} workers has been ready for {self.wait:g} s "
-                "(engine.wait): see that the cluster's hosts are there (ray status), and go on "
-                "with the run; what happened is in the ledger (incidents)"
+                f"engine.wait={self.wait:g}: none of {len(self.slots)} workers was ready for "
+                "so many seconds. Check the hosts of the cluster (ray status), then resume; "
+                "the ledger lists what happened (incidents)"
             )
 
     def _ask(self, slot: WorkerSlot) -> None:
@@ -301,8 +301,9 @@ class WorkerPool:
             task.lost += at_fault
             if task.lost > self.retries:
                 raise EngineError(
-                    f"{slot} {cause}; engine.retries={self.retries} allows no further loss at the "
-                    f"same job. It was at {task.job}"
+                    f"engine.retries={self.retries}: {slot} {cause}, and no further worker "
+                    f"may be lost at the same job ({task.job}). Find out why the job ends "
+                    "workers, or raise engine.retries"
                 )
         self.say(f"{slot} {cause}{self._again(slot)}")
         self._end(slot)

@@ -45,7 +45,7 @@ def greet(host: str, port: int, patience: float) -> float:
         if os.environ.get("RAY_USE_TLS", "0").lower() in {"0", "false"}:
             link.sendall(HTTP2)
             if link.recv(9)[3:4] != SETTINGS:  # nothing, or another protocol
-                raise ConnectionError("what listens there is none")
+                raise ConnectionError("the process at this port is not a gRPC server")
         return time.monotonic() - began
 
 
@@ -147,12 +147,12 @@ class Head(Pulse):
             with socket.socket(socket.AF_UNIX) as link:
                 link.connect(self.here)
         except (ConnectionRefusedError, FileNotFoundError):
-            why = "Ray's process on this machine (raylet) was ended"
+            why = "Ray's process on this machine (raylet) ended"
         if self.look() * QUIET > self.patience:
             silent = f"has been silent for {self.quiet:.0f} s"
             why = f"the head of the Ray cluster, {self.address}, {silent}"
         if why:
             raise EngineError(
-                f"{why}: it was killed (by the system, where memory ran out?), or its host is "
-                "gone; go on with the run, where there is a cluster again"
+                f"{why}: it was killed (perhaps by lack of memory), or its host is down. "
+                "Resume the run once a cluster is available"
             )

@@ -29,7 +29,10 @@ class RaySession:
 
     def __init__(self) -> None:
         if ray.is_initialized():
-            raise EngineError("Ray runs in this process already: end it before another one starts")
+            raise EngineError(
+                "this process runs Ray already. End that Ray (ray.shutdown()) "
+                "before you start a run"
+            )
         self._environ, self._clusters = dict(os.environ), ray_constants.ENABLE_RAY_CLUSTER
         self._folder = RayFolder()
         os.environ.update(self._folder.environ)
@@ -63,9 +66,9 @@ def refuse_open_ray() -> None:
     address = ray.get_runtime_context().gcs_address
     if address.rpartition(":")[0].strip("[]") not in LOOPBACK:
         raise EngineError(
-            f"Ray {ray.__version__} listens at {address}, which other machines may reach, though "
-            "it was told to listen at 127.0.0.1 alone; install the version that Flower asks for "
-            "(pip install 'flwr[simulation]')"
+            f"Ray {ray.__version__} listens at {address}, which other machines can reach, "
+            "although it was told to listen at 127.0.0.1 only. Install the version of Ray "
+            "that Flower requires (pip install 'flwr[simulation]')"
         )
 
 

@@ -92,10 +92,10 @@ HARMS: dict[str, tuple[Harm, str]] = {
     "another version": (header(version=0), "answered for round 2 from version 0"),
     "another layout": (header(layout={"shapes": [["w", [66]]]}), "w (66,), wanted is fc1"),
     "a sum": (header(**{"is": "summed"}), "the reply is 'summed'"),
-    "another client": (vector("clients", 2), "the reply is of clients [2], but [1] were asked"),
+    "another client": (vector("clients", 2), "the reply is from clients [2], expected [1]"),
     "two clients": (vector("clients", 1, 2), "and 2 of each are wanted"),
     "another place": (header(first=0), "the reply begins at place 0"),
-    "no header": (without("config"), "ConfigRecord config is wanted"),
+    "no header": (without("config"), "expected the ConfigRecord config"),
     "no JSON": (
         lambda c: c.__setitem__("config", ConfigRecord({"header": "{"})),
         "its reply is refused",
@@ -103,15 +103,21 @@ HARMS: dict[str, tuple[Harm, str]] = {
     "no numbers": (without("arrays"), "no numbers of pieces/0"),
     "other weights": (proof, "it trained on weights of version and fingerprint (1, '123')"),
     "no proof": (without("job"), "it trained on weights of version and fingerprint (None, None)"),
-    "negative samples": (vector("samples", -5), "the reply says [-5] samples; 1 to 10000000"),
-    "no samples": (vector("samples", 0), "the reply says [0] samples"),
-    "too many samples": (vector("samples", 2**62), "the reply says [4611686018427387904] samples"),
+    "negative samples": (
+        vector("samples", -5),
+        "the reply reports [-5] samples, expected 1 to 10000000",
+    ),
+    "no samples": (vector("samples", 0), "the reply reports [0] samples"),
+    "too many samples": (
+        vector("samples", 2**62),
+        "the reply reports [4611686018427387904] samples",
+    ),
     "samples that are no number": (
         vector("samples", float("nan"), dtype=np.float64),
-        "the reply says [9221120237041090560] samples",
+        "the reply reports [9221120237041090560] samples",
     ),
-    "negative steps": (vector("steps", -1), "the reply says [-1] steps"),
-    "a failure of another": (header(failures={"2": "so"}), "the reply is of clients [1, 2]"),
+    "negative steps": (vector("steps", -1), "the reply reports [-1] steps"),
+    "a failure of another": (header(failures={"2": "so"}), "the reply is from clients [1, 2]"),
 }
 
 
