@@ -47,15 +47,15 @@ def message_bytes(message: Message) -> int:
 # --- shares of a secret --------------------------------------------------------------------------
 
 
-def split_secret(secret: bytes, threshold: int, count: int) -> list[bytes]:
+def create_shares(secret: bytes, threshold: int, count: int) -> list[bytes]:
     """Split a secret by Shamir's scheme: any ``threshold`` of ``count`` shares give it back."""
-    from flwr.common.secure_aggregation.crypto.shamir import create_shares
+    from flwr.common.secure_aggregation.crypto import shamir
 
-    return create_shares(secret, threshold, count)
+    return shamir.create_shares(secret, threshold, count)
 
 
 def join_shares(shares: list[bytes]) -> bytes:
-    """Rebuild a secret from shares of `split_secret`.
+    """Rebuild a secret from shares of `create_shares`.
 
     Raises:
         ValueError: If they do not fit together.

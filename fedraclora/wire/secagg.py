@@ -153,7 +153,7 @@ def checked_text(value: object, longest: int) -> str:
 
 def split_secret(secret: str, threshold: int, count: int) -> list[str]:
     """Split a secret (hexadecimal) so that any ``threshold`` of ``count`` shares give it back."""
-    shares = flower_internals.split_secret(bytes.fromhex(secret), threshold, count)
+    shares = flower_internals.create_shares(bytes.fromhex(secret), threshold, count)
     return [share.hex() for share in shares]
 
 
