@@ -4,7 +4,7 @@
 
 ``frontier.yaml`` names the tasks. Of each row the mean over its seeds is taken, round by round, of
 the metric (beside the reference's on the same seeds) and of the bytes both ways with catch-up. The
-reference is FedAvg-LoRA in float32; a share is what a row has sent where its mean first is as good
+reference is a row in float32; a share is what a row has sent where its mean first is as good
 as the reference's at the end, over all that the reference sends. The best rows are chosen by what
 is shown, on either side.
 """
@@ -42,11 +42,11 @@ from fedraclora.weights.files import flatten
 if TYPE_CHECKING:
     from pandas import DataFrame, Series
 
-OURS = "Fed-RAC-LoRA"
 SETUP = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8"))
 FAMILIES: dict[str, str] = SETUP["families"]
 OTHER = "other rivals"
 ORDER = (*dict.fromkeys(FAMILIES.values()), OTHER)  # so that a family has one colour everywhere
+OURS = ORDER[0]
 BUDGETS = (0.01, 0.02, 0.05, 0.1, 0.25, 0.5, 1.0)  # of the reference's traffic
 FREE = "evaluate.every"  # of the groups that rows share: when they are measured
 
@@ -184,7 +184,7 @@ def shares(task: Task) -> dict[str, object]:
     record: dict[str, object] = {
         "task": task.name,
         "metric": task.reference.study.metric,
-        "FedAvg-LoRA, float32": f"{task.target:.3f}",
+        f"{task.family(task.reference.row)}, float32": f"{task.target:.3f}",
         "its MB": f"{task.whole / MEGABYTE:.4g}",
     }
     for title, found in (("ours", ours), ("best rival", rivals)):
@@ -244,7 +244,8 @@ def draw_shares(tasks: Sequence[Task], path: Path) -> None:
             rows = [row for row in task.rows_of(family) if row != task.reference.row]
             if (best := task.leading(rows)) is not None:
                 shares_[task.name] = best["traffic"] / task.whole
-    shares_figure(found, [task.name for task in tasks], path)
+    held = " or ".join(dict.fromkeys(task.family(task.reference.row) for task in tasks))
+    shares_figure(found, [task.name for task in tasks], f"{held} (float32)", path)
 
 
 def has_run(studies: Iterable[str], results: Path = RESULTS) -> bool:

@@ -36,6 +36,7 @@ from fedraclora.errors import ConfigError
 from fedraclora.experiments.bench.table import side_by_side, tables
 from fedraclora.protocol.method import Method
 from fedraclora.strategies.methods import METHODS
+from fedraclora.strategies.shared.factors import Factored
 from fedraclora.terminal.tables import Cells, TextTable, read_table
 
 NAME = "fedraclora."  # of this package; a feature that no class declares is of it
@@ -203,6 +204,8 @@ def _overview() -> TextTable:
             "linear": method.traits.linear,
             "ranks": method.traits.ranks,
             "state": method.client_state,
+            "merges": method.traits.merges,
+            "both": isinstance(method, Factored) and method.lives_on,
         }
         title, _, what = lines[name].partition(": ")
         mark = " †" if is_unverified(kind) else ""

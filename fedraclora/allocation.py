@@ -69,7 +69,9 @@ CHOOSES_LAYERS = Feature(
     "allocation=heterolora",
     instead="allocation=none",
     avoids={
-        "a method with a pool of sketches": "pools have a part of every layer for each link",
+        "a method whose frozen factors recur": (
+            "what stands beside the weights has a part of every layer for each link"
+        ),
         "a method of which a part stays at each client": (
             "what clients keep of a layer that is left out would be forgotten"
         ),

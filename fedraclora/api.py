@@ -66,8 +66,8 @@ def simulate(
     of the program.
 
     Args:
-        choices: Words of the command line (``"method=ffa_lora"``, ``"local.lr=0.1"``), or nested
-            mappings that say the same (``{"method": "ffa_lora", "local": {"lr": 0.1}}``; in a
+        choices: Words of the command line (``"rounds=5"``, ``"local.lr=0.1"``), or nested
+            mappings that say the same (``{"rounds": 5, "local": {"lr": 0.1}}``; in a
             group ``name`` chooses its file). A mapping with every key of the config, such as
             `RunResult.config`, stands alone: it is taken as it is, but for ``resume`` and
             ``output.dir``, which say where its run was, and ``keys`` are laid over it.

@@ -104,8 +104,8 @@ def unknown(kind: str, name: object, known: Iterable[str]) -> ConfigError:
         The error, to be raised by the caller.
 
     Example:
-        >>> print(unknown("method", "fed_rac_lorra", ["fedavg", "fed_rac_lora"]))
-        unknown method 'fed_rac_lorra'; did you mean 'fed_rac_lora'? There are: fed_rac_lora, fedavg
+        >>> print(unknown("data", "mnits", ["shakespeare", "mnist"]))
+        unknown data 'mnits'; did you mean 'mnist'? There are: mnist, shakespeare
     """
     if instead := instead_of(kind, name):
         return ConfigError(f"{kind} {str(name)!r} is no more: {instead}")
@@ -154,7 +154,7 @@ def _alike(one: str, other: str) -> float:
         return 0.95
     if {one, other} & {_initials(one), _initials(other)}:
         return 0.9
-    least = 0.85 if len(one) > 2 and other.startswith(one) else 0.0  # galore_average, of galor
+    least = 0.85 if len(one) > 2 and other.startswith(one) else 0.0  # its first letters
     return max(least, SequenceMatcher(None, one, other).ratio())
 
 

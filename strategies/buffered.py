@@ -10,8 +10,8 @@ that have come:
 Delta_i is the change of a client's weights since it started, tau_i the rounds that have passed
 since, w_i its aggregation weight. A reply belongs to the sketch under which it was trained, so
 replies of one round are merged with that round's own sketch: a link for each (`Link.rest`), exact,
-since every B stands beside its A. What lives on in the same coordinates (FFA-LoRA, FedAvg-LoRA,
-full weights) goes together.
+since every B stands beside its A. What lives on in the same coordinates goes
+together.
 
 Everything that a later round needs is in the moments of the state, so that it is in the checkpoint.
 

@@ -91,8 +91,8 @@ def sweep_name(overrides: Sequence[str]) -> str:
     """Name the folder of a sweep's job by what was typed, in the order of the keys.
 
     Example:
-        >>> sweep_name(["seed=1", "output.dir=out", "method=fedavg"])
-        'method=fedavg,seed=1'
+        >>> sweep_name(["seed=1", "output.dir=out", "rounds=5"])
+        'rounds=5,seed=1'
     """
     naming = sorted(o for o in overrides if not o.startswith(("output.", "resume=", "output=")))
     name = ",".join(naming).replace("/", "_") or "run"

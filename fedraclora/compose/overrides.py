@@ -58,7 +58,7 @@ def composed(words: Sequence[str], values: Plain = EMPTY) -> PlainDict:
     """Compose the config as the command line would, as a plain, resolved dict.
 
     Args:
-        words: Hydra's overrides, for example ``["method=fedavg", "seed=1"]``, and
+        words: Hydra's overrides, for example ``["local=adamw", "seed=1"]``, and
             ``--config-dir DIR``.
         values: Plain values by key, laid over what the words compose before it is resolved.
 
@@ -243,7 +243,7 @@ def in_plain_words(words: Sequence[str]) -> Iterator[None]:
         typed = [word for word in words if is_override(word) and _choosable(key_of(word))]
         raise ConfigError(
             f"{' '.join(typed)}: a group is chosen by the name of one of its files, as in "
-            f"method=fedavg ({error})"
+            f"local=adamw ({error})"
         ) from error
     except UserWarning as error:
         if not re.match(NO_FOLDER, str(error)):

@@ -61,7 +61,7 @@ def config_of(
         else:
             raise ConfigError(
                 f"{choice!r:.200} is of type {type(choice).__name__}: give an argument such as "
-                "'method=fedavg' or a mapping of keys"
+                "'local=adamw' or a mapping of keys"
             )
     return composed(words, values), typed
 

@@ -175,7 +175,7 @@ class TaskConfig(Limited):
 
     @cached_property
     def choices(self) -> Mapping[str, str]:
-        """Return the choice made in each group, such as ``relora``."""
+        """Return the choice made in each group, by name: a class may have several."""
         groups = {key: group for key, group in self.plain.items() if isinstance(group, Mapping)}
         return {key: str(group["name"]) for key, group in groups.items() if "name" in group}
 

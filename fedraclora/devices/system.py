@@ -39,7 +39,7 @@ UNMIXED = (  # of which one server step takes replies of one round alone
     "server_optimizer.space=factors",
     "other things to train at each client",
     "clients that send gradients",
-    "a method with a pool of sketches",
+    "a method whose frozen factors recur",
 )
 _SEARCH = 64  # clients looked at for each one wanted, before a smaller cohort is taken
 
@@ -139,9 +139,6 @@ class SystemConfig(Limited, group="system"):
             ),
             "a method whose next link begins with what the last left": (
                 "a late reply belongs to a link that has ended"
-            ),
-            "method.blocks=cover": (
-                "each late reply ends a link of its own, and as many blocks would be left out"
             ),
             "a method that trains another layout in each round": (
                 "a late reply does not fit the round in which it comes"

@@ -73,13 +73,14 @@ def frontier_figure(
 
 
 def shares_figure(
-    found: Mapping[str, Mapping[str, float]], tasks: Sequence[str], path: Path
+    found: Mapping[str, Mapping[str, float]], tasks: Sequence[str], reference: str, path: Path
 ) -> None:
     """Draw how much of the reference's traffic each family needs, by task, if it gets there.
 
     Args:
         found: By family and task, the share; the place of a family is its colour.
         tasks: Their names, from above.
+        reference: What it is called.
         path: The PNG to write.
     """
     figure = new_figure(7.5, 1.2 + 0.5 * len(tasks))
@@ -96,9 +97,8 @@ def shares_figure(
         )
     panel.set_yticks([-place for place in range(len(tasks))], [*tasks])
     panel.set_ylim(0.5 - len(tasks), 0.5)
-    label_axes(
-        panel, "share of FedAvg-LoRA's traffic (float32) until its final metric", "", legend=True
-    )
+    title = f"share of the traffic of {reference} until its final metric"
+    label_axes(panel, title, "", legend=True)
     make_logarithmic(panel, "x")
     panel.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:g} %"))
     panel.axvline(GOOD, color="#555555", linestyle=":", linewidth=1)

@@ -26,11 +26,6 @@ from fedraclora.plots.axes import (
 )
 from fedraclora.run.ledger import Row, column, headline, number, round_seconds
 
-# What the last panel shows of a report, the first that it has; else the steps.
-_FIGURES = {
-    "aggregation_error": "aggregation error",
-    "energy_seen": "share of the gradient's energy seen",
-}
 _STEPS = ("lr", "gamma_min", "gamma_max")
 _MAX_BARS = 40  # clients or classes that stacked bars can show; beyond, a heat map
 _MAX_PIXELS = 2000  # rows of a heat map; more would not be seen
@@ -76,13 +71,11 @@ def figure_of(rows: Sequence[Row], title: str, *, planned: int | None = None) ->
     draw_lines(panels[2], ("uplink so far (MB)", metric), sent, {metric: measured}, log="x")
     draw_lines(panels[3], ("round", "payload so far (MB)"), rounds, traffic, log="y")
     _stack(panels[4], "seconds per round", rounds, _seconds(rows))
-    for key, name in _FIGURES.items():
-        if np.isfinite(values := column(rows, "report", key)).any():
-            last = {name: values}
-            break
-    else:
-        name, last = "step", {key: column(rows, "effective_step", key) for key in _STEPS}
-    draw_lines(panels[5], ("round", name), rounds, last, log="y")
+    name, last = "aggregation error", column(rows, "report", "aggregation_error")
+    shown = {name: last}
+    if not np.isfinite(last).any():
+        name, shown = "step", {key: column(rows, "effective_step", key) for key in _STEPS}
+    draw_lines(panels[5], ("round", name), rounds, shown, log="y")
     if devices:
         clock = column(rows, "virtual_seconds")
         draw_lines(panels[6], ("virtual seconds so far", metric), clock, {metric: measured})

@@ -211,7 +211,7 @@ class Downlink:
     def _by_losses(self) -> bool:
         return self.program.forms_gradients
 
-    @Feature("momentum that is kept over rounds", instead="method.momentum=0")
+    @Feature("momentum that is kept over rounds", instead="no momentum of the method")
     def _keeps_direction(self) -> bool:
         return self.program.keeps_direction
 

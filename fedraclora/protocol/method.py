@@ -71,8 +71,6 @@ class Traits:
         step: The server's step, in `exact`.
         varies: What clients train differs from round to round, so nothing of it lives on there.
             What comes back in one round may decide it for the next.
-        pools: Products under sketches that recur stand beside each adapted weight: a link is a new
-            value of one of them. Without `merges` W itself stays as it is for the whole run.
     """
 
     exact: bool
@@ -81,7 +79,6 @@ class Traits:
     ranks: bool = False
     step: float = 1.0
     varies: bool = False
-    pools: bool = False
 
 
 @dataclass(frozen=True)
@@ -197,6 +194,9 @@ class Method(Protocol):
     """What the method keeps in `State.counters`."""
     cuts_components: ClassVar[bool] = False
     """Whether components of factors that live on may be cut while the others go on."""
+    gradient_figures: ClassVar[tuple[str, ...]] = ()
+    """Figures of its report that take a local step to be a multiple of the gradient. They are left
+    out where it is not, as under an adaptive optimizer."""
 
     @property
     def traits(self) -> Traits:
@@ -216,6 +216,15 @@ class Method(Protocol):
     def link_rounds(self) -> int | None:
         """Return how many rounds trained factors keep their coordinates; None: for ever."""
         return None
+
+    @property
+    def recurs(self) -> bool:
+        """Return whether frozen factors recur in later links.
+
+        Then what was trained under each stands beside its weight, under a name of its own, and a
+        merge is a new value of it.
+        """
+        return False
 
     @property
     def begins_with_last(self) -> bool:
@@ -271,15 +280,14 @@ class Method(Protocol):
         instead="method.merge_every=2 or more, where the method has it, or another method",
     )
     def _links_last_a_round(self) -> bool:
-        return not self.traits.pools and self.link_rounds == 1
+        return not self.recurs and self.link_rounds == 1
 
     @Feature(
         "a method whose links last several rounds",
         instead="a method whose links last one round (method.merge_every=1)",
     )
     def _links_last_rounds(self) -> bool:
-        traits = self.traits
-        return traits.merges and not traits.pools and (self.link_rounds or 1) > 1
+        return self.traits.merges and not self.recurs and (self.link_rounds or 1) > 1
 
     @Feature(
         "a method that needs each client's own update",
@@ -303,9 +311,9 @@ class Method(Protocol):
     def _merges(self) -> bool:
         return self.traits.merges
 
-    @Feature("a method with a pool of sketches")
-    def _pools(self) -> bool:
-        return self.traits.pools
+    @Feature("a method whose frozen factors recur")
+    def _recurs(self) -> bool:
+        return self.recurs
 
     @Feature("a method whose next link begins with what the last left")
     def _begins_with_last(self) -> bool:
@@ -333,7 +341,7 @@ class Method(Protocol):
 
     @Feature("a method whose factors stand beside others in each link")
     def _factors_change(self, sent: Downlink) -> str:
-        changes = self.traits.merges or self.traits.pools
+        changes = self.traits.merges or self.recurs
         return next(iter(sent.adapters), "") if changes else ""
 
 

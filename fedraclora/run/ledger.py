@@ -202,6 +202,17 @@ def column(rows: Sequence[Mapping[str, object]], *path: str) -> npt.NDArray[np.f
     return np.array([number(row, *path) for row in rows], dtype=np.float64)
 
 
+def reported_figures(rows: Iterable[Row]) -> list[str]:
+    """List the figures that a method or a step of the rounds reports, sorted.
+
+    Example:
+        >>> reported_figures([{"round": 1}, {"round": 2, "report": {"aggregation_error": 0.1}}])
+        ['aggregation_error']
+    """
+    reports = (row.get("report") for row in rows)
+    return sorted({name for report in reports if isinstance(report, dict) for name in report})
+
+
 def known_mean(rows: Sequence[Mapping[str, object]], *path: str) -> float:
     """Average a number over the rows that have it; NaN where none has.
 

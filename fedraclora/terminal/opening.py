@@ -151,6 +151,6 @@ def _optimizer(local: Facts) -> str:
     parts += [f"momentum {local['momentum']:g}"] if local["momentum"] else []
     parts += [f"weight decay {local['weight_decay']:g}"] if local["weight_decay"] else []
     parts += [f"schedule {local['schedule']}"] if local["schedule"] != "constant" else []
-    bound = f", {local['most']} steps at most (method.steps)" if local["most"] else ""
+    bound = f", {local['most']} steps at most" if local["most"] else ""
     parts += [f"{steps} {unit} of {size}{bound}", *local["extras"]]
     return ", ".join([*parts, *at_server])

@@ -174,8 +174,8 @@ def fitted(parts: Sequence[str], width: int) -> str:
     """Join as many parts as fit into a width; the first ones matter most.
 
     Example:
-        >>> fitted(["fedavg", "", "3/9", "accuracy 0.8"], 20)
-        'fedavg  3/9'
+        >>> fitted(["seed 1", "", "3/9", "accuracy 0.8"], 20)
+        'seed 1  3/9'
     """
     text = ""
     for part in filter(None, parts):

@@ -208,7 +208,7 @@ class CohortTrainer:
         program = self._program(inner, base)
         if narrow and not program.folded:  # there weights are dense all the same
             program.base = apply_link(widened(base), Link(narrow), self.plan)
-        program.context.pools = {
+        program.context.beside = {
             name: [t.to(self.device, wide(base[name].dtype)) for t in matrices(term)]
             for name, term in narrow.items()
         }

@@ -38,7 +38,7 @@ class CohortContext:
         layout: Of the batch inside the blocks of a transformer, where they are packed.
         dense: Tensors that clients train in full, [K, ...] by parameter name.
         factors: Low-rank terms by weight name: factors in order, 2-D shared or 3-D per client.
-        pools: Two more factors, 2-D, of weights beside which a pool stands.
+        beside: Two more factors, 2-D, of weights beside which a term stands that is not folded in.
         scales: Scale of each low-rank term.
         narrowed: Frozen weights in the precision of products, where that is another, by layer.
         clients: Ids of the clients in the batch, for dropout masks.
@@ -54,7 +54,7 @@ class CohortContext:
     layout: PackedLayout | None = None
     dense: Tree = field(default_factory=dict)
     factors: dict[str, list[torch.Tensor]] = field(default_factory=dict)
-    pools: dict[str, list[torch.Tensor]] = field(default_factory=dict)
+    beside: dict[str, list[torch.Tensor]] = field(default_factory=dict)
     scales: dict[str, float] = field(default_factory=dict)
     narrowed: Tree = field(default_factory=dict)
     clients: torch.Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))
@@ -64,7 +64,7 @@ class CohortContext:
 
     def clear(self) -> None:
         """Release the tensors of a chunk that has ended."""
-        self.dense, self.factors, self.pools = {}, {}, {}
+        self.dense, self.factors, self.beside = {}, {}, {}
         self.places, self.layout, self.narrowed = None, None, {}
 
     def is_packed(self, x: torch.Tensor) -> bool:
@@ -77,7 +77,7 @@ class CohortContext:
         return self.places if whole else None
 
 
-def with_pool(factor: torch.Tensor, shared: torch.Tensor, dim: int) -> torch.Tensor:
+def appended(factor: torch.Tensor, shared: torch.Tensor, dim: int) -> torch.Tensor:
     """Append the components of a shared factor, 2-D, to one that may have a client axis."""
     return torch.cat([factor, shared.expand(*factor.shape[:-2], *shared.shape)], dim=dim)
 
@@ -118,11 +118,8 @@ class CohortLayer(nn.Module):
         factors = self.context.factors.get(name)
         if factors is None:
             return None
-        if (pool := self.context.pools.get(name)) is not None:
-            factors = [
-                with_pool(factors[0], pool[0], dim=-1),
-                with_pool(factors[1], pool[1], dim=-2),
-            ]
+        if (more := self.context.beside.get(name)) is not None:
+            factors = [appended(factors[0], more[0], dim=-1), appended(factors[1], more[1], dim=-2)]
         return factors, self.context.scales[name]
 
     def rescale(self) -> torch.Tensor | None:

@@ -9,8 +9,8 @@ steps are those of one long round if the moments (and Adam's count of steps) liv
     local.optimizer_state = rows    they begin anew in every round, but the server averages second
                                     moments of rows (`fedraclora.training.optimizer`)
 
-``merge`` is a chain whose links have an optimizer of their own (COLA). ``run`` is what the public
-code of RAC-LoRA does: its optimizer does not know of the merge. ``local.optimizer_state_kept``
+``merge`` is a chain whose links have an optimizer of their own. Under ``run``, as in public code of
+chains, the optimizer does not know of the merge. ``local.optimizer_state_kept``
 lets a share of the moments outlive a link: for each tensor the entries whose first moment is
 largest, the others are set to zero. That is the partial reset of ReLoRA (Lialin et al., ICLR 2024,
 arXiv 2307.05695), which keeps 1 % or less; like its public code it leaves the count of steps as it

@@ -52,8 +52,8 @@ def check_base(base: Tree, in_full: Sequence[str], changes: Mapping[str, bool]) 
         raise ConfigError(
             f"model.base is {base_name(base[narrow[0]])}, but {why[0]}, and most of such a change "
             "would be rounded away: set model.base=float32, or choose what stays beside the "
-            "weights (method=ffa_lora, fedavg_lora, or pool_rac_lora with method.refresh=null; "
-            "dora=false, server_optimizer=none, head=frozen, bias=frozen, modules_to_save=null)"
+            "weights (a method that docs/methods.md does not mark `merges`, dora=false, "
+            " server_optimizer=none, head=frozen, bias=frozen, modules_to_save=null)"
         )
 
 

@@ -311,8 +311,8 @@ def flatten(nested: Mapping[str, object], prefix: str = "") -> dict[str, object]
     """Flatten a nested config to dotted keys; lists and empty mappings are values.
 
     Example:
-        >>> flatten({"method": {"name": "fedavg"}, "seed": 0})
-        {'method.name': 'fedavg', 'seed': 0}
+        >>> flatten({"local": {"lr": 0.1}, "seed": 0})
+        {'local.lr': 0.1, 'seed': 0}
     """
     flat: dict[str, object] = {}
     for key, value in nested.items():

@@ -44,7 +44,7 @@ from fedraclora.lowrank.algebra import Product
 from fedraclora.protocol.factor import FactorLike, as_rows, label_of
 from fedraclora.protocol.method import Cohort, Draw, Traits
 from fedraclora.rng import generator
-from fedraclora.sketch import Blocks, SketchSpec
+from fedraclora.sketch import Blocks, SketchSpec, check_sketch
 from fedraclora.strategies.shared import past
 from fedraclora.strategies.shared.factors import OTHER, Asymmetric, Label
 from fedraclora.strategies.shared.initials import GradientFirst
@@ -85,7 +85,21 @@ class FedRacLora(GradientFirst, Asymmetric):
         reader = "method.sketch=sparse_sign"
         return {} if self.sketch == "sparse_sign" else {"density": reader}
 
-    @Feature("method.blocks=cover", instead="method.blocks=independent")
+    @override
+    def __post_init__(self) -> None:
+        """Reject impossible hyperparameters."""
+        super().__post_init__()
+        check_sketch(self.sketch, self.normalize, self.blocks)
+
+    @Feature(
+        "method.blocks=cover",
+        instead="method.blocks=independent",
+        avoids={
+            "system.buffer": (
+                "each late reply ends a link of its own, and as many blocks would be left out"
+            )
+        },
+    )
     def _covers(self) -> bool:
         return self.blocks == "cover" and self.traits.merges
 

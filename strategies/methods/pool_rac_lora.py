@@ -179,6 +179,8 @@ class PoolRacLora(FedRacLora):
         refresh: E, rounds of an era; None: the first pool serves for ever.
     """
 
+    parts_are = "sketches (method.sketches times method.pool)"
+
     blocks: Blocks = "cover"
     pool: Count = 4
     refresh: int | None = None
@@ -260,8 +262,13 @@ class PoolRacLora(FedRacLora):
 
     @property
     @override
+    def recurs(self) -> bool:
+        return True
+
+    @property
+    @override
     def traits(self) -> Traits:
-        return replace(super().traits, merges=self.refresh is not None, pools=True)
+        return replace(super().traits, merges=self.refresh is not None)
 
     @override
     def __post_init__(self) -> None:

@@ -22,7 +22,7 @@ With ``pairs`` all other even links are drawn: each pair is one randomized range
 - Aggregation: exact and linear, since the factor that is not averaged is the same everywhere.
 - Rank budgets: client i trains the first r_i components, those of the strongest directions. Exact.
 - Ledger: ``energy_seen`` in the last round of a link with fresh rows: the estimated share of the
-  gradient's energy in its basis (`fedraclora.strategies.shared.past.energies`), under local SGD.
+  gradient's energy in its basis (`fedraclora.strategies.shared.energies`), under local SGD.
 - Under SGD set ``local.clip=1``: gradients along kept rows are long (docs/records/better.md).
 - Server: one mean; per link and matrix an SVD, a QR, a least-squares fit to 2 r rows, a merge.
 - Source: Malinovsky et al., 2024, arXiv 2410.08305 (the chain); Vogels et al., *PowerSGD*, NeurIPS
@@ -33,10 +33,12 @@ With ``pairs`` all other even links are drawn: each pair is one randomized range
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from math import ceil
 from typing import Annotated
 
+import numpy as np
 import torch
 from typing_extensions import override
 
@@ -44,7 +46,8 @@ from fedraclora.errors import ConfigError
 from fedraclora.limits import Count, Limit, OneOf, Share
 from fedraclora.lowrank.algebra import Product
 from fedraclora.protocol.factor import FactorLike, as_rows
-from fedraclora.protocol.method import Downlink, Link, Plan, State, Traits
+from fedraclora.protocol.link import matrices
+from fedraclora.protocol.method import Adapter, Downlink, Link, Plan, State, Term, Traits
 from fedraclora.protocol.uplinks import Uplinks
 from fedraclora.sketch import SketchSpec
 from fedraclora.strategies.shared import past
@@ -58,6 +61,54 @@ from fedraclora.strategies.shared.layerwise import (
 )
 from fedraclora.tree import Tree
 
+ENERGY = "energy_seen"  # a column of the ledger
+
+
+def sides(link: int) -> tuple[str, str]:
+    """Return the labels of the frozen and of the trained factor of a link: right, then left."""
+    return ("A", "B") if link % 2 == 0 else ("B", "A")
+
+
+def trained_side(adapter: Adapter) -> str:
+    """Return the label of the trained factor of what was asked."""
+    return next(label for label, asked in adapter.factors.items() if asked.trained)
+
+
+def squared_lengths(change: past.Change, side: str, _kept: int = 0) -> torch.Tensor:
+    """Compute the squared lengths of the rows (side ``B``) or columns (``A``) of B A.
+
+    Returns:
+        [m, 1] or [1, n], float64; ``chosen`` draws the kept ones by them.
+    """
+    B, A = matrices(Term.of(change, 1.0))
+    squares = (B @ (A @ A.mT) * B).sum(dim=1) if side == "B" else (B.mT @ B @ A * A).sum(dim=0)
+    return as_rows(squares[None], side)
+
+
+def chosen(weights: torch.Tensor, count: int, rng: np.random.Generator) -> torch.Tensor:
+    """Draw coordinates without replacement, one after another, with chances as their weights.
+
+    Args:
+        weights: [d], not negative. Not modified.
+        count: How many.
+        rng: Decides.
+
+    Returns:
+        Unit rows, [count, d].
+
+    References:
+        Efraimidis and Spirakis, Information Processing Letters 97(5), 2006, doi
+        10.1016/j.ipl.2005.11.003: the first of exponential clocks with these rates.
+    """
+    uniform = torch.from_numpy(rng.random(len(weights)))
+    first = (-torch.log1p(-uniform) / weights).argsort(stable=True)[:count]
+    return torch.eye(len(weights), dtype=torch.float64)[first]
+
+
+BASES: dict[str, Callable[[past.Change, str, int], torch.Tensor]] = {
+    "singular": past.leading,
+    "coordinate": squared_lengths,
+}
 KeptLength = Annotated[
     float | str,
     Limit(
@@ -66,7 +117,7 @@ KeptLength = Annotated[
     ),
 ]
 FRESH_ROWS = {"singular": "orthonormal", "coordinate": "coordinate"}  # of the other rows
-KeptBasis = Annotated[str, OneOf(past.BASES)]
+KeptBasis = Annotated[str, OneOf(BASES)]
 
 
 @dataclass(frozen=True)
@@ -84,6 +135,7 @@ class SubspaceRacLora(GradientFirst):
     """
 
     traits = Traits(exact=True, linear=True, merges=True, ranks=True, varies=True)
+    gradient_figures = (ENERGY,)
 
     basis: KeptBasis = "singular"
     merge_every: Count = 2
@@ -93,7 +145,7 @@ class SubspaceRacLora(GradientFirst):
 
     @override
     def factors(self, layer: Layer, now: RoundContext) -> Factors:
-        label, trained = past.sides(layer.link)
+        label, trained = sides(layer.link)
         drawing = now.sketch(layer, label, FRESH_ROWS[self.basis], index=layer.link)
         return {trained: layer.trained(trained), label: self.frozen(layer, label, drawing, now)}
 
@@ -107,7 +159,7 @@ class SubspaceRacLora(GradientFirst):
             rows = as_rows(found.to(torch.float64), label)
             if self.basis == "coordinate":
                 chances = rows[0].clamp(min=0)  # in few bits some may be rounded below zero
-                rows = past.chosen(chances, count, now.generator("kept", layer.name, layer.link))
+                rows = chosen(chances, count, now.generator("kept", layer.name, layer.link))
             return as_rows(past.framed(rows, drawing, kept), label).to(layer.dtype)
         if layer.past is None or not count:
             return drawing
@@ -117,12 +169,12 @@ class SubspaceRacLora(GradientFirst):
 
     @override
     def update(self, layer: Layer, replies: Replies) -> LayerUpdate:
-        trained = past.trained_side(replies.adapter)
+        trained = trained_side(replies.adapter)
         if not layer.ends:
             return LayerUpdate(carried=layer.carried | {trained: replies.mean(trained)})
         change, kept = tuple(replies.means().values()), self.kept(layer.rank, layer.link + 1)
         if kept and self.basis == "coordinate":
-            return LayerUpdate({trained: past.squared_lengths(change, trained)}, change)
+            return LayerUpdate({trained: squared_lengths(change, trained)}, change)
         return LayerUpdate(merged=change, keep=trained if kept else None)  # W <- W + s B A
 
     @property
@@ -154,23 +206,23 @@ class SubspaceRacLora(GradientFirst):
 
     @override
     def first_factor(self, layer: Layer, gradient: Product) -> Tree:
-        return {"A": past.BASES[self.basis](gradient, "A", self.kept(layer.rank, 0))}
+        return {"A": BASES[self.basis](gradient, "A", self.kept(layer.rank, 0))}
 
     @override
     def close_round(self, state: State, sent: Downlink, got: Uplinks) -> State:
         after = super().close_round(state, sent, got)
         terms, link = (after.link or Link()).terms, state.counters.sketch
         kept = {name: self.kept(self.rank_of(state.plan, name), link) for name in terms}
-        return replace(after, report=after.report | past.report(terms, sent, kept))
+        return replace(after, report=after.report | report(terms, sent, kept))
 
     @override
     def floats(self, plan: Plan, round_: int = 1) -> tuple[int, int]:
         up, down = super().floats(plan, round_)
         link = (round_ - 1 - self.probe_rounds) // self.merge_every
-        side = "BA".index(past.sides(link)[0])
+        side = "BA".index(sides(link)[0])
         frozen = [(self.rank_of(plan, n), view.shape[side]) for n, view in plan.targets.items()]
         kept = [pair for pair in frozen if link > 0 and self.kept(pair[0], link)]
-        return up, down + sum(past.numbers(r, d, self.basis) for r, d in kept)
+        return up, down + sum(numbers(r, d, self.basis) for r, d in kept)
 
     @override
     def __post_init__(self) -> None:
@@ -181,3 +233,54 @@ class SubspaceRacLora(GradientFirst):
                 "method.init=gradient: with method.fresh=1 all rows are random, so the "
                 "gradient is not used. Lower method.fresh"
             )
+
+
+def numbers(rank: int, dim: int, basis: str) -> int:
+    """Count the numbers that are sent for a frozen factor of [rank, dim] that is not drawn."""
+    few = basis == "singular" and past.smaller(rank, rank, dim)
+    return rank * (2 * rank if few else dim)
+
+
+def energies(term: Term, trained: str, kept: int) -> torch.Tensor:
+    """Estimate the energy of a gradient G inside the basis of a link, and all of it.
+
+    A step of SGD moves the component beside the row c_i a_i by a multiple of c_i G a_i, so that
+    e_i = ||its component||^2 / c_i^2 stands for ||G a_i||^2, up to one factor. Fresh rows lie
+    uniformly in the complement of the kept ones, which has d - k dimensions:
+
+        seen = sum_i e_i,    whole = sum_{i <= k} e_i + (d - k) / (r - k) sum_{i > k} e_i
+
+    Over the draw, whole is unbiased. Of several steps these are energies of the way that clients
+    went; steps whose size does not follow the gradient's (adaptive ones, preconditioned ones) say
+    nothing of it, and the ledger then has no such figure (`Method.gradient_figures`).
+
+    Args:
+        term: Of the link: two factors and s.
+        trained: Label of the one that was trained.
+        kept: k.
+
+    Returns:
+        (seen, whole), divided by s^2; whole is infinite or no number where no row is fresh.
+    """
+    B, A = matrices(term)
+    rows, components = (A, B.mT) if trained == "B" else (B.mT, A)
+    e = components.square().sum(dim=1) / rows.square().sum(dim=1) / term.scale**2
+    (rank, d), old, new = rows.shape, e[:kept].sum(), e[kept:].sum()
+    return torch.stack([old + new, old + (d - kept) * new / (rank - kept)])
+
+
+def report(terms: Mapping[str, Term], sent: Downlink, kept: Mapping[str, int]) -> dict[str, float]:
+    """Compute the figure for the ledger, ``energy_seen``, of the terms of a link that has ended.
+
+    There is none where a layer has no fresh rows, since nothing is known of what lies outside, and
+    under budgets below the rank: fresh components are the last, which few clients have trained.
+    """
+    energy = torch.zeros(2, dtype=torch.float64)
+    for name, term in terms.items():
+        label = trained_side(sent.adapters[name])
+        energy += energies(term, label, kept[name])
+        rank = sent.trained()[f"{name}/{label}"].shape["AB".index(label)]
+        if sent.ranks is not None and int(sent.ranks.min()) < rank:
+            return {}
+    share = float(energy[0] / energy[1])
+    return {ENERGY: share} if share > 0 else {}

@@ -61,7 +61,7 @@ class Asymmetric(LayerMethod):
     """
 
     draws = "A"
-    parts_are = "sketches (method.sketches, times method.pool where there is one)"
+    parts_are: ClassVar[str] = "sketches (method.sketches)"
 
     sketch: Sketch = "orthonormal"
     normalize: Normalize = "rows"
@@ -71,7 +71,7 @@ class Asymmetric(LayerMethod):
     def __post_init__(self) -> None:
         """Reject impossible hyperparameters."""
         super().__post_init__()
-        check_sketch(self.sketch, self.normalize, getattr(self, "blocks", "independent"))
+        check_sketch(self.sketch, self.normalize, "independent")
 
     def sides(self, shape: tuple[int, int]) -> tuple[str, str]:
         """Return the labels of the factor that is drawn and of the one that is trained."""

@@ -105,8 +105,8 @@ def check_start(initial: str, *, fits: bool, why: str) -> None:
     if initial in STARTS and not fits:
         raise ConfigError(
             f"method.init={initial}: this initialization is for two factors that are trained "
-            f"in all rounds, but {why}. Use a method that carries both (fedavg_lora, "
-            "fedex_lora), or a random initialization"
+            f"in all rounds, but {why}. Use a method that docs/methods.md marks `both`, or a "
+            "random initialization"
         )
     if initial not in SKETCHES and initial not in STARTS:
         raise unknown("method.init", initial, [*SKETCHES, *(STARTS if fits else ())])
@@ -318,10 +318,10 @@ class GradientFirst(Probing):
     def __post_init__(self) -> None:
         """Reject impossible hyperparameters."""
         super().__post_init__()
-        if self.probe_rounds and self.traits.pools:
+        if self.probe_rounds and self.recurs:
             raise ConfigError(
-                "method.init=gradient: a pool draws its sketches again from their seeds. "
-                "Leave it at random, or use method=fed_rac_lora"
+                "method.init=gradient: the factors of this method recur and are drawn again from "
+                "their seeds. Use method.init=random, or another method"
             )
 
     def first_factor(self, layer: Layer, gradient: Product) -> Tree:

@@ -17,7 +17,12 @@ from fedraclora.privacy.secagg import SecAgg
 from fedraclora.strategies.server.round_step import RoundStep
 from fedraclora.strategies.steps.compatible import CompatibilityCheck
 from fedraclora.strategies.steps.fedopt import OptimisedServer
-from fedraclora.strategies.steps.local import NoEnergy, RowMoments, SampleAccount, follows_gradient
+from fedraclora.strategies.steps.local import (
+    RowMoments,
+    SampleAccount,
+    WithoutGradientFigures,
+    follows_gradient,
+)
 from fedraclora.strategies.steps.private import PrivateRounds
 from fedraclora.strategies.steps.robust import Attackers, RobustRule
 from fedraclora.strategies.steps.scaffold import ControlVariates
@@ -27,7 +32,7 @@ from fedraclora.training.extras.settings import SampleLevel
 # In the order in which updates pass them, which columns of the ledger follow, too: a key of the
 # config, and the step that its value asks for.
 STEPS: tuple[tuple[str, Callable[[Any], RoundStep | None]], ...] = (
-    ("local", lambda local: None if follows_gradient(local) else NoEnergy()),
+    ("local", lambda local: None if follows_gradient(local) else WithoutGradientFigures()),
     ("attack", lambda it: Attackers(it) if it.share or it.colludes else None),
     ("aggregator", lambda rule: None if isinstance(rule, Mean) else RobustRule(rule)),
     ("privacy", lambda it: PrivateRounds(it) if isinstance(it, ClientLevel) else None),

@@ -1,4 +1,4 @@
-"""Steps that local settings ask for: an account of privacy, moments of rows, and no energy.
+"""Steps that local settings ask for: an account of privacy, and moments of rows.
 
 Second moments of rows are sent with each round, and averaged as they come back; the formulas are in
 `fedraclora.training.optimizer`. They travel as tensors that clients train, so that every engine and
@@ -22,7 +22,7 @@ from fedraclora.run.ledger import Row
 from fedraclora.run.recorder import RunRecorder
 from fedraclora.strategies.server.exchange import Exchange
 from fedraclora.strategies.server.round_step import CloseRound, CohortOf, RoundStep
-from fedraclora.strategies.shared.past import ENERGY
+from fedraclora.strategies.wrappers.around import inside
 from fedraclora.training.extras.settings import SampleLevel
 from fedraclora.training.localconfig import LocalConfig
 from fedraclora.training.optimizer import ROW_SLOT, row_slots
@@ -32,19 +32,20 @@ def follows_gradient(local: LocalConfig) -> bool:
     """Check whether a component moves by a multiple of its gradient, the same for all of a client.
 
     Adam's steps have one size whatever a row sees, and a preconditioner divides by the lengths of
-    rows, so that `strategies.shared.past.energies` would read its own step size back; a layer that
-    is clipped by itself would count for too little beside the others.
+    rows, so that an estimate of the gradient from them would read its own step size back; a layer
+    that is clipped by itself would count for too little beside the others.
     """
     return local.optimizer == "sgd" and not local.added and local.clip_by == "all"
 
 
-class NoEnergy(RoundStep):
-    """Leaves ``energy_seen`` out of the ledger."""
+class WithoutGradientFigures(RoundStep):
+    """Leaves figures out of the ledger that local steps do not give (`Method.gradient_figures`)."""
 
     @override
     def close(self, close: CloseRound, state: State, exchange: Exchange, got: Uplinks) -> State:
         after = close(got)
-        return replace(after, report={n: x for n, x in after.report.items() if n != ENERGY})
+        wrong = {name for each in inside(self.run.method) for name in each.gradient_figures}
+        return replace(after, report={n: x for n, x in after.report.items() if n not in wrong})
 
 
 @dataclass

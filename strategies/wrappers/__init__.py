@@ -30,7 +30,7 @@ def method_of(config: RunConfig, task: Task | None = None) -> Method:
     taken, sent = config.local.steps, config.method.most_steps  # of scalars
     if taken is not None and sent is not None and taken < sent:
         raise ConfigError(
-            f"local.steps={taken}: clients send one number for each of method.steps={sent} "
+            f"local.steps={taken}: clients of this method send one number for each of {sent} "
             f"steps, so the rest would be zeros. Set local.steps=null, or at least {sent}"
         )
     flow = None if task is None else partial(flows, task.model, task.test)

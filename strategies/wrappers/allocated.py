@@ -11,7 +11,7 @@ With SYNFLOW there is no first exchange: the server scores the model without dat
 - Bytes: with gradients, a round that chooses costs the uplink of a round over all layers, and its
   downlink once more; every round costs what the method does for the layers that are chosen.
 - A method that carries factors is asked once: a layer that is left out later would lose what it has
-  learnt. Those that begin anew each round (fed_rac_lora, fed_cola, flora_stacking) may choose anew.
+  learnt. Those that begin anew each round may choose anew.
 - Refused: methods whose clients do more than plain local steps, those that change the base weights
   before the first round, and client state: what a layer left behind would be forgotten.
 - Source: Zhang et al., *Unlocking the global synergies in low-rank adapters*, 2024, arXiv
@@ -167,19 +167,15 @@ def allocated(method: Method, rule: Uniform, flow: Flow | None = None) -> Method
     if not isinstance(rule, AdaLora):
         return method
     if not (isinstance(method, Factored) and method.cuts_components and method.lives_on):
-        raise refused(
-            method, "its components do not live on from round to round", "fedavg_lora, fedex_lora"
-        )
+        take = "a method that docs/methods.md marks `both`"
+        raise refused(method, "its components do not live on from round to round", take)
     return Pruned(method, rule)
 
 
-def refused(
-    method: Method, why: str, take: str = "fed_rac_lora, fed_cola, fedavg_lora"
-) -> ConfigError:
+def refused(method: Method, why: str, take: str = "another method") -> ConfigError:
     """Build the error for a method that a rule does not fit."""
     return ConfigError(
-        f"allocation does not fit {type(method).__name__}: {why}. Use another method "
-        f"({take}), or allocation=none"
+        f"allocation does not fit {type(method).__name__}: {why}. Use {take}, or allocation=none"
     )
 
 

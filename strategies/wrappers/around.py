@@ -32,6 +32,11 @@ class Around(Method):
     def looks_at_clients(self) -> bool:
         return self.inner.looks_at_clients
 
+    @property
+    @override
+    def recurs(self) -> bool:
+        return self.inner.recurs
+
     def at(self, state: State) -> tuple[Method, State]:
         """Return the inner method as it stands in a round, and the state as that one knows it."""
         return self.inner, state

@@ -121,7 +121,7 @@ BAD: dict[str, tuple[list[str], list[str]]] = {
     "allocation": (["allocation=hetrolora"], ["did you mean 'heterolora'?", NAMES]),
     "allocation of a drawing": (
         ["allocation=adalora"],
-        ["does not fit FedRacLora", "fedavg_lora, fedex_lora", "allocation=none"],
+        ["does not fit FedRacLora", "marks `both`", "allocation=none"],
     ),
     "allocation in a buffer": (
         ["allocation=heterolora", "system=buffered"],

@@ -264,7 +264,7 @@ def test_a_run_goes_on_bit_for_bit_with_replies_on_their_way(
             {},
             "what the last left",
         ),
-        (("pool_rac_lora", {}), {}, "a pool of sketches"),
+        (("pool_rac_lora", {}), {}, "frozen factors recur"),
         (("fed_rac_lora", {"blocks": "cover"}), {}, "method.blocks=cover"),
         (("fed_rac_lora", {}), {"aggregator": Median()}, "aggregator=median"),
         (

@@ -112,10 +112,8 @@ CHOICES = {
         lambda m, sent: m.traits.merges or not sent.program.trains or moves(sent),
         own=(Lengths(),),
     ),
-    "an allocation": Choice(
-        lambda m, _: m.traits.pools or m.client_state, {"allocation": HeteroLora()}
-    ),
-    "links": Choice(lambda m, _: m.link_rounds == 1 and not m.traits.pools, own=(Links(),)),
+    "an allocation": Choice(lambda m, _: m.recurs or m.client_state, {"allocation": HeteroLora()}),
+    "links": Choice(lambda m, _: m.link_rounds == 1 and not m.recurs, own=(Links(),)),
 }
 
 

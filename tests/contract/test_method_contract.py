@@ -72,7 +72,7 @@ RESAMPLED = [
     if has_field(make_method(v[0]), "merge_every")
     and v[1].get("init") not in STARTS
     and not has_field(make_method(v[0]), "fresh")  # its links need the ones before them
-    and not make_method(v[0]).traits.pools  # their sketches recur, and their links have an end
+    and not make_method(v[0]).recurs  # their sketches recur, and their links have an end
 ]
 NAMED_LIKE_CLASS = [n for n, c in METHODS.items() if c.__name__.lower() == n.replace("_", "")]
 

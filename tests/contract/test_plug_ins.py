@@ -90,6 +90,53 @@ def test_each_client_program_is_in_the_file_of_its_method_or_serves_several() ->
         assert users == [home.rpartition(".")[2]], name
 
 
+# ---- Names of methods in shared code ------------------------------------------------------------
+
+# Lines of shared code that name a method: where, how many, and why.
+NAMED = {
+    "fedraclora/__init__.py": (1, "the project has the name of its method"),
+    "fedraclora/api.py": (2, "how an instance is made, and an example that runs"),
+    "fedraclora/client.py": (1, "an example that runs"),
+    "fedraclora/flower/server.py": (1, "how an instance is made"),
+}
+# The same word for something else.
+OTHERS = {
+    "fedraclora/data/": ("cola", "fedslop"),  # a task of GLUE, and a partition
+    "fedraclora/flower/": ("fedavg",),  # a class of Flower
+    "fedraclora/training/": ("relora",),  # a schedule of local training
+}
+GENERIC = {"lora", "full"}  # names of methods that are words of the field
+MOST = 20
+
+
+def plain(name: str) -> str:
+    """A name as it is told from others, however it is written."""
+    return re.sub(r"[_-]", "", name).lower()
+
+
+@cache
+def names_of_methods() -> set[str]:
+    kinds = {kind.__name__ for kind in METHODS.values()}
+    return {plain(name) for name in {*METHODS, *kinds}} - GENERIC
+
+
+def naming(path: Path) -> int:
+    """How many lines of a file name a method."""
+    inside = path.relative_to(ROOT).as_posix()
+    others = {word for where, words in OTHERS.items() if inside.startswith(where) for word in words}
+    known = names_of_methods() - others
+    lines = path.read_text(encoding="utf-8").replace("fedraclora", "").splitlines()
+    return sum(any(plain(w) in known for w in re.findall(r"\w[\w-]*", line)) for line in lines)
+
+
+def test_shared_code_names_a_method_nowhere_but_where_it_is_listed() -> None:
+    code = [p for p in sources() if p.relative_to(ROOT).parts[0] != "experiments"]
+    shared = [p for p in code if p.parent != ROOT / "strategies/methods"]
+    found = {p.relative_to(ROOT).as_posix(): n for p in shared if (n := naming(p))}
+    assert found == {where: count for where, (count, _) in NAMED.items()}
+    assert sum(found.values()) <= MOST
+
+
 # ---- A method from outside ------------------------------------------------------------------
 
 

@@ -107,7 +107,7 @@ def test_steps_stand_in_the_order_in_which_updates_pass_them() -> None:
     everything = round_steps({**chosen, "local": replace(LOCAL, dp=SampleNoise())})
     assert [type(step).__name__ for step in everything] == [
         "CompatibilityCheck",
-        "NoEnergy",
+        "WithoutGradientFigures",
         "Attackers",
         "RobustRule",
         "PrivateRounds",

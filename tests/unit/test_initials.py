@@ -208,7 +208,7 @@ def test_starts_are_refused_where_factors_do_not_live_on(initial: str) -> None:
         lambda: FloraStacking(init=initial),
         lambda: FedSb(init=initial),
     ):
-        with pytest.raises(ConfigError, match=rf"method\.init={initial}.*fedavg_lora"):
+        with pytest.raises(ConfigError, match=rf"method\.init={initial}.*`both`"):
             make()
 
 

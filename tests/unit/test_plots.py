@@ -124,16 +124,12 @@ def test_the_title_says_what_a_run_came_to(tmp_path: Path, monkeypatch: pytest.M
     assert run.outcome([lost], 4) == "accuracy 0.1000, loss not finite, round 4"
 
 
-def test_the_last_panel_has_what_is_known_of_the_aggregation_the_basis_or_the_step() -> None:
+def test_the_last_panel_has_the_error_of_aggregation_or_the_step() -> None:
     def shown(found: list[Row]) -> tuple[str, int]:
         panel = run.figure_of(found, "a run").axes[5]
         return panel.get_ylabel(), sum(np.size(line.get_xdata()) for line in panel.lines)
 
-    aligned = rows(4)
-    for round_ in (2, 4):
-        aligned[round_]["report"] = {"energy_seen": 0.2 * round_}
     assert shown(rows(4, error=0.1)) == ("aggregation error", 4)
-    assert shown(aligned) == ("share of the gradient's energy seen", 2)
     assert shown(rows(4)) == ("step", 12)
 
 

@@ -16,8 +16,8 @@ from fedraclora.protocol.uplinks import Uplinks
 from fedraclora.rng import generator, torch_normal
 from fedraclora.sketch import SketchSpec
 from fedraclora.strategies.methods.bernoulli_lora import BernoulliLora
-from fedraclora.strategies.methods.subspace_rac_lora import SubspaceRacLora
-from fedraclora.strategies.shared.past import chosen, completed, energies
+from fedraclora.strategies.methods.subspace_rac_lora import SubspaceRacLora, chosen, energies
+from fedraclora.strategies.shared.past import completed
 
 M, N, RANK, ALPHA = 9, 12, 4, 6.0  # frozen factors are sent: coefficients would be more bytes
 DRAW = Draw(3)

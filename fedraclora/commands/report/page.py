@@ -27,7 +27,16 @@ from fedraclora.objects import NAME
 from fedraclora.plots.axes import MEGABYTE, Values
 from fedraclora.run.callback import method_label, run_title
 from fedraclora.run.folder import is_running
-from fedraclora.run.ledger import Row, column, headline, known_mean, number, round_seconds, withheld
+from fedraclora.run.ledger import (
+    Row,
+    column,
+    headline,
+    known_mean,
+    number,
+    reported_figures,
+    round_seconds,
+    withheld,
+)
 from fedraclora.run.statistics import traffic
 from fedraclora.run.stopped import stop_reason
 from fedraclora.run.trusted import refuse_linked
@@ -326,7 +335,15 @@ def curves(runs: Mapping[str, Sequence[Row]]) -> dict[str, str]:
         "exact match of answers": ("round", "share", ("round",), ("metrics", "exact_match")),
         "answers by likelihood": ("round", "share", ("round",), ("metrics", "choice_accuracy")),
         "training loss": ("round", "loss", ("round",), ("train_loss",)),
-        "gradient energy in the basis": ("round", "share", ("round",), ("report", "energy_seen")),
+        **{
+            f"{name.replace('_', ' ')}, as the method reports it": (
+                "round",
+                name.replace("_", " "),
+                ("round",),
+                ("report", name),
+            )
+            for name in reported_figures(row for rows in runs.values() for row in rows)
+        },
         "sent by clients, in all": ("round", "MB", ("round",), ("uplink_total",)),
         "sent to clients, catch-up included": ("round", "MB", ("round",), ("downlink_total",)),
         "seconds of a round": ("round", "seconds", ("round",), ("seconds",)),

@@ -13,8 +13,8 @@ Both factors move from where they were before the step. B Q, Q^-1 A has the same
 for any regular Q, and takes the same step of the product, but for ``eps``: U turns by an orthogonal
 matrix and all else with it. A factor at zero has no basis; its partner waits for it.
 
-Where the partner is frozen, as in Fed-RAC-LoRA, U stays and nothing escapes: with orthonormal rows
-of A it is B alone under one r x r second moment. What is trained beside adapters takes AdamW.
+Where the partner is frozen, U stays and nothing escapes: with orthonormal rows of A it is B
+alone under one r x r second moment. What is trained beside adapters takes AdamW.
 
 Nothing more travels. A client holds moments of r (m + n) + 2 r^2 numbers for each adapter, and the
 bases, r (m + n) where both factors are trained.

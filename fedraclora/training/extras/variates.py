@@ -9,8 +9,8 @@ y: clients take one number of plain SGD steps, so the mean of g_k is (x - mean y
 saves half of the paper's uplink, where c_k is sent, too. y is what the client sends, clipped where
 it clips: c stays the mean of the c_k only if both are formed from the same y.
 
-A factor that is trained from round to round under the same coordinates has its variate in them:
-FFA-LoRA's B under one A, both factors of FedAvg-LoRA, full weights. Under a **fresh sketch** a
+A factor that is trained from round to round under the same coordinates has its variate in them: B
+under one A, both factors where they live on, full weights. Under a **fresh sketch** a
 variate of B speaks of one that is gone. There c and c_k are kept as dense estimates C of the
 gradient of the weight (m x n), of which a round sees the part beside its sketch A (s the scale):
 

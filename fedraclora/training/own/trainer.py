@@ -63,7 +63,7 @@ class OwnTrainer(CohortTrainer):
     ) -> None:
         super().__init__(*given, **named)
         self.function, self.timeout, self.most = function, timeout, most
-        self.folded: tuple[object, Tree] = None, {}  # what pools fold into it, and the base with it
+        self.folded: tuple[object, Tree] = None, {}  # what is folded into it, and the base with it
         self.warned = False  # that clients say more samples than they have
         self.came = Came()
         self.name = name.partition("@")[0]  # of one that a program lends, without its digest
