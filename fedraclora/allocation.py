@@ -131,7 +131,7 @@ class HeteroLora(Uniform):
         """
         if not any(scores.values()):
             raise ConfigError(
-                f"allocation.proxy is {self.proxy}, which scores every layer 0 where a factor "
+                f"allocation.proxy={self.proxy}, which scores every layer 0 where a factor "
                 "begins at zero; take proxy=grad_norm, or a start of both (method.init)"
             )
         count = max(1, math.floor(self.share * len(scores)))
@@ -178,8 +178,8 @@ class AdaLora(Uniform):
         super().__post_init__()
         if not 0 <= self.begin < self.end:
             raise ConfigError(
-                f"allocation.begin is {self.begin} and allocation.end is {self.end}; "
-                "0 <= begin < end is wanted"
+                f"allocation.begin={self.begin} and allocation.end={self.end}; "
+                "expected 0 <= begin < end"
             )
 
     def budget(self, round_: int, first: int, layers: int) -> int | None:

@@ -226,7 +226,7 @@ def same_shape(attack: Attack, found: torch.Tensor, wanted: torch.Tensor) -> tor
     if isinstance(found, torch.Tensor) and found.shape == wanted.shape:
         return found
     came = [*found.shape] if isinstance(found, torch.Tensor) else f"a {type(found).__name__}"
-    raise ConfigError(f"attack={attack.name} gives {came}; a tensor {[*wanted.shape]} is wanted")
+    raise ConfigError(f"attack={attack.name} gives {came}, expected a tensor {[*wanted.shape]}")
 
 
 class AttackedTrainer(CohortTrainer):

@@ -88,7 +88,7 @@ def _own_row(kind: str, table: Mapping[str, object], name: object) -> Callable[.
     if base is not object and base in type(found).__mro__:
         return lambda: found
     wanted = "a function" if base is object else f"a class derived from {place_of(base)}"
-    raise ConfigError(f"{kind} is {name}, which is {kind_text(found)}; {wanted} is wanted")
+    raise ConfigError(f"{kind}={name} is {kind_text(found)}, expected {wanted}")
 
 
 def _divides(found: object) -> bool:
@@ -147,7 +147,7 @@ def object_of(
     if fits and not inspect.isclass(found):
         return found
     wanted = " or ".join(["a function"] * called + ([f"one of {place_of(kind)}"] if kind else []))
-    raise ConfigError(f"{key} is {name}, which is {kind_text(found)}; {wanted} is wanted")
+    raise ConfigError(f"{key}={name} is {kind_text(found)}, expected {wanted}")
 
 
 def _makes(found: typing.Any, kind: type | None, *, called: bool) -> bool:

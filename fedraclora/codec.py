@@ -102,9 +102,7 @@ def from_bytes(raw: torch.Tensor, table: object) -> Tree:
         ValueError: If they do not take just these bytes, or the table is none.
     """
     if raw.dim() != 1 or raw.dtype != torch.uint8:
-        raise ValueError(
-            f"{tuple(raw.shape)} numbers of {raw.dtype} came; a row of bytes is wanted"
-        )
+        raise ValueError(f"{tuple(raw.shape)} numbers of {raw.dtype} came, expected a row of bytes")
     found: Tree = {}
     start = 0
     for name, kind, shape in _join(list[tuple[str, str, tuple[int, ...]]], {}, table, "tensors"):
@@ -174,7 +172,7 @@ def _join(hint: Any, tensors: Mapping[str, torch.Tensor], plain: Any, path: str)
             return tuple(listed) if origin is tuple else listed
         if origin in {dict, Mapping} and isinstance(plain, dict):
             return _dict(parts, tensors, plain, path)
-    raise ValueError(f"{path or 'it'} is {plain!s:.60}; {_shown(hint)} is wanted")
+    raise ValueError(f"{path or 'it'} is {plain!s:.60}, expected {_shown(hint)}")
 
 
 def _dataclass(
@@ -205,7 +203,7 @@ def _member(
             "module that both can import"
         )
     if not _fits(kind, said):
-        raise ValueError(f"{path} is {plain!s:.60}; the fields of {kind.__name__} are wanted")
+        raise ValueError(f"{path} is {plain!s:.60}, expected the fields of {kind.__name__}")
     return kind, said
 
 
@@ -224,7 +222,7 @@ def _number(key: str, path: str) -> int:
     """Take a key for the whole number that it writes, in the one way to write it."""
     number = int(key) if key.isdecimal() and len(key) < 20 else -1
     if str(number) != key:
-        raise ValueError(f"{path} names {key!r:.60}; a number of at least 0 is wanted")
+        raise ValueError(f"{path} names {key!r:.60}, expected a number of at least 0")
     return number
 
 
@@ -236,7 +234,7 @@ def _tensor(tensors: Mapping[str, torch.Tensor], told: list[Any], path: str) -> 
         return tensors[path]
     kind, shape, dtype = _join(tuple[str, tuple[int, ...], str], {}, told, path)
     if kind not in ROUNDED or dtype not in NUMBERS or any(size < 0 for size in shape):
-        raise ValueError(f"{path} is {told!s:.60}; a kind, a shape and a type are wanted")
+        raise ValueError(f"{path} is {told!s:.60}, expected a kind, a shape and a type")
     try:
         return decode(tensors[path], [prod(shape)], kind).reshape(shape).to(NUMBERS[dtype])
     except WireError as error:

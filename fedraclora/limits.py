@@ -173,7 +173,7 @@ def limited(group: str) -> Callable[[Callable[P, T]], Callable[P, T]]:
         >>> train(epochs=0)
         Traceback (most recent call last):
         ...
-        fedraclora.errors.ConfigError: local.epochs is 0; 1 or more is wanted
+        fedraclora.errors.ConfigError: local.epochs=0: expected 1 or more
     """
 
     def wrap(function: Callable[P, T]) -> Callable[P, T]:

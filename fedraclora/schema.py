@@ -122,12 +122,12 @@ def checked_values(kind: str, target: Target, values: Mapping[str, object]) -> d
     Args:
         kind: What stands before a parameter's name in messages; empty: nothing does.
         target: A class or a function.
-        values: By parameter; those that are not there are not asked for.
+        values: By parameter, expected those that are not there are not asked for.
 
     Raises:
         UnreadKeysError: For a key that ``target`` does not take.
         ConfigError: For the first value of the wrong type, or beyond its limits: naming the key,
-            what came and what is wanted.
+            what came and what.
     """
     for key, value in values.items():
         check_size(path(kind, key), value)
@@ -263,14 +263,14 @@ def _refusal(
         if isinstance(value, str) and (choices := _choices(schema)):
             return unknown(key, value, choices)
     limits = beyond is not None and beyond["type"] != "literal_error"
-    said = f"{key} is {value!r}; {wanted(schema, limits=limits)} is wanted"
+    said = f"{key}={value!r}: expected {wanted(schema, limits=limits).rstrip(',')}"
     return ConfigError(said + _quoted(key, value, schema))
 
 
 def _missing(kind: str, target: Target, names: Sequence[str]) -> ConfigError:
     """Say which keys are missing, and what is wanted for each."""
     shown = {k: wanted(json_schema(hints(target).get(k, object))) for k in names}
-    lines = [f"{path(kind, k)} is missing; {text} is wanted" for k, text in shown.items()]
+    lines = [f"{path(kind, k)} is missing: expected {text}" for k, text in shown.items()]
     if not of_project(target):  # a key that no page lists, with a type that may not be said
         of = f"{kind_text(target)} ({place_of(target)})"
         lines = [
@@ -362,7 +362,7 @@ def check_size(key: str, value: object) -> None:
         0 < abs(value) < SMALLEST_FLOAT or LARGEST_FLOAT < abs(value) < math.inf
     ):
         raise ConfigError(
-            f"{key} is {value}; it is used as a float32 number, which is 0 or lies between "
+            f"{key}={value}: it is used as a float32 number, which is 0 or lies between "
             f"{SMALLEST_FLOAT:.2g} and {LARGEST_FLOAT:.2g}"
         )
 

@@ -68,12 +68,12 @@ class Given:
     def __post_init__(self) -> None:
         """Reject constants that no problem has."""
         if not self.smoothness > 0:
-            raise ConfigError(f"smoothness is {self.smoothness}; a positive number is wanted")
+            raise ConfigError(f"smoothness={self.smoothness}: expected a positive number")
         if self.pl is not None and not 0 < self.pl <= self.smoothness * (1 + STEP_ROUNDING):
             raise ConfigError(f"pl is {self.pl}; it must lie in (0, smoothness={self.smoothness}]")
         for key in ("gap", "sigma_sq", "zeta_sq"):
             if not getattr(self, key) >= 0:
-                raise ConfigError(f"{key} is {getattr(self, key)}; 0 or more is wanted")
+                raise ConfigError(f"{key}={getattr(self, key)}: expected 0 or more")
         if not 0 <= self.lambda_min <= self.lambda_max <= 1 + STEP_ROUNDING:
             raise ConfigError(
                 f"lambda_min is {self.lambda_min} and lambda_max is {self.lambda_max}; as "
@@ -289,7 +289,7 @@ def _spread(clients: int, cohort: int, server_step: float) -> float:
 def sampling(clients: int, cohort: int) -> float:
     """Compute omega = (M - K) / (K (M - 1)), a cohort mean's variance; 0 if all take part."""
     if not 1 <= cohort <= clients:
-        raise ConfigError(f"cohort is {cohort}; 1 to clients={clients} is wanted")
+        raise ConfigError(f"cohort={cohort}: expected 1 to clients={clients}")
     return 0.0 if cohort == clients else (clients - cohort) / (cohort * (clients - 1))
 
 
@@ -342,7 +342,7 @@ def federated(
         ConfigError: If the step is above `local_step_limit`, or lambda_min is 0.
     """
     if not server_step > 0:
-        raise ConfigError(f"server_step is {server_step}; a positive number is wanted")
+        raise ConfigError(f"server_step={server_step}: expected a positive number")
     omega, c = sampling(clients, cohort), _spread(clients, cohort, server_step)
     L, N, whole = given.smoothness, local_steps, server_step * step * local_steps
     _check(given, step, local_step_limit(L, N, clients, cohort, server_step))

@@ -151,7 +151,7 @@ def _standing(folder: Path, *, there: bool) -> str:
         stands = (
             f"and goes on after round {last}, the server's last regular checkpoint: rounds "
             f"{last + 1} to {done} are trained again, unless it saved one at its end "
-            f"(output.checkpoint_every is {every}; with 1 no round is lost)"
+            f"(output.checkpoint_every={every}; with 1 no round is lost)"
         )
     elif there:
         stands = "where the server has a checkpoint"

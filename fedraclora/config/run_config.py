@@ -199,11 +199,11 @@ class TaskConfig(Limited):
 
     @Feature("precision", instead="precision=float32")
     def _is_mixed(self) -> str:
-        return f"precision is {self.precision}" if self.precision != FLOAT32 else ""
+        return f"precision={self.precision}" if self.precision != FLOAT32 else ""
 
     @Feature("max_failures", instead="max_failures=0")
     def _allows_failures(self) -> str:
-        return f"max_failures is {self.max_failures}" if self.max_failures else ""
+        return f"max_failures={self.max_failures}" if self.max_failures else ""
 
     @Feature("head=personal", instead="head=full, lora or frozen")
     def _keeps_heads(self) -> bool:

@@ -237,7 +237,7 @@ class DeployConfig(EngineConfig):
     def waiting(self, cohort: int) -> WaitPolicy:
         if (self.min_clients or 1) > cohort:
             raise ConfigError(
-                f"engine.min_clients is {self.min_clients}, but a round asks {cohort} clients"
+                f"engine.min_clients={self.min_clients}, but a round asks {cohort} clients"
             )
         return WaitPolicy(
             timeout=self.timeout,
@@ -287,7 +287,7 @@ class OutputConfig(Limited, group="output"):
     @Feature("output.checkpoint_every above 1", instead="output.checkpoint_every=1")
     def _checkpoints_rarely(self) -> str:
         rarely = self.checkpoint_every != 1
-        return f"output.checkpoint_every is {self.checkpoint_every}" if rarely else ""
+        return f"output.checkpoint_every={self.checkpoint_every}" if rarely else ""
 
 
 UNCOVERED = (
@@ -352,7 +352,7 @@ class EvaluateConfig(Limited, group="evaluate"):
         },
     )
     def _asks_clients(self) -> str:
-        return f"evaluate.clients is {self.clients}" if self.by_clients else ""
+        return f"evaluate.clients={self.clients}" if self.by_clients else ""
 
     @property
     def portion(self) -> float | None:

@@ -229,7 +229,7 @@ def refuse_misfits(config: RunConfig) -> None:
     asked, clients = config.clients_per_round, config.clients
     if clients is not None and cohort_size(asked, clients) > clients:
         raise ConfigError(
-            f"clients_per_round is {asked}, but there are only {clients} clients; "
+            f"clients_per_round={asked}, but there are only {clients} clients; "
             "lower clients_per_round or raise clients"
         )
     if config.choices["local"] == "own" and config.local.train is None:

@@ -51,10 +51,10 @@ class SampleReader(Protocol):
         Args:
             found: The path of a file, or rows in memory.
             reading: `DataSet.reading`.
-            target: Whether there is something to measure by; else it is not looked at.
+            target: Whether there is something to measure by, expected else it is not looked at.
 
         Raises:
-            ConfigError: If a column or a kind of file is not what is wanted.
+            ConfigError: If a column or a kind of file is not what.
             DataError: If a row cannot be used, which is named.
         """
 

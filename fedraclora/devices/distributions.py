@@ -119,7 +119,7 @@ class UniformSpread(Distribution):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.high < self.low:
-            raise ConfigError(f"high is {self.high}; low ({self.low}) or more is wanted")
+            raise ConfigError(f"high={self.high}: expected low ({self.low}) or more")
 
     @override
     def quantile(self, u: torch.Tensor) -> torch.Tensor:
@@ -162,19 +162,19 @@ class Choice(Distribution):
     def __post_init__(self) -> None:
         super().__post_init__()
         if not self.values:
-            raise ConfigError("values is empty; at least one number is wanted")
+            raise ConfigError("values=[]: expected at least one number")
         if self.probabilities is None:
             return
         if len(self.probabilities) != len(self.values):
             raise ConfigError(
                 f"probabilities has {len(self.probabilities)} numbers, but values has "
-                f"{len(self.values)}; one for each is wanted"
+                f"{len(self.values)}, expected one for each"
             )
         total = math.fsum(self.probabilities)
         if not min(self.probabilities) >= 0 or not math.isclose(total, 1.0, abs_tol=1e-6):
             raise ConfigError(
                 f"probabilities is {self.probabilities}, of sum {total:g}; numbers from 0 on that "
-                "add up to 1 are wanted"
+                "add up to 1 are needed"
             )
 
     @override

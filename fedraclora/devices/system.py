@@ -81,7 +81,7 @@ class SystemConfig(Limited, group="system"):
         super().__post_init__()
         if not self.timed and (self.jitter or self.deadline is not None):
             raise ConfigError(
-                f"system.jitter is {self.jitter} and system.deadline is {self.deadline}, but no "
+                f"system.jitter={self.jitter} and system.deadline={self.deadline}, but no "
                 f"client takes any time; set {_TIMES}, or leave them out"
             )
         if isinstance(self.availability, Diurnal) and not self.timed:
@@ -95,7 +95,7 @@ class SystemConfig(Limited, group="system"):
     def _check_buffer(self, buffer: int) -> None:
         if not self.timed:
             raise ConfigError(
-                f"system.buffer is {buffer}, which wants clients that take time: set {_TIMES}"
+                f"system.buffer={buffer}, which wants clients that take time: set {_TIMES}"
             )
         for key, plain in (("deadline", None), ("over_select", 1.0), ("rank_budget", None)):
             if getattr(self, key) != plain:

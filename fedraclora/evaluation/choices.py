@@ -173,7 +173,7 @@ def _choices(task: Task, samples: Samples) -> list[list[list[int]]]:
             words = ", ".join(repr(task.tokenizer.decode(ids)) for ids in some)
             raise ConfigError(
                 f"evaluate.choices={task.choices}: a question has the choices {words}, as its "
-                "tokens are read back; two or more that differ, none of them empty, are wanted"
+                "tokens are read back, expected two or more that differ, none of them empty"
             )
         found.append(some)
     return found

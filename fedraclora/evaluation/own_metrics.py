@@ -137,7 +137,7 @@ class _Whole:
             return float(found)
         except (TypeError, ValueError, RuntimeError, OverflowError) as error:
             raise ConfigError(
-                f"metric {self.name} gives {_kind(found)}; one number is wanted (of torchmetrics: "
+                f"metric {self.name} gives {_kind(found)}, expected one number (of torchmetrics: "
                 "average='macro', say)"
             ) from error
 
@@ -159,8 +159,8 @@ class _Each(_Whole):
         real = isinstance(found, torch.Tensor) and not found.is_complex()
         if not real or found.shape != (len(target),):
             raise ConfigError(
-                f"metric {self.name} gives {_kind(found)} for {len(target)} rows; with each=True a "
-                f"tensor of shape ({len(target)},) is wanted"
+                f"metric {self.name} gives {_kind(found)} for {len(target)} rows, expected a "
+                f"tensor of shape ({len(target)},) with each=True"
             )
         if not self.tried:
             self.repeats(found, self.called(self.function, output, target))

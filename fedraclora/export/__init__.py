@@ -153,7 +153,7 @@ def export(
     if form not in FORMATS:
         raise unknown("format", form, FORMATS)
     if rank is not None and (isinstance(rank, bool) or rank < 1):
-        raise ConfigError(f"rank is {rank}; a whole number of at least 1 is wanted")
+        raise ConfigError(f"rank={rank}: expected a whole number of at least 1")
     if rank is not None and form != "peft":
         raise ConfigError(f"--rank {rank} is of --format peft; with {form} the weights are whole")
     refuse_linked(folder)

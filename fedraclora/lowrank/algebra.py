@@ -70,8 +70,9 @@ def truncated_product(
     """
     if left.shape[1] != right.shape[0] or rank < 1:
         raise ShapeError(
-            f"cannot truncate {tuple(left.shape)} @ {tuple(right.shape)} to rank {rank}; matrices "
-            "[m, r] and [r, n], and a rank of 1 or more, are wanted"
+            f"cannot truncate {tuple(left.shape)} @ {tuple(right.shape)} to rank {rank}, "
+            "expected matrices "
+            "[m, r] and [r, n], and a rank of 1 or more"
         )
     ql, rl = torch.linalg.qr(left.to(torch.float64))
     qr, rr = torch.linalg.qr(right.to(torch.float64).mT)

@@ -97,7 +97,7 @@ def require_input(name: str, shape: tuple[int, ...], classes: int, *, text: bool
             "use model=transformer or model=hf"
         )
     if classes < 1:
-        raise ConfigError(f"the number of outputs is {classes}; 1 or more is wanted")
+        raise ConfigError(f"the number of outputs is {classes}, expected 1 or more")
     return prod(shape)
 
 
@@ -155,7 +155,7 @@ def take_module(model: object, where: str) -> nn.Module:
             plain finite numbers.
     """
     if not isinstance(model, nn.Module):
-        raise ConfigError(f"{where} gives a {type(model).__name__}; a torch.nn.Module is wanted")
+        raise ConfigError(f"{where} gives a {type(model).__name__}, expected a torch.nn.Module")
     require_numbers(model, where)
     frozen = {n: m for n, m in model.named_modules() if is_batch_norm(m) and not m.training}
     model.train()
@@ -195,7 +195,7 @@ def require_numbers(model: nn.Module, where: str) -> None:
         elif tensor.layout != torch.strided:
             wrong = f"is sparse ({tensor.layout}): make it dense"
         elif weight and not tensor.is_floating_point():
-            wrong = f"holds {tensor.dtype} numbers; floating ones are wanted, or a buffer"
+            wrong = f"holds {tensor.dtype} numbers, expected floating ones, or a buffer"
         elif weight and not bool(torch.isfinite(tensor).all()):
             wrong = "holds NaN or an infinity: nothing can be learnt from there"
         else:
@@ -265,7 +265,7 @@ def _quantize(model: nn.Module, head: tuple[str, ...], base: str) -> None:
         count += 1
     if not count:
         raise ConfigError(
-            f"model.base is {base}, which is for the weights of linear layers, but this "
+            f"model.base={base}, which is for the weights of linear layers, but this "
             f"{type(model).__name__} has none beside its head: take model.base=float32"
         )
 
@@ -302,7 +302,7 @@ def refuse_idle_rate(model: nn.Module, dropout: float) -> None:
     """
     if dropout and not any(isinstance(m, nn.Dropout) and m.p > 0 for m in model.modules()):
         raise ConfigError(
-            f"model.dropout is {dropout}, but {type(model).__name__} has no torch.nn.Dropout that "
+            f"model.dropout={dropout}, but {type(model).__name__} has no torch.nn.Dropout that "
             "takes it: it drops nothing, or by a function, which stays off in local training; "
             "leave it at 0.0"
         )

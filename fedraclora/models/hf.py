@@ -229,7 +229,7 @@ def build_causal_lm(
     require_input("causal_lm", shape, classes, text=True)
     if (path is None) == (config is None):
         raise ConfigError(
-            f"model.path is {path} and model.config is {config}: set one of them. A path loads "
+            f"model.path={path} and model.config={config}: set one of them. A path loads "
             "weights (a folder, a GGUF file, package:NAME/path or hub:NAME); a config, such as "
             "{model_type: llama, hidden_size: 64}, draws them"
         )

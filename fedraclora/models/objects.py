@@ -112,8 +112,9 @@ def require_module(model: object) -> nn.Module:
     """
     if not isinstance(model, nn.Module):
         raise ConfigError(
-            f"model is of type {type(model).__name__}; a torch.nn.Module, the name of a choice "
-            "('mlp') or a mapping of its keys is wanted"
+            f"model is of type {type(model).__name__}, "
+            "expected a torch.nn.Module, the name of a choice "
+            "('mlp') or a mapping of its keys"
         )
     return model
 

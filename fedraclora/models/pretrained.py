@@ -150,7 +150,7 @@ def _check_config(kind: Any, source: Source, stored: Mapping[str, Stored], confi
             and "Q" not in tensor.kind
             and any(n.endswith(name) or name.endswith(n) for n in own)
         ):
-            raise source.refuse(f"{name} holds {tensor.kind}; numbers with a fraction are wanted")
+            raise source.refuse(f"{name} holds {tensor.kind}, expected numbers with a fraction")
     body = sum(count for n, count in own.items() if not is_head(n, head))
     if body > 2 * (held := sum(t.count for t in stored.values())):  # less is named once it is built
         raise source.refuse(
@@ -204,7 +204,7 @@ def _refuse_gaps(
     if lacking := sorted(missing - drawn):
         raise source.refuse(f"it has no {_listed(lacking)}")
     for name in sorted(shapes.keys() - drawn):
-        raise source.refuse(f"{name} is {shapes[name][0]}; {shapes[name][1]} is wanted")
+        raise source.refuse(f"{name} is {shapes[name][0]}, expected {shapes[name][1]}")
     prefix = getattr(model, "base_model_prefix", "")
     inside = {name for name, _ in getattr(model, prefix, model).named_children()}
     unread = sorted(

@@ -154,7 +154,7 @@ class ClientLevel(Privacy):
         """
         if self.delta * clients >= 1:
             raise ConfigError(
-                f"privacy.delta is {self.delta}, but with {clients} clients less than "
+                f"privacy.delta={self.delta}, but with {clients} clients less than "
                 f"{1 / clients:.3g} is wanted: else giving one of them away costs nothing"
             )
         sampling, noise = cohort / clients, self.noise_multiplier
@@ -168,8 +168,8 @@ class ClientLevel(Privacy):
         rest = noise**-2 - (2 * count) ** -2
         if rest <= 0:
             raise ConfigError(
-                f"privacy.count_noise is {count}, which alone costs as much as the noise "
-                f"{noise:.4g} allows; above {noise / 2:.4g} is wanted, or a larger cohort, or no "
+                f"privacy.count_noise={count}, which alone costs as much as the noise "
+                f"{noise:.4g} allows, expected above {noise / 2:.4g}, or a larger cohort, or no "
                 "quantile"
             )
         return Mechanism(sampling, cohort, noise, rest**-0.5, self.delta, count)

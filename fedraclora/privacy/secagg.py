@@ -93,7 +93,7 @@ class SecAgg(Open):
         avoids={"aggregation_weights=uniform": "under it every weight is 1"},
     )
     def _weighs_clients(self) -> str:
-        return f"secure.max_weight is {self.max_weight}" if self.max_weight > 1 else ""
+        return f"secure.max_weight={self.max_weight}" if self.max_weight > 1 else ""
 
     @Feature(
         "secure.max_weight=1",

@@ -46,7 +46,7 @@ def check_cohort(cohort: int, clients: int) -> None:
     """
     if not 1 <= cohort <= clients:
         raise ConfigError(
-            f"clients_per_round is {cohort}, but there are {clients} clients (after empty ones "
+            f"clients_per_round={cohort}, but there are {clients} clients (after empty ones "
             "are dropped); "
             f"choose 1 to {clients}"
         )

@@ -95,8 +95,8 @@ class Factor:
             case torch.Tensor():
                 return cls(given)
         raise ConfigError(
-            f"a method gave a {type(given).__name__} for a factor; a tensor, a drawing "
-            "(now.sketch) or what clients train (layer.trained) is wanted"
+            f"a method gave a {type(given).__name__} for a factor, expected a tensor, a drawing "
+            "(now.sketch) or what clients train (layer.trained)"
         )
 
     @property

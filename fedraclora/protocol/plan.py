@@ -139,7 +139,7 @@ def check_rank(ranks: Ranks) -> None:
         ConfigError: If a number is not positive, a fraction is 1 or more, or a mapping is empty.
     """
     if ranks == {}:
-        raise ConfigError("method.rank is an empty mapping; ranks by layer are wanted")
+        raise ConfigError("method.rank={}: expected ranks by layer")
     for rank in ranks.values() if isinstance(ranks, Mapping) else [ranks]:
         resolve_rank(rank, 1, "any layer", cap=True)
 
@@ -223,20 +223,20 @@ def resolve_rank(
         return Rank(max(1, dim))
     if isinstance(rank, str | bool) or not math.isfinite(rank) or rank <= 0:
         raise ConfigError(
-            f"method.rank is {rank!r}; a positive integer, a fraction below 1 or full is wanted"
+            f"method.rank={rank!r}: expected a positive integer, a fraction below 1 or full"
         )
     if isinstance(rank, float):
         if rank >= 1:
             raise ConfigError(
-                f"method.rank is {rank}, written with a dot, which is a fraction below 1: write a "
-                "rank without a dot, and method.rank=full for full rank"
+                f"method.rank={rank}: a number with a dot is a fraction below 1. Write a rank "
+                "without a dot, or method.rank=full for full rank"
             )
         return Rank(max(1, round(rank * dim)))
     shared = f": its {whole} dimensions are shared by {parts} {of}" if parts > 1 else ""
     if rank > dim and not cap:
         fewer = ", take fewer of them," if shared else ""
         raise ConfigError(
-            f"method.rank is {rank}, but {name} has only {dim} on the drawn side{shared}; "
+            f"method.rank={rank}, but {name} has only {dim} on the drawn side{shared}; "
             f"lower the rank{fewer} or set method.cap=true"
         )
     if rank > dim:
@@ -271,7 +271,7 @@ def resolve_scale(alpha: float | str, rank: int, *, rslora: bool = False) -> flo
             )
         return 1.0
     if isinstance(alpha, str) or not math.isfinite(alpha) or alpha <= 0:
-        raise ConfigError(f"method.alpha is {alpha}; a positive finite number or auto is wanted")
+        raise ConfigError(f"method.alpha={alpha}: expected a positive finite number or auto")
     if rslora:
         return alpha / math.sqrt(rank)
     return alpha / rank

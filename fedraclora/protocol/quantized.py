@@ -109,8 +109,9 @@ def decode(
             raise WireError(f"numbers of the kind {kind} came as {error}") from error
     if raw.dtype != torch.uint8 or raw.dim() != axes or raw.shape[-1] != size:
         raise WireError(
-            f"numbers of the kind {kind} came as {raw.dtype} of the shape {tuple(raw.shape)}; "
-            f"{size} bytes are wanted"
+            f"numbers of the kind {kind} came as {raw.dtype} of the shape {tuple(raw.shape)}, "
+            "expected "
+            f"{size} bytes"
         )
     packed = np.ascontiguousarray(np.atleast_2d(raw.cpu().numpy()))
     found = torch.from_numpy(ROUNDINGS[kind].decode(packed, [*map(int, sizes)], again))

@@ -45,7 +45,7 @@ def check_budgets(downlink: Downlink, cohort: Cohort) -> None:
     if downlink.ranks is not None and len(downlink.ranks) != len(cohort):
         raise ShapeError(
             f"a downlink to {len(cohort)} clients has rank budgets of shape "
-            f"{tuple(downlink.ranks.shape)}; one for each is wanted (a later exchange of a round "
+            f"{tuple(downlink.ranks.shape)}, expected one for each (a later exchange of a round "
             "asks only those that are left)"
         )
 
@@ -183,8 +183,8 @@ def widen(numbers: torch.Tensor, downlink: Downlink, places: torch.Tensor) -> to
         return numbers
     if tuple(numbers.shape) != (int(mask.sum()),):
         raise WireError(
-            f"{len(places)} clients sent numbers of shape {tuple(numbers.shape)}; "
-            f"{(int(mask.sum()),)} is wanted under the rank budgets {downlink.ranks}"
+            f"{len(places)} clients sent numbers of shape {tuple(numbers.shape)}, "
+            f"expected {(int(mask.sum()),)} under the rank budgets {downlink.ranks}"
         )
     rows = numbers.new_zeros(mask.shape)
     at = 0

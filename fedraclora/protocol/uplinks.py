@@ -182,7 +182,7 @@ class Uplinks:
             return self.summed
         if self.stacked is None:
             raise ShapeError(
-                "these uplinks have neither the clients' rows nor their sum; one of them is wanted"
+                "these uplinks have neither the clients' rows nor their sum, expected one of them"
             )
         return weighted_sum(self.stacked, self.weights, self.places)
 
@@ -303,7 +303,7 @@ def check_rows(
                 length = float(torch.linalg.vector_norm(row.double()))
                 reason = f"its update is too long, of norm {length:.3g}; lower local.lr"
         else:
-            reason = f"its weight is {weight}; a positive finite number is wanted"
+            reason = f"its weight is {weight}, expected a positive finite number"
         refused.append(Refusal(int(clients[k]), reason))
     return refused
 

@@ -384,8 +384,9 @@ def refuse_other(gradients: object, wanted: Mapping[str, tuple[int, ...]]) -> No
         came = shapes_of(gradients)
     if came != wanted:
         raise ConfigError(
-            f"a part of the local step (local.extras) gives {came!s:.200}; the gradients that it "
-            f"was given are wanted, by name, with an axis of clients first: {wanted!s:.200}"
+            f"a part of the local step (local.extras) gives {came!s:.200}, "
+            "expected the gradients that it "
+            f"was given, by name, with an axis of clients first: {wanted!s:.200}"
         )
 
 

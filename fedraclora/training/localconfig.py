@@ -168,7 +168,7 @@ class LocalConfig(Limited, group="local"):
     )
     def _keeps_moments(self) -> str:
         if self.optimizer_state_kept:
-            return f"local.optimizer_state_kept is {self.optimizer_state_kept}"
+            return f"local.optimizer_state_kept={self.optimizer_state_kept}"
         return "local.optimizer_state is run" if self.optimizer_state == "run" else ""
 
     @Feature(
@@ -219,7 +219,7 @@ class LocalConfig(Limited, group="local"):
         },
     )
     def _decays(self) -> str:
-        return f"local.weight_decay is {self.weight_decay}" if self.weight_decay > 0 else ""
+        return f"local.weight_decay={self.weight_decay}" if self.weight_decay > 0 else ""
 
     @Feature("local steps that are not plain SGD", instead="local=sgd")
     def _beside_plain_sgd(self) -> str:
@@ -246,7 +246,7 @@ class LocalConfig(Limited, group="local"):
             raise ConfigError("local.nesterov=true needs local.momentum above 0")
         if self.clip_by != "all" and self.clip is None:
             raise ConfigError(
-                f"local.clip_by is {self.clip_by}, but local.clip is null, so nothing is clipped; "
+                f"local.clip_by={self.clip_by}, but local.clip is null, so nothing is clipped; "
                 "set local.clip to the largest norm, or leave local.clip_by at all"
             )
         adaptive = self.OPTIMIZERS[1:]
@@ -265,7 +265,7 @@ class LocalConfig(Limited, group="local"):
         every = self.restart_every
         if every is not None and not 0 < self.warmup < every:
             raise ConfigError(
-                f"local.restart_every is {every}, and local.warmup is {self.warmup} rounds: with 0 "
+                f"local.restart_every={every}, and local.warmup={self.warmup} rounds: with 0 "
                 f"there is nothing to do again, and with {every} or more the step size never "
                 "reaches local.lr; set 0 < warmup < restart_every (under local=relora that is "
                 "method.merge_every), or restart_every=null"
@@ -276,7 +276,7 @@ class LocalConfig(Limited, group="local"):
             steps_itself = type(extra).optimizer is not ClientProgram.optimizer
             if extra.ends_moments or (self.optimizer_state == "rows" and steps_itself):
                 raise ConfigError(
-                    f"local.optimizer_state is {self.optimizer_state}, but under {extra.setting} "
+                    f"local.optimizer_state={self.optimizer_state}, but under {extra.setting} "
                     "moments mean "
                     "nothing beyond their round; set local.optimizer_state=round"
                 )
@@ -294,13 +294,13 @@ class LocalConfig(Limited, group="local"):
             )
         if self.optimizer_state != "round" and not moment_kinds(self):
             raise ConfigError(
-                f"local.optimizer_state is {self.optimizer_state}, but sgd without momentum has "
+                f"local.optimizer_state={self.optimizer_state}, but sgd without momentum has "
                 "none; "
                 "set local.momentum, take local=adamw, or leave it at round"
             )
         if self.optimizer_state_kept and self.optimizer_state != "merge":
             raise ConfigError(
-                f"local.optimizer_state_kept is {self.optimizer_state_kept}, but with "
+                f"local.optimizer_state_kept={self.optimizer_state_kept}, but with "
                 "local.optimizer_state="
                 f"{self.optimizer_state} nothing is reset at the end of a link; set "
                 "local.optimizer_state=merge"

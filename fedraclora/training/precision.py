@@ -50,7 +50,7 @@ def check_base(base: Tree, in_full: Sequence[str], changes: Mapping[str, bool]) 
     why = [said for said, holds in changes.items() if holds] + own
     if narrow and why:
         raise ConfigError(
-            f"model.base is {base_name(base[narrow[0]])}, but {why[0]}, and most of such a change "
+            f"model.base={base_name(base[narrow[0]])}, but {why[0]}, and most of such a change "
             "would be rounded away: set model.base=float32, or choose what stays beside the "
             "weights (a method that docs/methods.md does not mark `merges`, dora=false, "
             " server_optimizer=none, head=frozen, bias=frozen, modules_to_save=null)"
@@ -68,19 +68,19 @@ def check_precision(precision: str, model: nn.Module, device: torch.device) -> N
     if precision == FLOAT32:
         if narrow:
             raise ConfigError(
-                f"model.base is bfloat16 (weight {narrow[0]}), but precision is {precision}: "
+                f"model.base is bfloat16 (weight {narrow[0]}), but precision={precision}: "
                 "products with such weights are in bfloat16; set precision=bf16-mixed"
             )
         return
     for name, parameter in model.named_parameters():
         if parameter.dtype not in {torch.float32, torch.bfloat16}:
             raise ConfigError(
-                f"precision is {precision}, but weight {name} is {parameter.dtype}: mixed "
+                f"precision={precision}, but weight {name} is {parameter.dtype}: mixed "
                 "precision is for float32 weights; set precision=float32, which leaves them as "
                 "they are"
             )
     if device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
         raise ConfigError(
-            f"precision is {precision}, but {torch.cuda.get_device_name(device)} does not compute "
+            f"precision={precision}, but {torch.cuda.get_device_name(device)} does not compute "
             "in bfloat16; set precision=float32"
         )

@@ -45,7 +45,7 @@ class Trained:
             ClientError: Naming the number.
         """
         if not isinstance(self.metrics, Mapping):
-            raise ClientError(f"metrics is {self.metrics!r:.100}; a dict of numbers is wanted")
+            raise ClientError(f"metrics is {self.metrics!r:.100}, expected a dict of numbers")
         told = {str(n): _number(f"metrics[{n!r}]", v) for n, v in self.metrics.items()}
         counts = {key: _count(key, getattr(self, key)) for key in ("samples", "steps")}
         loss = None if self.loss is None else _number("loss", self.loss)
@@ -60,7 +60,7 @@ def _count(name: str, value: Any) -> int:
         found = 0
     if not 1 <= found < 2**63:
         raise ClientError(
-            f"{name} is {value!r:.100}; a whole number from 1 to {2**63 - 1} is wanted"
+            f"{name} is {value!r:.100}, expected a whole number from 1 to {2**63 - 1}"
         )
     return found
 
@@ -71,7 +71,7 @@ def _number(name: str, value: object) -> float:
     except (TypeError, ValueError, RuntimeError):
         found = math.nan
     if not math.isfinite(found):
-        raise ClientError(f"{name} is {value!r:.100}; a finite number is wanted")
+        raise ClientError(f"{name} is {value!r:.100}, expected a finite number")
     return found
 
 

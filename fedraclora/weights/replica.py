@@ -68,9 +68,9 @@ class StoredReplica(Replica):
     part: so a round writes what it trains, and nothing where no weight has changed.
 
     Args:
-        folder: Where they lie; made with the first.
+        folder: Where they lie, expected made with the first.
         plan: Of the run: how links are folded in.
-        device: Where they are wanted.
+        device: Where they.
     """
 
     def __init__(self, folder: Path, plan: Plan, device: torch.device) -> None:

@@ -28,7 +28,7 @@ def check_kind(value: object, what: str) -> str:
         WireError: If it is none of the kinds.
     """
     if value not in (FULL, *ROUNDED):
-        raise WireError(f"{what} is {shown(value)}; one of {(FULL, *ROUNDED)} is wanted")
+        raise WireError(f"{what} is {shown(value)}, expected one of {(FULL, *ROUNDED)}")
     return str(value)
 
 
@@ -41,15 +41,15 @@ def check_request(request: TrainRequest) -> TrainRequest:
     clients, places = request.clients, request.places
     if not len(clients) or (clients < 0).any() or (clients.diff() <= 0).any():
         raise WireError(
-            f"a message is for the clients {shown(clients.tolist())}; ids from 0 on in ascending "
-            "order are wanted"
+            f"a message is for the clients {shown(clients.tolist())}, "
+            "expected ids from 0 on in ascending order"
         )
     if places is not None and not (
         len(places) == len(clients) and places[0] == request.first and (places.diff() > 0).all()
     ):
         raise WireError(
-            f"the places of {len(clients)} clients in the cohort are {shown(places.tolist())}; one "
-            f"for each, from {request.first} on in ascending order, is wanted"
+            f"the places of {len(clients)} clients in the cohort are {shown(places.tolist())}, "
+            f"expected one for each, from {request.first} on in ascending order"
         )
     for name, value, wanted in (
         ("reduce", request.reduce, WEIGHTS),
@@ -57,9 +57,9 @@ def check_request(request: TrainRequest) -> TrainRequest:
         ("coding", request.coding, (NONE, ZSTD)),
     ):
         if value not in wanted:
-            raise WireError(f"{name} is {shown(value)}; one of {wanted} is wanted")
+            raise WireError(f"{name} is {shown(value)}, expected one of {wanted}")
     if request.clip is not None and not real(request.clip, "clip") > 0:
-        raise WireError(f"clip is {shown(request.clip)}; a positive number is wanted")
+        raise WireError(f"clip is {shown(request.clip)}, expected a positive number")
     check_kind(request.uplink, "uplink")
     whole(request.round_, "its round")
     whole(request.version, "its version")
@@ -77,8 +77,9 @@ def ranks_of(ranks: torch.Tensor, clients: int) -> torch.Tensor:
     pairs = ranks.reshape(-1, 2) if len(ranks) == 2 * clients else ranks.new_zeros(1, 2)
     if not ((pairs[:, 0] >= 0) & (pairs[:, 0] < pairs[:, 1])).all():
         raise WireError(
-            f"the rank budgets of {clients} clients are {shown(ranks.tolist())}; for each a number "
-            "from 1 on, or the first component and the one after the last, is wanted"
+            f"the rank budgets of {clients} clients are {shown(ranks.tolist())}, "
+            "expected for each a number from 1 on, or the first component and the one after the "
+            "last"
         )
     return pairs
 
@@ -135,8 +136,9 @@ def _check_factor(key: str, factor: Factor, own: bool) -> None:
             raise WireError(f"the coefficients of {key} are no matrix of float64")
         if not len(C) <= drawing.dim or C.shape[1] <= drawing.rank:
             raise WireError(
-                f"the coefficients of {key} have the shape {tuple(C.shape)}; a row for each "
-                f"component, and more columns than the {drawing.rank} of its drawing, are wanted"
+                f"the coefficients of {key} have the shape {tuple(C.shape)}, "
+                f"expected a row for each component, and more columns than the {drawing.rank} of "
+                "its drawing"
             )
     inferred = replace(factor, trained=False, shape=())
     found = inferred.shape if numbers is None else tuple(numbers.shape[own:])

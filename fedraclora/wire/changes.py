@@ -130,7 +130,7 @@ class Changes:
         if raw.dtype != torch.uint8 or tuple(raw.shape) != (size,):
             raise WireError(
                 f"numbers of the kind {self.kind} came as {raw.dtype} of the shape "
-                f"{tuple(raw.shape)}; {size} bytes are wanted"
+                f"{tuple(raw.shape)}, expected {size} bytes"
             )
         found, starts, at = [torch.zeros(0, dtype=dtype)], self._starts(self.clients), 0
         for index, kept, sizes, each in parts:

@@ -76,7 +76,7 @@ def parsed(text: object, what: str) -> dict[str, Any]:
         WireError: If it is none, names a key twice, or has a number that JSON does not know.
     """
     if not isinstance(text, str):
-        raise WireError(f"{what} is {shown(text)}; a text of JSON is wanted")
+        raise WireError(f"{what} is {shown(text)}, expected a text of JSON")
     try:
         found = json.loads(text, parse_constant=_no_number, object_pairs_hook=_once)
     except (ValueError, RecursionError) as error:
@@ -102,7 +102,7 @@ def whole(value: object, what: str, least: int = 0, most: int = LARGEST) -> int:
         WireError: If it is none, or outside of ``least`` to ``most``; a truth value is none.
     """
     if type(value) is not int or not least <= value <= most:
-        raise WireError(f"{what} is {shown(value)}; a whole number of at least {least} is wanted")
+        raise WireError(f"{what} is {shown(value)}, expected a whole number of at least {least}")
     return value
 
 
@@ -113,7 +113,7 @@ def real(value: object, what: str) -> float:
         WireError: If it is none.
     """
     if type(value) not in {int, float} or not math.isfinite(float(value)):  # type: ignore[arg-type]
-        raise WireError(f"{what} is {shown(value)}; a finite number is wanted")
+        raise WireError(f"{what} is {shown(value)}, expected a finite number")
     return value  # type: ignore[return-value]
 
 
@@ -124,7 +124,7 @@ def named(value: object, what: str) -> str:
         WireError: If it is no text, or one that no name is.
     """
     if not isinstance(value, str) or len(value) > LONGEST or not value.isprintable():
-        raise WireError(f"{what} is {shown(value)}; a name is wanted")
+        raise WireError(f"{what} is {shown(value)}, expected a name")
     return value
 
 
@@ -135,9 +135,9 @@ def listed(value: object, what: str, most: int | None = None) -> Sequence[Any]:
         WireError: If it is none, or has more than ``most`` elements.
     """
     if not isinstance(value, list | tuple):
-        raise WireError(f"{what} is {shown(value)}; a list is wanted")
+        raise WireError(f"{what} is {shown(value)}, expected a list")
     if most is not None and len(value) > most:
-        raise WireError(f"{what} has {len(value)} elements; at most {most} are wanted")
+        raise WireError(f"{what} has {len(value)} elements, expected at most {most}")
     return value
 
 
@@ -148,7 +148,7 @@ def mapping(value: object, what: str) -> dict[str, Any]:
         WireError: If it is none.
     """
     if not isinstance(value, dict):
-        raise WireError(f"{what} is {shown(value)}; a JSON object is wanted")
+        raise WireError(f"{what} is {shown(value)}, expected a JSON object")
     return value
 
 
@@ -174,7 +174,7 @@ def layout_of(shapes: object, what: str) -> Layout:
     found = []
     for pair in listed(shapes, what):
         if not isinstance(pair, list | tuple) or len(pair) != 2:
-            raise WireError(f"{what} holds {shown(pair)}; a name and a shape are wanted")
+            raise WireError(f"{what} holds {shown(pair)}, expected a name and a shape")
         found.append((named(pair[0], what), shape_of(pair[1], what)))
     if len(dict(found)) != len(found):
         raise WireError(f"{what} names a tensor twice")

@@ -43,13 +43,13 @@ def received(answer: Answer, ask: Ask) -> Answer:
         WireError: Saying what came and what was wanted.
     """
     if type(answer) is not (kind := answer_kind(ask)):
-        raise WireError(f"the reply is {answer.name!r}; one that is {kind.name!r} is wanted")
+        raise WireError(f"the reply is {answer.name!r}, expected one that is {kind.name!r}")
     whole(answer.round_, "its round")
     whole(answer.version, "its version")
     for name, vector in answer.vectors.items():
         _check_vector(name, vector)
     if len(answer.notes) > MANY:
-        raise WireError(f"notes has {len(answer.notes)} elements; at most {MANY} are wanted")
+        raise WireError(f"notes has {len(answer.notes)} elements, expected at most {MANY}")
     changes: dict[str, Any] = {
         "failures": {c: printable(why) for c, why in answer.failures.items()},
         "notes": [printable(note) for note in answer.notes],
@@ -64,7 +64,7 @@ def received(answer: Answer, ask: Ask) -> Answer:
             whole(answer.first, "the place of its first client")
             layout_of(answer.layout.shapes, "the layout")
             if len(answer.pieces) != 1:
-                raise WireError(f"the reply has {len(answer.pieces)} arrays; one is wanted")
+                raise WireError(f"the reply has {len(answer.pieces)} arrays, expected one")
     if isinstance(answer, FromTraining):
         _check_training(answer, ask)
         changes["metrics"] = {printable(n): told for n, told in answer.metrics.items()}
@@ -79,8 +79,9 @@ def received(answer: Answer, ask: Ask) -> Answer:
 def _check_vector(name: str, vector: torch.Tensor) -> None:
     if vector.dtype != VECTORS[name] or vector.dim() != 1:
         raise WireError(
-            f"{name} has the shape {tuple(vector.shape)} and the type {vector.dtype}; a row of "
-            f"{VECTORS[name]} is wanted"
+            f"{name} has the shape {tuple(vector.shape)} and the type {vector.dtype}, "
+            "expected a row of "
+            f"{VECTORS[name]}"
         )
 
 
@@ -133,7 +134,7 @@ def checked(answer: Answer, ask: Ask, kind: type[A], wanted: Wanted) -> A:
     """
     who, right = _who(answer), answer_kind(ask)
     if type(answer) is not right or not isinstance(answer, kind):
-        raise WireError(f"{who} sent what is {answer.name!r}; {right.name!r} is wanted")
+        raise WireError(f"{who} sent what is {answer.name!r}, expected {right.name!r}")
     if (answer.round_, answer.version) != (wanted.round_, wanted.version):
         raise WireError(
             f"clients {answer.clients.tolist()} answered for round {answer.round_} from version "
@@ -186,5 +187,5 @@ def _check_sizes(answer: Worked, layout: Layout, *, cut: bool) -> None:
     if not fits or set(lengths) != {count}:
         raise WireError(
             f"round {answer.round_}: a reply has rows of shape {shape} and {lengths} "
-            f"ids, losses and sizes; {(rows, layout.size)} and {count} of each are wanted"
+            f"ids, losses and sizes, expected {(rows, layout.size)} and {count} of each"
         )

@@ -80,7 +80,7 @@ class LoopConfig(WaitPolicy):
 
     @Feature("compression.uplink in fewer bits", instead="compression.uplink=float32")
     def _rounds_up(self) -> str:
-        return f"compression.uplink is {self.uplink}" if self.uplink != FULL else ""
+        return f"compression.uplink={self.uplink}" if self.uplink != FULL else ""
 
     @Feature(
         "compression.uplink=eden1",
@@ -103,7 +103,7 @@ class LoopConfig(WaitPolicy):
         },
     )
     def _rounds_down(self) -> str:
-        return f"compression.downlink is {self.downlink}" if self.downlink != FULL else ""
+        return f"compression.downlink={self.downlink}" if self.downlink != FULL else ""
 
     @Feature(
         "compression.feedback=true",

@@ -157,7 +157,7 @@ class Factored(Probing, Drawn):
 
     @PARTS_OF_WEIGHTS
     def _begins_with_parts(self) -> str:  # some begin with a probe, which holds none yet
-        return f"method.init is {self.init}" if self.init in STARTS else ""
+        return f"method.init={self.init}" if self.init in STARTS else ""
 
     @override
     def check_initial(self) -> None:

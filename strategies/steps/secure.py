@@ -121,7 +121,7 @@ class SecureSum(RoundStep):
     @Feature("a cohort of two or less", instead="clients_per_round=3 or more")
     def _asks_few(self) -> str:
         cohort = self.run.loop.cohort
-        return f"clients_per_round is {cohort}" if cohort < LEAST_CLIENTS else ""
+        return f"clients_per_round={cohort}" if cohort < LEAST_CLIENTS else ""
 
     @override
     def open(self, recorder: RunRecorder, done: int, cohort_of: CohortOf) -> None:

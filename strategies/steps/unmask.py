@@ -78,7 +78,7 @@ class Session:
             if not short:
                 return leaves
             leaves |= {
-                c: f"only {n} of its neighbours are left; {self.threshold} or more are wanted"
+                c: f"only {n} of its neighbours are left, expected {self.threshold} or more"
                 for c, n in short.items()
             }
             self._forget(short)

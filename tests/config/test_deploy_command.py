@@ -60,9 +60,9 @@ def nothing_starts(monkeypatch: pytest.MonkeyPatch) -> None:
         (["nodes=3", "engine=ray"], "engine=ray"),
         (["nodes=3", "engine=inlne"], "did you mean 'inline'?"),
         (["nodes=3", "clints=3"], "unknown key 'clints'; did you mean 'clients'?"),
-        (["nodes=3", "engine.min_clients=0"], "engine.min_clients is 0"),
-        (["nodes=3", "engine.timeout=0"], "engine.timeout is 0"),
-        (["nodes=3", "engine.max_samples=0"], "engine.max_samples is 0"),
+        (["nodes=3", "engine.min_clients=0"], "engine.min_clients=0"),
+        (["nodes=3", "engine.timeout=0"], "engine.timeout=0"),
+        (["nodes=3", "engine.max_samples=0"], "engine.max_samples=0"),
         (["nodes=3", "engine.chunk=auto"], "engine.chunk"),
         (["nodes=3", "max_failures=1"], "engine.min_clients says how many clients a round needs"),
         (["nodes=3", "system=phones"], "engine=deploy does not go with system: devices"),
@@ -102,7 +102,7 @@ def test_clients_are_as_many_as_nodes_unless_typed(
     words: list[str], clients: int, cohort: int, tmp_path: Path
 ) -> None:
     if cohort > clients:
-        with pytest.raises(Exception, match=r"clients_per_round is 20.*8 clients"):
+        with pytest.raises(Exception, match=r"clients_per_round=20.*8 clients"):
             deploy.prepare([*SMALL, *words], 3)
         return
     asked = deploy.prepare([*SMALL, *words, f"output.dir={tmp_path}/run"], 3)

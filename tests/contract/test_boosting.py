@@ -86,5 +86,5 @@ def test_impossible_numbers_are_refused(key: str, value: float) -> None:
 
 
 def test_more_than_all_layers_are_refused() -> None:
-    with pytest.raises(ConfigError, match=r"method\.layers is 1\.5"):
+    with pytest.raises(ConfigError, match=r"method\.layers=1\.5"):
         XgbLora(layers=1.5)

@@ -302,7 +302,7 @@ def test_a_method_inside_another_is_looked_at() -> None:
     ("changes", "told"),
     [
         ({"speed": None, "jitter": 0.0}, "clients that take time"),
-        ({"buffer": 0}, "system.buffer is 0; 1 or more"),
+        ({"buffer": 0}, "system.buffer=0: expected 1 or more"),
         ({"deadline": 3.0}, "set it to null"),
         ({"over_select": 1.5}, "set it to 1.0"),
     ],

@@ -261,7 +261,7 @@ HERE = "tests.contract.test_compatibility"
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        ([f"method={HERE}:Exacting", "compression.uplink=int8"], "compression.uplink is int8"),
+        ([f"method={HERE}:Exacting", "compression.uplink=int8"], "compression.uplink=int8"),
         ([f"aggregator={HERE}:Choosy", "local.weight_decay=0.1"], "strict is true"),
         ([f"local.extras=[{HERE}:Planned]"], "a test program needs local.steps"),
     ],

@@ -71,10 +71,10 @@ VARYING = [
 @pytest.mark.parametrize("variant", VARYING, ids=label)
 def test_moments_of_other_tensors_are_not_handed_on(variant: Variant, world: World) -> None:
     name, changes = variant
-    with pytest.raises(ConfigError, match=r"other tensors .*local\.optimizer_state is run"):
+    with pytest.raises(ConfigError, match=r"other tensors .*local\.optimizer_state (is |=)run"):
         run(world, make_method(name, **changes), LINKS, rounds=2)
     some = replace(LINKS, optimizer_state="merge", optimizer_state_kept=0.5)
-    with pytest.raises(ConfigError, match=r"local.optimizer_state_kept is 0.5"):
+    with pytest.raises(ConfigError, match=r"local.optimizer_state_kept=0.5"):
         run(world, make_method(name, **changes), some, rounds=2)
     often = allocated(make_method("fed_rac_lora"), HeteroLora(share=0.67, every=1))
     with pytest.raises(ConfigError, match=r"local.optimizer_state=round or merge"):
@@ -114,7 +114,7 @@ def test_noise_on_what_must_stay_is_refused(name: str, world: World) -> None:
 
 def test_decay_of_what_a_mask_leaves_alone_is_refused(world: World) -> None:
     method, decay = make_method("slora", density=0.2), LocalConfig(lr=0.1, weight_decay=0.01)
-    with pytest.raises(ConfigError, match=r"local\.weight_decay is 0\.01.: decay would"):
+    with pytest.raises(ConfigError, match=r"local\.weight_decay=0\.01.: decay would"):
         run(world, method, decay, rounds=1)
     run(world, make_method("ravan"), decay, rounds=1)  # beside its blocks is zero, and stays so
     moved = run(world, method, RAGGED, rounds=1).weights

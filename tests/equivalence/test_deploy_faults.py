@@ -363,5 +363,5 @@ def test_a_run_whose_clients_never_come_stops(tmp_path: Path) -> None:
 
 def test_the_same_faults_end_a_simulation(tmp_path: Path) -> None:
     """There is nobody else to blame: max_failures=0, and nonsense is an error of the program."""
-    with pytest.raises(Exception, match=r"engine=deploy .*max_failures is 1"):
+    with pytest.raises(Exception, match=r"engine=deploy .*max_failures=1"):
         deploy(["max_failures=1"], tmp_path / "run", Network(tmp_path / "cache", nodes_for(3)))

@@ -114,7 +114,7 @@ def test_what_is_trained_stays_in_float32() -> None:
 
 def test_float64_is_refused() -> None:
     case = CASES["mlp"]()
-    with pytest.raises(ConfigError, match=r"precision is bf16-mixed.*fc1.* is torch"):
+    with pytest.raises(ConfigError, match=r"precision=bf16-mixed.*fc1.* is torch"):
         CohortTrainer(
             case.task,
             case.plan(),

@@ -170,5 +170,5 @@ def test_a_client_measures_once_in_a_round_and_trains_all_the_same() -> None:
 def test_what_would_cost_privacy_that_nobody_accounts_is_refused(
     words: list[str], said: str
 ) -> None:
-    with pytest.raises(ConfigError, match=rf"{said}.*evaluate\.clients is round.*without noise"):
+    with pytest.raises(ConfigError, match=rf"{said}.*evaluate\.clients=round.*without noise"):
         simulated("evaluate.clients=round", *words)

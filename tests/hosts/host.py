@@ -184,7 +184,7 @@ def _limit(where: Namespaces, device: str, rate: str | None) -> None:
         return
     found = re.fullmatch(r"([\d.]+)([kmg]bit)", rate)
     if found is None:
-        raise ValueError(f"rate is {rate!r}; 10mbit, 500kbit or 1gbit are wanted")
+        raise ValueError(f"rate={rate!r}: expected 10mbit, 500kbit or 1gbit")
     burst = max(16_000, int(float(found[1]) * UNITS[found[2]] / 8 / 100))
     limits = f"tbf rate {rate} burst {burst} latency 300ms"
     where.run(["tc", "qdisc", "add", "dev", device, "root", *limits.split()])

@@ -67,13 +67,13 @@ def test_a_folder_gives_what_was_saved(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"config": None}, r"model\.path is None .*model\.config is None"),
-        ({"path": "x"}, r"model\.path is x .*model\.config is .*set one"),
+        ({"config": None}, r"model\.path=None .*model\.config=None"),
+        ({"path": "x"}, r"model\.path=x .*model\.config=.*set one"),
         ({"config": {"model_type": "lama"}}, "model.config.model_type.*'lama'.*llama"),
         ({"config": {}}, "model.config.model_type"),
         ({"config": {**LLAMA, "num_attention_heads": 3}}, "makes no model"),
         ({"base": "int3"}, "model.base.*'int3'"),
-        ({"dropout": 0.1}, r"model\.dropout is 0\.1.*LlamaForCausalLM"),
+        ({"dropout": 0.1}, r"model\.dropout=0\.1.*LlamaForCausalLM"),
         ({"layers": 3}, r"model\.layers=3: .*2 layers"),
         ({"shape": (4,)}, "model=causal_lm reads token ids"),
         ({"attention": "flash"}, "model.attention .flash"),
@@ -269,7 +269,7 @@ def test_a_narrow_base_stays_as_it_is(method: str, questions: Path, tokenizer: s
     [
         (["method=fed_rac_lora"], "method=fed_rac_lora merges"),
         (["method=pool_rac_lora", "method.refresh=4"], "method=pool_rac_lora merges each update"),
-        (["method=fed_relora"], r"model\.base is bfloat16.*method=fed_relora merges"),
+        (["method=fed_relora"], r"model\.base=bfloat16.*method=fed_relora merges"),
         (["method=ffa_lora", "head=full"], r"lm_head\.weight is trained"),
         (["method=fedavg_lora", "dora=true"], "dora=true rescales the weights"),
         (["method=ffa_lora", "precision=float32"], "set precision=bf16-mixed"),
@@ -286,7 +286,7 @@ def test_a_narrow_base_is_never_merged_into(
     ("words", "said"),
     [
         (["target_modules=[query]"], "target_modules=.*unknown target layer 'query'"),
-        (["method.rank=17", "method.cap=false"], "method.rank is 17, but .* has only 16"),
+        (["method.rank=17", "method.cap=false"], "method.rank=17, but .* has only 16"),
         (["head=full", "+model.config.tie_word_embeddings=true"], "lm_head.weight is tied to"),
         (["+model.config.vocab_size=9"], r"token id .*9 tokens"),
         (["partition=iid", "clients=90", "clients_per_round=2"], "partition=iid"),

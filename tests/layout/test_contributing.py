@@ -153,5 +153,5 @@ def test_the_example_of_a_client_program_runs_as_it_is_printed(
     after = hook(gradients, {})
     assert after["w/B"].sum(dim=(0, 2)).tolist() == [6.0, 6.0, 0.0, 0.0]
     assert torch.equal(after["bias"], gradients["bias"])
-    with pytest.raises(ConfigError, match=r"method.share is 2"):
+    with pytest.raises(ConfigError, match=r"method.share=2"):
         found["SomeRows"](share=2.0)

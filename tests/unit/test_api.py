@@ -137,7 +137,7 @@ BAD: dict[str, tuple[tuple[Any, ...], dict[str, Any], str]] = {
     "choice": ((), {"method": "fedavgg"}, "fedavg"),
     "key": ((), {"round": 3}, "rounds"),
     "inner": (({"local": {"learning": 1.0}},), {}, "learning"),
-    "value": ((), {"clients_per_round": 7}, "clients_per_round is 7, but there are only 6 clients"),
+    "value": ((), {"clients_per_round": 7}, "clients_per_round=7, but there are only 6 clients"),
     "deploy": ((), {"engine": "deploy"}, "Run `fedraclora deploy` with"),
     "object": ((), {"rounds": torch.ones(2)}, "rounds is of type Tensor"),
     "no word": ((5,), {}, "5 is of type int"),

@@ -99,5 +99,5 @@ def test_a_little_is_enough_by_hand() -> None:
 @pytest.mark.parametrize("name", ATTACKS)
 def test_impossible_shares_are_refused(name: str) -> None:
     for share in (-0.1, 1.1, float("nan")):
-        with pytest.raises(ConfigError, match=f"attack.share is {share}"):
+        with pytest.raises(ConfigError, match=f"attack.share={share}"):
             ATTACKS[name](share)

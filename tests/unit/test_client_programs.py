@@ -158,7 +158,7 @@ def test_a_message_holds_a_program_by_name_and_fields(program: ClientProgram) ->
         ({"is": "block_diagonal"}, "fields of BlockDiagonal"),
         ({"is": "block_diagonal", "blocks": 3, "more": 1}, "fields of BlockDiagonal"),
         ({"is": "block_diagonal", "blocks": "x"}, "program/blocks"),
-        ({"is": "block_diagonal", "blocks": 0}, "blocks is 0"),
+        ({"is": "block_diagonal", "blocks": 0}, "blocks=0"),
         (7, "program"),
     ],
 )
@@ -215,5 +215,5 @@ def test_the_limits_of_a_method_hold_whatever_it_derives_from() -> None:
         directions: Count = 1
 
     check_method(Bare())
-    with pytest.raises(ConfigError, match=r"method.directions is 0.*1 or more"):
+    with pytest.raises(ConfigError, match=r"method.directions=0.*1 or more"):
         check_method(Bare(directions=0))

@@ -144,7 +144,7 @@ BAD = {
         lambda: select_labels(DATASETS["least_squares"](clients=1, samples=2, features=2), [0, 1]),
         "data.labels=null",
     ),
-    "fraction": (lambda: hold_out(data_set([0, 1, 2]), 1.5, 0), "data.validation is 1.5"),
+    "fraction": (lambda: hold_out(data_set([0, 1, 2]), 1.5, 0), "data.validation=1.5"),
     "nothing held": (lambda: hold_out(data_set([0, 1, 2]), 0.01, 0), "0 to validate on"),
 }
 

@@ -174,15 +174,15 @@ def test_empty_clients_are_dropped_on_request_and_refused_otherwise():
 BAD = {
     "name": ({"name": "dirichlett"}, "did you mean 'dirichlet'"),
     "empty": ({"name": "iid", "empty": "skip"}, "unknown partition.empty 'skip'.*drop, error"),
-    "clients": ({"name": "iid", "clients": 0}, "clients is 0"),
+    "clients": ({"name": "iid", "clients": 0}, "clients=0"),
     "clients null": ({"name": "iid", "clients": None}, "clients is not set"),
     "clients many": (
         {"name": "dirichlet", "alpha": 1.0, "clients": 401},
         "clients=401.*400 samples",
     ),
-    "alpha": ({"name": "dirichlet", "alpha": 0.0}, "partition.alpha is 0.0; a positive"),
-    "alpha word": ({"name": "fedslop", "alpha": "x"}, "partition.alpha is 'x'; float"),
-    "min_size": ({"name": "dirichlet", "alpha": 1.0, "min_size": -1}, "partition.min_size is -1"),
+    "alpha": ({"name": "dirichlet", "alpha": 0.0}, "partition.alpha=0.0: expected a positive"),
+    "alpha word": ({"name": "fedslop", "alpha": "x"}, "partition.alpha='x': expected float"),
+    "min_size": ({"name": "dirichlet", "alpha": 1.0, "min_size": -1}, "partition.min_size=-1"),
     "min_size high": (
         {"name": "dirichlet", "alpha": 0.1, "min_size": 79},
         "partition.alpha=0.1, partition.min_size=79",
@@ -195,7 +195,7 @@ BAD = {
         {"name": "shards", "shards_per_client": None},
         "partition.shards_per_client or partition.shard_size",
     ),
-    "shard_size": ({"name": "shards", "shard_size": 0}, "partition.shard_size is 0"),
+    "shard_size": ({"name": "shards", "shard_size": 0}, "partition.shard_size=0"),
     "shards many": ({"name": "shards", "shard_size": 300}, "partition.shard_size=300"),
     "column": ({"name": "natural", "column": "fim"}, "did you mean 'film'"),
     "natural clients": (
@@ -214,7 +214,7 @@ BAD = {
         {"name": "natural", "column": "film", "largest": 10, "clients": None},
         "partition.largest=10, but film has 9 values.*largest=9",
     ),
-    "least": ({"name": "natural", "column": "film", "least": 0}, "partition.least is 0"),
+    "least": ({"name": "natural", "column": "film", "least": 0}, "partition.least=0"),
     "given": ({"name": "given"}, "has no division"),
 }
 

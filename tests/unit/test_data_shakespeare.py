@@ -100,9 +100,9 @@ def test_plays_set_aside_are_nobodys(folder: Path, names: list[str]) -> None:
 
 BAD = {
     "path": ({"path": "nowhere"}, DataError, "data.path=nowhere"),
-    "length": ({"length": 1}, ConfigError, "data.length is 1"),
-    "least": ({"least": 0}, ConfigError, "data.least is 0"),
-    "test": ({"test_fraction": 1.0}, ConfigError, "data.test_fraction is 1.0"),
+    "length": ({"length": 1}, ConfigError, "data.length=1"),
+    "least": ({"least": 0}, ConfigError, "data.least=0"),
+    "test": ({"test_fraction": 1.0}, ConfigError, "data.test_fraction=1.0"),
     "aside": ({"aside": ["comedy"]}, ConfigError, "data.aside.*did you mean 'comedies'"),
     "nobody": ({"least": 999}, ConfigError, "data.least=999.*no role of these plays"),
 }

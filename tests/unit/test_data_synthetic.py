@@ -165,28 +165,28 @@ def test_a_loss_without_a_minimum_is_refused(case):
 
 
 BAD = {
-    "clients": ("least_squares", {"clients": 0}, "clients is 0"),
-    "samples": ("least_squares", {"samples": 1.5}, "data.samples is 1.5"),
-    "features": ("logistic_regression", {"features": -1}, "data.features is -1"),
-    "outputs": ("least_squares", {"outputs": 0}, "data.outputs is 0"),
-    "noise": ("least_squares", {"noise": -1.0}, "data.noise is -1.0"),
+    "clients": ("least_squares", {"clients": 0}, "clients=0"),
+    "samples": ("least_squares", {"samples": 1.5}, "data.samples=1.5"),
+    "features": ("logistic_regression", {"features": -1}, "data.features=-1"),
+    "outputs": ("least_squares", {"outputs": 0}, "data.outputs=0"),
+    "noise": ("least_squares", {"noise": -1.0}, "data.noise=-1.0"),
     "heterogeneity": (
         "least_squares",
         {"heterogeneity": float("nan")},
-        "heterogeneity is nan",
+        "heterogeneity=nan",
     ),
     "condition": (
         "logistic_regression",
         {"condition": 0.5},
-        "condition is 0.5; .* from 1 on",
+        "condition=0.5: expected .* from 1 on",
     ),
-    "flip": ("logistic_regression", {"flip": 0.5}, "data.flip is 0.5"),
+    "flip": ("logistic_regression", {"flip": 0.5}, "data.flip=0.5"),
     "dtype": (
         "least_squares",
         {"dtype": "bfloat16"},
         "data.dtype 'bfloat16'.*float32, float64",
     ),
-    "alpha": ("fedprox_synthetic", {"clients": 2, "alpha": -1.0}, "data.alpha is -1.0"),
+    "alpha": ("fedprox_synthetic", {"clients": 2, "alpha": -1.0}, "data.alpha=-1.0"),
     "separable": ("logistic_regression", {"flip": 0.0}, "no finite minimum"),
 }
 

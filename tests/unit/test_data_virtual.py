@@ -300,18 +300,18 @@ def test_clients_to_look_at_are_spread_over_the_population() -> None:
 
 
 BAD = {
-    "clients": ({"clients": 0}, "clients is 0"),
-    "clients null": ({"clients": None}, "clients is None"),
-    "samples": ({"samples": 0}, "data.samples is 0"),
+    "clients": ({"clients": 0}, "clients=0"),
+    "clients null": ({"clients": None}, "clients=None"),
+    "samples": ({"samples": 0}, "data.samples=0"),
     "sizes": ({"sizes": "normal"}, "unknown data.sizes 'normal'.*constant, lognormal, pareto"),
-    "spread": ({"spread": -0.1}, "data.spread is -0.1"),
-    "features": ({"features": 0}, "data.features is 0"),
-    "classes": ({"classes": 1}, "data.classes is 1; 2 or more"),
-    "clouds": ({"clouds": 0}, "data.clouds is 0"),
-    "noise": ({"noise": float("inf")}, "data.noise is inf"),
-    "shift": ({"shift": -1}, "data.shift is -1"),
-    "alpha": ({"alpha": 0.0}, "data.alpha is 0.0; a positive"),
-    "held_out": ({"held_out": 0}, "data.held_out is 0"),
+    "spread": ({"spread": -0.1}, "data.spread=-0.1"),
+    "features": ({"features": 0}, "data.features=0"),
+    "classes": ({"classes": 1}, "data.classes=1: expected 2 or more"),
+    "clouds": ({"clouds": 0}, "data.clouds=0"),
+    "noise": ({"noise": float("inf")}, "data.noise=inf"),
+    "shift": ({"shift": -1}, "data.shift=-1"),
+    "alpha": ({"alpha": 0.0}, "data.alpha=0.0: expected a positive"),
+    "held_out": ({"held_out": 0}, "data.held_out=0"),
     "dtype": ({"dtype": "bfloat16"}, "unknown data.dtype 'bfloat16'"),
 }
 
@@ -325,7 +325,7 @@ def test_bad_input_names_the_key(change: dict[str, object], words: str) -> None:
 @pytest.mark.parametrize("change", [{"samples": 0}, {"alpha": -1.0}, {"sizes": "x"}])
 def test_bad_input_of_a_bootstrap_names_the_key(change: dict[str, object]) -> None:
     key, value = next(iter(change.items()))
-    with pytest.raises(ConfigError, match=rf"partition.{key} (is )?'?{value}"):
+    with pytest.raises(ConfigError, match=rf"partition.{key}='?{value}"):
         bootstrap(table(), **{"clients": 5, "seed": 0, "samples": 9} | change)
 
 

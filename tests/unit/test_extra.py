@@ -160,5 +160,5 @@ class Forgetful(ClientProgram):
 
 
 def test_what_it_says_of_its_moments_is_heeded() -> None:
-    with pytest.raises(ConfigError, match=r"local\.optimizer_state is run, .*local\.forgets=0\.5"):
+    with pytest.raises(ConfigError, match=r"local\.optimizer_state=run, .*local\.forgets=0\.5"):
         Mine(momentum=0.5, optimizer_state="run", mine=Forgetful(0.5))

@@ -273,13 +273,13 @@ BAD = {
     "mlp on text": ("mlp", {"shape": ()}, "model=mlp.*token ids"),
     "text on dense": ("transformer", {"shape": (6,)}, r"model=transformer.*\(6,\).*model=mlp"),
     "classes": ("mlp", {"classes": 0}, "number of outputs"),
-    "hidden": ("mlp", {"hidden": [5, 0]}, r"model.hidden\[1\] is 0"),
+    "hidden": ("mlp", {"hidden": [5, 0]}, r"model.hidden\[1\]=0"),
     "no hidden": ("mlp", {"hidden": []}, "model=linear"),
-    "dropout": ("mlp", {"dropout": 1.0}, "model.dropout is 1.0"),
+    "dropout": ("mlp", {"dropout": 1.0}, "model.dropout=1.0"),
     "no image": ("cnn", {"shape": (60,)}, "square number of pixels"),
     "small image": ("cnn", {"shape": (9,)}, "model.channels.*nothing is left of 3 x 3 pixels"),
     "no channels": ("cnn", {"channels": []}, "model.channels"),
-    "channels": ("cnn", {"channels": [0]}, r"model.channels\[0\] is 0"),
+    "channels": ("cnn", {"channels": [0]}, r"model.channels\[0\]=0"),
     "cnn hidden": ("cnn", {"hidden": 0}, "model.hidden"),
     "gpt on dense": ("gpt", {"shape": (6,)}, r"model=gpt.*\(6,\)"),
     "gpt heads": ("gpt", {"heads": 3}, "model.hidden=8.*model.heads=3"),
@@ -393,7 +393,7 @@ def test_a_rate_that_no_module_takes_is_refused(kind, tmp_path):
     transformers.AutoModelForSequenceClassification.from_config(config).save_pretrained(tmp_path)
     arguments = {"shape": (), "classes": 3, "seed": 0, "path": str(tmp_path)}
     assert MODELS["hf"](**arguments).head == ("score",)
-    with pytest.raises(ConfigError, match=r"model.dropout is 0.3, but \w+ has no torch.nn.Dropout"):
+    with pytest.raises(ConfigError, match=r"model.dropout=0.3, but \w+ has no torch.nn.Dropout"):
         MODELS["hf"](**arguments, dropout=0.3)
 
 

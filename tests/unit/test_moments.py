@@ -159,7 +159,7 @@ def test_clients_go_on_after_different_numbers_of_steps(changes: dict[str, Any])
             {"momentum": 0.5, "optimizer_state": "merge", "optimizer_state_kept": 1.5},
             "a number in [0, 1]",
         ),
-        ({"restart_every": 0}, "local.restart_every is 0; 1 or"),
+        ({"restart_every": 0}, "local.restart_every=0: expected 1 or"),
     ],
 )
 def test_what_cannot_live_on_is_refused(changes: dict[str, Any], words: str) -> None:

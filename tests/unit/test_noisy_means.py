@@ -211,7 +211,7 @@ def test_a_run_that_goes_on_draws_the_same_noise_and_keeps_the_account(tmp_path:
         (["secure=secagg"], r"beside secure=secagg"),
         (["evaluate.clients=none", "evaluate.share=null"], r"privacy\.measure_noise=2"),
         (["evaluate.min_clients=7"], r"evaluate\.clients asks 6, evaluate\.min_clients=7"),
-        (["evaluate.min_clients=2"], r"evaluate\.min_clients is 2; 3 or more"),
+        (["evaluate.min_clients=2"], r"evaluate\.min_clients=2: expected 3 or more"),
         (["stop.patience=2", "stop.metric=clients.accuracy.worst10"], r"accuracy\.worst10"),
     ],
 )

@@ -228,7 +228,7 @@ def test_a_preconditioner_needs_a_factor_that_is_frozen() -> None:
     ("changes", "words"),
     [
         ({"adjust": "lora-pro"}, "local.adjust 'lora-pro'"),
-        ({"damping": 0.0}, "local.damping is 0.0"),
+        ({"damping": 0.0}, "local.damping=0.0"),
         (
             {"adjust": "riemannian", "precondition": True},
             "local.adjust=riemannian and local.precondition=true",
@@ -243,7 +243,7 @@ def test_a_preconditioner_needs_a_factor_that_is_frozen() -> None:
         ),
         (
             {"gate_penalty": 0.0},
-            "local.gate_penalty is 0.0",
+            "local.gate_penalty=0.0",
         ),
         (
             {"optimizer": "lora_rite", "optimizer_state": "merge"},

@@ -254,7 +254,7 @@ def test_a_run_is_one_adapter_of_rank_k_r_exactly(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("keys", "message"),
     [
-        ({"pool": 0}, "method.pool is 0; 1 or more"),
+        ({"pool": 0}, "method.pool=0: expected 1 or more"),
         ({"merge_every": None}, "changes its sketch"),
         ({"refresh": 3}, r"method\.refresh=3: .*multiple"),
         ({"merge_every": 2, "refresh": 9}, r"method.merge_every \(2\) of at least 8"),

@@ -44,7 +44,7 @@ FOLDERS: dict[str, tuple[str, Callable[[Tensors], object], str]] = {
     "another shape": (
         "bert",
         lambda t: t.update({"embeddings.word_embeddings.weight": torch.ones(9, 16)}),
-        r"word_embeddings.weight is (9, 16); (20, 16) is wanted",
+        r"word_embeddings.weight is (9, 16), expected (20, 16)",
     ),
     "too many": (
         "bert",

@@ -68,7 +68,7 @@ def test_adaptive_clipping_pays_for_its_count() -> None:
     accountant.compose(dp_event.ComposedDpEvent(both), 9)
     one = ClientLevel(noise_multiplier=1.0).settle(100, 100, 9)
     assert one.epsilon(9) == pytest.approx(accountant.get_epsilon(DELTA), rel=1e-9)
-    with pytest.raises(ConfigError, match=r"privacy\.count_noise is 0\.5"):
+    with pytest.raises(ConfigError, match=r"privacy\.count_noise=0\.5"):
         ClientLevel(noise_multiplier=1.0, quantile=0.5, count_noise=0.5).settle(100, 20, 9)
 
 
@@ -160,12 +160,12 @@ def test_the_key_is_its_owners_and_stays(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"clip": 0.0}, "privacy.clip is 0.0"),
-        ({"noise_multiplier": -1.0}, "privacy.noise_multiplier is -1.0"),
-        ({"delta": 1.0}, "privacy.delta is 1.0"),
-        ({"quantile": 0.0}, "privacy.quantile is 0.0"),
-        ({"clip_rate": 0.3}, r"privacy\.clip_rate is 0\.3.*privacy\.quantile"),
-        ({"count_noise": 2.0}, r"privacy\.count_noise is 2\.0.*privacy\.quantile"),
+        ({"clip": 0.0}, "privacy.clip=0.0"),
+        ({"noise_multiplier": -1.0}, "privacy.noise_multiplier=-1.0"),
+        ({"delta": 1.0}, "privacy.delta=1.0"),
+        ({"quantile": 0.0}, "privacy.quantile=0.0"),
+        ({"clip_rate": 0.3}, r"privacy\.clip_rate=0\.3.*privacy\.quantile"),
+        ({"count_noise": 2.0}, r"privacy\.count_noise=2\.0.*privacy\.quantile"),
         ({"noise_multiplier": None}, r"noise_multiplier or privacy\.target_epsilon"),
         ({"target_epsilon": 1.0}, "and not both"),
     ],

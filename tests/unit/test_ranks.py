@@ -152,7 +152,7 @@ def test_rows_are_widened_by_what_was_not_trained(start: str) -> None:
     whole = torch.zeros(4, M, R) if begin is None else begin.expand(4, M, R)
     assert torch.equal(B[0, :, 1:], whole[0, :, 1:])
     assert torch.equal(B[1, :, 2:], whole[2, :, 2:])
-    with pytest.raises(WireError, match=r"2 clients .*\(18,\); \(19,\) is wanted"):
+    with pytest.raises(WireError, match=r"2 clients .*\(18,\), expected \(19,\)"):
         widen(sent[1:], downlink, places)
 
 

@@ -38,7 +38,7 @@ def test_every_client_has_the_same_chance() -> None:
 
 @pytest.mark.parametrize(("cohort", "clients"), [(0, 5), (6, 5), (-1, 5), (1, 0)])
 def test_a_cohort_that_cannot_be_drawn_is_refused(cohort: int, clients: int) -> None:
-    with pytest.raises(ConfigError, match=f"clients_per_round is {cohort}.*choose 1 to {clients}"):
+    with pytest.raises(ConfigError, match=f"clients_per_round={cohort}.*choose 1 to {clients}"):
         check_cohort(cohort, clients)
 
 

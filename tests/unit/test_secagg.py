@@ -186,10 +186,10 @@ def test_secrets_travel_with_a_client_and_are_in_no_checkpoint() -> None:
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"clip": 0.0}, r"secure\.clip is 0\.0"),
-        ({"threshold": 0.4}, r"secure\.threshold is 0\.4"),
-        ({"neighbours": 3}, r"secure\.neighbours is 3; .*even"),
-        ({"max_weight": 0}, r"secure\.max_weight is 0"),
+        ({"clip": 0.0}, r"secure\.clip=0\.0"),
+        ({"threshold": 0.4}, r"secure\.threshold=0\.4"),
+        ({"neighbours": 3}, r"secure\.neighbours=3: expected .*even"),
+        ({"max_weight": 0}, r"secure\.max_weight=0"),
     ],
 )
 def test_impossible_settings_are_refused(changes: dict[str, float], words: str) -> None:

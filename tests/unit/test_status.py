@@ -25,7 +25,7 @@ def of_config(**keys: object) -> OmegaConfBaseException:
 
 
 FORESEEN: dict[str, tuple[Exception, list[str]]] = {
-    "on purpose": (ConfigError("method.rank is 0"), ["method.rank is 0"]),
+    "on purpose": (ConfigError("method.rank=0"), ["method.rank=0"]),
     "disk full": (
         OSError(errno.ENOSPC, "No space left on device", "run/ledger.jsonl"),
         ["run/ledger.jsonl", "No space left", "make room"],

@@ -194,8 +194,8 @@ def test_the_scale_of_kept_rows_gives_noise_no_more_than_a_drawing_does() -> Non
     ("changes", "words"),
     [
         ({"basis": "random"}, "basis"),
-        ({"merge_every": 0}, "1 or more is wanted"),
-        ({"merge_every": None}, "method.merge_every is None"),
+        ({"merge_every": 0}, "expected 1 or more"),
+        ({"merge_every": None}, "method.merge_every=None"),
         ({"fresh": 1.5}, r"a number in \[0, 1\]"),
         ({"fresh": math.nan}, r"a number in \[0, 1\]"),
         ({"kept_scale": 0.0}, "auto, or a number"),

@@ -59,7 +59,7 @@ class SampleSpec:
         x = inputs.get("x")
         if self.shape and (x is None or tuple(x.shape[1:]) != self.shape):
             came = [*inputs] if x is None else tuple(x.shape[1:])
-            raise DataError(f"{where}: one input has {came}, but data.shape is {self.shape}")
+            raise DataError(f"{where}: one input has {came}, but data.shape={self.shape}")
         return fitted
 
     def nothing(self) -> Samples:

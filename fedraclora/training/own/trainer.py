@@ -130,8 +130,9 @@ class OwnTrainer(CohortTrainer):
             if isinstance(found, Trained):
                 other = f"what client {found.client} trained in round {found.number}"
             raise ClientError(
-                f"the training function {self.name} returned {other}; what round.read gives in "
-                "this call is wanted"
+                f"the training function {self.name} returned {other}, "
+                "expected what round.read gives in "
+                "this call"
             )
         given.check(found)
         self._check_counts(found, client)
