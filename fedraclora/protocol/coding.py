@@ -79,9 +79,9 @@ def unframed(raw: torch.Tensor, size: int) -> torch.Tensor:
         told = zstandard.get_frame_parameters(frame) if len(frame) < size else None
         if told is None or told.content_size != size or not told.has_checksum:
             found = "" if told is None else f", framed {told.content_size}"
-            raise WireError(f"{len(frame)} bytes{found}, where {wanted} are wanted")
+            raise WireError(f"{len(frame)} bytes{found}, expected {wanted}")
         reader = zstandard.ZstdDecompressor()
         whole = reader.decompress(frame, max_output_size=size, allow_extra_data=False)
     except zstandard.ZstdError as error:
-        raise WireError(f"{len(frame)} bytes, where {wanted} are wanted ({error})") from error
+        raise WireError(f"{len(frame)} bytes, expected {wanted} ({error})") from error
     return torch.from_numpy(np.frombuffer(whole, np.uint8).copy())

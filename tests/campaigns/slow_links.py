@@ -307,7 +307,7 @@ def table_of_clocks(record: Record) -> TextTable:
             known = "" if real != real else off  # noqa: PLR0124
             columns[f"{rate} Mbit/s"] = "fitted" if (row, rate) == FITTED else known
         rows.append(columns)
-    return TextTable.of(rows, [f"system.latency={record.latency():.2f} s."])
+    return TextTable.of(rows, [f"system.latency is {record.latency():.2f} s."])
 
 
 def table_of_wholes(record: Record) -> TextTable:

@@ -69,14 +69,14 @@ def test_the_day_of_a_round_decides_and_not_its_number() -> None:
 @pytest.mark.parametrize(
     ("name", "arguments", "words"),
     [
-        ("bernoulli", {"chance": 0.0}, r"chance is 0.0; a number in \(0, 1\]"),
-        ("bernoulli", {"chance": 1.1}, "chance is 1.1"),
-        ("diurnal", {"share": 0.0}, "share is 0.0"),
-        ("diurnal", {"share": 0.5, "chance": math.nan}, "chance is nan"),
+        ("bernoulli", {"chance": 0.0}, r"chance=0.0: expected a number in \(0, 1\]"),
+        ("bernoulli", {"chance": 1.1}, "chance=1.1"),
+        ("diurnal", {"share": 0.0}, "share=0.0"),
+        ("diurnal", {"share": 0.5, "chance": math.nan}, "chance=nan"),
         (
             "diurnal",
             {"share": 0.5, "day": 0.0},
-            r"day is 0\.0; a positive",
+            r"day=0\.0: expected a positive",
         ),
     ],
 )

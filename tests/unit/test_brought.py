@@ -70,16 +70,16 @@ def test_a_value_gives_the_object_that_it_names_with_its_parameters(module: Any)
 @pytest.mark.parametrize(
     ("value", "kind", "said"),
     [
-        ("brought:number", None, "loss is brought:number.* type int; a function"),
+        ("brought:number", None, "loss=brought:number.* type int, expected a function"),
         ("brought:nothing", None, "has no nothing"),
         ({"name": "brought:twice", "bi": 2}, None, "loss.bi.*did you mean 'loss.by'"),
         ({"name": "brought:twice", "by": "two"}, None, "loss.by='two': expected float"),
         ({"name": "brought:made", "by": 2}, None, "by, but it is .* Scaled"),
         ("brought:twice", Path, "loss.x is missing"),
-        ("brought:Scaled", Path, "class Scaled; .* pathlib"),
-        ("brought:made", Path, "type Scaled; .* pathlib"),
+        ("brought:Scaled", Path, "class Scaled.* pathlib"),
+        ("brought:made", Path, "type Scaled.* pathlib"),
         ("Mine@0123456789abcdef", None, "loss, of digest Mine@.*does not have"),
-        (7, None, "loss is 7, .* type int"),
+        (7, None, "loss=7 .*type int"),
     ],
 )
 def test_a_value_that_names_something_else_is_refused(

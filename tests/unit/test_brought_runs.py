@@ -343,17 +343,17 @@ def test_models_and_data_are_functions_with_parameters(mine: Any) -> None:
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        ("method=brought_parts:Louder", "class Louder; .* derived from .*Method"),
-        ("attack=brought_parts:net", "a function; .* derived from .*Attack"),
+        ("method=brought_parts:Louder", "class Louder.* derived from .*Method"),
+        ("attack=brought_parts:net", "a function.* derived from .*Attack"),
         ("attack=brought_parts:Nothing", "has no Nothing"),
         ("engine=brought_parts:Louder", "unknown engine .*There are"),
         ("method=brought_parts:Method method.boots=2", "has no key|boots"),
         ("attack=brought_parts:Louder attack.times=often", "attack.times='often': expected float"),
-        ("attack=brought_parts:Louder attack.share=2", "attack.share is 2"),
+        ("attack=brought_parts:Louder attack.share=2", "attack.share=2"),
         ("local.extras=[{name:brought_parts:Decay,rat:2}]", r"extras\[0\]\.rat.*did you mean"),
-        ("local.extras=[brought_parts:Halved]", "class Halved; .*ClientProgram"),
-        ("local.extras=[{name:brought_parts:Decay,rate:-2}]", r"local\.extras.*rate is -2.*from 0"),
-        ("steps=[brought_parts:Decay]", r"steps\[0\].*class Decay; .*RoundStep"),
+        ("local.extras=[brought_parts:Halved]", "class Halved.*ClientProgram"),
+        ("local.extras=[{name:brought_parts:Decay,rate:-2}]", r"local\.extras.*rate=-2.*from 0"),
+        ("steps=[brought_parts:Decay]", r"steps\[0\].*class Decay.*RoundStep"),
         ("steps=[{name:brought_parts:Halved,by:much}]", r"steps\[0\].by='much': expected float"),
         ("callbacks=[brought_parts:FACTOR]", r"callbacks\[0\].*of type float"),
         ("model.parameters={width:wide}", "model.parameters.width='wide': expected int"),
@@ -377,7 +377,7 @@ def test_what_a_method_cannot_make_of_a_layer_is_refused(mine: Any, name: str, s
 
 @pytest.mark.parametrize("name", ["Stretched", "Lost"])
 def test_gradients_of_other_shapes_or_names_are_refused(mine: Any, name: str) -> None:
-    with pytest.raises(FedRacLoraError, match=r"local\.extras.* gives .*are wanted"):
+    with pytest.raises(FedRacLoraError, match=r"local\.extras.* gives .*expected"):
         run(local={"extras": [getattr(mine, name)()]})
 
 
@@ -388,8 +388,8 @@ def test_gradients_of_other_shapes_or_names_are_refused(mine: Any, name: str) ->
         ({"local": "settings"}, "unknown local"),
         ({"local": {"lr": len}}, "local.lr .* type builtin"),
         ({"seed": len}, "seed is of type"),
-        ({"local": {"extras": [3]}}, r"local.extras\[0\]|extras is"),
-        ({"local": {"extras": [object()]}}, r"extras\[0\].* type object; .*ClientProgram"),
+        ({"local": {"extras": [3]}}, r"local.extras\[0\]|extras="),
+        ({"local": {"extras": [object()]}}, r"extras\[0\].* type object.*ClientProgram"),
     ],
 )
 def test_objects_that_are_no_such_part_are_refused(mine: Any, keys: Any, said: str) -> None:

@@ -325,7 +325,7 @@ def test_bad_input_names_the_key(change: dict[str, object], words: str) -> None:
 @pytest.mark.parametrize("change", [{"samples": 0}, {"alpha": -1.0}, {"sizes": "x"}])
 def test_bad_input_of_a_bootstrap_names_the_key(change: dict[str, object]) -> None:
     key, value = next(iter(change.items()))
-    with pytest.raises(ConfigError, match=rf"partition.{key}='?{value}"):
+    with pytest.raises(ConfigError, match=rf"partition.{key}.*{value}"):
         bootstrap(table(), **{"clients": 5, "seed": 0, "samples": 9} | change)
 
 

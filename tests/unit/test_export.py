@@ -554,7 +554,7 @@ REFUSED = {
     "another form": ("gpt", {}, {"format": "gguf"}, "convert_hf_to_gguf.py"),
     "an unknown format": ("mlp", {}, {"format": "onnx"}, "'onnx'"),
     "a rank of whole weights": ("mlp", {}, {"format": "state_dict", "rank": 3}, "--rank 3"),
-    "a rank of nothing": ("mlp", {}, {"rank": 0}, "rank is 0"),
+    "a rank of nothing": ("mlp", {}, {"rank": 0}, "rank=0"),
 }
 
 

@@ -50,7 +50,7 @@ def test_records_are_read_as_they_were_written() -> None:
 
 def test_enough_shares_give_the_secret_back() -> None:
     secret = bytes(range(48))
-    shares = internals.split_secret(secret, 2, 3)
+    shares = internals.create_shares(secret, 2, 3)
     assert internals.join_shares(shares[1:]) == secret
     with pytest.raises(ValueError, match="shares"):
         internals.join_shares([shares[0], bytes([9]) + shares[1][1:]])

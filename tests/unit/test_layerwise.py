@@ -265,7 +265,7 @@ def test_factors_that_share_a_side_bound_the_rank_by_their_own_name() -> None:
     assert found.note
     assert "2 factors" in found.note
     assert "sketches" not in found.note  # it has no such key
-    with pytest.raises(ConfigError, match=r"rank is 8.*shared by 2 factors"):
+    with pytest.raises(ConfigError, match=r"rank=8.*shared by 2 factors"):
         Beside(rank=8, cap=False).rank_of(plan, name)
 
 

@@ -121,7 +121,7 @@ def test_what_is_no_number_spoils_its_block_alone(bad: float, kind: str, place: 
 def test_other_bytes_are_refused(kind: str) -> None:
     raw = encode(numbers(40), [40], kind)
     for wrong in (raw[1:], torch.cat([raw, raw]), raw[None], raw.float()):
-        with pytest.raises(WireError, match=rf"numbers of the kind {kind} came as .* are wanted"):
+        with pytest.raises(WireError, match=rf"numbers of the kind {kind} came as .* expected"):
             decode(wrong, [40], kind)
 
 

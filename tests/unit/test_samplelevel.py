@@ -163,9 +163,9 @@ def test_passes_are_counted(local: LocalSettings, wanted: list[int]) -> None:
 @pytest.mark.parametrize(
     ("group", "words"),
     [
-        ({"name": "gaussian", "clip": 0.0}, r"local\.dp\.clip is 0\.0"),
-        ({"name": "gaussian", "noise_multiplier": -1.0}, r"local\.dp\.noise_multiplier is -1\.0"),
-        ({"name": "gaussian", "delta": 1.0}, r"local\.dp\.delta is 1\.0"),
+        ({"name": "gaussian", "clip": 0.0}, r"local\.dp\.clip=0\.0"),
+        ({"name": "gaussian", "noise_multiplier": -1.0}, r"local\.dp\.noise_multiplier=-1\.0"),
+        ({"name": "gaussian", "delta": 1.0}, r"local\.dp\.delta=1\.0"),
         ({"name": "laplace"}, r"unknown local\.dp 'laplace'"),
     ],
 )

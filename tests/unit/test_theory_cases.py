@@ -280,7 +280,7 @@ def test_links_on_the_last_have_the_constants_of_both_sides() -> None:
 
 @pytest.mark.parametrize(
     ("wrong", "words"),
-    [({"size": "big"}, "big"), ({"seeds": 1}, "seeds is 1"), ({"jobs": 0}, "jobs is 0")],
+    [({"size": "big"}, "big"), ({"seeds": 1}, "seeds=1"), ({"jobs": 0}, "jobs=0")],
 )
 def test_impossible_settings_are_refused(wrong: dict[str, object], words: str) -> None:
     with pytest.raises(ConfigError, match=words):

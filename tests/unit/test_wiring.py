@@ -130,7 +130,7 @@ def test_settings_say_how_the_loop_waits() -> None:
     assert real.waiting(5) == WaitPolicy(
         timeout=7.0, untrusted=True, min_clients=3, max_samples=9, retries=4
     )
-    with pytest.raises(ConfigError, match=r"min_clients is 3.*2 clients"):
+    with pytest.raises(ConfigError, match=r"min_clients=3.*2 clients"):
         real.waiting(2)
     assert [real.fewest(n, 1) for n in (2, 5)] == [2, 3]
     assert EngineConfig().fewest(5, 1) == 4
