@@ -129,7 +129,7 @@ def test_extremes_stay_finite() -> None:
         ("pareto", {"least": 1.0, "shape": 0.01}, "shape=0.01"),
         ("pareto", {"least": 0.0, "shape": 1.0}, "least=0.0"),
         ("choice", {"values": []}, "values="),
-        ("choice", {"values": [1.0, -2.0]}, r"values\[1\] is -2.0"),
+        ("choice", {"values": [1.0, -2.0]}, r"values\[1\]=-2.0"),
         ("choice", {"values": [1.0, 2.0], "probabilities": [1.0]}, "1 numbers, but values has 2"),
         ("choice", {"values": [1.0, 2.0], "probabilities": [0.5, 0.6]}, "of sum 1.1"),
         ("choice", {"values": [1.0, 2.0], "probabilities": [-0.5, 1.5]}, "from 0 on"),
