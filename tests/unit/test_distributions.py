@@ -141,4 +141,4 @@ def test_what_is_no_distribution_is_refused(
 ) -> None:
     with pytest.raises(ConfigError, match=words) as caught:
         DISTRIBUTIONS[name](**arguments)
-    assert re.split(r"[\[ ]", str(caught.value))[0] in arguments  # the path goes before it
+    assert re.split(r"[\[ =]", str(caught.value))[0] in arguments  # the path goes before it
