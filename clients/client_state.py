@@ -7,8 +7,8 @@ import math
 import torch
 
 from fedraclora.errors import WireError
-from fedraclora.protocol.downlink import opening_rows
-from fedraclora.protocol.method import Downlink
+from fedraclora.protocol.instructions import opening_rows
+from fedraclora.protocol.method import RoundInstructions
 from fedraclora.protocol.program import LocalResult
 from fedraclora.protocol.uplinks import finite
 from fedraclora.run.client_state import ClientStore
@@ -29,8 +29,12 @@ from fedraclora.wire.feedback import blank_residues
 
 
 def restore(
-    store: ClientStore, downlink: Downlink, request: TrainRequest, base: Tree, local: LocalConfig
-) -> tuple[Downlink, Tree, Tree]:
+    store: ClientStore,
+    downlink: RoundInstructions,
+    request: TrainRequest,
+    base: Tree,
+    local: LocalConfig,
+) -> tuple[RoundInstructions, Tree, Tree]:
     """Read the state of the clients of a message.
 
     Args:
@@ -78,7 +82,7 @@ def restore(
 
 def keep(
     store: ClientStore,
-    downlink: Downlink,
+    downlink: RoundInstructions,
     request: TrainRequest,
     clients: torch.Tensor,
     result: LocalResult,
@@ -120,7 +124,11 @@ def keep(
 
 
 def _directions(
-    downlink: Downlink, rate_scale: float, result: LocalResult, base: Tree, local: LocalConfig
+    downlink: RoundInstructions,
+    rate_scale: float,
+    result: LocalResult,
+    base: Tree,
+    local: LocalConfig,
 ) -> Tree:
     """Average the steps of each client's local training, [K, ...] by name of what they send."""
     slots = downlink.uploaded()

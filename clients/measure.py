@@ -16,7 +16,7 @@ from fedraclora.data.samples import Samples
 from fedraclora.errors import WireError
 from fedraclora.evaluation.clients import SummedMeasure, sums_of, write_sizes
 from fedraclora.evaluation.metrics import AFTER, Measure
-from fedraclora.protocol.method import Downlink
+from fedraclora.protocol.method import RoundInstructions
 from fedraclora.run.client_state import ClientStore
 from fedraclora.training.cohort import CohortTrainer
 from fedraclora.training.materialize import standing_weights
@@ -40,7 +40,7 @@ class Measurer:
         self.trainer, self.task = trainer, trainer.task
         self.measure = Measure.of_task(self.task)
         self._layout = Layout(())  # of what a client sends; known once it is wanted
-        self._shared: tuple[Tree, Downlink | None, Tree] = ({}, None, {})
+        self._shared: tuple[Tree, RoundInstructions | None, Tree] = ({}, None, {})
 
     def answer(self, ask: Ask, base: Tree, store: ClientStore) -> Measured:
         """Evaluate the clients of a request; a client without held-out samples is a failure.
@@ -137,7 +137,7 @@ class Measurer:
     def _before(
         self,
         ask: Ask,
-        downlink: Downlink,
+        downlink: RoundInstructions,
         base: Tree,
         clients: torch.Tensor,
         store: ClientStore,
@@ -155,10 +155,12 @@ class Measurer:
         each = ({n: t for n, t in own.items() if n in stays} for own in owned)
         return self._apart(base, downlink, each, samples)
 
-    def _standing(self, base: Tree, downlink: Downlink, own: Tree) -> Tree:
+    def _standing(self, base: Tree, downlink: RoundInstructions, own: Tree) -> Tree:
         return standing_weights(base, downlink, self.trainer.plan, own)
 
-    def _apart(self, base: Tree, downlink: Downlink, each: Iterable[Tree], samples: Owned) -> Tree:
+    def _apart(
+        self, base: Tree, downlink: RoundInstructions, each: Iterable[Tree], samples: Owned
+    ) -> Tree:
         """Measure on the samples of each client weights that have values of its own."""
         (whole, counts), found, end = samples, list[Tree](), 0
         for k, (own, count) in enumerate(zip(each, counts.tolist(), strict=True)):

@@ -21,8 +21,8 @@ from fedraclora.imports import told_as
 from fedraclora.privacy.secagg import SecAggTerms
 from fedraclora.protocol.coding import NONE, compressed
 from fedraclora.protocol.cohorts import client_weights
-from fedraclora.protocol.downlink import opening_rows
-from fedraclora.protocol.method import Downlink
+from fedraclora.protocol.instructions import opening_rows
+from fedraclora.protocol.method import RoundInstructions
 from fedraclora.protocol.program import ClientProgram, LocalResult
 from fedraclora.protocol.quantized import ROUNDED
 from fedraclora.protocol.rank_budgets import uploaded_mask
@@ -63,7 +63,7 @@ class Job:
 
     request: TrainRequest
     base: Tree
-    downlink: Downlink
+    downlink: RoundInstructions
     moments: Tree
     residues: Tree
     hidden: bool
@@ -386,7 +386,7 @@ def sent_rows(result: LocalResult, layout: Layout) -> torch.Tensor:
 def sending(
     change: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
     result: LocalResult,
-    downlink: Downlink,
+    downlink: RoundInstructions,
     base: Tree,
 ) -> LocalResult:
     """Replace the rows that clients send by ``change(rows, start)``."""

@@ -37,7 +37,7 @@ from fedraclora.compatibility import Feature
 from fedraclora.data.samples import Samples
 from fedraclora.errors import ConfigError
 from fedraclora.limits import Chance, Count, Fraction, Limited, OneOf, Positive
-from fedraclora.protocol.method import Downlink, Plan
+from fedraclora.protocol.method import Plan, RoundInstructions
 from fedraclora.training.materialize import materialize
 from fedraclora.training.vmapped import effective_weights
 from fedraclora.tree import Tree
@@ -259,7 +259,7 @@ ALLOCATIONS: dict[str, type[Uniform]] = {kind.name: kind for kind in (Uniform, H
 
 
 def flows(
-    model: nn.Module, like: Samples, base: Tree, sent: Downlink, plan: Plan
+    model: nn.Module, like: Samples, base: Tree, sent: RoundInstructions, plan: Plan
 ) -> dict[str, float]:
     """Score every adapter of a downlink.
 

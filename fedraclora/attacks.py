@@ -22,8 +22,8 @@ from fedraclora.data.clients import ChangedClients, ClientData
 from fedraclora.data.samples import Samples
 from fedraclora.errors import ConfigError, DataError
 from fedraclora.limits import Limited, Share
-from fedraclora.protocol.downlink import opening_rows
-from fedraclora.protocol.method import Downlink
+from fedraclora.protocol.instructions import opening_rows
+from fedraclora.protocol.method import RoundInstructions
 from fedraclora.protocol.program import LocalResult
 from fedraclora.rng import cohort_bits, generator, hash_key
 from fedraclora.training.cohort import CohortTrainer
@@ -247,7 +247,7 @@ class AttackedTrainer(CohortTrainer):
     def train(
         self,
         base: Tree,
-        downlink: Downlink,
+        downlink: RoundInstructions,
         clients: torch.Tensor,
         *,
         round_: int,

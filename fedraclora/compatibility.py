@@ -8,8 +8,8 @@ what is sent. Declare it where it comes from:
 
 On a class, each object of it has the feature. On a method of a class, an object has it if that
 method returns something true; a text tells the value that was met. A method that takes an argument
-is asked with what is sent to the clients (`fedraclora.protocol.downlink.Downlink`), once that is
-known. Names of features that exist are in `KNOWN`; docs/compatibility.md lists them.
+is asked with what is sent to the clients (`RoundInstructions`), once that is known. Names of
+features that exist are in `KNOWN`; docs/compatibility.md lists them.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ from fedraclora.engines.base import Grid, Traffic
 from fedraclora.errors import ClientError, ConfigError, DivergenceError, RoundLostError
 from fedraclora.imports import told_as
 from fedraclora.protocol.cohorts import client_weights
-from fedraclora.protocol.method import Cohort, Downlink, State
+from fedraclora.protocol.method import Cohort, RoundInstructions, State
 from fedraclora.protocol.uplinks import Uplinks, calmer
 from fedraclora.run.callback import Callback
 from fedraclora.run.ledger import Row, number
@@ -312,7 +312,7 @@ class FedStrategy:
         return self._exchange_of(self.steps.send(downlink, self.state), cohort, round_, None)
 
     def _exchange_of(
-        self, downlink: Downlink, cohort: Cohort, round_: int, before: Exchange | None
+        self, downlink: RoundInstructions, cohort: Cohort, round_: int, before: Exchange | None
     ) -> Exchange:
         """Open an exchange with the clients whose replies will count."""
         downlink = self.rounding.sent(downlink, round_)
@@ -324,7 +324,7 @@ class FedStrategy:
         return self._asked(downlink, round_, in_time, cohort, **more)
 
     def _asked(
-        self, sent: Downlink, round_: int, counted: Cohort, asked: Cohort, **more: Any
+        self, sent: RoundInstructions, round_: int, counted: Cohort, asked: Cohort, **more: Any
     ) -> Exchange:
         """Make an exchange of this run; ``more`` are attributes of it."""
         version, rate_scale = self.catch_up.version, self.local.rate_scale(round_, self.loop.rounds)

@@ -36,14 +36,14 @@ from fedraclora.devices.system import SystemConfig
 from fedraclora.devices.timeline import Load, Timeline
 from fedraclora.errors import ConfigError
 from fedraclora.protocol.cohorts import client_weights
-from fedraclora.protocol.downlink import opening_rows
+from fedraclora.protocol.instructions import opening_rows
 from fedraclora.protocol.method import (
     BEYOND_WEIGHTS,
     OTHER_LAYOUT,
     Cohort,
-    Downlink,
     Link,
     Method,
+    RoundInstructions,
     State,
 )
 from fedraclora.protocol.uplinks import Uplinks, weighted_sum
@@ -78,7 +78,7 @@ class BufferedStrategy(FedStrategy):
         timeline = Timeline(kept, list(leg.dropped), leg.end - self.devices.now, took, [])
         return self._asked(sent, round_, asked.select(answers), asked, timeline=timeline)
 
-    def _passed(self, round_: int, sent: Downlink) -> AsyncStep:
+    def _passed(self, round_: int, sent: RoundInstructions) -> AsyncStep:
         """Find who starts in a round, and who answers."""
         devices, loop = self.devices, self.loop
 
@@ -133,7 +133,7 @@ class Batch:
     """
 
     round_: int
-    sent: Downlink
+    sent: RoundInstructions
     flights: tuple[PendingClient, ...]
     rows: torch.Tensor
     weights: torch.Tensor
@@ -150,7 +150,9 @@ class Batch:
         )
 
 
-def batch_of(got: Uplinks, sent: Downlink, base: Tree, started: tuple[PendingClient, ...]) -> Batch:
+def batch_of(
+    got: Uplinks, sent: RoundInstructions, base: Tree, started: tuple[PendingClient, ...]
+) -> Batch:
     """Make a batch of the replies of a round, of all clients that answer sooner or later.
 
     Args:
@@ -202,7 +204,9 @@ def read_batches(state: State) -> Waiting:
     return join(Waiting, stored, json.loads(bytes(stored["fields"].tolist())))
 
 
-def merge(method: Method, state: State, batches: list[Batch], now: Downlink, round_: int) -> State:
+def merge(
+    method: Method, state: State, batches: list[Batch], now: RoundInstructions, round_: int
+) -> State:
     """Take the step of the server.
 
     Args:
@@ -243,7 +247,12 @@ def _check_late(late: list[list[Batch]], state: State) -> None:
 
 
 def _closed(
-    method: Method, state: State, sent: Downlink, group: list[Batch], total: float, round_: int
+    method: Method,
+    state: State,
+    sent: RoundInstructions,
+    group: list[Batch],
+    total: float,
+    round_: int,
 ) -> State:
     """Close a round for replies in the same coordinates: start + their discounted changes."""
     layout = sent.layout

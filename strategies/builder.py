@@ -25,7 +25,14 @@ from fedraclora.evaluation.evaluate import personal_accuracy
 from fedraclora.evaluation.metrics import PERSONAL, lower_of
 from fedraclora.objects import code_digests, object_digest
 from fedraclora.privacy.client_level import ClientLevel
-from fedraclora.protocol.method import Downlink, Draw, Method, Plan, State, first_downlink
+from fedraclora.protocol.method import (
+    Draw,
+    Method,
+    Plan,
+    RoundInstructions,
+    State,
+    first_instructions,
+)
 from fedraclora.protocol.plan import TrainedPart, trained_of
 from fedraclora.protocol.uplinks import SUM_BLOCK
 from fedraclora.run.callback import Callback
@@ -154,7 +161,7 @@ class RunBuilder(TaskBuilder, RoundsBuilder):  # type: ignore[override]
         state = self.method.initial_state(base, self.plan, self.draw)
         name, server = self.config.choices["method"], self.config.server_optimizer
         self.initial_state = state  # of which the first downlink is made
-        first = self.first_downlink
+        first = self.first_instructions
         moved = any(state.base[name] is not weight for name, weight in base.items())
         changes = {
             f"method={name} merges each update into the weights": self.method.traits.merges,
@@ -169,8 +176,8 @@ class RunBuilder(TaskBuilder, RoundsBuilder):  # type: ignore[override]
 
     @cached_property
     @override
-    def first_downlink(self) -> Downlink:
-        return first_downlink(self.method, self.initial_state, self.draw, self.built.cohort)
+    def first_instructions(self) -> RoundInstructions:
+        return first_instructions(self.method, self.initial_state, self.draw, self.built.cohort)
 
     @cached_property
     def chunk(self) -> ChunkPlan:
@@ -181,7 +188,7 @@ class RunBuilder(TaskBuilder, RoundsBuilder):  # type: ignore[override]
             return ChunkPlan(1, "local.train trains one client at a time")
         if asked == "auto" and stored is not None:
             return ChunkPlan(stored, "as it began")  # whatever memory is free now
-        engine, first, cohort = self.engine, self.first_downlink, self.built.cohort
+        engine, first, cohort = self.engine, self.first_instructions, self.built.cohort
         return plan_chunk(
             asked,
             self.trainer,
@@ -196,7 +203,7 @@ class RunBuilder(TaskBuilder, RoundsBuilder):  # type: ignore[override]
     @cached_property
     def trained(self) -> TrainedPart:
         """The parts of the model that clients train."""
-        return trained_of(self.first_downlink, self.plan.shapes)
+        return trained_of(self.first_instructions, self.plan.shapes)
 
     @cached_property
     @override

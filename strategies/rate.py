@@ -25,7 +25,7 @@ from fedraclora.config.builder import TaskBuilder
 from fedraclora.config.run_config import RunConfig, from_plain
 from fedraclora.errors import ConfigError
 from fedraclora.objects import is_named
-from fedraclora.protocol.method import Downlink, Draw, first_downlink
+from fedraclora.protocol.method import Draw, RoundInstructions, first_instructions
 from fedraclora.strategies.methods import METHODS
 from fedraclora.strategies.wrappers import method_of
 from fedraclora.training.localconfig import LocalConfig
@@ -85,7 +85,9 @@ def rate_for(config: RunConfig, built: BuiltTask) -> tuple[float, str]:
         )
     plan, draw, base = plan_of(config, built.task), Draw(config.seed), weights_of(built.task.model)
     method = method_of(config, built.task)
-    downlink = first_downlink(method, method.initial_state(base, plan, draw), draw, built.cohort)
+    downlink = first_instructions(
+        method, method.initial_state(base, plan, draw), draw, built.cohort
+    )
     steps = steps_of(config.local, built)
     rate = float(f"{rate_of(downlink, config.local.optimizer, steps):.2g}")
     drawings = (f.drawing for a in downlink.adapters.values() for f in a.factors.values())
@@ -112,7 +114,7 @@ def steps_of(local: LocalConfig, built: BuiltTask) -> float:
     return round(local.epochs * float(batches.mean()), 1)
 
 
-def rate_of(downlink: Downlink, optimizer: str, steps: float) -> float:
+def rate_of(downlink: RoundInstructions, optimizer: str, steps: float) -> float:
     """Compute the rate of the rule.
 
     Args:

@@ -17,7 +17,7 @@ from fedraclora.devices.system import SystemConfig
 from fedraclora.engines.base import Engine, Grid
 from fedraclora.narrow_weight import dense
 from fedraclora.privacy.secagg import SecAggTerms
-from fedraclora.protocol.method import Downlink, Draw, Method, State, first_downlink
+from fedraclora.protocol.method import Draw, Method, RoundInstructions, State, first_instructions
 from fedraclora.run.callback import Callback
 from fedraclora.run.client_state import ClientStore
 from fedraclora.run.recorder import RunRecorder
@@ -31,7 +31,11 @@ from fedraclora.strategies.steps import round_steps
 from fedraclora.training.cohort import CohortTrainer
 from fedraclora.tree import Tree, weights_of
 
-INITIAL = ("initial_weights", "initial_state", "first_downlink")  # else they last for all rounds
+INITIAL = (
+    "initial_weights",
+    "initial_state",
+    "first_instructions",
+)  # else they last for all rounds
 
 
 class RoundsBuilder:
@@ -85,9 +89,9 @@ class RoundsBuilder:
         return self.method.initial_state(self.initial_weights, self.trainer.plan, self.draw)
 
     @cached_property
-    def first_downlink(self) -> Downlink:
+    def first_instructions(self) -> RoundInstructions:
         """What the method sends in round 1, for its shapes; let go once there is a strategy."""
-        return first_downlink(self.method, self.initial_state, self.draw, self.loop.cohort)
+        return first_instructions(self.method, self.initial_state, self.draw, self.loop.cohort)
 
     @cached_property
     def store(self) -> ClientStore:

@@ -15,7 +15,7 @@ from typing_extensions import override
 from fedraclora.engines.asks import AskWriter, read_ask
 from fedraclora.engines.post import PostedGrid
 from fedraclora.engines.records import read_answer
-from fedraclora.protocol.downlink import Downlink
+from fedraclora.protocol.instructions import RoundInstructions
 from fedraclora.wire.answers import Answer, NoAnswer
 from fedraclora.wire.exchange import DTYPES, Ask, Stage, TrainRequest
 
@@ -25,12 +25,12 @@ def become_a_task() -> None:
     TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = 1, 1, 1
 
 
-def pack_downlink(downlink: Downlink, request: TrainRequest, dtype: str) -> RecordDict:
+def pack_downlink(downlink: RoundInstructions, request: TrainRequest, dtype: str) -> RecordDict:
     """Write a downlink for the clients of one request."""
     return AskWriter().write(Ask(request, downlink.to(DTYPES[dtype]), apart=True))
 
 
-def unpack_downlink(content: RecordDict) -> tuple[Downlink, TrainRequest]:
+def unpack_downlink(content: RecordDict) -> tuple[RoundInstructions, TrainRequest]:
     """Read what one train message asks of its clients."""
     ask = read_ask(content)
     return ask.own, ask.request

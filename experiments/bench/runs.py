@@ -18,7 +18,7 @@ from fedraclora.config.build import fix_bits
 from fedraclora.config.settings import RayConfig
 from fedraclora.experiments.bench.usage import Laps
 from fedraclora.experiments.bench.workloads import LR, Case, all_linear_plan
-from fedraclora.protocol.method import Downlink, Draw, Method, State, first_downlink
+from fedraclora.protocol.method import Draw, Method, RoundInstructions, State, first_instructions
 from fedraclora.run.ledger import Ledger
 from fedraclora.run.recorder import RunRecorder
 from fedraclora.strategies.methods.fed_rac_lora import FedRacLora
@@ -126,10 +126,10 @@ def trainer_maker(
     return partial(CohortTrainer, *given, seed=0, device=case.device, precision=precision)
 
 
-def opened(method: Method, trainer: CohortTrainer, cohort: int) -> tuple[State, Downlink]:
+def opened(method: Method, trainer: CohortTrainer, cohort: int) -> tuple[State, RoundInstructions]:
     """Build the state before the first round, and what the cohort is sent in it."""
     state = method.initial_state(weights_of(trainer.task.model), trainer.plan, Draw(0))
-    return state, first_downlink(method, state, Draw(0), cohort)
+    return state, first_instructions(method, state, Draw(0), cohort)
 
 
 def federated_row(

@@ -12,7 +12,7 @@ import yaml
 from fedraclora.errors import ConfigError
 from fedraclora.experiments.theory.bounds import local_step_limit, rounding
 from fedraclora.experiments.theory.problems import Problem, problem, round_1
-from fedraclora.protocol.downlink import Downlink
+from fedraclora.protocol.instructions import RoundInstructions
 from fedraclora.protocol.quantized import FULL
 from fedraclora.sketch import SKETCHES, Constants, SketchSpec, constants
 from fedraclora.strategies.methods.fed_rac_lora import FedRacLora
@@ -97,7 +97,7 @@ def paired(rank: int, dim: int) -> Constants:
     return Constants(share / 2, (share + 1) / 2)
 
 
-def of_downlink(downlink: Downlink) -> Constants:
+def of_downlink(downlink: RoundInstructions) -> Constants:
     """Compute the extreme eigenvalues of E[H] of a round from what the cohort is sent.
 
     Args:

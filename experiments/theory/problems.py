@@ -25,7 +25,7 @@ from fedraclora.data.task import SLOPES, Task
 from fedraclora.errors import unknown
 from fedraclora.experiments.theory.bounds import logistic_pl
 from fedraclora.models.networks import build_linear
-from fedraclora.protocol.method import Downlink, Draw, Method, Plan, first_downlink
+from fedraclora.protocol.method import Draw, Method, Plan, RoundInstructions, first_instructions
 from fedraclora.protocol.plan import make_plan
 from fedraclora.protocol.quantized import FULL
 from fedraclora.rng import generator, torch_normal
@@ -79,11 +79,11 @@ def federate(
     return run.strategy
 
 
-def round_1(task: Task, method: Method) -> Downlink:
+def round_1(task: Task, method: Method) -> RoundInstructions:
     """Build what a method sends in round 1, from which the spectrum of E[H] is read."""
     draw = Draw(0)
     state = method.initial_state(start_of(task), plan_of(task), draw)
-    return first_downlink(method, state, draw, 1)
+    return first_instructions(method, state, draw, 1)
 
 
 def plan_of(task: Task) -> Plan:

@@ -16,8 +16,8 @@ from typing_extensions import override
 
 from fedraclora.compatibility import Feature
 from fedraclora.limits import Limited
-from fedraclora.protocol.downlink import opening_rows
-from fedraclora.protocol.method import Downlink, Draw
+from fedraclora.protocol.instructions import opening_rows
+from fedraclora.protocol.method import Draw, RoundInstructions
 from fedraclora.protocol.uplinks import Uplinks
 from fedraclora.tree import Tree
 
@@ -26,7 +26,7 @@ from fedraclora.tree import Tree
 class AggregationContext:
     """What an aggregator may know beside the uplinks: ``base`` is what clients trained from."""
 
-    sent: Downlink
+    sent: RoundInstructions
     round_: int
     draw: Draw
     base: Tree = field(default_factory=dict)

@@ -22,10 +22,10 @@ from fedraclora.engines.records import (
 )
 from fedraclora.errors import WireError
 from fedraclora.protocol.coding import NONE
-from fedraclora.protocol.downlink import Downlink
+from fedraclora.protocol.instructions import RoundInstructions
 from fedraclora.protocol.quantized import FULL, decode, encode
 from fedraclora.tree import Layout, Tree
-from fedraclora.wire.asked import check_downlink, check_kind, check_request, ranks_of
+from fedraclora.wire.asked import check_instructions, check_kind, check_request, ranks_of
 from fedraclora.wire.exchange import DTYPES, Ask, OwnPart, Stage, TrainRequest, shared_of
 from fedraclora.wire.fields import layout_of, reading, shown, whole
 from fedraclora.wire.secagg import check_stage
@@ -41,7 +41,7 @@ class AskWriter:
     """Writes requests as records; parts that an exchange shares are encoded once."""
 
     def __init__(self) -> None:
-        self._of: tuple[Downlink | None, object] | None = None
+        self._of: tuple[RoundInstructions | None, object] | None = None
         self._shared: Records = {}
 
     def write(self, ask: Ask) -> RecordDict:
@@ -135,7 +135,7 @@ class _Reader:
             )
         ranks = ranks_of(vectors["ranks"], count) if "ranks" in vectors else None
         ask = OwnPart(request, rows, ranks, stage).joined(Ask(request, downlink, kind))
-        check_downlink(ask.own, rows.keys())
+        check_instructions(ask.own, rows.keys())
         return ask
 
     def _request(self, plain: Any, vectors: Tree) -> TrainRequest:
@@ -156,7 +156,7 @@ class _Reader:
             )
         return stage
 
-    def _downlink(self, header: dict[str, Any], kind: str) -> Downlink:
+    def _downlink(self, header: dict[str, Any], kind: str) -> RoundInstructions:
         """Read what all clients of an exchange share."""
         layout = layout_of(header["layout"], "the layout")
         with of_message(self.records):
@@ -176,7 +176,7 @@ class _Reader:
                 )
             # Copied: products round by where a matrix lies.
             tensors |= {name: c.clone() for name, c in beside.unpack(exact).items()}
-        return join(Downlink, tensors, header["downlink"])
+        return join(RoundInstructions, tensors, header["downlink"])
 
     def _numbers(self, record: str, axes: int, layout: Layout, kind: str) -> torch.Tensor:
         """Read an array of the numbers that travel, [k, P] or [P]."""

@@ -29,7 +29,7 @@ from fedraclora.flower.transport import FlowerTransport, NodeStore
 from fedraclora.models.built import require_numbers
 from fedraclora.narrow_weight import dense as written_out
 from fedraclora.protocol.coding import NONE, ZSTD
-from fedraclora.protocol.method import Cohort, Draw, Method, first_downlink
+from fedraclora.protocol.method import Cohort, Draw, Method, first_instructions
 from fedraclora.protocol.plan import trained_of
 from fedraclora.protocol.quantized import FULL
 from fedraclora.run.folder import alone, has_checkpoint, is_ours, refuse_existing, run_id
@@ -341,7 +341,7 @@ class LowRank(FedAvg):
         self._shape = ArrayRecord() if is_adapter else arrays
         # Copies, since the app may still use its model, for an evaluation say.
         base = {n: given[n] if n in given else t.clone() for n, t in self._base.items()}
-        asked = first_downlink(method, method.initial_state(base, plan, draw), draw, 1)
+        asked = first_instructions(method, method.initial_state(base, plan, draw), draw, 1)
         if not asked.program.plain:
             raise ConfigError(
                 f"{method} needs more of its clients than their own training "

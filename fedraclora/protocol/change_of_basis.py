@@ -15,7 +15,7 @@ from __future__ import annotations
 import torch
 
 from fedraclora.lowrank.algebra import Product
-from fedraclora.protocol.downlink import Adapter
+from fedraclora.protocol.instructions import Adapter
 
 
 def held_beside(adapter: Adapter) -> tuple[str, torch.Tensor] | None:

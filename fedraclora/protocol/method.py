@@ -1,8 +1,8 @@
 """The interface of a federated method.
 
 A method is a frozen dataclass of hyperparameters with a few pure functions. It never sees a
-client, a message or a data set: it says what the cohort trains (`Downlink`), is handed what
-came back (`Uplinks`), and says what the server holds next (`State`).
+client, a message or a data set: it says what the cohort trains (`RoundInstructions`), is handed
+what came back (`Uplinks`), and says what the server holds next (`State`).
 """
 
 # A hook has arguments that an override uses.
@@ -21,8 +21,8 @@ import torch
 from fedraclora.compatibility import Feature
 from fedraclora.errors import ConfigError
 from fedraclora.limits import check_limits
-from fedraclora.protocol.downlink import Adapter, Downlink
 from fedraclora.protocol.factor import Factor, pasts
+from fedraclora.protocol.instructions import Adapter, RoundInstructions
 from fedraclora.protocol.link import Link, Plan, Term, apply_link
 from fedraclora.protocol.uplinks import Uplinks
 from fedraclora.rng import hash_key
@@ -32,17 +32,17 @@ __all__ = [
     "Adapter",
     "Cohort",
     "Counters",
-    "Downlink",
     "Draw",
     "Factor",
     "Link",
     "Method",
     "Plan",
+    "RoundInstructions",
     "State",
     "Term",
     "Traits",
     "apply_link",
-    "first_downlink",
+    "first_instructions",
 ]
 
 
@@ -249,14 +249,18 @@ class Method(Protocol):
     def initial_state(self, base: Tree, plan: Plan, draw: Draw) -> State:
         """Build the state before the first round."""
 
-    def open_round(self, state: State, round_: int, cohort: Cohort, draw: Draw) -> Downlink:
+    def open_round(
+        self, state: State, round_: int, cohort: Cohort, draw: Draw
+    ) -> RoundInstructions:
         """Build the downlink of round ``round_`` (from 1)."""
 
-    def next_exchange(self, state: State, sent: Downlink, got: Uplinks) -> Downlink | None:
+    def next_exchange(
+        self, state: State, sent: RoundInstructions, got: Uplinks
+    ) -> RoundInstructions | None:
         """Return the downlink of another exchange in the same round, or None to close it."""
         return None
 
-    def close_round(self, state: State, sent: Downlink, got: Uplinks) -> State:
+    def close_round(self, state: State, sent: RoundInstructions, got: Uplinks) -> State:
         """Return the next state from the clients' updates; it holds the merge of the round."""
 
     def in_force(self, state: State) -> tuple[Method, State]:
@@ -334,13 +338,13 @@ class Method(Protocol):
         return "" if isinstance(self.rank, int) else f"its rank is {self.rank!r}"
 
     @Feature("a method whose factors begin anew with each link")
-    def _factors_begin_anew(self, sent: Downlink) -> str:
+    def _factors_begin_anew(self, sent: RoundInstructions) -> str:
         if not self.traits.merges:
             return ""
         return next((n for n, a in sent.adapters.items() if not a.trains_beside_shared), "")
 
     @Feature("a method whose factors stand beside others in each link")
-    def _factors_change(self, sent: Downlink) -> str:
+    def _factors_change(self, sent: RoundInstructions) -> str:
         changes = self.traits.merges or self.recurs
         return next(iter(sent.adapters), "") if changes else ""
 
@@ -352,7 +356,7 @@ def _named(kind: type) -> str:
     return module if inside else f"{kind.__module__}:{kind.__qualname__}"
 
 
-def first_downlink(method: Method, state: State, draw: Draw, clients: int) -> Downlink:
+def first_instructions(method: Method, state: State, draw: Draw, clients: int) -> RoundInstructions:
     """Build the downlink of round 1, to read its shapes before a run.
 
     Args:

@@ -26,7 +26,7 @@ from fedraclora.lowrank.layers import (
     split_patterns,
     weight_name,
 )
-from fedraclora.protocol.downlink import Downlink
+from fedraclora.protocol.instructions import RoundInstructions
 from fedraclora.protocol.method import Plan
 
 HEAD_POLICIES = ("lora", "full", "frozen", "personal")
@@ -339,7 +339,7 @@ class TrainedPart:
         return f"{'; '.join(parts)}: {count}"
 
 
-def trained_of(sent: Downlink, shapes: Mapping[str, tuple[int, ...]]) -> TrainedPart:
+def trained_of(sent: RoundInstructions, shapes: Mapping[str, tuple[int, ...]]) -> TrainedPart:
     """Summarize what clients train in the first round: ranks, layers, and how many numbers.
 
     Args:
@@ -347,10 +347,10 @@ def trained_of(sent: Downlink, shapes: Mapping[str, tuple[int, ...]]) -> Trained
         shapes: Of the model's parameters, by name.
 
     Example:
-        >>> from fedraclora.protocol.downlink import Adapter
+        >>> from fedraclora.protocol.instructions import Adapter
         >>> from fedraclora.protocol.factor import to_train
         >>> adapter = Adapter({"B": to_train((6, 2)), "A": to_train((2, 4))}, 1.0)
-        >>> sent = Downlink({"fc.weight": adapter}, {"fc.bias": to_train((6,))})
+        >>> sent = RoundInstructions({"fc.weight": adapter}, {"fc.bias": to_train((6,))})
         >>> str(trained_of(sent, {"fc.weight": (6, 4), "fc.bias": (6,)}))
         'rank 2 of layer fc; in full parameter fc.bias: 26 numbers a client, the model has 30'
     """

@@ -1,9 +1,9 @@
 """Client programs: the part of local training that a method or a setting defines.
 
-A method sends its program with each exchange (`Downlink.program`), with the fields of the program
-as its payload; a setting adds one to every round (``local.extras``). Both are a `ClientProgram`,
-and the trainer calls the same hooks of both. Gradients and values carry a leading client axis
-[K, ...].
+A method sends its program with each exchange (`RoundInstructions.program`), with the fields of the
+program as its payload; a setting adds one to every round (``local.extras``). Both are a
+`ClientProgram`, and the trainer calls the same hooks of both. Gradients and values carry a leading
+client axis [K, ...].
 """
 
 # A hook has arguments that an override uses.
@@ -24,7 +24,7 @@ from fedraclora.protocol.named import Named
 from fedraclora.tree import Tree, parameters
 
 if TYPE_CHECKING:
-    from fedraclora.protocol.downlink import Downlink
+    from fedraclora.protocol.instructions import RoundInstructions
     from fedraclora.protocol.uplinks import Uplinks
 
 Rates = dict[str, float]  # step size of each trained tensor
@@ -112,7 +112,7 @@ class ClientChunk:
             none: at zero.
     """
 
-    downlink: Downlink
+    downlink: RoundInstructions
     clients: torch.Tensor
     seed: int
     round_: int
@@ -192,7 +192,7 @@ class ClientProgram(Named, Limited, group="local.extras"):
         """Return whether a part of a round's step continues in the next one (momentum)."""
         return False
 
-    def check(self, downlink: Downlink) -> None:
+    def check(self, downlink: RoundInstructions) -> None:
         """Reject invalid fields of a received message; types and limits were checked before.
 
         Raises:
@@ -205,7 +205,7 @@ class ClientProgram(Named, Limited, group="local.extras"):
 
     # What clients do.
 
-    def held(self, downlink: Downlink, plan: Plan) -> Downlink:
+    def held(self, downlink: RoundInstructions, plan: Plan) -> RoundInstructions:
         """Return what clients hold and train, if it differs from what they are sent."""
         return downlink
 
@@ -222,7 +222,7 @@ class ClientProgram(Named, Limited, group="local.extras"):
         """
         return parameters(base), {}
 
-    def most_steps(self, downlink: Downlink) -> int | None:
+    def most_steps(self, downlink: RoundInstructions) -> int | None:
         """Return the largest number of local steps; None: no limit."""
         return None
 
@@ -271,7 +271,7 @@ class ClientProgram(Named, Limited, group="local.extras"):
         return None
 
     def moment_shapes(
-        self, downlink: Downlink, kinds: tuple[str, ...]
+        self, downlink: RoundInstructions, kinds: tuple[str, ...]
     ) -> dict[str, tuple[int, ...]]:
         """Return the shapes of an optimizer's state for one client.
 
@@ -304,7 +304,7 @@ class ClientProgram(Named, Limited, group="local.extras"):
         """Return s and c of the step that SGD takes in weight space (`effective_step`)."""
         return scale, gram
 
-    def columns(self, sent: Downlink, got: Uplinks) -> dict[str, float]:
+    def columns(self, sent: RoundInstructions, got: Uplinks) -> dict[str, float]:
         """Compute the columns of a round in the results table."""
         return {}
 

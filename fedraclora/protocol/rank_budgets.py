@@ -26,11 +26,11 @@ from math import prod
 import torch
 
 from fedraclora.errors import ConfigError, ShapeError, WireError
-from fedraclora.protocol.method import Adapter, Cohort, Downlink
+from fedraclora.protocol.method import Adapter, Cohort, RoundInstructions
 from fedraclora.tree import Tree
 
 
-def check_budgets(downlink: Downlink, cohort: Cohort) -> None:
+def check_budgets(downlink: RoundInstructions, cohort: Cohort) -> None:
     """Check that an exchange has one rank budget for each client.
 
     Raises:
@@ -39,8 +39,8 @@ def check_budgets(downlink: Downlink, cohort: Cohort) -> None:
     """
     if cohort.ranks is not None and downlink.ranks is None:
         raise ConfigError(
-            "clients have rank budgets, but the method did not hand them on: set Downlink.ranks "
-            "from Cohort.ranks, or run without budgets"
+            "clients have rank budgets, but the method did not hand them on: set "
+            "RoundInstructions.ranks from Cohort.ranks, or run without budgets"
         )
     if downlink.ranks is not None and len(downlink.ranks) != len(cohort):
         raise ShapeError(
@@ -90,7 +90,7 @@ def within(ranks: torch.Tensor, size: int) -> torch.Tensor:
     return (places >= first[:, None]) & (places < end[:, None])
 
 
-def trainable(downlink: Downlink, ranks: torch.Tensor | None) -> Tree:
+def trainable(downlink: RoundInstructions, ranks: torch.Tensor | None) -> Tree:
     """Return masks of what clients train of the factors that a budget limits.
 
     Args:
@@ -141,7 +141,7 @@ def cut_gradients(gradients: Tree, masks: Tree) -> Tree:
     }
 
 
-def uploaded_mask(downlink: Downlink, places: torch.Tensor) -> torch.Tensor | None:
+def uploaded_mask(downlink: RoundInstructions, places: torch.Tensor) -> torch.Tensor | None:
     """Return the mask of the numbers in its row that a client sends.
 
     Args:
@@ -164,7 +164,7 @@ def uploaded_mask(downlink: Downlink, places: torch.Tensor) -> torch.Tensor | No
     return torch.cat(parts, dim=1) if parts else torch.zeros(len(places), 0, dtype=torch.bool)
 
 
-def widen(numbers: torch.Tensor, downlink: Downlink, places: torch.Tensor) -> torch.Tensor:
+def widen(numbers: torch.Tensor, downlink: RoundInstructions, places: torch.Tensor) -> torch.Tensor:
     """Expand what clients sent under budgets to full rows; the rest keeps its starting value.
 
     Args:
@@ -198,7 +198,7 @@ def widen(numbers: torch.Tensor, downlink: Downlink, places: torch.Tensor) -> to
     return rows
 
 
-def uploaded_numbers(downlink: Downlink, cohort: int) -> torch.Tensor:
+def uploaded_numbers(downlink: RoundInstructions, cohort: int) -> torch.Tensor:
     """Return how many numbers each client of a round sends back, int64 [K]."""
     total = torch.zeros(cohort, dtype=torch.int64)
     masks = trainable(downlink, downlink.ranks)

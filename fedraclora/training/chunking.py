@@ -19,7 +19,7 @@ from fedraclora.errors import ConfigError, FedRacLoraError, ModelError
 from fedraclora.imports import failure_of
 from fedraclora.models.outputs import nothing_drawn
 from fedraclora.objects import held, refuse_changed
-from fedraclora.protocol.downlink import Downlink
+from fedraclora.protocol.instructions import RoundInstructions
 from fedraclora.protocol.program import ClientProgram
 from fedraclora.protocol.uplinks import SUM_BLOCK
 from fedraclora.rng import generator
@@ -53,7 +53,9 @@ class Pair(Probe):
         return self.chunk
 
 
-def refuse_meeting(trainer: CohortTrainer, base: Tree, downlink: Downlink, chunk: int) -> None:
+def refuse_meeting(
+    trainer: CohortTrainer, base: Tree, downlink: RoundInstructions, chunk: int
+) -> None:
     """Refuse extras of the user's own in which clients of a chunk meet, or which change.
 
     Raises:
@@ -173,7 +175,7 @@ def plan_chunk(
     chunk: int | str,
     trainer: CohortTrainer,
     base: Tree,
-    downlink: Downlink,
+    downlink: RoundInstructions,
     cohort: int,
     *,
     share: float | None = None,

@@ -26,7 +26,7 @@ from fedraclora.data.token_losses import output_layer, token_losses
 from fedraclora.errors import ClientError, ConfigError
 from fedraclora.imports import told_as
 from fedraclora.protocol.link import Link, Terms, apply_link, matrices
-from fedraclora.protocol.method import Downlink, Plan
+from fedraclora.protocol.method import Plan, RoundInstructions
 from fedraclora.protocol.program import (
     ClientProgram,
     Hook,
@@ -111,7 +111,7 @@ class CohortTrainer:
     def train(
         self,
         base: Tree,
-        downlink: Downlink,
+        downlink: RoundInstructions,
         clients: torch.Tensor,
         *,
         round_: int,
@@ -170,7 +170,7 @@ class CohortTrainer:
             moments={n: chunk.as_asked(t) for n, t in moments.items()},
         )
 
-    def _uploads(self, asked: Downlink, base: Tree, values: Tree) -> Tree:
+    def _uploads(self, asked: RoundInstructions, base: Tree, values: Tree) -> Tree:
         """Return what clients send of what they trained, as the programs of the round say.
 
         Raises:
@@ -188,7 +188,7 @@ class CohortTrainer:
         return values
 
     def open(
-        self, base: Tree, downlink: Downlink, clients: torch.Tensor, *, round_: int
+        self, base: Tree, downlink: RoundInstructions, clients: torch.Tensor, *, round_: int
     ) -> OpenChunk:
         """Lay out the local steps of a chunk, and make what it trains; see `train`."""
         held, method, inner = base, downlink.program, downlink.program.held(downlink, self.plan)
@@ -342,7 +342,7 @@ class CohortTrainer:
                 return " or ".join(map(self.local.told, inside or own)) + ": "
         return ""
 
-    def _folded(self, base: Tree, downlink: Downlink) -> tuple[Tree, Terms]:
+    def _folded(self, base: Tree, downlink: RoundInstructions) -> tuple[Tree, Terms]:
         """Compute the weights from which clients train, once for all chunks of a round."""
         program, known = downlink.program, self._known
         if type(program).fold is ClientProgram.fold:
@@ -351,7 +351,7 @@ class CohortTrainer:
             self._known = known = (base, program, program.fold(base, self.plan))
         return known[2]
 
-    def _program(self, downlink: Downlink, base: Tree) -> CohortProgram:
+    def _program(self, downlink: RoundInstructions, base: Tree) -> CohortProgram:
         """Return the rewritten model for what is trained, holding these base weights."""
         adapted = (f"{w}/{label}" for w, a in downlink.adapters.items() for label in a.factors)
         names = (*adapted, "|", *downlink.dense)

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from fedraclora.data.task import SLOPES, Task
-from fedraclora.protocol.method import Downlink
+from fedraclora.protocol.method import RoundInstructions
 from fedraclora.training.adapted import times
 from fedraclora.training.materialize import factor_of
 from fedraclora.tree import Tree
@@ -58,7 +58,7 @@ class Linear:
         frozen: Factors that are not trained.
     """
 
-    def __init__(self, name: str, downlink: Downlink, base: Tree, frozen: Tree) -> None:
+    def __init__(self, name: str, downlink: RoundInstructions, base: Tree, frozen: Tree) -> None:
         self.weight_name, self.bias_name = f"{name}.weight", f"{name}.bias"
         dense = downlink.dense
         self.weight = None if self.weight_name in dense else base[self.weight_name]
@@ -179,7 +179,7 @@ WEIGHTLESS: dict[type[nn.Module], tuple[Callable[..., torch.Tensor], ...]] = {
 LARGE, ALIGNED = 1 << 20, 64  # bytes of a weight that fills a core's own cache; of a vector
 
 
-def written_out(task: Task, downlink: Downlink) -> bool:
+def written_out(task: Task, downlink: RoundInstructions) -> bool:
     """Check whether a task fits in here, with what is trained of its model."""
     model, inputs = task.model, task.test.inputs
     if type(model) is not nn.Sequential or task.loss not in SLOPES or set(inputs) != {"x"}:
@@ -210,7 +210,9 @@ class FeedForward:
         frozen: Factors that are not trained.
     """
 
-    def __init__(self, model: nn.Module, downlink: Downlink, base: Tree, frozen: Tree) -> None:
+    def __init__(
+        self, model: nn.Module, downlink: RoundInstructions, base: Tree, frozen: Tree
+    ) -> None:
         self.stages: list[Linear | Weightless] = []
         self.at_once = 0  # bytes of a client's gradients that are never there all together
         for name, module in model.named_children():

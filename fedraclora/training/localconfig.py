@@ -26,7 +26,7 @@ from fedraclora.limits import (
     TakesObject,
     Whole,
 )
-from fedraclora.protocol.method import Downlink
+from fedraclora.protocol.method import RoundInstructions
 from fedraclora.protocol.program import ClientProgram
 
 Extra = TypeVar("Extra", bound=ClientProgram)
@@ -333,7 +333,9 @@ def moment_kinds(local: LocalConfig) -> tuple[str, ...]:
     return ("first", "second")
 
 
-def effective_step(downlink: Downlink, local: LocalConfig, rate_scale: float) -> dict[str, float]:
+def effective_step(
+    downlink: RoundInstructions, local: LocalConfig, rate_scale: float
+) -> dict[str, float]:
     """Compute the step gamma inside the sketch, W <- W - gamma G H, over all sketched layers.
 
     gamma = lr s^2 c where A A^T is about c I (with two frozen factors the product of their c), but

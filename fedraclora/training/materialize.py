@@ -9,11 +9,13 @@ import torch
 from fedraclora.lowrank.dora import magnitudes, rescaled
 from fedraclora.narrow_weight import dense
 from fedraclora.protocol.link import Link, Plan, Term, apply_link
-from fedraclora.protocol.method import Downlink, Factor
+from fedraclora.protocol.method import Factor, RoundInstructions
 from fedraclora.tree import Tree, wide, widened
 
 
-def materialize(downlink: Downlink, base: Tree, order: torch.Tensor) -> tuple[Tree, Tree, Tree]:
+def materialize(
+    downlink: RoundInstructions, base: Tree, order: torch.Tensor
+) -> tuple[Tree, Tree, Tree]:
     """Make the tensors of a round for the clients in ``order``.
 
     Returns:
@@ -64,7 +66,7 @@ def opening_of(slot: Factor, default: torch.Tensor, order: torch.Tensor) -> torc
     return start[order] if slot.per_client else start[None].clone()
 
 
-def start_from(own: Tree, downlink: Downlink) -> Downlink:
+def start_from(own: Tree, downlink: RoundInstructions) -> RoundInstructions:
     """Start the tensors that are named from each client's own, [K, ...]."""
     if not own:
         return downlink
@@ -88,7 +90,7 @@ def factor_of(name: str, leaves: Tree, frozen: Tree, active: int) -> torch.Tenso
 
 
 def arrange(
-    downlink: Downlink, leaves: Tree, frozen: Tree, active: int
+    downlink: RoundInstructions, leaves: Tree, frozen: Tree, active: int
 ) -> tuple[dict[str, list[torch.Tensor]], Tree]:
     """Sort tensors into low-rank terms and dense ones, cut to the active clients."""
     factors = {
@@ -98,7 +100,7 @@ def arrange(
     return factors, {n: leaves[n] for n in downlink.dense}
 
 
-def standing(downlink: Downlink) -> Downlink:
+def standing(downlink: RoundInstructions) -> RoundInstructions:
     """Keep of a downlink what its weights at the start are computed from, beside the base.
 
     A product with a factor that starts at zero adds nothing, and what starts from the base is there
@@ -114,7 +116,7 @@ def standing(downlink: Downlink) -> Downlink:
     return replace(kept, program=kept.program.at_rest())
 
 
-def standing_weights(base: Tree, downlink: Downlink, plan: Plan, own: Tree) -> Tree:
+def standing_weights(base: Tree, downlink: RoundInstructions, plan: Plan, own: Tree) -> Tree:
     """Compute the weights of one client, to the bit as a server does that has the same factors.
 
     Args:

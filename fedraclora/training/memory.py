@@ -25,7 +25,7 @@ from typing_extensions import override
 
 from fedraclora.data.clients import ClientData
 from fedraclora.narrow_weight import QuantisedWeight
-from fedraclora.protocol.downlink import Downlink
+from fedraclora.protocol.instructions import RoundInstructions
 from fedraclora.protocol.program import Hook, Optimizer
 from fedraclora.training.cohort import CohortTrainer
 from fedraclora.training.materialize import start_from
@@ -172,7 +172,7 @@ class MemoryModel:
 
 
 def measure_memory(
-    trainer: CohortTrainer, base: Tree, downlink: Downlink, clients: torch.Tensor
+    trainer: CohortTrainer, base: Tree, downlink: RoundInstructions, clients: torch.Tensor
 ) -> MemoryModel:
     """Run the first steps of one client and of two, and count; three and four are laid out only.
 
@@ -255,7 +255,7 @@ class Probe(CohortTrainer):
         self.live = LiveTensors(trainer.device)
         self.laid_out = self.resident = self.at_once = self.formed = self.stepped = 0
 
-    def run(self, base: Tree, downlink: Downlink, clients: torch.Tensor) -> None:
+    def run(self, base: Tree, downlink: RoundInstructions, clients: torch.Tensor) -> None:
         """Train some clients until enough is counted; `owned` says from which downlink."""
         with suppress(Enough):
             own = owned(downlink, len(clients))
@@ -298,7 +298,7 @@ def longest(data: ClientData, clients: torch.Tensor, sizes: torch.Tensor) -> int
     return found
 
 
-def owned(downlink: Downlink, clients: int) -> Downlink:
+def owned(downlink: RoundInstructions, clients: int) -> RoundInstructions:
     """Cut a downlink to so many clients, each of which starts what stays with it at its own."""
     sent = downlink.select(torch.arange(clients) % 2)
     stays = {n: s for n, s in sent.trained().items() if not s.upload and not s.per_client}

@@ -30,12 +30,12 @@ from __future__ import annotations
 
 import torch
 
-from fedraclora.protocol.downlink import Downlink
+from fedraclora.protocol.instructions import RoundInstructions
 from fedraclora.training.localconfig import LocalConfig, moment_kinds
 from fedraclora.tree import Tree
 
 
-def moment_shapes(local: LocalConfig, downlink: Downlink) -> dict[str, tuple[int, ...]]:
+def moment_shapes(local: LocalConfig, downlink: RoundInstructions) -> dict[str, tuple[int, ...]]:
     """Return the shapes of what an optimizer holds for one client.
 
     Args:
@@ -49,7 +49,7 @@ def moment_shapes(local: LocalConfig, downlink: Downlink) -> dict[str, tuple[int
     return downlink.program.moment_shapes(downlink, moment_kinds(local))
 
 
-def blank_moments(local: LocalConfig, downlink: Downlink, dtype: torch.dtype) -> Tree:
+def blank_moments(local: LocalConfig, downlink: RoundInstructions, dtype: torch.dtype) -> Tree:
     """Build the moments of a client that has not trained yet, to be stored by name.
 
     Args:

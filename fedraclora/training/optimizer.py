@@ -39,15 +39,15 @@ from dataclasses import replace
 import torch
 from typing_extensions import override
 
-from fedraclora.protocol.downlink import Downlink
 from fedraclora.protocol.factor import Factor, to_train
+from fedraclora.protocol.instructions import RoundInstructions
 from fedraclora.training.localconfig import LocalConfig
 from fedraclora.tree import Tree
 
 ROW_SLOT = "rows/"  # of the names of slots and moments; the rest is the name of the factor
 
 
-def row_slots(sent: Downlink, kept: Tree) -> dict[str, Factor]:
+def row_slots(sent: RoundInstructions, kept: Tree) -> dict[str, Factor]:
     """Build the slots in which the moments of trained factors travel, m + 1 numbers for B.
 
     Args:
@@ -62,7 +62,7 @@ def row_slots(sent: Downlink, kept: Tree) -> dict[str, Factor]:
     return found
 
 
-def taken_rows(sent: Downlink) -> tuple[Downlink, Tree]:
+def taken_rows(sent: RoundInstructions) -> tuple[RoundInstructions, Tree]:
     """Take the slots of `row_slots` out of a downlink, for what is trained by gradients.
 
     Returns:
@@ -267,7 +267,7 @@ def clip_per_client(gradients: Tree, largest: float, by: str = "all") -> Tree:
     }
 
 
-def correcting(sent: Downlink, order: torch.Tensor) -> Callable[[Tree], Tree]:
+def correcting(sent: RoundInstructions, order: torch.Tensor) -> Callable[[Tree], Tree]:
     """Build the hook that adds a round's corrections to the gradients.
 
     Args:

@@ -16,7 +16,7 @@ from fedraclora.errors import ModelError
 from fedraclora.lowrank.layers import is_batch_norm, layer_kind
 from fedraclora.models.packed import Packer
 from fedraclora.models.packed_layout import PackedLayout, packed_layout, real_tokens
-from fedraclora.protocol.method import Downlink
+from fedraclora.protocol.method import RoundInstructions
 from fedraclora.protocol.program import ClientChunk, Former
 from fedraclora.training.cohort_layers import (
     CohortContext,
@@ -76,7 +76,7 @@ class CohortProgram:
     in_turn: bool = False
 
     @classmethod
-    def build(cls, task: Task, downlink: Downlink, device: torch.device) -> CohortProgram:
+    def build(cls, task: Task, downlink: RoundInstructions, device: torch.device) -> CohortProgram:
         """Rewrite a copy of the task's model for what ``downlink`` trains.
 
         Raises:

@@ -19,7 +19,7 @@ from torch.func import functional_call, vmap
 
 from fedraclora.data.samples import Samples
 from fedraclora.lowrank.dora import magnitude_of, rescaled
-from fedraclora.protocol.method import Downlink, Plan
+from fedraclora.protocol.method import Plan, RoundInstructions
 from fedraclora.training.program import CohortProgram
 from fedraclora.tree import Tree
 
@@ -30,7 +30,7 @@ REFUSED = ("vmap: ", "Batching rule not implemented", "accessing `data` under vm
 
 
 def effective_weights(
-    base: Tree, downlink: Downlink, plan: Plan, values: Tree, frozen: Tree
+    base: Tree, downlink: RoundInstructions, plan: Plan, values: Tree, frozen: Tree
 ) -> Tree:
     """Compute the dense effective weights of one client.
 
@@ -58,7 +58,7 @@ def effective_weights(
 
 def vmapped_forward(
     program: CohortProgram,
-    downlink: Downlink,
+    downlink: RoundInstructions,
     plan: Plan,
     leaves: Tree,
     frozen: Tree,

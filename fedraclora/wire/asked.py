@@ -11,7 +11,7 @@ from fedraclora.errors import WireError
 from fedraclora.protocol.coding import NONE, ZSTD
 from fedraclora.protocol.cohorts import WEIGHTINGS
 from fedraclora.protocol.factor import Factor
-from fedraclora.protocol.method import Downlink
+from fedraclora.protocol.method import RoundInstructions
 from fedraclora.protocol.quantized import FULL, ROUNDED
 from fedraclora.sketch import SketchSpec
 from fedraclora.wire.exchange import TrainRequest
@@ -84,7 +84,7 @@ def ranks_of(ranks: torch.Tensor, clients: int) -> torch.Tensor:
     return pairs
 
 
-def check_downlink(downlink: Downlink, own: Collection[str]) -> None:
+def check_instructions(downlink: RoundInstructions, own: Collection[str]) -> None:
     """Check a received downlink, beyond its types; ``own``: tensors with one value per client.
 
     Raises:
@@ -97,7 +97,7 @@ def check_downlink(downlink: Downlink, own: Collection[str]) -> None:
             raise WireError(f"{key} is frozen; of no adapter, only what is trained is sent")
 
 
-def _check(downlink: Downlink) -> None:
+def _check(downlink: RoundInstructions) -> None:
     """Reject what types do not."""
     whole(downlink.link, "its link")
     downlink.program.check(downlink)

@@ -16,8 +16,8 @@ import torch
 
 from fedraclora.errors import WireError
 from fedraclora.protocol.coding import decompressed
-from fedraclora.protocol.downlink import opening_rows
-from fedraclora.protocol.method import Downlink
+from fedraclora.protocol.instructions import opening_rows
+from fedraclora.protocol.method import RoundInstructions
 from fedraclora.protocol.quantized import WIDTHS, decode, encode, packed_bytes
 from fedraclora.protocol.rank_budgets import uploaded_mask, uploaded_numbers
 from fedraclora.rng import generator
@@ -52,7 +52,7 @@ class Changes:
     """
 
     kind: str
-    sent: Downlink
+    sent: RoundInstructions
     base: Tree
     clients: torch.Tensor
 
@@ -162,7 +162,7 @@ class Changes:
         return start.expand(len(clients), layout.size)
 
 
-def uploaded_bytes(sent: Downlink, cohort: int, kind: str) -> torch.Tensor:
+def uploaded_bytes(sent: RoundInstructions, cohort: int, kind: str) -> torch.Tensor:
     """Return the bytes of the numbers that each client of a round sends back, int64 [K]."""
     if kind in WIDTHS:
         return uploaded_numbers(sent, cohort) * WIDTHS[kind]
@@ -170,7 +170,7 @@ def uploaded_bytes(sent: Downlink, cohort: int, kind: str) -> torch.Tensor:
     return torch.tensor(each, dtype=torch.int64)
 
 
-def _parts(sent: Downlink, cohort: int) -> Iterator[tuple[Kept, list[int]]]:
+def _parts(sent: RoundInstructions, cohort: int) -> Iterator[tuple[Kept, list[int]]]:
     """Yield for each client which numbers of its row it sends, and how many of each tensor."""
     sizes = [prod(slot.shape) for slot in sent.uploaded().values()]
     masks = uploaded_mask(sent, torch.arange(cohort))

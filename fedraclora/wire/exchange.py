@@ -18,7 +18,7 @@ from typing_extensions import override
 from fedraclora.codec import join, split
 from fedraclora.protocol.coding import NONE
 from fedraclora.protocol.factor import Factor
-from fedraclora.protocol.method import Downlink
+from fedraclora.protocol.method import RoundInstructions
 from fedraclora.protocol.quantized import FULL, packed_bytes, sent_bytes
 from fedraclora.tree import Tree, to_numpy
 
@@ -108,7 +108,7 @@ class Ask:
     """
 
     request: TrainRequest
-    downlink: Downlink | None = None
+    downlink: RoundInstructions | None = None
     kind: str = FULL
     apart: bool = False
     stage: Stage | None = None
@@ -138,10 +138,10 @@ class Ask:
         return self.request.order if self.apart else torch.arange(len(self.request.clients))
 
     @property
-    def own(self) -> Downlink:
+    def own(self) -> RoundInstructions:
         """Return the downlink of these clients."""
         if self.downlink is None:
-            return Downlink()
+            return RoundInstructions()
         return self.downlink.select(self.request.order) if self.apart else self.downlink
 
 
@@ -202,7 +202,7 @@ def shared_of(ask: Ask) -> Ask:
     return replace(ask, downlink=downlink, apart=False, stage=None)
 
 
-def sent_tensors(downlink: Downlink) -> dict[str, tuple[torch.Tensor, bool]]:
+def sent_tensors(downlink: RoundInstructions) -> dict[str, tuple[torch.Tensor, bool]]:
     """Return every tensor of a downlink by name, and whether each client has its own.
 
     Coefficients, which are float64 always, are left out.
@@ -215,7 +215,7 @@ def sent_tensors(downlink: Downlink) -> dict[str, tuple[torch.Tensor, bool]]:
 
 
 def payload_bytes(
-    downlink: Downlink, cohort: int, kind: str, clients: int = 1, coding: str = NONE
+    downlink: RoundInstructions, cohort: int, kind: str, clients: int = 1, coding: str = NONE
 ) -> int:
     """Return the payload bytes of a message with a downlink to clients of a round.
 

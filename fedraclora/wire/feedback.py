@@ -19,14 +19,14 @@ from __future__ import annotations
 
 import torch
 
-from fedraclora.protocol.downlink import Downlink
+from fedraclora.protocol.instructions import RoundInstructions
 from fedraclora.tree import Tree
 
 PREFIX = "residue/"
 LIFE = f"{PREFIX}life"  # by place in the pool: the number of what its residues are of, and 1
 
 
-def blank_residues(sent: Downlink, dtype: torch.dtype) -> Tree:
+def blank_residues(sent: RoundInstructions, dtype: torch.dtype) -> Tree:
     """Build zero residues of a new client, by the names under which they are stored.
 
     Args:
@@ -46,7 +46,7 @@ def blank_residues(sent: Downlink, dtype: torch.dtype) -> Tree:
     return found
 
 
-def to_add(stored: Tree, sent: Downlink) -> torch.Tensor:
+def to_add(stored: Tree, sent: RoundInstructions) -> torch.Tensor:
     """Return the residues to add to the updates of this round.
 
     Args:
@@ -68,7 +68,7 @@ def to_add(stored: Tree, sent: Downlink) -> torch.Tensor:
     return sent.layout.pack(found, lead=1)
 
 
-def left_over(stored: Tree, sent: Downlink, left: torch.Tensor) -> Tree:
+def left_over(stored: Tree, sent: RoundInstructions, left: torch.Tensor) -> Tree:
     """Store the quantization error of this round's updates.
 
     Args:

@@ -23,7 +23,7 @@ from dataclasses import dataclass, fields, replace
 from typing_extensions import override
 
 from fedraclora.limits import Share
-from fedraclora.protocol.method import Cohort, Downlink, Draw, Plan, State, Traits
+from fedraclora.protocol.method import Cohort, Draw, Plan, RoundInstructions, State, Traits
 from fedraclora.protocol.uplinks import Uplinks
 from fedraclora.rng import generator
 from fedraclora.sketch import Normalize, Sketch
@@ -80,11 +80,13 @@ class BernoulliLora(LowRankMethod):
         return replace(states[0], notes=tuple(notes))
 
     @override
-    def open_round(self, state: State, round_: int, cohort: Cohort, draw: Draw) -> Downlink:
+    def open_round(
+        self, state: State, round_: int, cohort: Cohort, draw: Draw
+    ) -> RoundInstructions:
         return self.round_method(round_).open_round(state, round_, cohort, draw)
 
     @override
-    def close_round(self, state: State, sent: Downlink, got: Uplinks) -> State:
+    def close_round(self, state: State, sent: RoundInstructions, got: Uplinks) -> State:
         return self.round_method(1).close_round(state, sent, got)  # the side is read off ``sent``
 
     @override

@@ -21,11 +21,11 @@ from typing_extensions import override
 from fedraclora.protocol.factor import to_train
 from fedraclora.protocol.method import (
     Cohort,
-    Downlink,
     Draw,
     Link,
     Method,
     Plan,
+    RoundInstructions,
     State,
     Traits,
     apply_link,
@@ -46,12 +46,14 @@ class FedAvg(Method):
         return State(base, plan)
 
     @override
-    def open_round(self, state: State, round_: int, cohort: Cohort, draw: Draw) -> Downlink:
+    def open_round(
+        self, state: State, round_: int, cohort: Cohort, draw: Draw
+    ) -> RoundInstructions:
         full = {n: to_train(tuple(state.base[n].shape)) for n in state.plan.weights}
-        return Downlink(dense=full | dense_slots(state))
+        return RoundInstructions(dense=full | dense_slots(state))
 
     @override
-    def close_round(self, state: State, sent: Downlink, got: Uplinks) -> State:
+    def close_round(self, state: State, sent: RoundInstructions, got: Uplinks) -> State:
         mean = got.mean()
         link = Link(dense={n: mean[n].to(state.base[n].dtype) for n in sent.uploaded()})
         return replace(state, base=apply_link(state.base, link, state.plan), link=link, notes=())

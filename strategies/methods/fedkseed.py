@@ -39,7 +39,7 @@ from typing_extensions import override
 from fedraclora.errors import ConfigError
 from fedraclora.limits import Count, Limited, Positive
 from fedraclora.protocol.link import Terms
-from fedraclora.protocol.method import Downlink, Draw, Link, Plan, State, Traits
+from fedraclora.protocol.method import Draw, Link, Plan, RoundInstructions, State, Traits
 from fedraclora.protocol.program import ClientChunk, ClientProgram
 from fedraclora.protocol.uplinks import Uplinks, weighted_sum
 from fedraclora.rng import cohort_bits, hash_key
@@ -78,7 +78,7 @@ class StandBeside(ClientProgram, group="method"):
     walk: Walk
 
     @override
-    def check(self, downlink: Downlink) -> None:
+    def check(self, downlink: RoundInstructions) -> None:
         check_walk(self.walk)
 
     @override
@@ -112,7 +112,7 @@ class LookOften(LookAlong, group="method"):
         return self.sums
 
     @override
-    def check(self, downlink: Downlink) -> None:
+    def check(self, downlink: RoundInstructions) -> None:
         super().check(downlink)
         whole(self.round_, "the round of its directions", 1)
 
@@ -205,7 +205,7 @@ class FedKSeed(Limited, Walking, group="method"):
         return super().walk(plan, 1, draw)
 
     @override
-    def close_round(self, state: State, sent: Downlink, got: Uplinks) -> State:
+    def close_round(self, state: State, sent: RoundInstructions, got: Uplinks) -> State:
         change, carried, values = got.mean() if self.steps is None else {}, state.carried, Tree()
         total = change.get(MOVES)
         if total is None:

@@ -46,7 +46,7 @@ from typing_extensions import override
 
 from fedraclora.limits import Count, Limited, Positive
 from fedraclora.lowrank.algebra import fix_signs
-from fedraclora.protocol.method import Cohort, Downlink, Draw, Plan, State
+from fedraclora.protocol.method import Cohort, Draw, Plan, RoundInstructions, State
 from fedraclora.protocol.plan import Rank, rank_notes, resolve_rank
 from fedraclora.protocol.program import ClientChunk, ClientProgram, Rates
 from fedraclora.strategies.methods.fedavg import FedAvg
@@ -211,11 +211,11 @@ class ProjectGradients(ClientProgram, group="method"):
     turned: tuple[str, ...] = ()
 
     @override
-    def check(self, downlink: Downlink) -> None:
+    def check(self, downlink: RoundInstructions) -> None:
         for name in self.ranks:
             whole(self.ranks[name], f"the rank of {name}", 1)
 
-    def projections(self, downlink: Downlink) -> dict[str, Projection]:
+    def projections(self, downlink: RoundInstructions) -> dict[str, Projection]:
         """Read how the gradients of each weight are projected."""
         found = {}
         for name, slot in downlink.dense.items():
@@ -233,7 +233,7 @@ class ProjectGradients(ClientProgram, group="method"):
 
     @override
     def moment_shapes(
-        self, downlink: Downlink, kinds: tuple[str, ...]
+        self, downlink: RoundInstructions, kinds: tuple[str, ...]
     ) -> dict[str, tuple[int, ...]]:
         projected = self.projections(downlink)
         own = {f"{k}/{n}": each.coordinates for n, each in projected.items() for k in kinds}
@@ -272,7 +272,9 @@ class GaloreAverage(Limited, FedAvg, group="method"):
         return resolve_rank(self.rank, min(plan.targets[name].shape), name, cap=True)
 
     @override
-    def open_round(self, state: State, round_: int, cohort: Cohort, draw: Draw) -> Downlink:
+    def open_round(
+        self, state: State, round_: int, cohort: Cohort, draw: Draw
+    ) -> RoundInstructions:
         plan = state.plan
         ranks = {name: self.layer_rank(plan, name).value for name in plan.targets}
         program = ProjectGradients(self.gap, self.scale, ranks, turned(plan))

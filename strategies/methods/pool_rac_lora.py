@@ -44,10 +44,10 @@ from fedraclora.protocol.factor import Factor
 from fedraclora.protocol.link import Terms
 from fedraclora.protocol.method import (
     Cohort,
-    Downlink,
     Draw,
     Link,
     Plan,
+    RoundInstructions,
     State,
     Term,
     Traits,
@@ -149,7 +149,7 @@ class InPool(ClientProgram, group="method"):
         return replace(self, turn=(0, 1, 0))
 
     @override
-    def check(self, downlink: Downlink) -> None:
+    def check(self, downlink: RoundInstructions) -> None:
         for weight, pool in self.pools.items():
             first, most = pool.first, max(1, pool.first.dim // pool.first.rank)
             whole(first.seed, f"the seed of the pool of {weight}")
@@ -211,7 +211,9 @@ class PoolRacLora(FedRacLora):
         }
 
     @override
-    def open_round(self, state: State, round_: int, cohort: Cohort, draw: Draw) -> Downlink:
+    def open_round(
+        self, state: State, round_: int, cohort: Cohort, draw: Draw
+    ) -> RoundInstructions:
         sent = super().open_round(state, round_, cohort, draw)
         era, j = self.turn(state.counters.sketch)
         turn = j % self.pool, self.pool, era

@@ -29,7 +29,7 @@ from typing_extensions import override
 from fedraclora.limits import Chance, Count
 from fedraclora.lowrank.algebra import principal
 from fedraclora.protocol.factor import to_train
-from fedraclora.protocol.method import Cohort, Downlink, Draw, Link, Plan, State, Traits
+from fedraclora.protocol.method import Cohort, Draw, Link, Plan, RoundInstructions, State, Traits
 from fedraclora.protocol.program import ClientChunk, ClientProgram, Hook, When
 from fedraclora.protocol.uplinks import Uplinks
 from fedraclora.rng import generator
@@ -116,17 +116,19 @@ class SLora(LayerMethod):
         return replace(state, carried={f"{name}/initial": base[name] for name in plan.targets})
 
     @override
-    def open_round(self, state: State, round_: int, cohort: Cohort, draw: Draw) -> Downlink:
+    def open_round(
+        self, state: State, round_: int, cohort: Cohort, draw: Draw
+    ) -> RoundInstructions:
         plan = state.plan
         if state.counters.sketch:
             return super().open_round(state, round_, cohort, draw)
         full = {name: to_train(plan.shapes[name]) for name in plan.targets}
         seeds = {name: draw.sketch_seed(name) for name in full}
         sparse = SparseMask(self.density, seeds, turned(plan))
-        return Downlink(dense=full | dense_slots(state), program=sparse)
+        return RoundInstructions(dense=full | dense_slots(state), program=sparse)
 
     @override
-    def close_round(self, state: State, sent: Downlink, got: Uplinks) -> State:
+    def close_round(self, state: State, sent: RoundInstructions, got: Uplinks) -> State:
         if sent.adapters:
             return super().close_round(state, sent, got)
         mean, plan = got.mean(), state.plan

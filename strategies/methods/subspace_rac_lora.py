@@ -47,7 +47,7 @@ from fedraclora.limits import Count, Limit, OneOf, Share
 from fedraclora.lowrank.algebra import Product
 from fedraclora.protocol.factor import FactorLike, as_rows
 from fedraclora.protocol.link import matrices
-from fedraclora.protocol.method import Adapter, Downlink, Link, Plan, State, Term, Traits
+from fedraclora.protocol.method import Adapter, Link, Plan, RoundInstructions, State, Term, Traits
 from fedraclora.protocol.uplinks import Uplinks
 from fedraclora.sketch import SketchSpec
 from fedraclora.strategies.shared import past
@@ -209,7 +209,7 @@ class SubspaceRacLora(GradientFirst):
         return {"A": BASES[self.basis](gradient, "A", self.kept(layer.rank, 0))}
 
     @override
-    def close_round(self, state: State, sent: Downlink, got: Uplinks) -> State:
+    def close_round(self, state: State, sent: RoundInstructions, got: Uplinks) -> State:
         after = super().close_round(state, sent, got)
         terms, link = (after.link or Link()).terms, state.counters.sketch
         kept = {name: self.kept(self.rank_of(state.plan, name), link) for name in terms}
@@ -269,7 +269,9 @@ def energies(term: Term, trained: str, kept: int) -> torch.Tensor:
     return torch.stack([old + new, old + (d - kept) * new / (rank - kept)])
 
 
-def report(terms: Mapping[str, Term], sent: Downlink, kept: Mapping[str, int]) -> dict[str, float]:
+def report(
+    terms: Mapping[str, Term], sent: RoundInstructions, kept: Mapping[str, int]
+) -> dict[str, float]:
     """Compute the figure for the ledger, ``energy_seen``, of the terms of a link that has ended.
 
     There is none where a layer has no fresh rows, since nothing is known of what lies outside, and

@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 
 from fedraclora.protocol.cohorts import client_weights
-from fedraclora.protocol.method import Cohort, Downlink
+from fedraclora.protocol.method import Cohort, RoundInstructions
 from fedraclora.protocol.rank_budgets import widen
 from fedraclora.protocol.uplinks import Refusal, RunningSum, check_rows, norms_of
 from fedraclora.wire.answers import FromTraining, Summed
@@ -32,7 +32,9 @@ class CohortSum(RunningSum):
         longest: The client whose row has the largest norm, and that norm; None before there is one.
     """
 
-    def __init__(self, downlink: Downlink, cohort: Cohort, weighting: str, size: int) -> None:
+    def __init__(
+        self, downlink: RoundInstructions, cohort: Cohort, weighting: str, size: int
+    ) -> None:
         super().__init__(size)
         self.downlink, self.cohort, self.weighting = downlink, cohort, weighting
         self.waiting: dict[int, tuple[Sequence[int], FromTraining | None]] = {}

@@ -9,7 +9,7 @@ import torch
 
 from fedraclora.devices.system import SystemConfig
 from fedraclora.devices.timeline import Load, Timeline
-from fedraclora.protocol.method import Cohort, Downlink, Method
+from fedraclora.protocol.method import Cohort, Method, RoundInstructions
 from fedraclora.strategies.server.loop import LoopConfig
 from fedraclora.training.localconfig import LocalConfig
 from fedraclora.weights.chain import CatchUp
@@ -52,11 +52,11 @@ class DeviceSimulator:
         self,
         round_: int,
         asked: Cohort,
-        downlink: Downlink,
+        downlink: RoundInstructions,
         sizes: Callable[[torch.Tensor], torch.Tensor],
         catch_up: CatchUp | None,
         loop: LoopConfig,
-    ) -> tuple[Cohort, Downlink, Timeline | None]:
+    ) -> tuple[Cohort, RoundInstructions, Timeline | None]:
         """Compute whose replies will count, and advance the clock.
 
         Args:
@@ -87,7 +87,7 @@ class DeviceSimulator:
     def load(
         self,
         clients: torch.Tensor,
-        downlink: Downlink,
+        downlink: RoundInstructions,
         sizes: Callable[[torch.Tensor], torch.Tensor],
         catch_up: CatchUp | None,
         loop: LoopConfig,

@@ -13,7 +13,7 @@ from fedraclora.devices.timeline import Timeline
 from fedraclora.errors import ClientError, FedRacLoraError, WireError
 from fedraclora.protocol.coding import NONE
 from fedraclora.protocol.cohorts import client_weights
-from fedraclora.protocol.method import Cohort, Downlink
+from fedraclora.protocol.method import Cohort, RoundInstructions
 from fedraclora.protocol.quantized import FULL
 from fedraclora.protocol.rank_budgets import check_budgets, uploaded_numbers, widen
 from fedraclora.protocol.uplinks import (
@@ -78,7 +78,7 @@ class Exchange:
         measure: As in the request.
     """
 
-    downlink: Downlink
+    downlink: RoundInstructions
     round_: int
     version: int
     cohort: Cohort

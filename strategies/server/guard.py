@@ -13,7 +13,7 @@ import torch
 from fedraclora.aggregation.base import AggregationContext, rows_of, starts
 from fedraclora.errors import ConfigError, WireError
 from fedraclora.protocol.factor import adapted_weight
-from fedraclora.protocol.method import Downlink, Method, State
+from fedraclora.protocol.method import Method, RoundInstructions, State
 from fedraclora.protocol.uplinks import SUM_BLOCK, Uplinks, finite, greatest_norm
 from fedraclora.strategies.server.loop import LoopConfig
 from fedraclora.wire.answers import Summed, TrainedAnswer, Worked
@@ -82,7 +82,7 @@ def _check_sums(reply: Summed, clients: Sequence[int]) -> None:
         raise WireError("the reply has a nonzero sum, but no client in it")
 
 
-def hold_to_traits(method: Method, before: State, after: State, sent: Downlink) -> State:
+def hold_to_traits(method: Method, before: State, after: State, sent: RoundInstructions) -> State:
     """Return the state after a round, checked against the method's traits.
 
     A round in which clients took no step may take the first factors out of the base.

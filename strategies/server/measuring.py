@@ -14,7 +14,7 @@ from fedraclora.data.task import Task
 from fedraclora.errors import ClientError, WireError
 from fedraclora.evaluation.clients import Floats, scored, spread, sums_named, usual, values_of
 from fedraclora.evaluation.metrics import AFTER, Measure
-from fedraclora.protocol.method import Cohort, Downlink
+from fedraclora.protocol.method import Cohort, RoundInstructions
 from fedraclora.protocol.quantized import FULL
 from fedraclora.protocol.uplinks import Refusal
 from fedraclora.run.ledger import BY_CLIENTS, Row, number
@@ -106,7 +106,7 @@ class Measurement(Exchange):
     def __init__(
         self,
         measuring: Measuring,
-        downlink: Downlink,
+        downlink: RoundInstructions,
         cohort: Cohort,
         round_: int,
         version: int,

@@ -31,7 +31,15 @@ from dataclasses import dataclass, replace
 import torch
 
 from fedraclora.protocol.factor import FROZEN, adapted_weight, weight_of
-from fedraclora.protocol.method import Downlink, Factor, Link, Plan, State, Term, apply_link
+from fedraclora.protocol.method import (
+    Factor,
+    Link,
+    Plan,
+    RoundInstructions,
+    State,
+    Term,
+    apply_link,
+)
 from fedraclora.protocol.quantized import FULL, rounded
 from fedraclora.rng import generator
 from fedraclora.tree import Tree, parameters
@@ -61,7 +69,7 @@ class DownlinkRounding:
         left, added = self.squares
         return {} if self.kind == FULL else {"rounding_down": (added / (left or 1.0)) ** 0.5}
 
-    def sent(self, downlink: Downlink, round_: int) -> Downlink:
+    def sent(self, downlink: RoundInstructions, round_: int) -> RoundInstructions:
         """Quantize the downlink; values that the last round quantized stay as they are."""
         if self.kind == FULL:
             return downlink
@@ -78,7 +86,7 @@ class DownlinkRounding:
         }
         return replace(downlink.mapped(change), extras=extras)
 
-    def closed(self, before: State, after: State, sent: Downlink, round_: int) -> State:
+    def closed(self, before: State, after: State, sent: RoundInstructions, round_: int) -> State:
         """Quantize the result of a round.
 
         Args:
@@ -201,7 +209,7 @@ def same(name: str, value: torch.Tensor, tree: Tree) -> bool:
     return name in tree and torch.equal(value, tree[name])
 
 
-def travelling(carried: Tree, sent: Downlink, plan: Plan) -> list[str]:
+def travelling(carried: Tree, sent: RoundInstructions, plan: Plan) -> list[str]:
     """Name what is carried and goes down as it is.
 
     Args:
@@ -212,7 +220,7 @@ def travelling(carried: Tree, sent: Downlink, plan: Plan) -> list[str]:
     return [n for n in carried if n in sent.named or adapted_weight(n, plan.targets) is not None]
 
 
-def summed(name: str, term: Term, moments: Tree, sent: Downlink) -> Term:
+def summed(name: str, term: Term, moments: Tree, sent: RoundInstructions) -> Term:
     """Add to what is folded into a weight what rounding has left of it: a factor, or a pool's.
 
     Args:

@@ -20,7 +20,7 @@ from fedraclora.binding import object_of
 from fedraclora.compatibility import Feature, declared_by
 from fedraclora.errors import ConfigError
 from fedraclora.objects import is_named
-from fedraclora.protocol.method import Downlink, Draw, Method, State
+from fedraclora.protocol.method import Draw, Method, RoundInstructions, State
 from fedraclora.protocol.uplinks import Uplinks
 from fedraclora.run.callback import Callback
 from fedraclora.run.ledger import Row
@@ -143,7 +143,7 @@ class RoundStep:
         """Draw whom a round asks, ids in ascending order, int64; None: as the devices say."""
         return None
 
-    def send(self, sent: Downlink, state: State) -> Downlink:
+    def send(self, sent: RoundInstructions, state: State) -> RoundInstructions:
         """Change what the method sends to the cohort."""
         return sent
 
@@ -324,7 +324,7 @@ class RoundSteps:
         loop, devices = self.run.loop, self.run.devices
         return devices.system.ask(loop.seed, round_, loop.clients, loop.cohort, devices.now)
 
-    def send(self, sent: Downlink, state: State) -> Downlink:
+    def send(self, sent: RoundInstructions, state: State) -> RoundInstructions:
         """Pass what the method sends to the cohort through all steps."""
         for step in self.steps:
             sent = step.send(sent, state)

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from fedraclora.errors import ConfigError, DivergenceError
-from fedraclora.protocol.downlink import Downlink
+from fedraclora.protocol.instructions import RoundInstructions
 from fedraclora.protocol.method import State
 from fedraclora.protocol.uplinks import Uplinks
 from fedraclora.tree import Tree
@@ -157,7 +157,7 @@ def tree(who: str, found: object, wanted: Tree) -> None:
 OF_STEPS: Mapping[str, HookCheck] = {
     "cohort": ids,
     "measurers": ids,
-    "send": of_kind(Downlink),
+    "send": of_kind(RoundInstructions),
     "bound": norm,
     "receive": of_kind(Uplinks, optional=True),
     "measure": truth,

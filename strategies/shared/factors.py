@@ -19,8 +19,8 @@ from typing_extensions import override
 from fedraclora.errors import ConfigError
 from fedraclora.limits import Count, OneOf
 from fedraclora.lowrank.algebra import Product
-from fedraclora.protocol.downlink import PARTS_OF_WEIGHTS
-from fedraclora.protocol.method import Cohort, Downlink, Draw, Factor, Plan, State
+from fedraclora.protocol.instructions import PARTS_OF_WEIGHTS
+from fedraclora.protocol.method import Cohort, Draw, Factor, Plan, RoundInstructions, State
 from fedraclora.protocol.plan import Rank
 from fedraclora.protocol.rank_budgets import within
 from fedraclora.sketch import Normalize, Sketch, SketchSpec, check_sketch
@@ -185,7 +185,9 @@ class Factored(Probing, Drawn):
         return state
 
     @override
-    def open_round(self, state: State, round_: int, cohort: Cohort, draw: Draw) -> Downlink:
+    def open_round(
+        self, state: State, round_: int, cohort: Cohort, draw: Draw
+    ) -> RoundInstructions:
         sent = super().open_round(state, round_, cohort, draw)
         return truncated(sent, sent.ranks) if self.truncates and sent.ranks is not None else sent
 
@@ -210,12 +212,12 @@ class Factored(Probing, Drawn):
         return replace(self, init="pissa", rank=self.ranks_and_scales(plan)[0]).floats(plan, 2)
 
 
-def truncated(sent: Downlink, ranks: torch.Tensor) -> Downlink:
+def truncated(sent: RoundInstructions, ranks: torch.Tensor) -> RoundInstructions:
     """Send each client its own components of the factors that are carried, and zeros beside them.
 
     Args:
         sent: What all are sent.
-        ranks: Their budgets (`Downlink.ranks`).
+        ranks: Their budgets (`RoundInstructions.ranks`).
     """
 
     def own(name: str, factor: Factor) -> Factor:

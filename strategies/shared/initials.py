@@ -68,10 +68,10 @@ from fedraclora.protocol.factor import to_train
 from fedraclora.protocol.method import (
     Adapter,
     Cohort,
-    Downlink,
     Draw,
     Link,
     Plan,
+    RoundInstructions,
     State,
     Term,
     apply_link,
@@ -216,7 +216,9 @@ def probe_floats(plan: Plan, ranks: Mapping[str, int]) -> tuple[int, int]:
     return up, down
 
 
-def first_probe(plan: Plan, ranks: Mapping[str, int], draw: Draw, purpose: str) -> Downlink:
+def first_probe(
+    plan: Plan, ranks: Mapping[str, int], draw: Draw, purpose: str
+) -> RoundInstructions:
     """Ask for ``G_k Omega^T``: the gradient of B = 0 under A = Omega, with the scale 1.
 
     Args:
@@ -230,10 +232,10 @@ def first_probe(plan: Plan, ranks: Mapping[str, int], draw: Draw, purpose: str) 
         (m, n), q = plan.targets[name].shape, probe_rank(plan, name, rank)
         omega = SketchSpec("orthonormal", "right", q, n, draw.sketch_seed(name + purpose), index=0)
         adapters[name] = Adapter.of({"B": to_train((m, q)), "A": omega}, 1.0)
-    return Downlink(adapters, program=GRADIENT)
+    return RoundInstructions(adapters, program=GRADIENT)
 
 
-def second_probe(sent: Downlink, got: Uplinks) -> Downlink | None:
+def second_probe(sent: RoundInstructions, got: Uplinks) -> RoundInstructions | None:
     """Ask for ``Q^T G_k``, Q from what came back; None where that was asked."""
     adapters, mean = {}, got.mean()
     for name, adapter in sent.adapters.items():
@@ -243,7 +245,7 @@ def second_probe(sent: Downlink, got: Uplinks) -> Downlink | None:
         Q = torch.linalg.qr(mean[f"{name}/B"].to("cpu"))[0]
         A = to_train((Q.shape[1], omega.shape[1]))
         adapters[name] = Adapter.of({"B": Q, "A": A}, 1.0)
-    return Downlink(adapters, program=GRADIENT)
+    return RoundInstructions(adapters, program=GRADIENT)
 
 
 @dataclass(frozen=True)
@@ -273,17 +275,21 @@ class Probing(LayerMethod):
         return bool(self.probe_rounds) and not begun
 
     @override
-    def open_round(self, state: State, round_: int, cohort: Cohort, draw: Draw) -> Downlink:
+    def open_round(
+        self, state: State, round_: int, cohort: Cohort, draw: Draw
+    ) -> RoundInstructions:
         if not self.probes(state):
             return super().open_round(state, round_, cohort, draw)
         return first_probe(state.plan, self.ranks_and_scales(state.plan)[0], draw, self.purpose)
 
     @override
-    def next_exchange(self, state: State, sent: Downlink, got: Uplinks) -> Downlink | None:
+    def next_exchange(
+        self, state: State, sent: RoundInstructions, got: Uplinks
+    ) -> RoundInstructions | None:
         return second_probe(sent, got) if self.probes(state) else None
 
     @override
-    def close_round(self, state: State, sent: Downlink, got: Uplinks) -> State:
+    def close_round(self, state: State, sent: RoundInstructions, got: Uplinks) -> State:
         if not self.probes(state):
             return super().close_round(state, sent, got)
         mean, found = got.mean(), dict[str, Product]()

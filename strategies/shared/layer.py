@@ -12,7 +12,7 @@ import torch
 from fedraclora.errors import ConfigError
 from fedraclora.lowrank.algebra import Product, stack_products
 from fedraclora.protocol.factor import LABELS, Factor, FactorLike, to_train
-from fedraclora.protocol.method import Adapter, Downlink, Draw, State
+from fedraclora.protocol.method import Adapter, Draw, RoundInstructions, State
 from fedraclora.protocol.rank_budgets import within
 from fedraclora.protocol.uplinks import Uplinks
 from fedraclora.rng import generator
@@ -183,7 +183,7 @@ class RoundReplies:
     """
 
     state: State
-    sent: Downlink
+    sent: RoundInstructions
     got: Uplinks
 
     @cached_property

@@ -29,11 +29,11 @@ from fedraclora.protocol.factor import FROZEN, LABELS, Factor, FactorLike, past_
 from fedraclora.protocol.method import (
     Adapter,
     Cohort,
-    Downlink,
     Draw,
     Link,
     Method,
     Plan,
+    RoundInstructions,
     State,
     Term,
     apply_link,
@@ -183,7 +183,7 @@ class LayerMethod(LowRankMethod):
         return not self.traits.exact  # then the error of a round is measured
 
     def components(self, cohort: Cohort, now: RoundContext) -> torch.Tensor | None:
-        """Choose which components each client trains (`Downlink.ranks`); None: all of them."""
+        """Choose which components each client trains (`RoundInstructions.ranks`); None: all."""
         return cohort.ranks if self.traits.ranks else None
 
     @property
@@ -252,9 +252,11 @@ class LayerMethod(LowRankMethod):
         return State(base, plan, counters=self.counters(), notes=notes)
 
     @override
-    def open_round(self, state: State, round_: int, cohort: Cohort, draw: Draw) -> Downlink:
+    def open_round(
+        self, state: State, round_: int, cohort: Cohort, draw: Draw
+    ) -> RoundInstructions:
         now, plan = RoundContext(round_, draw), self.subset(state.plan, round_)
-        return Downlink(
+        return RoundInstructions(
             {name: self.adapter(self.layer(state, name), now) for name in plan.targets},
             dense_slots(state),
             program=self.program(plan),
@@ -281,7 +283,7 @@ class LayerMethod(LowRankMethod):
         return adapter
 
     @override
-    def close_round(self, state: State, sent: Downlink, got: Uplinks) -> State:
+    def close_round(self, state: State, sent: RoundInstructions, got: Uplinks) -> State:
         came = RoundReplies(state, sent, got)
         looks = self.looks_at_clients and got.has_individuals and not self.client_state
         error = RoundError() if looks else None
@@ -356,7 +358,7 @@ class LayerMethod(LowRankMethod):
                 factors = self.asked(plan, name, before).factors.items()
                 carried |= {label for label, f in factors if f.trained and f.upload}
             asked = self.asked(plan, name, round_)
-            up += int(uploaded_numbers(Downlink({name: asked}, ranks=ranks), 1))
+            up += int(uploaded_numbers(RoundInstructions({name: asked}, ranks=ranks), 1))
             factors = asked.factors.items()
             down += sum(prod(f.shape) if label in carried else f.floats for label, f in factors)
         return up, down

@@ -32,7 +32,16 @@ from fedraclora.compatibility import Feature
 from fedraclora.limits import Count, Positive
 from fedraclora.protocol.factor import SEED_BYTES, past_name, to_train
 from fedraclora.protocol.link import Move
-from fedraclora.protocol.method import Cohort, Downlink, Draw, Link, Method, Plan, State, apply_link
+from fedraclora.protocol.method import (
+    Cohort,
+    Draw,
+    Link,
+    Method,
+    Plan,
+    RoundInstructions,
+    State,
+    apply_link,
+)
 from fedraclora.protocol.program import (
     PLAIN,
     ClientChunk,
@@ -143,11 +152,11 @@ class AlongDirections(ClientProgram, group="method"):
         return self.walk.keeps_direction
 
     @override
-    def check(self, downlink: Downlink) -> None:
+    def check(self, downlink: RoundInstructions) -> None:
         check_walk(self.walk)
 
     @override
-    def held(self, downlink: Downlink, plan: Plan) -> Downlink:
+    def held(self, downlink: RoundInstructions, plan: Plan) -> RoundInstructions:
         names = self.walk.names
         dense = {n: to_train(plan.shapes[n], main=n in plan.weights) for n in names}
         return replace(downlink, dense=dense, program=PLAIN)
@@ -189,7 +198,7 @@ class LookAlong(AlongDirections, group="method"):
         return "forwards"
 
     @override
-    def most_steps(self, downlink: Downlink) -> int | None:
+    def most_steps(self, downlink: RoundInstructions) -> int | None:
         return None if self.by_direction else downlink.layout.size // self.directions
 
     @override
@@ -314,17 +323,19 @@ class Walking(Method):
         return Walk(names, draw.sketch_seed("directions"), first, turned=(*stored,))
 
     @override
-    def open_round(self, state: State, round_: int, cohort: Cohort, draw: Draw) -> Downlink:
+    def open_round(
+        self, state: State, round_: int, cohort: Cohort, draw: Draw
+    ) -> RoundInstructions:
         walk = self.walk(state.plan, round_, draw)
         slot = to_train(self.shape(state.plan))
-        return Downlink(dense={MOVES: slot}, program=self.program(walk, round_))
+        return RoundInstructions(dense={MOVES: slot}, program=self.program(walk, round_))
 
     def applied_moves(self, walk: Walk, mean: torch.Tensor, plan: Plan) -> tuple[Walk, ...]:  # noqa: ARG002
         """Say how the server goes; ``mean`` is what clients sent, as it is stored."""
         return (replace(walk, scalars=mean),)
 
     @override
-    def close_round(self, state: State, sent: Downlink, got: Uplinks) -> State:
+    def close_round(self, state: State, sent: RoundInstructions, got: Uplinks) -> State:
         link = Link(
             moves=self.applied_moves(walk_of(sent), stored(got.mean()[MOVES], state), state.plan)
         )
@@ -339,7 +350,7 @@ class Walking(Method):
         return torch.Size(self.shape(plan)).numel(), 0
 
 
-def walk_of(sent: Downlink) -> Walk:
+def walk_of(sent: RoundInstructions) -> Walk:
     """Return the directions of what a method of this kind has asked."""
     return cast(AlongDirections, sent.program).walk
 

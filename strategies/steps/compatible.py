@@ -12,7 +12,7 @@ from typing_extensions import override
 
 from fedraclora.aggregation.base import AggregationContext
 from fedraclora.compatibility import Features, refuse
-from fedraclora.protocol.method import Cohort, Downlink, State
+from fedraclora.protocol.method import Cohort, RoundInstructions, State
 from fedraclora.protocol.uplinks import Uplinks
 from fedraclora.strategies.server.round_step import RoundStep, step_of
 from fedraclora.strategies.wrappers.around import inside
@@ -27,7 +27,7 @@ class CompatibilityCheck(RoundStep):
 
     def __init__(self, steps: Sequence[RoundStep]) -> None:
         self.steps = steps
-        self.sent: Downlink | None = None  # what was looked at last
+        self.sent: RoundInstructions | None = None  # what was looked at last
         self.found = Features(())  # before the first round
 
     def parts(self) -> Iterator[object]:
@@ -48,7 +48,7 @@ class CompatibilityCheck(RoundStep):
         refuse(self.found.conflicts())
 
     @override
-    def send(self, sent: Downlink, state: State) -> Downlink:
+    def send(self, sent: RoundInstructions, state: State) -> RoundInstructions:
         self._check(sent)
         return sent
 
@@ -58,7 +58,7 @@ class CompatibilityCheck(RoundStep):
             self._check(context.sent)
         return got
 
-    def _check(self, sent: Downlink) -> None:
+    def _check(self, sent: RoundInstructions) -> None:
         self.sent = sent
         now = Features([*self.parts(), sent, sent.program], sent, self.found.lasting)
         refuse(now.conflicts(each_round=True))

@@ -38,14 +38,14 @@ from fedraclora.errors import ConfigError
 from fedraclora.imports import told_as
 from fedraclora.lowrank.algebra import product_norm
 from fedraclora.protocol.change_of_basis import as_product, held_beside, transported
-from fedraclora.protocol.downlink import opening_rows
 from fedraclora.protocol.factor import weight_of
+from fedraclora.protocol.instructions import opening_rows
 from fedraclora.protocol.method import (
     FROZEN_CHANGED,
-    Downlink,
     Draw,
     Link,
     Method,
+    RoundInstructions,
     State,
     apply_link,
 )
@@ -137,7 +137,7 @@ def step_in_weights(
 
 
 def step_in_factors(
-    rule: ServerOptimizer, state: State, sent: Downlink, got: Uplinks
+    rule: ServerOptimizer, state: State, sent: RoundInstructions, got: Uplinks
 ) -> tuple[Uplinks, Tree, dict[str, float]]:
     """Put start + step(mean - start) in the place of the mean of what clients sent.
 
@@ -191,7 +191,9 @@ def advanced(rule: ServerOptimizer, change: Tree, moments: Tree) -> tuple[Tree, 
     return found
 
 
-def _beside(rule: ServerOptimizer, moments: Tree, sent: Downlink) -> tuple[Tree, dict[str, float]]:
+def _beside(
+    rule: ServerOptimizer, moments: Tree, sent: RoundInstructions
+) -> tuple[Tree, dict[str, float]]:
     """Move the moments of factors along with the frozen ones beside them; say what is left."""
     out, before, after = dict(moments), 0.0, 0.0
     for weight, adapter in sent.adapters.items():

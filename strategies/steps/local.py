@@ -16,7 +16,7 @@ from typing_extensions import override
 
 from fedraclora.compatibility import conflict
 from fedraclora.privacy.sample_level import SampleNoise
-from fedraclora.protocol.method import ASKS_TWICE, Downlink, State
+from fedraclora.protocol.method import ASKS_TWICE, RoundInstructions, State
 from fedraclora.protocol.uplinks import Uplinks
 from fedraclora.run.ledger import Row
 from fedraclora.run.recorder import RunRecorder
@@ -108,7 +108,7 @@ class RowMoments(RoundStep):
     """Keeps them with the moments of the state."""
 
     @override
-    def send(self, sent: Downlink, state: State) -> Downlink:
+    def send(self, sent: RoundInstructions, state: State) -> RoundInstructions:
         if not sent.program.trains:  # gradients alone are asked for
             return sent
         return replace(sent, dense=sent.dense | row_slots(sent, state.moments))

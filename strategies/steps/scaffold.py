@@ -15,15 +15,15 @@ import torch
 from typing_extensions import override
 
 from fedraclora.compatibility import Feature, conflict
-from fedraclora.protocol.downlink import opening_rows
+from fedraclora.protocol.instructions import opening_rows
 from fedraclora.protocol.method import (
     BEGINS_ANEW,
     Cohort,
-    Downlink,
     Draw,
     Method,
+    RoundInstructions,
     State,
-    first_downlink,
+    first_instructions,
 )
 from fedraclora.protocol.uplinks import Uplinks
 from fedraclora.strategies.server.exchange import Exchange
@@ -84,7 +84,7 @@ class ControlVariates(RoundStep):
         self.lifted = lifts(self.run.method, state, self.run.draw)
 
     @override
-    def send(self, sent: Downlink, state: State) -> Downlink:
+    def send(self, sent: RoundInstructions, state: State) -> RoundInstructions:
         return open_corrected(sent, state, lifted=self.lifted)
 
     @override
@@ -110,7 +110,7 @@ def lifts(method: Method, state: State, draw: Draw) -> bool:
     Raises:
         ConfigError: If there are none, since factors begin anew.
     """
-    sent = first_downlink(method, state, draw, 2)
+    sent = first_instructions(method, state, draw, 2)
     if not sent.adapters or (not method.traits.merges and _lives_on(method, state, sent, draw)):
         return False
     for weight, adapter in sent.adapters.items():
@@ -119,7 +119,7 @@ def lifts(method: Method, state: State, draw: Draw) -> bool:
     return True
 
 
-def _lives_on(method: Method, state: State, sent: Downlink, draw: Draw) -> bool:
+def _lives_on(method: Method, state: State, sent: RoundInstructions, draw: Draw) -> bool:
     """Check whether the next round trains the same thing: a round without a change is closed."""
     layout, cohort = sent.layout, Cohort(torch.arange(2), torch.ones(2).double())
     start = opening_rows(sent, state.base, layout, cohort.clients)
@@ -128,7 +128,7 @@ def _lives_on(method: Method, state: State, sent: Downlink, draw: Draw) -> bool:
     return method.open_round(after, 2, cohort, draw).link == sent.link
 
 
-def open_corrected(sent: Downlink, state: State, *, lifted: bool) -> Downlink:
+def open_corrected(sent: RoundInstructions, state: State, *, lifted: bool) -> RoundInstructions:
     """Send the server's variates with a round.
 
     Args:
@@ -141,7 +141,12 @@ def open_corrected(sent: Downlink, state: State, *, lifted: bool) -> Downlink:
 
 
 def close_corrected(
-    state: State, sent: Downlink, got: Uplinks, rates: dict[str, float], steps: int, share: float
+    state: State,
+    sent: RoundInstructions,
+    got: Uplinks,
+    rates: dict[str, float],
+    steps: int,
+    share: float,
 ) -> Tree:
     """Compute the moments of the next state: with the variates that a round leaves at the server.
 
@@ -163,6 +168,6 @@ def close_corrected(
     return state.moments | moved_by(kept, sent, new, share)
 
 
-def _kept(state: State, sent: Downlink) -> Tree:
+def _kept(state: State, sent: RoundInstructions) -> Tree:
     blank = blank_variates(sent, next(iter(state.base.values())).dtype)
     return {n: state.moments.get(n, zero) for n, zero in blank.items()}

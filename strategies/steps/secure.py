@@ -20,7 +20,7 @@ from fedraclora.evaluation.clients import (
     usual,
 )
 from fedraclora.privacy.secagg import FEW, LEAST_CLIENTS, SecAgg
-from fedraclora.protocol.downlink import opening_rows
+from fedraclora.protocol.instructions import opening_rows
 from fedraclora.protocol.method import ASKS_TWICE
 from fedraclora.protocol.uplinks import Refusal, Uplinks
 from fedraclora.run.ledger import Row

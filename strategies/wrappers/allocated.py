@@ -34,10 +34,10 @@ from fedraclora.errors import ConfigError
 from fedraclora.protocol.method import (
     Cohort,
     Counters,
-    Downlink,
     Draw,
     Method,
     Plan,
+    RoundInstructions,
     State,
     Traits,
 )
@@ -49,7 +49,7 @@ from fedraclora.strategies.wrappers.around import Around
 from fedraclora.strategies.wrappers.pruned import Pruned
 from fedraclora.tree import Tree
 
-Flow = Callable[[Tree, Downlink, Plan], dict[str, float]]
+Flow = Callable[[Tree, RoundInstructions, Plan], dict[str, float]]
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,9 @@ class Allocated(Around):
         return self.at(state)
 
     @override
-    def open_round(self, state: State, round_: int, cohort: Cohort, draw: Draw) -> Downlink:
+    def open_round(
+        self, state: State, round_: int, cohort: Cohort, draw: Draw
+    ) -> RoundInstructions:
         if not self.rule.due(round_):
             return super().open_round(state, round_, cohort, draw)
         sent = self.inner.open_round(state, round_, cohort, draw)
@@ -121,7 +123,9 @@ class Allocated(Around):
         return replace(sent, adapters={name: sent.adapters[name] for name in chosen})
 
     @override
-    def next_exchange(self, state: State, sent: Downlink, got: Uplinks) -> Downlink | None:
+    def next_exchange(
+        self, state: State, sent: RoundInstructions, got: Uplinks
+    ) -> RoundInstructions | None:
         if sent.program != GRADIENT:
             return self.inner.next_exchange(narrowed(state, sent.adapters), sent, got)
         mean = got.mean()
@@ -137,7 +141,7 @@ class Allocated(Around):
         return replace(left, adapters=adapters, dense=dense_slots(state), program=PLAIN)
 
     @override
-    def close_round(self, state: State, sent: Downlink, got: Uplinks) -> State:
+    def close_round(self, state: State, sent: RoundInstructions, got: Uplinks) -> State:
         after = self.inner.close_round(narrowed(state, sent.adapters), sent, got)
         if after.depends_on_past and self.rule.every is not None:
             raise refused(

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from typing_extensions import override
 
-from fedraclora.protocol.method import Cohort, Downlink, Draw, Method, Plan, State
+from fedraclora.protocol.method import Cohort, Draw, Method, Plan, RoundInstructions, State
 from fedraclora.protocol.uplinks import Uplinks
 from fedraclora.tree import Tree
 
@@ -42,12 +42,16 @@ class Around(Method):
         return self.inner, state
 
     @override
-    def open_round(self, state: State, round_: int, cohort: Cohort, draw: Draw) -> Downlink:
+    def open_round(
+        self, state: State, round_: int, cohort: Cohort, draw: Draw
+    ) -> RoundInstructions:
         inner, at = self.at(state)
         return inner.open_round(at, round_, cohort, draw)
 
     @override
-    def next_exchange(self, state: State, sent: Downlink, got: Uplinks) -> Downlink | None:
+    def next_exchange(
+        self, state: State, sent: RoundInstructions, got: Uplinks
+    ) -> RoundInstructions | None:
         inner, at = self.at(state)
         return inner.next_exchange(at, sent, got)
 

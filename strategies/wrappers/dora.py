@@ -27,7 +27,7 @@ from typing_extensions import override
 from fedraclora.errors import ConfigError
 from fedraclora.lowrank.dora import DORA, magnitude_of, magnitudes, rescaled, row_lengths
 from fedraclora.protocol.factor import to_train
-from fedraclora.protocol.method import Cohort, Downlink, Draw, Method, Plan, State, Traits
+from fedraclora.protocol.method import Cohort, Draw, Method, Plan, RoundInstructions, State, Traits
 from fedraclora.protocol.uplinks import Uplinks
 from fedraclora.strategies.shared.common import server_step
 from fedraclora.strategies.wrappers.around import Around
@@ -73,11 +73,15 @@ class Dora(Around):
         return found
 
     @override
-    def open_round(self, state: State, round_: int, cohort: Cohort, draw: Draw) -> Downlink:
+    def open_round(
+        self, state: State, round_: int, cohort: Cohort, draw: Draw
+    ) -> RoundInstructions:
         return self._with_magnitudes(state, super().open_round(state, round_, cohort, draw))
 
     @override
-    def next_exchange(self, state: State, sent: Downlink, got: Uplinks) -> Downlink | None:
+    def next_exchange(
+        self, state: State, sent: RoundInstructions, got: Uplinks
+    ) -> RoundInstructions | None:
         again = super().next_exchange(state, sent, got)
         return None if again is None else self._with_magnitudes(state, again)
 
@@ -88,7 +92,7 @@ class Dora(Around):
         carried = {n: t for n, t in state.carried.items() if n not in names}
         return self.inner, replace(state, carried=carried)
 
-    def _with_magnitudes(self, state: State, sent: Downlink) -> Downlink:
+    def _with_magnitudes(self, state: State, sent: RoundInstructions) -> RoundInstructions:
         if not sent.program.trains:
             return sent  # which is refused: there are no lengths to train
         starts = {n: state.carried[n] for n in map(magnitude_of, sent.adapters)}
@@ -96,7 +100,7 @@ class Dora(Around):
         return replace(sent, dense=sent.dense | slots)
 
     @override
-    def close_round(self, state: State, sent: Downlink, got: Uplinks) -> State:
+    def close_round(self, state: State, sent: RoundInstructions, got: Uplinks) -> State:
         after = self.inner.close_round(self.at(state)[1], sent, got)
         mean, step = got.mean(), self.traits.step
         new = {

@@ -32,11 +32,11 @@ from fedraclora.errors import ConfigError
 from fedraclora.lowrank.algebra import Product, sum_products
 from fedraclora.protocol.method import (
     Counters,
-    Downlink,
     Draw,
     Link,
     Method,
     Plan,
+    RoundInstructions,
     State,
     Term,
     Traits,
@@ -100,7 +100,7 @@ class Pruned(Around):
         return replace(state, counters=RanksLeft(rank=ranks, components=first))
 
     @override
-    def close_round(self, state: State, sent: Downlink, got: Uplinks) -> State:
+    def close_round(self, state: State, sent: RoundInstructions, got: Uplinks) -> State:
         inner, at = self.at(state)
         after = inner.close_round(at, sent, got)
         counters = replace(self.kept(after), rounds=self.kept(after).rounds + 1)
@@ -132,7 +132,7 @@ class Pruned(Around):
     def in_force(self, state: State) -> tuple[Method, State]:
         return self.at(state)
 
-    def _smoothed(self, state: State, sent: Downlink, after: State) -> Tree:
+    def _smoothed(self, state: State, sent: RoundInstructions, after: State) -> Tree:
         """Smooth the importance of each entry, and its uncertainty."""
         found: Tree = {}
         for name, slot in sent.trained().items():
@@ -147,7 +147,7 @@ class Pruned(Around):
         return found
 
     def _cut(
-        self, state: State, sent: Downlink, after: State, smoothed: Tree, budget: int
+        self, state: State, sent: RoundInstructions, after: State, smoothed: Tree, budget: int
     ) -> State:
         """Keep the best components, and merge the others."""
         scores = {}

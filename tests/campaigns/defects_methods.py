@@ -27,7 +27,7 @@ from fedraclora.lowrank.algebra import (
 )
 from fedraclora.protocol.factor import Factor
 from fedraclora.protocol.link import Link, Term
-from fedraclora.protocol.method import Downlink, Draw, State
+from fedraclora.protocol.method import Draw, RoundInstructions, State
 from fedraclora.protocol.plan import resolve_scale
 from fedraclora.protocol.program import LocalResult
 from fedraclora.protocol.uplinks import Uplinks, weighted_sum
@@ -147,7 +147,13 @@ def factor_runs_on_from_client_to_client(planting: Planting) -> None:
     sound = CohortTrainer.train
 
     def train(
-        self: Any, base: Tree, sent: Downlink, clients: torch.Tensor, *, round_: int, **more: Any
+        self: Any,
+        base: Tree,
+        sent: RoundInstructions,
+        clients: torch.Tensor,
+        *,
+        round_: int,
+        **more: Any,
     ) -> LocalResult:
         last, ran = getattr(self, "_ran", (0, {}))
         if last == round_:
@@ -203,7 +209,7 @@ def client_and_server_scale_differently(planting: Planting) -> None:
     sound = CohortTrainer.train
 
     def train(
-        self: CohortTrainer, base: Tree, sent: Downlink, *given: Any, **more: Any
+        self: CohortTrainer, base: Tree, sent: RoundInstructions, *given: Any, **more: Any
     ) -> LocalResult:
         adapters = {n: replace(a, scale=2.0) for n, a in sent.adapters.items()}
         return sound(self, base, replace(sent, adapters=adapters), *given, **more)

@@ -16,7 +16,7 @@ from fedraclora.aggregation.server_optimizers import Adaptive, Momentum, ServerO
 from fedraclora.clients.client_state import restore
 from fedraclora.protocol.change_of_basis import transported
 from fedraclora.protocol.factor import adapted_weight
-from fedraclora.protocol.method import Downlink, State
+from fedraclora.protocol.method import RoundInstructions, State
 from fedraclora.protocol.uplinks import Uplinks
 from fedraclora.strategies.buffered import Batch, batch_of, merge
 from fedraclora.strategies.steps.fedopt import step_in_weights
@@ -150,18 +150,20 @@ def momentum_moved_without_the_gram(planting: Planting) -> None:
 # ---- Control variates -----------------------------------------------------------------
 
 
-def opposed(sent: Downlink) -> Downlink:
+def opposed(sent: RoundInstructions) -> RoundInstructions:
     return changed(sent, torch.neg)
 
 
-def changed(sent: Downlink, change: Callable[[torch.Tensor], torch.Tensor]) -> Downlink:
+def changed(
+    sent: RoundInstructions, change: Callable[[torch.Tensor], torch.Tensor]
+) -> RoundInstructions:
     variates = {n: change(t) for n, t in variates_of(sent).items()}
     return with_variates(sent, variates, lifted=is_lifted(sent))
 
 
 @defect(SCAFFOLD, "SCAFFOLD: g + c_k - c", DRIFT)
 def correction_of_the_wrong_sign(planting: Planting) -> None:
-    def turned(*given: Any) -> tuple[Downlink, Tree, Tree]:
+    def turned(*given: Any) -> tuple[RoundInstructions, Tree, Tree]:
         sent, moments, residues = restore(*given)
         return opposed(sent), moments, residues
 
@@ -174,7 +176,7 @@ def correction_of_the_wrong_sign(planting: Planting) -> None:
     DRIFT,
 )
 def correction_taken_away(planting: Planting) -> None:
-    def away(sent: Downlink, order: torch.Tensor) -> Callable[[Tree], Tree]:
+    def away(sent: RoundInstructions, order: torch.Tensor) -> Callable[[Tree], Tree]:
         return correcting(opposed(sent), order)
 
     planting.function(correcting, away)
@@ -182,7 +184,7 @@ def correction_taken_away(planting: Planting) -> None:
 
 @defect(SCAFFOLD, "option II: c_k <- (x - y) / (K eta), without c_k - c", DRIFT)
 def correction_counted_as_gradient(planting: Planting) -> None:
-    def end(kept: Tree, sent: Downlink, directions: Tree) -> Tree:
+    def end(kept: Tree, sent: RoundInstructions, directions: Tree) -> Tree:
         return end_variates(kept, changed(sent, torch.zeros_like), directions)
 
     planting.function(end_variates, end)
@@ -201,7 +203,7 @@ def variates_in_the_coordinates_of_the_old_sketch(planting: Planting) -> None:
 
 @defect(SCAFFOLD, "a gradient of B taken for one of the weight: alpha / r is forgotten", DRIFT)
 def variates_lifted_without_the_scale(planting: Planting) -> None:
-    def moved(kept: Tree, sent: Downlink, *given: Any) -> Tree:
+    def moved(kept: Tree, sent: RoundInstructions, *given: Any) -> Tree:
         out = moved_by(kept, sent, *given)
         for weight, adapter in sent.adapters.items():
             if (key := f"variates/{weight}") in out:
@@ -266,7 +268,7 @@ def layers_counted_as_one(planting: Planting) -> None:
 @defect(f"{STEP} and fed_rac_lora", "B trained under A_t merged with A_(t + tau)", BUFFERED)
 def stale_factor_beside_the_new_sketch(planting: Planting) -> None:
     def beside(
-        method: Any, state: State, batches: list[Batch], now: Downlink, round_: int
+        method: Any, state: State, batches: list[Batch], now: RoundInstructions, round_: int
     ) -> State:
         fresh = [replace(b, sent=replace(now, link=b.sent.link)) for b in batches]
         return merge(method, state, fresh, now, round_)
@@ -278,7 +280,7 @@ def merged_otherwise(planting: Planting, change: Callable[[list[Batch], int], li
     """Change the replies that the server is about to merge."""
 
     def otherwise(
-        method: Any, state: State, batches: list[Batch], now: Downlink, round_: int
+        method: Any, state: State, batches: list[Batch], now: RoundInstructions, round_: int
     ) -> State:
         return merge(method, state, change(batches, round_), now, round_)
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from fedraclora.protocol.factor import weight_of
-from fedraclora.protocol.method import Downlink, Link, State, Term
+from fedraclora.protocol.method import Link, RoundInstructions, State, Term
 from fedraclora.protocol.quantized import encode
 from fedraclora.protocol.uplinks import Uplinks
 from fedraclora.strategies.methods.galore_average import GaLore, Projection
@@ -96,7 +96,7 @@ def residue_forgotten(planting: Planting) -> None:
     FEEDBACK,
 )
 def residue_outlives_its_link(planting: Planting) -> None:
-    def kept(stored: Tree, sent: Downlink) -> torch.Tensor:
+    def kept(stored: Tree, sent: RoundInstructions) -> torch.Tensor:
         return to_add({**stored, LIFE: torch.full_like(stored[LIFE], sent.frame[2] + 1)}, sent)
 
     planting.function(to_add, kept)
@@ -119,7 +119,7 @@ def residue_lost_where_a_link_ends(planting: Planting) -> None:
 def variates_moved_from_what_was_not_sent(planting: Planting) -> None:
     sound = scaffold.close_corrected
 
-    def close(state: State, sent: Downlink, *rest: Any) -> Tree:
+    def close(state: State, sent: RoundInstructions, *rest: Any) -> Tree:
         held = scaffold.open_corrected(sent, state, lifted=is_lifted(sent))
         return sound(state, held, *rest)
 
@@ -190,7 +190,9 @@ def pool_folded_and_kept(planting: Planting) -> None:
 def basis_of_what_was_not_sent(planting: Planting) -> None:
     sound, means = SubspaceRacLora.close_round, dict[str, torch.Tensor]()
 
-    def close_round(self: SubspaceRacLora, state: State, sent: Downlink, got: Uplinks) -> State:
+    def close_round(
+        self: SubspaceRacLora, state: State, sent: RoundInstructions, got: Uplinks
+    ) -> State:
         after = sound(self, state, sent, got)
         for name, term in (after.link or Link()).terms.items():
             if term.kept is not None:

@@ -33,8 +33,8 @@ from fedraclora.engines.asks import AskWriter, read_ask
 from fedraclora.engines.records import write_answer
 from fedraclora.errors import FedRacLoraError, RoundLostError
 from fedraclora.privacy.secagg import SecAgg, SecAggTerms
-from fedraclora.protocol.downlink import Downlink
 from fedraclora.protocol.factor import to_train
+from fedraclora.protocol.instructions import RoundInstructions
 from fedraclora.protocol.method import Cohort
 from fedraclora.rng import generator
 from fedraclora.run.client_state import ClientStore
@@ -238,7 +238,7 @@ def exchange_of(clients: list[int]) -> Exchange:
     become_a_task()
     loop = LoopConfig(9, 100, len(clients), 1, 5, "samples", untrusted=True, min_clients=3)
     cohort = Cohort(torch.tensor(clients), torch.ones(len(clients)).double())
-    downlink = Downlink(dense={"w": to_train(SHAPE, start=torch.full(SHAPE, 0.25))})
+    downlink = RoundInstructions(dense={"w": to_train(SHAPE, start=torch.full(SHAPE, 0.25))})
     exchange = Exchange(downlink, ROUND, 0, cohort, cohort, loop, clip=CLIP)
     exchange.ask()
     return exchange

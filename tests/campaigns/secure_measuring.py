@@ -37,8 +37,8 @@ from fedraclora.evaluation.clients import (
 )
 from fedraclora.evaluation.metrics import Measure
 from fedraclora.privacy.secagg import LEAST_CLIENTS, SecAgg, SecAggTerms
-from fedraclora.protocol.downlink import Downlink
 from fedraclora.protocol.factor import to_train
+from fedraclora.protocol.instructions import RoundInstructions
 from fedraclora.protocol.method import Cohort
 from fedraclora.rng import generator
 from fedraclora.run.client_state import ClientStore
@@ -127,7 +127,7 @@ class World:
         asked = EvaluateConfig(clients="all", min_clients=self.least, personal=len(self.points) > 1)
         loop = LoopConfig(9, 100, count, 1, 5, "uniform", untrusted=True, min_clients=1)
         cohort = Cohort(torch.arange(count), torch.ones(count).double())
-        downlink = Downlink(dense={"w": to_train(SHAPE, start=torch.full(SHAPE, 0.25))})
+        downlink = RoundInstructions(dense={"w": to_train(SHAPE, start=torch.full(SHAPE, 0.25))})
         return Measurement(Measuring(asked, self.measure), downlink, cohort, ROUND, 0, loop, 1.0)
 
 

@@ -48,7 +48,7 @@ from fedraclora.engines.records import (
 from fedraclora.errors import ClientError, WireError
 from fedraclora.flower_internals import records_from_bytes, records_to_bytes
 from fedraclora.protocol.coding import NONE, ZSTD, compressed, unframed
-from fedraclora.protocol.method import Cohort, Downlink, Draw, State
+from fedraclora.protocol.method import Cohort, Draw, RoundInstructions, State
 from fedraclora.protocol.plan import make_plan
 from fedraclora.protocol.quantized import FULL, encode
 from fedraclora.protocol.rank_budgets import uploaded_mask
@@ -553,7 +553,7 @@ DOWN: dict[str, Change] = REPLY | {
 FRAMES = {f"{what} of {i}" for what in ("values", "bytes") for i in ("the array", "an update")}
 
 
-def check_downlink(scene: Scene, random: Random) -> str:
+def check_instructions(scene: Scene, random: Random) -> str:
     """Let a message to a client become something else: it is refused, or means what it says.
 
     Returns:
@@ -630,7 +630,7 @@ def written(ask: Ask) -> Tree:
     return {"flat": read_array(AskWriter().write(ask), "arrays")}
 
 
-def tensors(downlink: Downlink) -> list[torch.Tensor]:
+def tensors(downlink: RoundInstructions) -> list[torch.Tensor]:
     """Every tensor that is sent."""
     return [f.numbers for f in downlink.named.values() if f.numbers is not None]
 
@@ -672,7 +672,7 @@ def campaign(
             case = None
             try:
                 if number // len(scenes) % 5 == 4:
-                    verdict = f"downlink {check_downlink(scene, random)}"
+                    verdict = f"downlink {check_instructions(scene, random)}"
                 else:
                     case = attack(scene, random)
                     verdict = f"reply {judged(scene, case, ledger)}"

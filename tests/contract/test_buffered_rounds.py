@@ -31,7 +31,7 @@ from fedraclora.devices.asynchronous import AsyncStep
 from fedraclora.devices.distributions import LogNormal
 from fedraclora.devices.system import SystemConfig
 from fedraclora.errors import ConfigError
-from fedraclora.protocol.method import Downlink, Draw, State
+from fedraclora.protocol.method import Draw, RoundInstructions, State
 from fedraclora.protocol.uplinks import Uplinks
 from fedraclora.run.rebuild import state_at
 from fedraclora.strategies.buffered import BufferedStrategy, read_batches
@@ -56,7 +56,7 @@ EXACT: list[Variant] = [
 class Watched(BufferedStrategy):
     """Keeps what each round began from, asked, and how it passed on the clock."""
 
-    seen: list[tuple[State, Downlink, AsyncStep]]
+    seen: list[tuple[State, RoundInstructions, AsyncStep]]
 
     @override
     def _close(self, exchange: Exchange, after: State) -> None:
@@ -77,7 +77,7 @@ def go(world: World, variant: Variant, rounds: int, **more: Any) -> Run:
 
 
 def trained(
-    world: World, seen: tuple[State, Downlink, AsyncStep], client: int, round_: int
+    world: World, seen: tuple[State, RoundInstructions, AsyncStep], client: int, round_: int
 ) -> Played:
     """One client trained again, from what its round began with."""
     before, sent, _ = seen

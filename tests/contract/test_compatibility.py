@@ -21,7 +21,7 @@ from fedraclora.errors import ConfigError
 from fedraclora.lowrank.dora import DORA
 from fedraclora.privacy.client_level import ClientLevel
 from fedraclora.privacy.secagg import SecAgg
-from fedraclora.protocol.method import Cohort, Downlink, Draw, Method
+from fedraclora.protocol.method import Cohort, Draw, Method, RoundInstructions
 from fedraclora.strategies.methods.fedavg_lora import FedAvgLora
 from fedraclora.strategies.server.device_simulator import DeviceSimulator
 from fedraclora.strategies.server.loop import LoopConfig
@@ -31,7 +31,7 @@ from fedraclora.training.extras.settings import LocalSettings
 from tests.contract.worlds import every_variant, make_method, make_world
 
 Variant = tuple[str, dict[str, Any]]
-Promise = Callable[[Method, Downlink], bool]
+Promise = Callable[[Method, RoundInstructions], bool]
 SGD = LocalSettings(lr=0.1, steps=2, batch_size=0)
 WORDS = (
     "data=digits",
@@ -61,7 +61,7 @@ class Choice:
     own: tuple[RoundStep, ...] = ()
 
 
-def starts_apart(sent: Downlink) -> bool:
+def starts_apart(sent: RoundInstructions) -> bool:
     return any(slot.per_client for slot in sent.uploaded().values())
 
 
@@ -117,7 +117,7 @@ CHOICES = {
 }
 
 
-def moves(sent: Downlink) -> bool:
+def moves(sent: RoundInstructions) -> bool:
     return bool(sent.program.moves_weights)
 
 

@@ -36,7 +36,7 @@ from fedraclora.privacy.client_level import ClientLevel
 from fedraclora.privacy.sample_level import SampleNoise
 from fedraclora.privacy.secagg import SecAgg
 from fedraclora.protocol.cohorts import draw_cohort
-from fedraclora.protocol.method import Cohort, Downlink, Draw, Method, State
+from fedraclora.protocol.method import Cohort, Draw, Method, RoundInstructions, State
 from fedraclora.rng import generator, torch_normal
 from fedraclora.strategies.steps.scaffold import ControlVariates
 from fedraclora.training.cohort import CohortTrainer
@@ -68,7 +68,7 @@ def corrected(world: World, method: Method, rounds: int, **more: Any) -> Run:
     )
 
 
-def directions(sent: Downlink, weight: str) -> tuple[torch.Tensor, torch.Tensor, bool]:
+def directions(sent: RoundInstructions, weight: str) -> tuple[torch.Tensor, torch.Tensor, bool]:
     """How a step moves the effective weight, the part of C that is seen, and whether on the left.
 
     Right: W <- W - eta (..) s^2 A^T A, and C on the row space of A.

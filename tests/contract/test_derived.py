@@ -19,7 +19,15 @@ from fedraclora.errors import ConfigError, WireError
 from fedraclora.lowrank.layers import LayerView
 from fedraclora.protocol.change_of_basis import held_beside
 from fedraclora.protocol.factor import Factor, combined, weight_of
-from fedraclora.protocol.method import Adapter, Cohort, Downlink, Draw, Plan, State, apply_link
+from fedraclora.protocol.method import (
+    Adapter,
+    Cohort,
+    Draw,
+    Plan,
+    RoundInstructions,
+    State,
+    apply_link,
+)
 from fedraclora.protocol.uplinks import Uplinks
 from fedraclora.rng import generator, torch_normal
 from fedraclora.run.rebuild import state_at
@@ -48,7 +56,7 @@ COEFFICIENTS = 8 * R * (R + R)
 
 def played(
     rounds: int, method: SubspaceRacLora = METHOD, wire: str = "float32"
-) -> list[tuple[State, Downlink]]:
+) -> list[tuple[State, RoundInstructions]]:
     """Close rounds of drawn replies: the state before each, and what it sent; then the last."""
     rounding = DownlinkRounding(wire, seed=3)
     state = method.initial_state({"w": torch.zeros(M, N)}, PLAN, DRAW)
@@ -61,10 +69,10 @@ def played(
         rows = torch_normal(generator(0, "replies", round_), 2, layout.size).float()
         got = Uplinks(COHORT.clients, COHORT.weights, layout, rows)
         state = rounding.closed(state, method.close_round(state, sent, got), sent, round_)
-    return [*found, (state, Downlink())]
+    return [*found, (state, RoundInstructions())]
 
 
-def computed(sent: Downlink) -> Factor:
+def computed(sent: RoundInstructions) -> Factor:
     (found,) = (f for f in sent.factors().values() if not f.trained)
     assert found.coefficients is not None
     return found

@@ -42,7 +42,7 @@ from fedraclora.privacy.client_level import ClientLevel
 from fedraclora.privacy.secagg import SecAgg
 from fedraclora.privacy.secret import Secret
 from fedraclora.protocol.factor import SEED_BYTES
-from fedraclora.protocol.method import Downlink, Draw, Method, Plan, State
+from fedraclora.protocol.method import Draw, Method, Plan, RoundInstructions, State
 from fedraclora.strategies.wrappers.allocated import allocated
 from fedraclora.strategies.wrappers.dora import Dora
 from fedraclora.training.extras.settings import LocalSettings
@@ -69,7 +69,7 @@ def dora(name: str, **changes: Any) -> Dora:
     return Dora(make_method(name, **changes))
 
 
-def scaled_by(sent: Downlink) -> dict[str, str]:
+def scaled_by(sent: RoundInstructions) -> dict[str, str]:
     """Magnitudes by the weight whose rows they scale."""
     return among(sent.adapters, sent.dense)
 

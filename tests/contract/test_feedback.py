@@ -27,7 +27,7 @@ from fedraclora.config.settings import CompressionConfig
 from fedraclora.errors import ConfigError, WireError
 from fedraclora.privacy.client_level import ClientLevel
 from fedraclora.privacy.secret import Secret
-from fedraclora.protocol.method import Downlink, State
+from fedraclora.protocol.method import RoundInstructions, State
 from fedraclora.protocol.quantized import encode, rounded
 from fedraclora.protocol.uplinks import Uplinks
 from fedraclora.rng import generator
@@ -57,7 +57,7 @@ class Seen:
     change: torch.Tensor
     added: torch.Tensor
     sent: torch.Tensor
-    asked: Downlink
+    asked: RoundInstructions
 
     def part(self, row: torch.Tensor, *, dense: bool) -> torch.Tensor:
         """Take what is trained in full of a row, or the factors."""

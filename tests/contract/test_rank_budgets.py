@@ -40,7 +40,7 @@ from fedraclora.devices.distributions import Constant
 from fedraclora.devices.system import SystemConfig
 from fedraclora.protocol.cohorts import draw_cohort
 from fedraclora.protocol.factor import Factor
-from fedraclora.protocol.method import Cohort, Downlink, Draw, Method, Plan, State, Traits
+from fedraclora.protocol.method import Cohort, Draw, Method, Plan, RoundInstructions, State, Traits
 from fedraclora.protocol.uplinks import Uplinks
 from fedraclora.run.ledger import digest_rows
 from fedraclora.strategies.server.loop import LoopConfig
@@ -160,12 +160,14 @@ class Budgeted(Method):
         return self.inner.initial_state(base, plan, draw)
 
     @override
-    def open_round(self, state: State, round_: int, cohort: Cohort, draw: Draw) -> Downlink:
+    def open_round(
+        self, state: State, round_: int, cohort: Cohort, draw: Draw
+    ) -> RoundInstructions:
         cohort = replace(cohort, ranks=torch.tensor(self.ranks)[cohort.clients])
         return self.inner.open_round(state, round_, cohort, draw)
 
     @override
-    def close_round(self, state: State, sent: Downlink, got: Uplinks) -> State:
+    def close_round(self, state: State, sent: RoundInstructions, got: Uplinks) -> State:
         return self.inner.close_round(state, sent, got)
 
     @override

@@ -29,7 +29,7 @@ from worlds import (
     variants,
 )
 
-from fedraclora.protocol.method import Cohort, Downlink, State
+from fedraclora.protocol.method import Cohort, RoundInstructions, State
 from fedraclora.protocol.quantized import ROUNDED
 from fedraclora.protocol.uplinks import Uplinks
 from fedraclora.run.rebuild import weights_at
@@ -75,7 +75,7 @@ class Seen(RoundStep):
     individuals = True
 
     def __init__(self) -> None:
-        self.rounds: list[tuple[State, Downlink]] = []
+        self.rounds: list[tuple[State, RoundInstructions]] = []
 
     @override
     def close(self, close: CloseRound, state: State, exchange: Exchange, got: Uplinks) -> State:
@@ -89,7 +89,7 @@ class Done:
 
     run: Run
     states: list[State]
-    sent: list[Downlink]
+    sent: list[RoundInstructions]
 
 
 Finish = Callable[[Variant, tuple[str, bool]], Done]

@@ -10,7 +10,7 @@ from test_round_failures import faulty, without_client
 from worlds import RAGGED, assert_equal_trees, make_method, make_world, run
 
 from fedraclora.errors import ClientError
-from fedraclora.protocol.method import Downlink, State
+from fedraclora.protocol.method import RoundInstructions, State
 from fedraclora.protocol.program import LocalSteps
 from fedraclora.protocol.uplinks import Uplinks
 from fedraclora.strategies.methods.fed_rac_lora import FedRacLora
@@ -32,7 +32,9 @@ class SecondPass(LocalSteps):
 class TwoPasses(FedRacLora):
     """Fed-RAC-LoRA that asks for the same once more; the stage is read off what was sent."""
 
-    def next_exchange(self, state: State, sent: Downlink, got: Uplinks) -> Downlink | None:
+    def next_exchange(
+        self, state: State, sent: RoundInstructions, got: Uplinks
+    ) -> RoundInstructions | None:
         return None if isinstance(sent.program, SecondPass) else replace(sent, program=SecondPass())
 
 

@@ -44,7 +44,7 @@ from fedraclora.experiments.pages import aliases
 from fedraclora.privacy.secagg import SecAgg, SecAggTerms
 from fedraclora.protocol.coding import NONE
 from fedraclora.protocol.link import Plan
-from fedraclora.protocol.method import Cohort, Counters, Downlink, Draw, Method, State
+from fedraclora.protocol.method import Cohort, Counters, Draw, Method, RoundInstructions, State
 from fedraclora.protocol.plan import make_plan
 from fedraclora.protocol.rank_budgets import uploaded_mask, widen
 from fedraclora.protocol.uplinks import Uplinks
@@ -337,7 +337,7 @@ class Played:
     """A round that was closed with random replies."""
 
     before: State
-    sent: Downlink
+    sent: RoundInstructions
     got: Uplinks
     after: State
 
@@ -351,7 +351,9 @@ def some_cohort(weights: tuple[float, ...] = UNEQUAL) -> Cohort:
     return Cohort(clients, torch.tensor(weights, dtype=torch.float64))
 
 
-def random_replies(sent: Downlink, cohort: Cohort, dtype: torch.dtype, *keys: int) -> Uplinks:
+def random_replies(
+    sent: RoundInstructions, cohort: Cohort, dtype: torch.dtype, *keys: int
+) -> Uplinks:
     """What no training would give: independent normals for all that clients send.
 
     Under rank budgets the server knows the rest: it is as it started.

@@ -18,7 +18,7 @@ from fedraclora.data.samples import Samples
 from fedraclora.data.task import Task
 from fedraclora.errors import ClientError
 from fedraclora.protocol.link import Plan
-from fedraclora.protocol.method import Cohort, Downlink, Draw, Method, State
+from fedraclora.protocol.method import Cohort, Draw, Method, RoundInstructions, State
 from fedraclora.protocol.plan import make_plan
 from fedraclora.rng import generator, torch_normal
 from fedraclora.sketch import SketchSpec
@@ -302,7 +302,9 @@ class ByTurns(FedRacLora):
         return FedRacLora(**vars(self) | {"train": "A" if side == "left" else "B"})
 
     @override
-    def open_round(self, state: State, round_: int, cohort: Cohort, draw: Draw) -> Downlink:
+    def open_round(
+        self, state: State, round_: int, cohort: Cohort, draw: Draw
+    ) -> RoundInstructions:
         return self.turn(state).open_round(state, round_, cohort, draw)
 
 
@@ -332,7 +334,9 @@ def test_other_factors_under_one_link_are_an_error_that_names_the_first() -> Non
     @dataclass(frozen=True)
     class Unnumbered(ByTurns):
         @override
-        def open_round(self, state: State, round_: int, cohort: Cohort, draw: Draw) -> Downlink:
+        def open_round(
+            self, state: State, round_: int, cohort: Cohort, draw: Draw
+        ) -> RoundInstructions:
             return replace(super().open_round(state, round_, cohort, draw), link=0)
 
     method = Unnumbered(rank=RANK, alpha=ALPHA, merge_every=1)

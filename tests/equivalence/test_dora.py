@@ -22,7 +22,7 @@ from vectorized_cases import CASES, SEED, SIZES, Case, classes, convolution, nor
 from vectorized_settings import MEETING, PAIRED, SETTINGS
 
 from fedraclora.data.clients import Partitioned
-from fedraclora.protocol.method import Cohort, Downlink, Draw
+from fedraclora.protocol.method import Cohort, Draw, RoundInstructions
 from fedraclora.protocol.uplinks import Uplinks
 from fedraclora.strategies.wrappers.dora import Dora
 from fedraclora.training.extras.settings import LocalSettings
@@ -104,7 +104,7 @@ def trained_alone(case: Case, start: Tree, scales: dict[str, float], client: int
     return {name: leaf.detach() for name, leaf in leaves.items()}
 
 
-def started(sent: Downlink, base: Tree) -> tuple[Tree, dict[str, float]]:
+def started(sent: RoundInstructions, base: Tree) -> tuple[Tree, dict[str, float]]:
     """Where factors begin, from the message, and magnitudes, from the weights; and the scales."""
     start: Tree = {}
     scales = {}

@@ -14,7 +14,7 @@ from fedraclora.config.run_config import from_plain
 from fedraclora.data.clients import Partitioned
 from fedraclora.errors import ConfigError
 from fedraclora.protocol.factor import Factor
-from fedraclora.protocol.method import Cohort, Downlink, Draw
+from fedraclora.protocol.method import Cohort, Draw, RoundInstructions
 from fedraclora.protocol.program import LocalResult
 from fedraclora.strategies.builder import RunBuilder
 from fedraclora.strategies.methods import METHODS
@@ -36,14 +36,16 @@ def single(case: Case) -> Case:
     return replace(case, task=replace(task, model=task.model.float(), train=data))
 
 
-def sent_of(case: Case, name: str = "fed_rac_lora") -> tuple[Tree, Downlink]:
+def sent_of(case: Case, name: str = "fed_rac_lora") -> tuple[Tree, RoundInstructions]:
     base = base_of(case.task)
     method = method_of(name)
     state = method.initial_state(base, case.plan(), Draw(SEED))
     return base, method.open_round(state, 1, Cohort(CLIENTS, torch.ones(len(SIZES))), Draw(SEED))
 
 
-def trained(case: Case, base: Tree, sent: Downlink, precision: str, **local: int) -> LocalResult:
+def trained(
+    case: Case, base: Tree, sent: RoundInstructions, precision: str, **local: int
+) -> LocalResult:
     settings, plan, cpu = replace(LOCAL, **local), case.plan(), torch.device("cpu")  # type: ignore[arg-type]
     trainer = CohortTrainer(case.task, plan, settings, seed=SEED, device=cpu, precision=precision)
     return trainer.train(base, sent, CLIENTS, round_=1, rate_scale=1.0)
@@ -56,7 +58,7 @@ def gap(got: Tree, wanted: Tree, start: Tree) -> float:
     return float((apart / way) ** 0.5)
 
 
-def starts(sent: Downlink, base: Tree) -> Tree:
+def starts(sent: RoundInstructions, base: Tree) -> Tree:
     def start(name: str, slot: Factor) -> torch.Tensor:
         return base.get(name, torch.zeros(slot.shape)) if slot.blank else slot.draw()
 

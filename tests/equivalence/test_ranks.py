@@ -21,7 +21,7 @@ from vectorized_settings import (
 
 from fedraclora.protocol.cohorts import draw_cohort
 from fedraclora.protocol.factor import to_train
-from fedraclora.protocol.method import Adapter, Cohort, Downlink, Draw, Method
+from fedraclora.protocol.method import Adapter, Cohort, Draw, Method, RoundInstructions
 from fedraclora.protocol.rank_budgets import trainable
 from fedraclora.protocol.uplinks import Uplinks
 from fedraclora.training.extras.settings import LocalSettings
@@ -115,7 +115,7 @@ def test_factors_of_every_form(kind: str, forms: tuple[str, ...]) -> None:
     case = Case(make(), targets=",".join(n.removesuffix(".weight") for n in names), head="lora")
     plan = case.plan()
     ranks = torch.tensor([1, 2, 1, 3, 1, 2])
-    downlink = Downlink(adapters_of(forms, names, plan.targets), ranks=ranks)
+    downlink = RoundInstructions(adapters_of(forms, names, plan.targets), ranks=ranks)
     local = replace(LOCAL, lr=0.05, weight_decay=0.1, momentum=0.5)
     clients = torch.arange(len(SIZES))
     assert_agrees(case, plan, local, base_of(case.task), downlink, clients)
@@ -127,7 +127,7 @@ def test_prox_and_preconditioner_with_factors_of_every_form(forms: tuple[str, ..
     plan = case.plan()
     dense = {n: to_train(plan.shapes[n], main=False) for n in plan.dense}
     adapters = adapters_of(forms, ("fc1.weight", "fc2.weight"), plan.targets)
-    downlink = Downlink(adapters, dense, ranks=torch.tensor([1, 2, 1, 3, 1, 2]))
+    downlink = RoundInstructions(adapters, dense, ranks=torch.tensor([1, 2, 1, 3, 1, 2]))
     local = replace(LOCAL, lr=0.02, prox=0.4, precondition=trained_in(forms) == 1, momentum=0.5)
     assert_agrees(case, plan, local, base_of(case.task), downlink, torch.arange(len(SIZES)))
 
@@ -166,7 +166,7 @@ def test_a_small_budget_is_a_small_adapter_under_the_first_rows_of_the_sketch() 
     trainer = trainer_of(case.task, plan, replace(LOCAL, precondition=True, prox=0.3))
     found, wanted = (
         trainer.train(state.base, d, clients, round_=1, rate_scale=1.0).trained
-        for d in (sent, Downlink(small, sent.dense))
+        for d in (sent, RoundInstructions(small, sent.dense))
     )
     for name in plan.targets:
         B = found[f"{name}/B"]

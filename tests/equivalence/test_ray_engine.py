@@ -26,7 +26,7 @@ from fedraclora.config.settings import RayConfig
 from fedraclora.engines.ray import Cluster, RayGrid
 from fedraclora.engines.ray.session import RaySession
 from fedraclora.errors import ClientError, ConfigError
-from fedraclora.protocol.method import Downlink, Plan
+from fedraclora.protocol.method import Plan, RoundInstructions
 from fedraclora.run.client_state import ClientStore
 from fedraclora.run.ledger import read_ledger
 from fedraclora.run.stopped import stop_reason
@@ -247,7 +247,7 @@ def test_what_is_no_clients_fault_is_told_from_a_client_that_failed() -> None:
         settings=settings,
     )
     request = TrainRequest(1, 0, 1.0, torch.tensor([4, 7]))
-    ask = Ask(request, Downlink())
+    ask = Ask(request, RoundInstructions())
     with closing(grid):
         assert list(grid.ask([ask])) == [
             (ask, NoAnswer("ConfigError: there is no such batch", of_the_run=True))

@@ -13,7 +13,7 @@ from vectorized_settings import ALSO, WIDELY
 
 from fedraclora.errors import ModelError
 from fedraclora.protocol.factor import to_train
-from fedraclora.protocol.method import Cohort, Downlink, Draw
+from fedraclora.protocol.method import Cohort, Draw, RoundInstructions
 from fedraclora.training.cohort_layers import CohortContext, CohortDropout
 
 
@@ -64,7 +64,7 @@ def test_dropout_under_vmap_is_refused_by_the_layer_s_name() -> None:
     model.add_module("hole", nn.Dropout(0.5))
     case = Case(replace(task, model=model), targets="body.inner", dense="body.gain")
     plan = case.plan()
-    downlink = Downlink(dense={"body.gain": to_train((6,))})
+    downlink = RoundInstructions(dense={"body.gain": to_train((6,))})
     trainer = trainer_of(case.task, plan, LOCAL)
     with pytest.raises(ModelError, match="hole"):
         trainer.train(base_of(case.task), downlink, torch.arange(2), round_=1, rate_scale=1.0)

@@ -12,7 +12,7 @@ from vectorized_settings import A_FEW, FORMS, LAYERS, LIKE_LINEAR, adapters_of, 
 
 from fedraclora.errors import ConfigError
 from fedraclora.protocol.factor import to_train
-from fedraclora.protocol.method import Downlink
+from fedraclora.protocol.method import RoundInstructions
 
 
 @pytest.mark.short(when=lambda kind, forms: kind not in LIKE_LINEAR or forms in A_FEW)
@@ -22,7 +22,7 @@ def test_factors_of_every_form(kind: str, forms: tuple[str, ...]) -> None:
     make, names = LAYERS[kind]
     case = Case(make(), targets=",".join(n.removesuffix(".weight") for n in names), head="lora")
     plan = case.plan()
-    downlink = Downlink(adapters_of(forms, names, plan.targets))
+    downlink = RoundInstructions(adapters_of(forms, names, plan.targets))
     clients = torch.arange(len(SIZES))
     assert_agrees(case, plan, LOCAL, base_of(case.task), downlink, clients)
 
@@ -36,7 +36,7 @@ def test_prox_and_preconditioner_with_factors_of_every_form(
     case = Case(make(), targets=",".join(n.removesuffix(".weight") for n in names), head="full")
     plan = case.plan()
     dense = {n: to_train(plan.shapes[n], main=False) for n in plan.dense}
-    downlink = Downlink(adapters_of(forms, names, plan.targets), dense)
+    downlink = RoundInstructions(adapters_of(forms, names, plan.targets), dense)
     local = replace(LOCAL, lr=0.02, prox=0.4, precondition=trained_in(forms) == 1, momentum=0.5)
     assert_agrees(case, plan, local, base_of(case.task), downlink, torch.arange(len(SIZES)))
 
@@ -49,13 +49,13 @@ def test_dense_tensors_may_start_at_each_client() -> None:
         for name, shape in plan.shapes.items()
     }
     base, local = base_of(case.task), replace(LOCAL, prox=0.4)
-    assert_agrees(case, plan, local, base, Downlink(dense=dense), torch.arange(K))
+    assert_agrees(case, plan, local, base, RoundInstructions(dense=dense), torch.arange(K))
 
 
 def test_prox_refuses_three_factors() -> None:
     case = Case(mlp(), targets="fc1")
     plan = case.plan()
-    downlink = Downlink(adapters_of(("own", "zero", "own"), ("fc1.weight",), plan.targets))
+    downlink = RoundInstructions(adapters_of(("own", "zero", "own"), ("fc1.weight",), plan.targets))
     trainer = trainer_of(case.task, plan, replace(LOCAL, prox=0.1))
     with pytest.raises(ConfigError, match=r"prox.*B, M, A"):
         trainer.train(base_of(case.task), downlink, torch.arange(2), round_=1, rate_scale=1.0)
@@ -68,6 +68,6 @@ def test_factors_of_each_client_under_vmap(forms: tuple[str, ...]) -> None:
     case = Case(scaled(), targets="inner", dense="gain")
     plan = case.plan()
     dense = {"gain": to_train((6,), 1 + 0.1 * normal(len(SIZES), 6, key="gain"))}
-    downlink = Downlink(adapters_of(forms, ("inner.weight",), plan.targets), dense)
+    downlink = RoundInstructions(adapters_of(forms, ("inner.weight",), plan.targets), dense)
     assert not foldable(case, downlink)
     assert_agrees(case, plan, LOCAL, base_of(case.task), downlink, torch.arange(len(SIZES)))

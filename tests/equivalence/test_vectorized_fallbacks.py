@@ -14,7 +14,7 @@ from vectorized_cases import SEED, SIZES, Case, classes, normal, reader, scaled,
 from fedraclora.errors import ModelError
 from fedraclora.privacy.sample_level import SampleNoise
 from fedraclora.protocol.factor import to_train
-from fedraclora.protocol.method import Cohort, Downlink, Draw
+from fedraclora.protocol.method import Cohort, Draw, RoundInstructions
 from fedraclora.strategies.methods import METHODS
 from fedraclora.strategies.methods.fedavg import FedAvg
 from fedraclora.strategies.shared.walking import Walking
@@ -93,7 +93,7 @@ def test_an_error_of_the_model_is_not_taken_for_one_of_vmap() -> None:
     case = Case(scaled(), targets="inner", dense="gain")
     narrow = replace(case.task.train.samples, inputs={"x": normal(sum(SIZES), 5)})
     case = replace(case, task=replace(case.task, train=replace(case.task.train, samples=narrow)))
-    downlink = Downlink(dense={"gain": to_train((6,))})
+    downlink = RoundInstructions(dense={"gain": to_train((6,))})
     trainer = trainer_of(case.task, case.plan(), LOCAL)
     with pytest.raises(RuntimeError, match="must match the size"):
         trainer.train(base_of(case.task), downlink, torch.arange(2), round_=1, rate_scale=1.0)

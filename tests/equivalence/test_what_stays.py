@@ -15,7 +15,7 @@ from fedraclora.data.samples import Samples
 from fedraclora.data.task import Task
 from fedraclora.errors import ConfigError
 from fedraclora.protocol.factor import to_train
-from fedraclora.protocol.method import Adapter, Downlink
+from fedraclora.protocol.method import Adapter, RoundInstructions
 from fedraclora.protocol.plan import make_plan
 from fedraclora.rng import generator, torch_normal
 from fedraclora.training.cohort import CohortTrainer
@@ -32,7 +32,7 @@ class Bench:
     """A worker over three clients of a linear model, and the downlink of a FedSA-like round."""
 
     worker: Worker
-    downlink: Downlink
+    downlink: RoundInstructions
 
     def round(self, number: int) -> Answer:
         request = TrainRequest(number, 0, 1.0, CLIENTS)
@@ -56,7 +56,7 @@ def make_bench(poison: int | None = None, **local: float) -> Bench:
     settings = LocalSettings(lr=0.1, batch_size=0, **local)  # type: ignore[arg-type]
     trainer = CohortTrainer(task, plan, settings, seed=0, device=torch.device("cpu"))
     factors = {"B": to_train((2, 2), upload=False), "A": to_train((2, 5), torch_normal(rng, 2, 5))}
-    downlink = Downlink({"weight": Adapter.of(dict(factors), 1.5)})
+    downlink = RoundInstructions({"weight": Adapter.of(dict(factors), 1.5)})
     return Bench(Worker(trainer, BaseWeights(base)), downlink)
 
 
@@ -92,6 +92,6 @@ def test_an_impossible_setting_is_nobodys_failure() -> None:
     bench = make_bench(prox=0.5)
     factors = dict(bench.downlink.adapters["weight"].factors)
     core = {"B": factors["B"], "R": torch.eye(2, dtype=torch.float64), "A": factors["A"]}
-    three = replace(bench, downlink=Downlink({"weight": Adapter.of(core, 1.0)}))
+    three = replace(bench, downlink=RoundInstructions({"weight": Adapter.of(core, 1.0)}))
     with pytest.raises(ConfigError, match=r"local\.prox .*adapters B A"):
         three.round(1)

@@ -17,7 +17,7 @@ from fedraclora.binding import bind
 from fedraclora.compose.choices import choice
 from fedraclora.data.task import Task
 from fedraclora.protocol.cohorts import draw_cohort
-from fedraclora.protocol.method import Cohort, Downlink, Draw, Method, Plan
+from fedraclora.protocol.method import Cohort, Draw, Method, Plan, RoundInstructions
 from fedraclora.protocol.uplinks import Uplinks
 from fedraclora.strategies.methods import METHODS
 from fedraclora.training.cohort import CohortTrainer
@@ -63,7 +63,7 @@ def assert_agrees(
     plan: Plan,
     local: LocalSettings,
     base: Tree,
-    downlink: Downlink,
+    downlink: RoundInstructions,
     clients: torch.Tensor,
     *,
     round_: int = 1,
@@ -168,5 +168,5 @@ def run(
         state = method.close_round(state, sent, Uplinks(clients, weights, layout, rows))
 
 
-def foldable(case: Case, downlink: Downlink) -> bool:
+def foldable(case: Case, downlink: RoundInstructions) -> bool:
     return CohortProgram.build(case.task, downlink, torch.device("cpu")).folded

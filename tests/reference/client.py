@@ -17,7 +17,7 @@ from torch.func import functional_call
 from fedraclora.data.samples import Samples
 from fedraclora.data.task import Task, loss_function
 from fedraclora.privacy.sample_level import answer_keys, seed_key
-from fedraclora.protocol.method import Adapter, Downlink, Plan
+from fedraclora.protocol.method import Adapter, Plan, RoundInstructions
 from fedraclora.protocol.program import ClientChunk, Hook, When
 from fedraclora.protocol.rank_budgets import rank_axes, spans
 from fedraclora.rng import cohort_permutations, hash_key
@@ -39,7 +39,7 @@ def train_one(
     plan: Plan,
     local: LocalSettings,
     base: Tree,
-    downlink: Downlink,
+    downlink: RoundInstructions,
     *,
     client: int,
     place: int,
@@ -145,7 +145,7 @@ def train_one(
     return trained, sum(losses) / max(1, len(losses))
 
 
-def own_tensors(downlink: Downlink, base: Tree, place: int) -> tuple[Tree, Tree]:
+def own_tensors(downlink: RoundInstructions, base: Tree, place: int) -> tuple[Tree, Tree]:
     """Return one client's trained tensors at their start, and its frozen factors."""
     frozen, values = dict[str, torch.Tensor](), dict[str, torch.Tensor]()
     for weight, adapter in downlink.adapters.items():
@@ -164,7 +164,7 @@ def own_tensors(downlink: Downlink, base: Tree, place: int) -> tuple[Tree, Tree]
 
 
 def part_of(
-    name: str, downlink: Downlink, shape: torch.Size, ranks: torch.Tensor | None
+    name: str, downlink: RoundInstructions, shape: torch.Size, ranks: torch.Tensor | None
 ) -> tuple[slice, ...]:
     """Return the part of a tensor that a client trains under its budget; all of it: ()."""
     weight, _, label = name.rpartition("/")
@@ -185,7 +185,12 @@ def window(
 
 
 def within_budget(
-    base: Tree, downlink: Downlink, plan: Plan, values: Tree, frozen: Tree, ranks: torch.Tensor
+    base: Tree,
+    downlink: RoundInstructions,
+    plan: Plan,
+    values: Tree,
+    frozen: Tree,
+    ranks: torch.Tensor,
 ) -> tuple[Tree, Tree, Tree]:
     """Cut factors to a client's components; the rest of each term goes into the base."""
 
@@ -239,7 +244,7 @@ def batches(
 
 
 def make_optimizer(
-    local: LocalSettings, downlink: Downlink, values: Tree, frozen: Tree, rate_scale: float
+    local: LocalSettings, downlink: RoundInstructions, values: Tree, frozen: Tree, rate_scale: float
 ) -> torch.optim.Optimizer | LocalGates | LocalGalore:
     """Build the torch optimizer, with one step size for the method's own and one beside it."""
     slots, decay, betas = downlink.trained(), local.weight_decay, (local.beta1, local.beta2)
@@ -265,7 +270,7 @@ def make_optimizer(
 
 
 def shape_gradients(
-    values: Tree, frozen: Tree, hook: Hook, local: LocalSettings, downlink: Downlink
+    values: Tree, frozen: Tree, hook: Hook, local: LocalSettings, downlink: RoundInstructions
 ) -> None:
     """Do to the gradients of a step what program and settings say, in place."""
     gradients = {n: v.grad[None] for n, v in values.items() if v.grad is not None}
@@ -281,7 +286,7 @@ def shape_gradients(
             nn.utils.clip_grad_norm_(group, local.clip)
 
 
-def add_extras(values: Tree, sent: Downlink, place: int) -> None:
+def add_extras(values: Tree, sent: RoundInstructions, place: int) -> None:
     """Add what travels beside to the gradients of the one client at ``place``, in place."""
     for added in sent.extras.values():
         for name, value in added.items():

@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from fedraclora.protocol.downlink import Downlink
 from fedraclora.protocol.factor import Factor
+from fedraclora.protocol.instructions import RoundInstructions
 from fedraclora.protocol.link import Link, Plan
 from fedraclora.weights.update import WeightUpdate
 
@@ -59,7 +59,7 @@ class Follower:
         for part in link.rest:
             self.merge(part)
 
-    def start(self, sent: Downlink) -> dict[str, Matrix]:
+    def start(self, sent: RoundInstructions) -> dict[str, Matrix]:
         """Compute the dense weights from which it trains: with what a pool and factors add."""
         found = {name: W for name, W in self.held.items() if "/" not in name}
         for name, pool in getattr(sent.program, "pools", {}).items():

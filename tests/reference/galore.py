@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from fedraclora.protocol.method import Downlink
+from fedraclora.protocol.method import RoundInstructions
 from fedraclora.strategies.methods.galore_average import ProjectGradients
 from fedraclora.training.extras.settings import LocalSettings
 from fedraclora.tree import Tree
@@ -31,7 +31,7 @@ class LocalGalore:
     """
 
     def __init__(
-        self, local: LocalSettings, values: Tree, downlink: Downlink, rate_scale: float
+        self, local: LocalSettings, values: Tree, downlink: RoundInstructions, rate_scale: float
     ) -> None:
         self.local, self.values = local, values
         self.program = cast(ProjectGradients, downlink.program)

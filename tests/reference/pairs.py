@@ -12,14 +12,16 @@ from typing import Any
 import torch
 from typing_extensions import override
 
-from fedraclora.protocol.method import Downlink
+from fedraclora.protocol.method import RoundInstructions
 from fedraclora.training.extras.settings import LocalSettings
 from fedraclora.tree import Tree
 
 NOTHING = 1e-13  # of the largest eigenvalue: what float64 cannot tell from zero
 
 
-def adjust_gradients(local: LocalSettings, downlink: Downlink, values: Tree, frozen: Tree) -> None:
+def adjust_gradients(
+    local: LocalSettings, downlink: RoundInstructions, values: Tree, frozen: Tree
+) -> None:
     """Replace the gradients of factors by those that ``precondition`` or ``adjust`` wants.
 
     Args:
@@ -151,7 +153,7 @@ class LocalGates:
         self,
         local: LocalSettings,
         values: Tree,
-        downlink: Downlink,
+        downlink: RoundInstructions,
         make: Callable[[list[tuple[str, torch.Tensor]]], torch.optim.Optimizer],
     ) -> None:
         self.values, self.own, named = values, dict[str, tuple[torch.Tensor, torch.Tensor]](), []

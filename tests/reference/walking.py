@@ -7,14 +7,14 @@ from typing import cast
 
 import torch
 
-from fedraclora.protocol.downlink import Downlink
+from fedraclora.protocol.instructions import RoundInstructions
 from fedraclora.strategies.methods.fedkseed import CHANCES, LookOften
 from fedraclora.strategies.methods.ferret import ProjectUpdate, blocks
 from fedraclora.strategies.shared.walking import LookAlong, walk_of
 from fedraclora.tree import Tree
 
 
-def numbers(sent: Downlink, held: Tree, client: int, size: int) -> list[int]:
+def numbers(sent: RoundInstructions, held: Tree, client: int, size: int) -> list[int]:
     """The direction of each number that a client sends, or that it takes step by step."""
     program = sent.program
     if not isinstance(program, LookOften):
@@ -25,18 +25,20 @@ def numbers(sent: Downlink, held: Tree, client: int, size: int) -> list[int]:
     return [int(j) for j in drawn[0]]
 
 
-def looking(sent: Downlink) -> LookAlong:
+def looking(sent: RoundInstructions) -> LookAlong:
     """How clients look along directions."""
     return cast(LookAlong, sent.program)
 
 
-def room(sent: Downlink) -> int | None:
+def room(sent: RoundInstructions) -> int | None:
     """The most local steps of a client; None where any number of them fits."""
     program = looking(sent)
     return None if program.by_direction else sent.layout.size // program.directions
 
 
-def along(sent: Downlink, held: Tree, client: int, size: int, step: int) -> list[tuple[int, int]]:
+def along(
+    sent: RoundInstructions, held: Tree, client: int, size: int, step: int
+) -> list[tuple[int, int]]:
     """Which numbers a local step trains, and the directions of these."""
     drawn, P = numbers(sent, held, client, size), looking(sent).directions
     places = range(step * P, (step + 1) * P)
@@ -45,7 +47,10 @@ def along(sent: Downlink, held: Tree, client: int, size: int, step: int) -> list
 
 
 def slopes(
-    sent: Downlink, weights: Tree, at: list[tuple[int, int]], there: Callable[[Tree, float], float]
+    sent: RoundInstructions,
+    weights: Tree,
+    at: list[tuple[int, int]],
+    there: Callable[[Tree, float], float],
 ) -> tuple[torch.Tensor, float]:
     """The gradient of the numbers, and the mean loss around where the client is."""
     size = torch.Size(next(iter(sent.dense.values())).shape).numel()
@@ -59,7 +64,9 @@ def slopes(
     return gradient, sum(seen) / len(seen)
 
 
-def applied_moves(sent: Downlink, held: Tree, base: Tree, client: int, moves: torch.Tensor) -> Tree:
+def applied_moves(
+    sent: RoundInstructions, held: Tree, base: Tree, client: int, moves: torch.Tensor
+) -> Tree:
     """Weights of a client: those from which it went, and what it has moved along each direction."""
     flat = moves.flatten().tolist()
     sums = looking(sent).by_direction
@@ -72,7 +79,7 @@ def applied_moves(sent: Downlink, held: Tree, base: Tree, client: int, moves: to
     return out
 
 
-def shadow(sent: Downlink, base: Tree, after: Tree) -> torch.Tensor:
+def shadow(sent: RoundInstructions, base: Tree, after: Tree) -> torch.Tensor:
     """Products of a client's change with the directions of each block, over their number."""
     walk, found = walk_of(sent), list[torch.Tensor]()
     shapes = {n: tuple(base[n].shape) for n in walk.names}

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from fedraclora.aggregation.base import AggregationContext, Mean, Total
 from fedraclora.errors import ClientError, ShapeError
-from fedraclora.protocol.method import Downlink, Draw
+from fedraclora.protocol.method import Draw, RoundInstructions
 from fedraclora.protocol.uplinks import (
     SUM_BLOCK,
     Refusal,
@@ -138,7 +138,7 @@ def test_the_mean_by_hand() -> None:
 
 def test_the_mean_of_a_sum_is_the_mean_of_the_clients() -> None:
     got = uplinks(45)
-    setting = AggregationContext(Downlink(), 1, Draw(0))
+    setting = AggregationContext(RoundInstructions(), 1, Draw(0))
     summed = Total()(got, setting)
     assert not summed.has_individuals
     assert all(torch.equal(summed.mean()[n], t) for n, t in got.mean().items())

@@ -20,7 +20,7 @@ from fedraclora.data.samples import Samples
 from fedraclora.errors import ConfigError
 from fedraclora.lowrank.layers import LayerView
 from fedraclora.protocol.factor import to_train
-from fedraclora.protocol.method import Adapter, Downlink, Plan
+from fedraclora.protocol.method import Adapter, Plan, RoundInstructions
 from fedraclora.rng import generator, torch_normal
 from fedraclora.tree import Tree
 
@@ -104,7 +104,7 @@ def test_the_tables_hold_what_the_names_say() -> None:
 # --- SYNFLOW -------------------------------------------------------------------------------------
 
 
-def two_layers() -> tuple[torch.nn.Module, Tree, Downlink, Plan]:
+def two_layers() -> tuple[torch.nn.Module, Tree, RoundInstructions, Plan]:
     """4 -> 3 -> 2 without activations, and an adapter of rank 2 on each layer."""
     model = torch.nn.Sequential(torch.nn.Linear(4, 3, bias=False), torch.nn.Linear(3, 2))
     base = {n: p.detach().clone() for n, p in model.named_parameters()}
@@ -114,7 +114,7 @@ def two_layers() -> tuple[torch.nn.Module, Tree, Downlink, Plan]:
         m, n = view.shape
         B, A = (torch_normal(generator(i, k), *d) for k, d in (("B", (m, 2)), ("A", (2, n))))
         adapters[name] = Adapter.of({"B": to_train((m, 2), B), "A": to_train((2, n), A)}, 2.5)
-    return model, base, Downlink(adapters), Plan(views)
+    return model, base, RoundInstructions(adapters), Plan(views)
 
 
 def test_synflow_is_the_flow_through_an_adapter() -> None:

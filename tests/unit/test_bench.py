@@ -52,7 +52,7 @@ from fedraclora.experiments.bench.workloads import (
     texts,
     vectors,
 )
-from fedraclora.protocol.method import Downlink
+from fedraclora.protocol.method import RoundInstructions
 from fedraclora.training.cohort import CohortTrainer
 from fedraclora.tree import Tree
 
@@ -315,7 +315,11 @@ def test_a_chunk_that_starves_is_not_the_largest(monkeypatch: pytest.MonkeyPatch
     held = CohortTrainer.train
 
     def train(
-        self: CohortTrainer, base: Tree, downlink: Downlink, clients: torch.Tensor, **k: Any
+        self: CohortTrainer,
+        base: Tree,
+        downlink: RoundInstructions,
+        clients: torch.Tensor,
+        **k: Any,
     ) -> Any:
         if len(clients) > 20:
             raise torch.OutOfMemoryError("CUDA out of memory")

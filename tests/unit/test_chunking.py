@@ -18,7 +18,7 @@ from fedraclora.data.clients import Partitioned
 from fedraclora.data.samples import Samples
 from fedraclora.data.task import Task
 from fedraclora.errors import ConfigError, ModelError
-from fedraclora.protocol.method import Cohort, Downlink, Draw
+from fedraclora.protocol.method import Cohort, Draw, RoundInstructions
 from fedraclora.protocol.plan import make_plan
 from fedraclora.protocol.uplinks import SUM_BLOCK
 from fedraclora.strategies.methods.fed_rac_lora import FedRacLora
@@ -43,7 +43,7 @@ def trainer() -> CohortTrainer:
     return CohortTrainer(task, make_plan(model, ("head",)), LocalConfig(), seed=0, device=CPU)
 
 
-def start_of(trainer: CohortTrainer) -> tuple[Tree, Downlink]:
+def start_of(trainer: CohortTrainer) -> tuple[Tree, RoundInstructions]:
     base = {n: p.detach().clone() for n, p in trainer.task.model.named_parameters()}
     method = FedRacLora(rank=2)
     state = method.initial_state(base, trainer.plan, Draw(0))
@@ -68,7 +68,7 @@ def planned(monkeypatch: pytest.MonkeyPatch) -> Planner:
         monkeypatch.setattr(chunking, "budget_of", lambda *_: budget)
         population = SimpleNamespace(num_clients=cohort)
         stub: Any = SimpleNamespace(device=device, data=population, local=LocalConfig())
-        return plan_chunk("auto", stub, {}, Downlink(), cohort, spread=spread)
+        return plan_chunk("auto", stub, {}, RoundInstructions(), cohort, spread=spread)
 
     return make
 

@@ -17,7 +17,7 @@ from fedraclora.clients.node import know_programs
 from fedraclora.codec import join, split
 from fedraclora.errors import ConfigError
 from fedraclora.limits import Count
-from fedraclora.protocol.downlink import Downlink
+from fedraclora.protocol.instructions import RoundInstructions
 from fedraclora.protocol.method import Traits, check_method
 from fedraclora.protocol.program import GRADIENT, PLAIN, ClientProgram, When
 from fedraclora.sketch import SKETCHES, SketchSpec
@@ -144,9 +144,9 @@ def test_a_mask_keeps_its_share_for_good_and_turns_with_its_weight() -> None:
     [PLAIN, GRADIENT, BlockDiagonal(3), InTurn(2, 3), SparseMask(0.3, {"w": 5}, ("w",))],
 )
 def test_a_message_holds_a_program_by_name_and_fields(program: ClientProgram) -> None:
-    tensors, said = split(Downlink(program=program))
+    tensors, said = split(RoundInstructions(program=program))
     assert tensors == {}
-    assert join(Downlink, {}, json.loads(json.dumps(said))).program == program
+    assert join(RoundInstructions, {}, json.loads(json.dumps(said))).program == program
 
 
 @pytest.mark.parametrize(
@@ -165,7 +165,7 @@ def test_a_message_holds_a_program_by_name_and_fields(program: ClientProgram) ->
 def test_a_message_that_names_another_program_is_refused(said: object, words: str) -> None:
     before = {*sys.modules}
     with pytest.raises((ValueError, ConfigError), match=words):
-        join(Downlink, {}, {"program": said})
+        join(RoundInstructions, {}, {"program": said})
     assert {*sys.modules} == before
 
 
@@ -175,7 +175,7 @@ def test_a_program_without_a_name_of_its_own_cannot_be_sent() -> None:
         """It would be read as the class that it derives from."""
 
     with pytest.raises(ConfigError, match=r"Derived.*no name"):
-        split(Downlink(program=Derived(2)))
+        split(RoundInstructions(program=Derived(2)))
 
 
 def test_a_name_of_another_program_is_refused() -> None:

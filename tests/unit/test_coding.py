@@ -27,7 +27,7 @@ from fedraclora.lowrank.layers import LayerView
 from fedraclora.protocol.coding import ZSTD, compressed, decompressed
 from fedraclora.protocol.factor import to_train
 from fedraclora.protocol.link import Link, Plan, Term, apply_link
-from fedraclora.protocol.method import Downlink
+from fedraclora.protocol.method import RoundInstructions
 from fedraclora.protocol.quantized import ROUNDED, decode, encode, packed_bytes
 from fedraclora.rng import generator, torch_normal
 from fedraclora.sketch import SketchSpec
@@ -110,7 +110,9 @@ def test_lengths_are_those_of_the_bytes(lengths: list[int]) -> None:
         )
 
 
-def answered(sent: Downlink, base: dict[str, torch.Tensor]) -> tuple[Changes, TrainedAnswer]:
+def answered(
+    sent: RoundInstructions, base: dict[str, torch.Tensor]
+) -> tuple[Changes, TrainedAnswer]:
     changes, coded = Changes("int4", sent, base, CLIENTS), Coded()
     changes.encode(torch_normal(generator(0, "rows"), 3, COUNT), 5, 7, coded)
     codes = compressed(coded.codes)
@@ -132,7 +134,7 @@ def answered(sent: Downlink, base: dict[str, torch.Tensor]) -> tuple[Changes, Tr
 
 
 def test_a_reply_that_is_damaged_names_client_and_round() -> None:
-    sent, base = Downlink({}, {"b": to_train((COUNT,))}), {"b": torch.zeros(COUNT)}
+    sent, base = RoundInstructions({}, {"b": to_train((COUNT,))}), {"b": torch.zeros(COUNT)}
     changes, answer = answered(sent, base)
     request = TrainRequest(7, 6, 1.0, CLIENTS, uplink="int4", coding=ZSTD)
     ask = Ask(request, sent)
@@ -151,7 +153,7 @@ def test_a_reply_that_is_damaged_names_client_and_round() -> None:
 
 
 def test_without_coding_messages_are_what_they_were() -> None:
-    sent = Downlink({}, {"b": to_train((COUNT,))})
+    sent = RoundInstructions({}, {"b": to_train((COUNT,))})
     ask = Ask(TrainRequest(7, 6, 1.0, CLIENTS, uplink="int4"), sent)
     assert "coding" not in read_json(AskWriter().write(ask), "config")["request"]
     _, answer = answered(sent, {"b": torch.zeros(COUNT)})
@@ -170,10 +172,10 @@ def test_coding_of_full_numbers_is_refused() -> None:
         CompressionConfig(uplink="int8", downlink_coding=ZSTD)
 
 
-def sent_down(m: int = 70, n: int = 40, own: int = 5) -> Downlink:
+def sent_down(m: int = 70, n: int = 40, own: int = 5) -> RoundInstructions:
     """A factor that all are sent, and one of each client's own."""
     shared = decode(packed("int4", m * n), [m * n], "int4").float().reshape(m, n)
-    return Downlink(
+    return RoundInstructions(
         {}, {"B": to_train((m, n), shared), "c": to_train((own,), torch.ones(len(CLIENTS), own))}
     )
 
@@ -250,7 +252,7 @@ def test_links_are_coded_counted_and_chosen_by_their_size_without() -> None:
 
 def test_a_link_that_is_damaged_is_named_with_clients_and_round() -> None:
     history, _, _ = linked(2)
-    ask = Ask(TrainRequest(7, 6, 1.0, CLIENTS), Downlink())
+    ask = Ask(TrainRequest(7, 6, 1.0, CLIENTS), RoundInstructions())
     content = AskWriter().write(ask)
     add_weight_update(content, history.since(0))
     raw = read_array(content, "update-numbers")

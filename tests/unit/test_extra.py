@@ -16,7 +16,7 @@ from fedraclora.data.samples import Samples
 from fedraclora.data.task import Task
 from fedraclora.errors import ConfigError
 from fedraclora.protocol.factor import to_train
-from fedraclora.protocol.method import Adapter, Downlink
+from fedraclora.protocol.method import Adapter, RoundInstructions
 from fedraclora.protocol.plan import make_plan
 from fedraclora.protocol.program import (
     ClientChunk,
@@ -57,7 +57,7 @@ def train(local: LocalConfig, ranks: torch.Tensor | None = None) -> LocalResult:
     parts = np.split(np.arange(12), 3)
     task = Task(model, (), "squared_error", ("loss",), Partitioned.of(samples, parts), samples)
     factors = {"B": to_train((3, 2)), "A": normal(2, 5, key="A")}
-    downlink = Downlink({"0.weight": Adapter.of(factors, 1.0)}, ranks=ranks)
+    downlink = RoundInstructions({"0.weight": Adapter.of(factors, 1.0)}, ranks=ranks)
     trainer = CohortTrainer(task, make_plan(model, ()), local, seed=0, device=torch.device("cpu"))
     base = {n: p.detach().clone() for n, p in model.named_parameters()}
     return trainer.train(base, downlink, CLIENTS, round_=1, rate_scale=1.0)

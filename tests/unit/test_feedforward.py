@@ -15,7 +15,7 @@ from fedraclora.data.clients import Partitioned
 from fedraclora.data.samples import Samples
 from fedraclora.data.task import LOSSES, SLOPES, Task
 from fedraclora.protocol.factor import Factor, to_train
-from fedraclora.protocol.method import Adapter, Downlink
+from fedraclora.protocol.method import Adapter, RoundInstructions
 from fedraclora.protocol.plan import make_plan
 from fedraclora.training import feedforward
 from fedraclora.training.cohort import CohortTrainer
@@ -87,26 +87,26 @@ def dense(outputs: int, *names: str) -> dict[str, Factor]:
     return {n: to_train(shape_of(n, outputs)) for n in names}
 
 
-DOWNLINKS: dict[str, Callable[[int], Downlink]] = {
-    "B": lambda k: Downlink(pairs("B", k)),
-    "A": lambda k: Downlink(pairs("A", k)),
-    "both": lambda k: Downlink(pairs("AB", k)),
-    "own A": lambda k: Downlink(pairs("B", k, per_client=True)),
-    "own B": lambda k: Downlink(pairs("A", k, per_client=True)),
-    "with biases": lambda k: Downlink(pairs("B", k), dense(k, "fc1.bias", "fc3.bias")),
-    "with a head": lambda k: Downlink(
+DOWNLINKS: dict[str, Callable[[int], RoundInstructions]] = {
+    "B": lambda k: RoundInstructions(pairs("B", k)),
+    "A": lambda k: RoundInstructions(pairs("A", k)),
+    "both": lambda k: RoundInstructions(pairs("AB", k)),
+    "own A": lambda k: RoundInstructions(pairs("B", k, per_client=True)),
+    "own B": lambda k: RoundInstructions(pairs("A", k, per_client=True)),
+    "with biases": lambda k: RoundInstructions(pairs("B", k), dense(k, "fc1.bias", "fc3.bias")),
+    "with a head": lambda k: RoundInstructions(
         {"fc2.weight": pair("fc2.weight", "B", k)}, dense(k, "fc3.weight")
     ),
-    "last alone": lambda k: Downlink({"fc3.weight": pair("fc3.weight", "B", k)}),
-    "middle alone": lambda k: Downlink({"fc2.weight": pair("fc2.weight", "AB", k)}),
-    "everything": lambda k: Downlink(
+    "last alone": lambda k: RoundInstructions({"fc3.weight": pair("fc3.weight", "B", k)}),
+    "middle alone": lambda k: RoundInstructions({"fc2.weight": pair("fc2.weight", "AB", k)}),
+    "everything": lambda k: RoundInstructions(
         {}, dense(k, "fc1.weight", "fc1.bias", "fc2.weight", "fc3.weight")
     ),
-    "one bias": lambda k: Downlink({}, dense(k, "fc1.bias")),
+    "one bias": lambda k: RoundInstructions({}, dense(k, "fc1.bias")),
 }
 
 
-def opened(loss: str, downlink: Downlink) -> tuple[CohortTrainer, OpenChunk]:
+def opened(loss: str, downlink: RoundInstructions) -> tuple[CohortTrainer, OpenChunk]:
     whole = task(loss)
     plan = make_plan(whole.model, whole.head, head_policy="lora")
     local = LocalConfig(batch_size=4, shuffle=False)
@@ -199,12 +199,12 @@ def refused() -> dict[str, Task]:
 @pytest.mark.parametrize("what", refused())
 def test_what_does_not_fit_is_left_to_autograd(what: str) -> None:
     assert written_out(task(), DOWNLINKS["B"](4))
-    assert not written_out(refused()[what], Downlink())
+    assert not written_out(refused()[what], RoundInstructions())
 
 
 def test_a_chain_of_three_factors_is_left_to_autograd() -> None:
     core = {"B": normal(5, 2), "R": to_train((2, 2)), "A": normal(2, WIDE)}
-    assert not written_out(task(), Downlink({"fc2.weight": Adapter.of(core, 1.0)}))  # type: ignore[arg-type]
+    assert not written_out(task(), RoundInstructions({"fc2.weight": Adapter.of(core, 1.0)}))  # type: ignore[arg-type]
 
 
 def test_mixed_precision_is_left_to_autograd() -> None:

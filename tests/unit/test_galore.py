@@ -8,8 +8,8 @@ from typing import Any, cast
 import pytest
 import torch
 
-from fedraclora.protocol.downlink import Downlink
 from fedraclora.protocol.factor import to_train
+from fedraclora.protocol.instructions import RoundInstructions
 from fedraclora.rng import generator, torch_normal
 from fedraclora.strategies.methods.galore_average import (
     GaLore,
@@ -26,7 +26,7 @@ SHAPES = {"wide": (4, 7), "tall": (6, 5), "turned": (7, 4), "kernel": (3, 4, 2, 
 SHAPES |= {"square": (5, 5)}  # projected from the left
 RANKS = {"wide": 2, "tall": 3, "turned": 2, "square": 3, "kernel": 3}
 PROGRAM = ProjectGradients(2, 0.25, RANKS, ("turned",))
-SENT = Downlink(
+SENT = RoundInstructions(
     dense={n: to_train(shape, main=n != "bias") for n, shape in SHAPES.items()},
     program=PROGRAM,
 )
@@ -46,7 +46,11 @@ def normals(*keys: int | str, K: int = 3) -> Tree:
 
 
 def made(
-    local: LocalSettings, values: Tree, rates: dict[str, float], stored: Tree, sent: Downlink = SENT
+    local: LocalSettings,
+    values: Tree,
+    rates: dict[str, float],
+    stored: Tree,
+    sent: RoundInstructions = SENT,
 ) -> GaLore:
     """The optimizer of clients that are asked for what is sent."""
     program = cast(ProjectGradients, sent.program)
@@ -114,7 +118,7 @@ def test_directions_that_a_gradient_lacks_are_left_out_until_the_next_basis() ->
     """A gradient of rank one leaves the other singular vectors to the library's choice."""
     rng = generator(0, "galore", "one")
     local = LocalSettings(lr=1.0)
-    sent = Downlink(
+    sent = RoundInstructions(
         dense={"w": to_train((4, 7))},
         program=ProjectGradients(2, 1.0, {"w": 3}),
     )

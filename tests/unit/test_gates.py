@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fedraclora.protocol.factor import to_train
-from fedraclora.protocol.method import Adapter, Downlink
+from fedraclora.protocol.method import Adapter, RoundInstructions
 from fedraclora.protocol.uplinks import Uplinks
 from fedraclora.training.extras.gates import CohortGates, Gates
 from fedraclora.training.extras.pairs import Pair
@@ -71,7 +71,7 @@ def test_clients_that_have_finished_keep_what_they_have() -> None:
 @pytest.mark.parametrize("label", ["B", "A"])
 def test_what_no_client_kept_is_reported(label: str) -> None:
     shape = (M, R) if label == "B" else (R, N)
-    sent = Downlink({"w": Adapter.of({label: to_train(shape)}, 1.0)})
+    sent = RoundInstructions({"w": Adapter.of({label: to_train(shape)}, 1.0)})
     rows = normal(K, *shape)
     closed = rows.mT if label == "B" else rows
     closed[:, 0] = 0  # by both
@@ -85,4 +85,4 @@ def test_what_no_client_kept_is_reported(label: str) -> None:
     )
     gates = Gates(0.4, LocalConfig())
     assert gates.columns(sent, got) == {"pruned": pytest.approx(1 / R)}
-    assert gates.columns(Downlink(), got) == {}
+    assert gates.columns(RoundInstructions(), got) == {}

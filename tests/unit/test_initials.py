@@ -18,7 +18,7 @@ from fedraclora.devices.system import SystemConfig
 from fedraclora.errors import ConfigError
 from fedraclora.lowrank.layers import LayerView
 from fedraclora.protocol.factor import to_train
-from fedraclora.protocol.method import Adapter, Downlink, Draw, Plan, State
+from fedraclora.protocol.method import Adapter, Draw, Plan, RoundInstructions, State
 from fedraclora.protocol.plan import make_plan
 from fedraclora.protocol.program import GRADIENT
 from fedraclora.rng import generator, torch_normal
@@ -154,10 +154,10 @@ def true_gradient(task: Task, base: Tree, rows: torch.Tensor) -> torch.Tensor:
     return torch.autograd.grad(loss, values["0.weight"])[0]
 
 
-def probing(rank: int) -> Downlink:
+def probing(rank: int) -> RoundInstructions:
     spec = SketchSpec("orthonormal", "right", rank, N, seed=4, index=0)
     factors = {"B": to_train((M, rank)), "A": spec}
-    return Downlink({"0.weight": Adapter.of(factors, S)}, program=GRADIENT)
+    return RoundInstructions({"0.weight": Adapter.of(factors, S)}, program=GRADIENT)
 
 
 LOCALS: dict[str, dict[str, Any]] = {

@@ -16,8 +16,8 @@ from fedraclora.commands.compare import compare
 from fedraclora.commands.report.page import page_of, read_shown
 from fedraclora.errors import ConfigError
 from fedraclora.models.built import seeded
-from fedraclora.protocol.downlink import Adapter, Downlink
 from fedraclora.protocol.factor import to_train
+from fedraclora.protocol.instructions import Adapter, RoundInstructions
 from fedraclora.protocol.plan import trained_of
 from fedraclora.terminal.opening import idle_workers, introduction
 
@@ -136,16 +136,18 @@ def test_many_layers_that_differ_in_numbers_are_told_as_one() -> None:
     adapters = {
         name: Adapter.of(dict(each), 1.0) for name, each in zip(names, factors, strict=True)
     }
-    said = str(trained_of(Downlink(adapters, {"out.bias": to_train((3,))}), shapes))
+    said = str(trained_of(RoundInstructions(adapters, {"out.bias": to_train((3,))}), shapes))
     assert said.startswith(
         "rank 1 to 3 of 12 layers in block.*.query; in full parameter out.bias: 243 numbers"
     )
     wide = Adapter.of({"B": to_train((2, 8)), "A": torch.zeros(8, 30)}, 1.0)  # 8 columns travel
     both = {"fc.weight": Adapter.of({"B": to_train((6, 8)), "A": to_train((8, 9))}, 1.0)}
     for asked in ({"out.weight": wide}, both | {"out.weight": wide}):
-        assert str(trained_of(Downlink(asked), shapes)).startswith("rank 8 of layer")
+        assert str(trained_of(RoundInstructions(asked), shapes)).startswith("rank 8 of layer")
     full = {name: to_train(shape) for name, shape in shapes.items()}
-    assert str(trained_of(Downlink({}, full), shapes)).startswith("in full all of it: 291 numbers")
+    assert str(trained_of(RoundInstructions({}, full), shapes)).startswith(
+        "in full all of it: 291 numbers"
+    )
 
 
 def test_biases_and_row_lengths_are_not_all_of_a_model() -> None:
@@ -153,5 +155,5 @@ def test_biases_and_row_lengths_are_not_all_of_a_model() -> None:
     shapes = {"0.weight": (6, 4), "0.bias": (6,)}
     adapters = {"0.weight": Adapter.of({"B": to_train((6, 2)), "A": to_train((2, 4))}, 1.0)}
     dense = {"0.bias": to_train((6,)), "0.magnitude": to_train((6,))}
-    said = str(trained_of(Downlink(adapters, dense), shapes))
+    said = str(trained_of(RoundInstructions(adapters, dense), shapes))
     assert "in full parameters 0.bias, 0.magnitude: 32 numbers" in said

@@ -16,8 +16,8 @@ import fedraclora
 from fedraclora.data.clients import Partitioned
 from fedraclora.data.samples import Samples
 from fedraclora.data.task import Task
-from fedraclora.protocol.downlink import Adapter, Downlink
 from fedraclora.protocol.factor import to_train
+from fedraclora.protocol.instructions import Adapter, RoundInstructions
 from fedraclora.protocol.plan import make_plan
 from fedraclora.rng import generator, torch_normal
 from fedraclora.training.cohort import CohortTrainer
@@ -88,7 +88,9 @@ def test_a_chunk_of_clients_trains_as_plain_torch(kind: str) -> None:
     local = LocalConfig(lr=LR, steps=STEPS, batch_size=0, shuffle=False)
     plan = make_plan(model, (), head_policy="lora")
     trainer = CohortTrainer(task, plan, local, seed=1, device=torch.device("cpu"))
-    found = trainer.train(base, Downlink(adapters), torch.arange(3), round_=1, rate_scale=1.0)
+    found = trainer.train(
+        base, RoundInstructions(adapters), torch.arange(3), round_=1, rate_scale=1.0
+    )
     for client, rows in enumerate(parts):
         factors = {n: b.clone().requires_grad_() for n, b in start.items()}
         losses = []

@@ -30,7 +30,7 @@ from fedraclora.data.task import Task
 from fedraclora.models.built import seeded
 from fedraclora.models.hf import build_transformer
 from fedraclora.protocol.factor import to_train
-from fedraclora.protocol.method import Cohort, Downlink, Draw
+from fedraclora.protocol.method import Cohort, Draw, RoundInstructions
 from fedraclora.protocol.plan import make_plan
 from fedraclora.rng import generator, torch_normal
 from fedraclora.strategies.builder import RunBuilder
@@ -137,7 +137,7 @@ class World:
 
     trainer: CohortTrainer
     base: Tree
-    sent: Downlink
+    sent: RoundInstructions
 
     def model(self) -> MemoryModel:
         return measure_memory(self.trainer, self.base, self.sent, torch.arange(len(SIZES)))
@@ -345,7 +345,7 @@ def test_what_stays_at_a_client_starts_at_its_own() -> None:
 
 def test_per_client_values_of_others_are_left_out() -> None:
     own = to_train((2, 3), start=torch.zeros(50, 2, 3))
-    found = owned(Downlink(dense={"a": own}, ranks=torch.arange(50)), 2)
+    found = owned(RoundInstructions(dense={"a": own}, ranks=torch.arange(50)), 2)
     assert tuple(found.dense["a"].draw().shape) == (2, 2, 3)
     assert found.ranks is not None
     assert found.ranks.tolist() == [0, 1]

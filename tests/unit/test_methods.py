@@ -11,7 +11,7 @@ import torch
 
 from fedraclora.errors import ConfigError
 from fedraclora.lowrank.layers import LayerView
-from fedraclora.protocol.method import Cohort, Downlink, Draw, Method, Plan, State
+from fedraclora.protocol.method import Cohort, Draw, Method, Plan, RoundInstructions, State
 from fedraclora.protocol.uplinks import Uplinks
 from fedraclora.rng import generator, torch_normal
 from fedraclora.strategies.methods.bernoulli_lora import BernoulliLora
@@ -47,7 +47,7 @@ class RoundContext:
     ) -> None:
         self.method = method
         self.before = state or method.initial_state({"w": W}, PLAN, DRAW)
-        self.sent: Downlink = method.open_round(self.before, number, cohort, DRAW)
+        self.sent: RoundInstructions = method.open_round(self.before, number, cohort, DRAW)
         layout = self.sent.layout
         rows = torch_normal(generator(number, "replies"), K, layout.size)
         self.got = Uplinks(cohort.clients, cohort.weights, layout, rows)

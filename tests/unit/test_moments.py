@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from fedraclora.errors import ConfigError
-from fedraclora.protocol.downlink import Adapter, Downlink
 from fedraclora.protocol.factor import to_train
+from fedraclora.protocol.instructions import Adapter, RoundInstructions
 from fedraclora.rng import generator, torch_normal
 from fedraclora.sketch import SketchSpec
 from fedraclora.training.localconfig import LocalConfig
@@ -20,7 +20,7 @@ from fedraclora.training.optimizer import CohortOptimizer
 from fedraclora.tree import Tree
 
 A = SketchSpec("gaussian", "right", 2, 7, seed=3, index=0)
-SENT = Downlink(
+SENT = RoundInstructions(
     {"w": Adapter.of({"B": to_train((5, 2)), "A": A}, 1.5)}, {"b": to_train((5,))}, link=4
 )
 ADAMW = LocalConfig(optimizer="adamw", lr=0.1, weight_decay=0.2, optimizer_state="merge")

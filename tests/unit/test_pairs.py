@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from fedraclora.errors import ConfigError
 from fedraclora.protocol.factor import to_train
-from fedraclora.protocol.method import Adapter, Downlink, Factor
+from fedraclora.protocol.method import Adapter, Factor, RoundInstructions
 from fedraclora.protocol.program import GRADIENT, PLAIN, ClientChunk, ClientProgram, When
 from fedraclora.rng import generator, torch_normal
 from fedraclora.strategies.methods.fedkrso import InTurn
@@ -142,7 +142,7 @@ def test_a_budget_is_a_smaller_pair(rule: Rule) -> None:
         assert torch.count_nonzero(found["w/A"][k, ~at]) == 0
 
 
-def chunk_of(downlink: Downlink, frozen: Tree | None = None) -> ClientChunk:
+def chunk_of(downlink: RoundInstructions, frozen: Tree | None = None) -> ClientChunk:
     return ClientChunk(
         downlink=downlink,
         clients=torch.arange(K),
@@ -176,8 +176,8 @@ def test_single_precision_stays_single() -> None:
         torch.testing.assert_close(value.double(), wanted[name], rtol=1e-4, atol=1e-4)
 
 
-def downlink_of(factors: dict[str, Factor], program: ClientProgram = PLAIN) -> Downlink:
-    return Downlink({"w": Adapter.of(factors, S)} if factors else {}, program=program)
+def downlink_of(factors: dict[str, Factor], program: ClientProgram = PLAIN) -> RoundInstructions:
+    return RoundInstructions({"w": Adapter.of(factors, S)} if factors else {}, program=program)
 
 
 BOTH: dict[str, Factor] = {"B": to_train((M, R)), "A": to_train((R, N))}
@@ -209,7 +209,7 @@ def test_what_it_does_not_fit_is_refused(
 
 
 def test_a_probe_has_nothing_to_adjust() -> None:
-    probe = Downlink(dense={"w": to_train((M, N))}, program=GRADIENT)
+    probe = RoundInstructions(dense={"w": to_train((M, N))}, program=GRADIENT)
     assert Precondition().pairs(chunk_of(probe)) == []
 
 

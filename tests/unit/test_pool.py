@@ -15,7 +15,7 @@ import fedraclora
 from fedraclora.errors import ConfigError
 from fedraclora.lowrank.layers import LayerView
 from fedraclora.models.built import seeded
-from fedraclora.protocol.method import Cohort, Downlink, Draw, Plan, State
+from fedraclora.protocol.method import Cohort, Draw, Plan, RoundInstructions, State
 from fedraclora.protocol.quantized import rounded
 from fedraclora.protocol.uplinks import Uplinks
 from fedraclora.rng import generator
@@ -37,7 +37,7 @@ SHARES = torch.tensor([1.0, 3.0], dtype=torch.float64)
 COHORT = Cohort(torch.tensor([0, 4]), SHARES)
 
 
-def pools_of(sent: Downlink) -> dict[str, Pool]:
+def pools_of(sent: RoundInstructions) -> dict[str, Pool]:
     """What stands beside the weights of a round."""
     return cast(InPool, sent.program).pools
 
@@ -54,7 +54,7 @@ def after(method: PoolRacLora | FedRacLora, state: State, round_: int) -> State:
     return method.close_round(state, sent, got)
 
 
-def drawn(sent: Downlink, round_: int) -> torch.Tensor:
+def drawn(sent: RoundInstructions, round_: int) -> torch.Tensor:
     return normal(2, sent.layout.size, key=round_)
 
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from fedraclora.errors import ConfigError
 from fedraclora.protocol.factor import to_train
-from fedraclora.protocol.method import Adapter, Downlink, Factor
+from fedraclora.protocol.method import Adapter, Factor, RoundInstructions
 from fedraclora.rng import generator, torch_normal
 from fedraclora.training.extras.prox import with_prox
 from fedraclora.tree import Tree
@@ -20,8 +20,8 @@ RNG = generator(0, "prox")
 VALUES = {n: torch_normal(RNG, K, *s) for n, s in SHAPES.items()}
 
 
-def case(trained: str, per_client: bool) -> tuple[Downlink, Tree, Tree, Tree]:
-    """Downlink, leaves, starts and frozen factors where the named factors are trained."""
+def case(trained: str, per_client: bool) -> tuple[RoundInstructions, Tree, Tree, Tree]:
+    """What is asked, leaves, starts and frozen factors where the named factors are trained."""
     lead = (K,) if per_client else (1,)
     starts = {n: torch_normal(RNG, *lead, *SHAPES[n]) for n in SHAPES}
     factors: dict[str, Factor] = {}
@@ -35,7 +35,9 @@ def case(trained: str, per_client: bool) -> tuple[Downlink, Tree, Tree, Tree]:
             factors[label] = value
             frozen[name] = value
             del starts[name]
-    downlink = Downlink({"w": Adapter.of(factors, SCALE)}, {"b": to_train(SHAPES["b"], main=False)})
+    downlink = RoundInstructions(
+        {"w": Adapter.of(factors, SCALE)}, {"b": to_train(SHAPES["b"], main=False)}
+    )
     leaves = {n: VALUES[n][:ACTIVE] for n in starts}
     return downlink, leaves, starts, frozen
 
@@ -86,6 +88,6 @@ def test_there_is_no_pull_at_the_start() -> None:
 
 def test_a_term_of_three_factors_is_refused() -> None:
     factors: dict[str, Factor] = {k: to_train((2, 2)) for k in ("B", "R", "A")}
-    downlink = Downlink({"w": Adapter.of(factors, 1.0)})
+    downlink = RoundInstructions({"w": Adapter.of(factors, 1.0)})
     with pytest.raises(ConfigError, match=r"local\.prox .*adapters B A.*B, R, A"):
         with_prox({}, {}, starts={}, frozen={}, downlink=downlink, mu=1.0)

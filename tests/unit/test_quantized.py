@@ -18,7 +18,7 @@ from fedraclora.lowrank.layers import LayerView
 from fedraclora.protocol.factor import to_train
 from fedraclora.protocol.kinds import BLOCK
 from fedraclora.protocol.link import Link, Plan, Term, apply_link
-from fedraclora.protocol.method import Adapter, Downlink
+from fedraclora.protocol.method import Adapter, RoundInstructions
 from fedraclora.protocol.program import GRADIENT, PLAIN, ClientProgram
 from fedraclora.protocol.quantized import ROUNDED, ROUNDINGS, decode, encode, packed_bytes
 from fedraclora.rng import generator, torch_normal
@@ -309,12 +309,12 @@ def test_rows_are_rounded_as_each_alone(kind: str) -> None:
     assert torch.equal(read[1], decode(raw[1], sizes, kind, again=False))
 
 
-def asked(ranks: torch.Tensor | None = None, program: ClientProgram = PLAIN) -> Downlink:
+def asked(ranks: torch.Tensor | None = None, program: ClientProgram = PLAIN) -> RoundInstructions:
     """A factor that is trained from a tensor of its own, and a bias."""
     start = torch_normal(generator(0, "start"), 7, 3)
     spec = SketchSpec("gaussian", "right", 3, 5, seed=1, index=0)
     adapter = Adapter.of({"B": to_train((7, 3), start), "A": spec}, 5 / 3)
-    return Downlink({"w": adapter}, {"b": to_train((7,))}, program, ranks=ranks)
+    return RoundInstructions({"w": adapter}, {"b": to_train((7,))}, program, ranks=ranks)
 
 
 @pytest.mark.parametrize("ranks", [None, torch.tensor([1, 3, 2])])

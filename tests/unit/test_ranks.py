@@ -13,7 +13,7 @@ from fedraclora.devices.system import SystemConfig
 from fedraclora.errors import ConfigError, ShapeError, WireError
 from fedraclora.lowrank.layers import LayerView
 from fedraclora.protocol.factor import to_train
-from fedraclora.protocol.method import Adapter, Cohort, Downlink, Draw, Plan
+from fedraclora.protocol.method import Adapter, Cohort, Draw, Plan, RoundInstructions
 from fedraclora.protocol.rank_budgets import (
     check_budgets,
     cut_gradients,
@@ -35,10 +35,10 @@ RANKS = torch.tensor([1, 3, 2, 9])
 A = SketchSpec("gaussian", "right", R, N, 0, 0)
 
 
-def right(**settings: object) -> Downlink:
+def right(**settings: object) -> RoundInstructions:
     """Two adapters, one of a lower rank, and a head."""
     low = Adapter.of({"B": to_train((M, 2)), "A": torch.ones(2, N)}, 1.0)
-    return Downlink(
+    return RoundInstructions(
         {"w": Adapter.of({"B": to_train((M, R)), "A": A}, 1.0), "low": low},
         {"head": to_train((4, M))},
         **settings,  # type: ignore[arg-type]
@@ -101,7 +101,7 @@ def test_more_sketches_than_dimensions_are_refused() -> None:
 
 def test_the_middle_of_three_factors_is_cut_on_both_sides() -> None:
     chain = {"B": torch.ones(M, R), "M": to_train((R, R)), "A": torch.ones(R, N)}
-    masks = trainable(Downlink({"w": Adapter.of(dict(chain), 1.0)}), torch.tensor([2]))
+    masks = trainable(RoundInstructions({"w": Adapter.of(dict(chain), 1.0)}), torch.tensor([2]))
     wanted = torch.zeros(1, R, R, dtype=torch.bool)
     wanted[:, :2, :2] = True
     assert torch.equal(masks["w/M"], wanted)
@@ -138,7 +138,7 @@ def test_rows_are_widened_by_what_was_not_trained(start: str) -> None:
     }[start]
     chain = {"B": to_train((M, R), begin), "A": A}
     head = {"head": to_train((2,), torch.tensor([7.0, 7.0]))}
-    downlink = Downlink({"w": Adapter.of(dict(chain), 1.0)}, head, ranks=RANKS)
+    downlink = RoundInstructions({"w": Adapter.of(dict(chain), 1.0)}, head, ranks=RANKS)
     places = torch.tensor([0, 2])
     mask = uploaded_mask(downlink, places)
     assert mask is not None
@@ -168,7 +168,7 @@ def test_an_exchange_asks_every_client_for_its_own_budget() -> None:
 
 def test_what_stays_at_the_client_is_not_counted() -> None:
     chain = {"B": to_train((M, R), upload=False), "A": to_train((R, N))}
-    downlink = Downlink({"w": Adapter.of(dict(chain), 1.0)}, ranks=torch.tensor([1, 3]))
+    downlink = RoundInstructions({"w": Adapter.of(dict(chain), 1.0)}, ranks=torch.tensor([1, 3]))
     assert uploaded_numbers(downlink, 2).tolist() == [N, 3 * N]
     mask = uploaded_mask(downlink, torch.arange(2))
     assert mask is not None

@@ -25,8 +25,8 @@ from fedraclora.aggregation.robust import (
     trimmed_mean,
 )
 from fedraclora.errors import ConfigError, ShapeError
-from fedraclora.protocol.downlink import Adapter, Downlink
 from fedraclora.protocol.factor import to_train
+from fedraclora.protocol.instructions import Adapter, RoundInstructions
 from fedraclora.protocol.method import Draw
 from fedraclora.protocol.uplinks import Uplinks
 from fedraclora.sketch import SketchSpec
@@ -34,7 +34,7 @@ from fedraclora.tree import Layout
 
 RULES = (Median(), TrimmedMean(), GeometricMedian(), Krum(), MultiKrum(), NormBound(0.5))
 LAYOUT = Layout((("w/B", (2, 3)), ("b", (1,))))
-DOWNLINK = Downlink(
+DOWNLINK = RoundInstructions(
     {
         "w": Adapter.of(
             {
@@ -135,7 +135,9 @@ def test_updates_are_shortened_from_where_they_started() -> None:
 
 def test_a_start_of_each_client_is_its_own() -> None:
     starts = normals(6, 4, 2, 3)
-    sent = Downlink({"w": Adapter.of({"B": to_train((2, 3), starts)}, 1.0)}, DOWNLINK.dense)
+    sent = RoundInstructions(
+        {"w": Adapter.of({"B": to_train((2, 3), starts)}, 1.0)}, DOWNLINK.dense
+    )
     rows = torch.cat([starts.reshape(4, -1), torch.full((4, 1), -2.0).double()], dim=1)[[0, 2, 3]]
     got = Uplinks(
         torch.tensor([1, 5, 8]),

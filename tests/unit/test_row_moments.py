@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from fedraclora.errors import ConfigError
-from fedraclora.protocol.downlink import Adapter, Downlink
 from fedraclora.protocol.factor import to_train
+from fedraclora.protocol.instructions import Adapter, RoundInstructions
 from fedraclora.sketch import SketchSpec
 from fedraclora.training.localconfig import LocalConfig
 from fedraclora.training.optimizer import ROW_SLOT, CohortOptimizer, row_slots, taken_rows
@@ -16,7 +16,9 @@ from tests.common import normal
 
 M, N, R, SCALE = 5, 7, 2, 1.5
 A = SketchSpec("orthonormal", "right", R, N, seed=3, index=0)
-SENT = Downlink({"w": Adapter.of({"B": to_train((M, R)), "A": A}, SCALE)}, {"b": to_train((M,))})
+SENT = RoundInstructions(
+    {"w": Adapter.of({"B": to_train((M, R)), "A": A}, SCALE)}, {"b": to_train((M,))}
+)
 ROUND = LocalConfig(optimizer="adamw", lr=0.1, weight_decay=0.2, beta1=0.8, beta2=0.9)
 
 
@@ -70,7 +72,7 @@ def test_the_correction_is_right_however_many_steps_clients_take() -> None:
     """Under gradients that never change v / w is their square, in all rounds, for any weights."""
     gradient, kept = normal(M, 1).expand(M, R), Tree()
     for round_, steps in enumerate([(1, 5), (7, 2), (3, 3)], start=1):
-        sent = Downlink(SENT.adapters, SENT.dense | row_slots(SENT, kept))
+        sent = RoundInstructions(SENT.adapters, SENT.dense | row_slots(SENT, kept))
         rest, rows = taken_rows(sent)
         assert rest == SENT
         shares, came = [0.25, 0.75], []

@@ -18,8 +18,8 @@ from fedraclora.aggregation.server_optimizers import (
 )
 from fedraclora.errors import ConfigError
 from fedraclora.protocol.change_of_basis import held_beside, transported
-from fedraclora.protocol.downlink import Adapter
 from fedraclora.protocol.factor import to_train
+from fedraclora.protocol.instructions import Adapter
 from fedraclora.rng import generator, torch_normal
 from fedraclora.sketch import SketchSpec
 from fedraclora.tree import Tree

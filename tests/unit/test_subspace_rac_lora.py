@@ -11,7 +11,7 @@ import torch
 from fedraclora.errors import ConfigError
 from fedraclora.lowrank.layers import LayerView
 from fedraclora.protocol.link import Term
-from fedraclora.protocol.method import Cohort, Downlink, Draw, Plan, State
+from fedraclora.protocol.method import Cohort, Draw, Plan, RoundInstructions, State
 from fedraclora.protocol.uplinks import Uplinks
 from fedraclora.rng import generator, torch_normal
 from fedraclora.sketch import SketchSpec
@@ -25,13 +25,13 @@ PLAN = Plan({"w": LayerView("linear", (M, N))}, weights=("w",), shapes={"w": (M,
 COHORT = Cohort(torch.arange(2), torch.tensor([1.0, 3.0], dtype=torch.float64))
 
 
-def opened(method: SubspaceRacLora, state: State, round_: int) -> Downlink:
+def opened(method: SubspaceRacLora, state: State, round_: int) -> RoundInstructions:
     return method.open_round(state, round_, COHORT, DRAW)
 
 
 def played(
     method: SubspaceRacLora, rounds: int, gradient: torch.Tensor | None = None
-) -> list[tuple[State, Downlink]]:
+) -> list[tuple[State, RoundInstructions]]:
     """Close rounds with one step of SGD by a constant gradient, or random replies."""
     state = method.initial_state({"w": torch.zeros(M, N, dtype=torch.float64)}, PLAN, DRAW)
     found = []
@@ -52,13 +52,13 @@ def played(
     return found
 
 
-def frozen(sent: Downlink, label: str) -> torch.Tensor:
+def frozen(sent: RoundInstructions, label: str) -> torch.Tensor:
     factor = sent.adapters["w"].factors[label]
     assert factor.numbers is not None
     return factor.numbers
 
 
-def drawn(sent: Downlink) -> dict[str, torch.Tensor]:
+def drawn(sent: RoundInstructions) -> dict[str, torch.Tensor]:
     factors = sent.adapters["w"].factors.items()
     return {label: f.draw() for label, f in factors if f.drawing}
 

@@ -31,7 +31,7 @@ from fedraclora.experiments.theory.bounds import (
 )
 from fedraclora.experiments.theory.cases import beside_kept, of_downlink, over_layers
 from fedraclora.protocol.factor import to_train
-from fedraclora.protocol.method import Adapter, Downlink
+from fedraclora.protocol.method import Adapter, RoundInstructions
 from fedraclora.sketch import SKETCHES, Constants, SketchSpec, constants
 
 Array = npt.NDArray[np.float64]
@@ -389,9 +389,9 @@ def test_layers_trained_in_full_have_eigenvalue_one() -> None:
         over_layers([])
 
 
-def downlink(**changed: object) -> Downlink:
+def downlink(**changed: object) -> RoundInstructions:
     factors = {"B": to_train((4, 3)), "A": spec()}
-    return replace(Downlink({"w": Adapter.of(factors, 1.0)}, {}), **changed)  # type: ignore[arg-type]
+    return replace(RoundInstructions({"w": Adapter.of(factors, 1.0)}, {}), **changed)  # type: ignore[arg-type]
 
 
 def test_the_spectrum_is_read_off_a_downlink() -> None:

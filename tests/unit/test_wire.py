@@ -20,7 +20,7 @@ from fedraclora.engines.asks import AskWriter, read_ask
 from fedraclora.engines.records import array_record, read_answer, write_answer
 from fedraclora.errors import WireError
 from fedraclora.protocol.factor import to_train
-from fedraclora.protocol.method import Adapter, Downlink, Factor
+from fedraclora.protocol.method import Adapter, Factor, RoundInstructions
 from fedraclora.protocol.program import LocalResult
 from fedraclora.protocol.rank_budgets import uploaded_mask, widen
 from fedraclora.run.client_state import ClientStore
@@ -41,14 +41,14 @@ CLIENTS = torch.tensor([2, 3, 5, 2**33])
 ORDER = TrainRequest(9, 8, 1.0 / 3.0, CLIENTS)
 
 
-def everything() -> Downlink:
+def everything() -> RoundInstructions:
     """A downlink with each kind of factor, shared and per client."""
     own: dict[str, Factor] = {
         "B": to_train((M, R), normal(K, M, R)),
         "R": normal(K, R, R),
         "A": normal(R, N),
     }
-    return Downlink(
+    return RoundInstructions(
         adapters={
             "w": Adapter.of({"B": to_train((M, R)), "A": SPEC}, 5.0 / 3.0),
             "v": Adapter.of(own, 1e-300),
@@ -69,7 +69,7 @@ def same_factor(left: Factor, right: Factor) -> bool:
     return said and torch.equal(left.numbers, right.numbers)
 
 
-def assert_same(left: Downlink, right: Downlink) -> None:
+def assert_same(left: RoundInstructions, right: RoundInstructions) -> None:
     assert left.program == right.program
     assert list(left.adapters) == list(right.adapters)
     for name, adapter in left.adapters.items():
@@ -136,7 +136,7 @@ def test_numbers_travel_in_the_precision_that_is_asked_for() -> None:
 
 
 def test_a_downlink_without_numbers_comes_back() -> None:
-    sent = Downlink({"w": Adapter.of({"B": to_train((M, R)), "A": SPEC}, 1.0)})
+    sent = RoundInstructions({"w": Adapter.of({"B": to_train((M, R)), "A": SPEC}, 1.0)})
     content = pack_downlink(sent, ORDER, "float32")
     got, _ = unpack_downlink(content)
     assert_same(got, sent)
@@ -148,7 +148,7 @@ def test_a_downlink_without_numbers_comes_back() -> None:
 
 def test_a_start_that_is_drawn_travels_as_a_seed() -> None:
     pair: dict[str, Factor] = {"B": to_train((M, R)), "A": to_train((R, N), SPEC)}
-    sent = Downlink({"w": Adapter.of(pair, 1.0)})
+    sent = RoundInstructions({"w": Adapter.of(pair, 1.0)})
     got, _ = unpack_downlink(pack_downlink(sent, ORDER, "float32"))
     assert_same(got, sent)
     start = got.adapters["w"].factors["A"]
@@ -164,7 +164,7 @@ def test_the_payload_counts_numbers_of_one_client_and_seeds() -> None:
     numbers = M * R + R * R + R * N + 3 + 2
     assert payload_bytes(everything(), K, "float32") == numbers * 4 + 8
     assert payload_bytes(everything(), K, "float64") == numbers * 8 + 8
-    assert payload_bytes(Downlink(), K, "float64") == 0
+    assert payload_bytes(RoundInstructions(), K, "float64") == 0
 
 
 def arrays_of(content: RecordDict) -> list[Any]:
@@ -187,16 +187,16 @@ def test_what_a_cohort_shares_is_written_once() -> None:
     assert first["arrays"] is second["arrays"]
     assert first["config"] is second["config"]
     assert [read_ask(each).request.first for each in (first, second)] == [0, 2]
-    plain = Downlink()
+    plain = RoundInstructions()
     again = [read_ask(writer.write(Ask(part, plain))).downlink for part in parts]
-    assert again == [Downlink(), Downlink()]
+    assert again == [RoundInstructions(), RoundInstructions()]
 
 
 def test_a_message_is_one_array_and_one_for_what_clients_do_not_share() -> None:
     content = pack_downlink(everything(), ORDER, "float64")
     assert sorted(content) == ["arrays", "chunk", "config", "own"]
     assert all(len(record) == 1 for record in content.values() if isinstance(record, ArrayRecord))
-    assert "own" not in pack_downlink(Downlink(), ORDER, "float64")
+    assert "own" not in pack_downlink(RoundInstructions(), ORDER, "float64")
 
 
 def edited(content: RecordDict, edit: dict[str, object]) -> RecordDict:
@@ -223,13 +223,13 @@ def test_a_message_that_lacks_a_record_is_refused(gone: str) -> None:
 
 def test_a_frozen_factor_without_its_numbers_is_refused() -> None:
     adapters = {"w": {"scale": 1.0, "factors": {"A": {"numbers": []}}}}
-    content = pack_downlink(Downlink(), ORDER, "float64")
+    content = pack_downlink(RoundInstructions(), ORDER, "float64")
     with pytest.raises(WireError, match=r"no numbers of .*w/factors/A"):
         unpack_downlink(edited(content, {"downlink": {"adapters": adapters}}))
 
 
 def test_a_dense_tensor_has_to_be_trained() -> None:
-    content = pack_downlink(Downlink(), ORDER, "float64")
+    content = pack_downlink(RoundInstructions(), ORDER, "float64")
     with pytest.raises(WireError, match="b is frozen"):
         unpack_downlink(edited(content, {"downlink": {"dense": {"b": {"sketch": vars(SPEC)}}}}))
 
@@ -246,7 +246,7 @@ def test_a_dense_tensor_has_to_be_trained() -> None:
     ],
 )
 def test_a_factor_says_one_thing_of_itself(described: dict[str, object], why: str) -> None:
-    sent = Downlink({"w": Adapter.of({"B": to_train((M, R)), "A": normal(R, N)}, 1.0)})
+    sent = RoundInstructions({"w": Adapter.of({"B": to_train((M, R)), "A": normal(R, N)}, 1.0)})
     content = pack_downlink(sent, ORDER, "float64")
     plain = {"adapters": {"w": {"factors": {"A": described}, "scale": 1.0}}}
     with pytest.raises(WireError, match=why):
@@ -326,7 +326,7 @@ def test_what_is_not_uploaded_does_not_travel() -> None:
     assert unpack_result(content, LAYOUT).numbers.shape == (2, LAYOUT.size)
 
 
-BUDGETS = Downlink(
+BUDGETS = RoundInstructions(
     {"w": Adapter.of({"B": to_train((M, R)), "A": SPEC}, 1.0)},
     {"b": to_train((3,))},
     ranks=torch.tensor([1, 2, 9, 1]),

@@ -179,7 +179,7 @@ def client_bytes(run: RunBuilder) -> int | None:
     its backward pass needs (`fedraclora.training.memory`). None for a cohort of one, which is not
     measured.
     """
-    from fedraclora.protocol.method import first_downlink
+    from fedraclora.protocol.method import first_instructions
     from fedraclora.training.memory import LOOKED_AT, measure_memory
 
     if run.built.cohort < 2:
@@ -187,7 +187,7 @@ def client_bytes(run: RunBuilder) -> int | None:
     memory = run.chunk.memory
     if memory is None:
         strategy = run.strategy
-        sent = first_downlink(strategy.method, strategy.state, strategy.draw, 2)
+        sent = first_instructions(strategy.method, strategy.state, strategy.draw, 2)
         population = torch.arange(min(run.built.clients, LOOKED_AT))
         memory = measure_memory(run.trainer, strategy.state.base, sent, population)
     return memory.weights + memory.training(1)

@@ -31,7 +31,7 @@ import torch
 import torch.nn.functional as F
 from typing_extensions import override
 
-from fedraclora.protocol.method import Downlink
+from fedraclora.protocol.method import RoundInstructions
 from fedraclora.protocol.program import ClientChunk, Rates
 from fedraclora.protocol.uplinks import Uplinks
 from fedraclora.training.extras.pairs import FactorStep, Pair
@@ -59,7 +59,7 @@ class Gates(FactorStep):
         return CohortGates(self.local, chunk.values, rates, self.pairs(chunk), self.penalty)
 
     @override
-    def columns(self, sent: Downlink, got: Uplinks) -> dict[str, float]:
+    def columns(self, sent: RoundInstructions, got: Uplinks) -> dict[str, float]:
         """Compute the share of components that no client kept, over all adapters: ``pruned``."""
         mean = got.mean()  # which is enough
         closed = total = 0

@@ -14,7 +14,7 @@ from typing_extensions import override
 
 from fedraclora.compatibility import Feature
 from fedraclora.errors import ConfigError
-from fedraclora.protocol.method import Adapter, Downlink
+from fedraclora.protocol.method import Adapter, RoundInstructions
 from fedraclora.protocol.program import ClientChunk, ClientProgram, Hook, When
 from fedraclora.training.materialize import factor_of
 from fedraclora.tree import Tree
@@ -52,7 +52,13 @@ class Prox(ClientProgram):
 
 
 def with_prox(
-    gradients: Tree, leaves: Tree, *, starts: Tree, frozen: Tree, downlink: Downlink, mu: float
+    gradients: Tree,
+    leaves: Tree,
+    *,
+    starts: Tree,
+    frozen: Tree,
+    downlink: RoundInstructions,
+    mu: float,
 ) -> Tree:
     """Add the proximal gradient to gradients, as a new tree.
 

@@ -33,29 +33,29 @@ from dataclasses import replace
 import torch
 
 from fedraclora.protocol.change_of_basis import held_beside
-from fedraclora.protocol.downlink import Adapter, Downlink
+from fedraclora.protocol.instructions import Adapter, RoundInstructions
 from fedraclora.tree import Tree
 
 EXTRAS = PLAIN, LIFTED = "variates", "lifted_variates"
-"""Names in `Downlink.extras`: in the coordinates of what is trained, or kept as dense estimates."""
+"""Names in `RoundInstructions.extras`: in the coordinates of what is trained, or as estimates."""
 
 
-def is_lifted(sent: Downlink) -> bool:
+def is_lifted(sent: RoundInstructions) -> bool:
     """Check whether variates are kept as dense matrices of the weights."""
     return LIFTED in sent.extras
 
 
-def variates_of(sent: Downlink) -> Tree:
+def variates_of(sent: RoundInstructions) -> Tree:
     """Return what clients add to gradients, by trained name: c, or c - c_k [K, ...]; none: {}."""
     return sent.extras.get(LIFTED if is_lifted(sent) else PLAIN, {})
 
 
-def with_variates(sent: Downlink, variates: Tree, *, lifted: bool) -> Downlink:
+def with_variates(sent: RoundInstructions, variates: Tree, *, lifted: bool) -> RoundInstructions:
     """Put variates into a downlink, in the place of any that it has."""
     return replace(sent, extras=sent.extras | {LIFTED if lifted else PLAIN: variates})
 
 
-def blank_variates(sent: Downlink, dtype: torch.dtype) -> Tree:
+def blank_variates(sent: RoundInstructions, dtype: torch.dtype) -> Tree:
     """Build the variates of a client that has none yet, by the names under which they are stored.
 
     Args:
@@ -75,7 +75,7 @@ def blank_variates(sent: Downlink, dtype: torch.dtype) -> Tree:
     return found
 
 
-def seen(stored: Tree, sent: Downlink) -> Tree:
+def seen(stored: Tree, sent: RoundInstructions) -> Tree:
     """Select the part of stored variates that what is trained sees, by trained name.
 
     Args:
@@ -91,7 +91,7 @@ def seen(stored: Tree, sent: Downlink) -> Tree:
     return found
 
 
-def moved_by(stored: Tree, sent: Downlink, new: Tree, share: float = 1.0) -> Tree:
+def moved_by(stored: Tree, sent: RoundInstructions, new: Tree, share: float = 1.0) -> Tree:
     """Move stored variates to a new estimate, on the part that it sees.
 
     Args:
@@ -114,7 +114,7 @@ def moved_by(stored: Tree, sent: Downlink, new: Tree, share: float = 1.0) -> Tre
     return out
 
 
-def begin_variates(stored: Tree, sent: Downlink) -> Downlink:
+def begin_variates(stored: Tree, sent: RoundInstructions) -> RoundInstructions:
     """Turn the variates of a downlink, c, into what clients add: c - c_k, [K, ...].
 
     Args:
@@ -126,7 +126,7 @@ def begin_variates(stored: Tree, sent: Downlink) -> Downlink:
     return with_variates(sent, corrections, lifted=is_lifted(sent))
 
 
-def end_variates(stored: Tree, sent: Downlink, directions: Tree) -> Tree:
+def end_variates(stored: Tree, sent: RoundInstructions, directions: Tree) -> Tree:
     """Compute the variates that clients store from here on.
 
     Args:
@@ -139,7 +139,7 @@ def end_variates(stored: Tree, sent: Downlink, directions: Tree) -> Tree:
     return moved_by(stored, sent, {n: g - added[n].cpu() for n, g in directions.items()})
 
 
-def _variates(sent: Downlink) -> Iterator[tuple[str, str, Adapter | None]]:
+def _variates(sent: RoundInstructions) -> Iterator[tuple[str, str, Adapter | None]]:
     """Yield what is sent back, the name of its variate, and the adapter where that is dense."""
     for name in sent.uploaded():
         weight = name.rpartition("/")[0]

@@ -17,7 +17,7 @@ from torch.nn.utils import parametrize
 
 from fedraclora.errors import ClientError, ModelError
 from fedraclora.lowrank.layers import LayerView, weight_name
-from fedraclora.protocol.downlink import Adapter
+from fedraclora.protocol.instructions import Adapter
 from fedraclora.rng import generator
 from fedraclora.training.own.term import LowRankTerm
 from fedraclora.tree import Tree

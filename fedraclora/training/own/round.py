@@ -12,7 +12,7 @@ from torch import nn
 
 from fedraclora.errors import ClientError, ConfigError, ModelError
 from fedraclora.lowrank.layers import LayerView
-from fedraclora.protocol.downlink import Downlink
+from fedraclora.protocol.instructions import RoundInstructions
 from fedraclora.protocol.plan import some_of
 from fedraclora.protocol.rank_budgets import trainable
 from fedraclora.protocol.uplinks import calmer, greatest_norm
@@ -200,7 +200,7 @@ class Round:
         return hash_key(self.seed, "read", self.client, self.number, numbers, *sums)
 
 
-def _use_peft(places: Found, downlink: Downlink, adapter: str) -> None:
+def _use_peft(places: Found, downlink: RoundInstructions, adapter: str) -> None:
     """Set scales and what stays frozen in LoRA layers of PEFT, and switch their adapter on."""
     if more := sorted(places.layers.keys() - downlink.adapters.keys()):
         raise ModelError(
@@ -224,7 +224,9 @@ def _use_peft(places: Found, downlink: Downlink, adapter: str) -> None:
         layer.set_adapter(adapter)
 
 
-def _check_active(model: nn.Module, places: Found, downlink: Downlink, adapter: str) -> None:
+def _check_active(
+    model: nn.Module, places: Found, downlink: RoundInstructions, adapter: str
+) -> None:
     """Refuse an adapter of PEFT that is not what was trained with, or no longer apart from W."""
     for weight, term in places.terms.items():
         _check_scale(weight, term.scale, downlink)
@@ -256,7 +258,7 @@ def _check_active(model: nn.Module, places: Found, downlink: Downlink, adapter: 
             )
 
 
-def _check_scale(weight: str, now: float, downlink: Downlink) -> None:
+def _check_scale(weight: str, now: float, downlink: RoundInstructions) -> None:
     if now != (asked := downlink.adapters[weight].scale):
         raise ClientError(
             f"the scale of {weight} is {now}, and was installed as {asked}: leave scale, "
@@ -282,7 +284,7 @@ class Asked:
     def __init__(
         self,
         base: Tree,
-        downlink: Downlink,
+        downlink: RoundInstructions,
         views: Mapping[str, LayerView],
         buffers: Tree,
     ) -> None:

@@ -23,7 +23,7 @@ from fedraclora.imports import failure_of
 from fedraclora.models.outputs import nothing_drawn
 from fedraclora.narrow_weight import dense
 from fedraclora.protocol.link import Link, apply_link
-from fedraclora.protocol.method import Downlink
+from fedraclora.protocol.method import RoundInstructions
 from fedraclora.protocol.program import LocalResult
 from fedraclora.protocol.uplinks import UNSAID
 from fedraclora.rng import hash_key
@@ -74,7 +74,13 @@ class OwnTrainer(CohortTrainer):
 
     @override
     def train(
-        self, base: Tree, downlink: Downlink, clients: torch.Tensor, *, round_: int, **given: Any
+        self,
+        base: Tree,
+        downlink: RoundInstructions,
+        clients: torch.Tensor,
+        *,
+        round_: int,
+        **given: Any,
     ) -> LocalResult:
         base, narrow = self._folded(base, downlink)
         if narrow and narrow is not self.folded[0]:  # once for all clients of a round
@@ -98,7 +104,7 @@ class OwnTrainer(CohortTrainer):
             self.came.note(client, self._data_of(client))
 
     def _one(
-        self, base: Tree, downlink: Downlink, client: int, round_: int, rate_scale: float
+        self, base: Tree, downlink: RoundInstructions, client: int, round_: int, rate_scale: float
     ) -> tuple[Trained, bytes | None]:
         """Train one client; give what it trained, and what it keeps."""
         buffers = dict(self.task.model.named_buffers())

@@ -47,7 +47,7 @@ class Adapter:
 
 
 @dataclass(frozen=True)
-class Downlink:
+class RoundInstructions:
     """Hold the instructions of one exchange to the clients of a round.
 
     Attributes:
@@ -93,7 +93,7 @@ class Downlink:
         """Return all factors and all tensors trained in full, by name."""
         return self._factors | self.dense
 
-    def mapped(self, change: Callable[[str, Factor], Factor]) -> Downlink:
+    def mapped(self, change: Callable[[str, Factor], Factor]) -> RoundInstructions:
         """Replace every factor and dense tensor by ``change(name, value)``."""
         found = {name: change(name, factor) for name, factor in self.named.items()}
         if all(found[name] is factor for name, factor in self.named.items()):
@@ -105,13 +105,13 @@ class Downlink:
         dense = {name: found[name] for name in self.dense}
         return replace(self, adapters=adapters, dense=dense)
 
-    def beside(self, base: Tree) -> Downlink:
+    def beside(self, base: Tree) -> RoundInstructions:
         """Fill in the factors of the last merge, which are stored beside the base weights."""
         return self.mapped(
             lambda name, each: each.beside(base.get(past_name(name.rpartition("/")[0])))
         )
 
-    def to(self, dtype: torch.dtype) -> Downlink:
+    def to(self, dtype: torch.dtype) -> RoundInstructions:
         """Convert tensors for sending: on the CPU, in one precision, row by row.
 
         Coefficients stay as they are, in float64.
@@ -230,7 +230,7 @@ class Downlink:
                 return f"the factors of {name}"
         return next((name for name, slot in self.dense.items() if _begun(slot)), "")
 
-    def select(self, places: torch.Tensor) -> Downlink:
+    def select(self, places: torch.Tensor) -> RoundInstructions:
         """Keep the per-client values of the clients at ``places`` (int64) only."""
 
         def part(_name: str, each: Factor) -> Factor:
@@ -244,7 +244,7 @@ class Downlink:
         }
         return replace(self.mapped(part), ranks=ranks, extras=extras)
 
-    def of_one(self, place: int) -> Downlink:
+    def of_one(self, place: int) -> RoundInstructions:
         """Replace per-client values by those of the client at one place."""
         return self.mapped(
             lambda _, each: each.with_numbers(lambda t: t[place]) if each.per_client else each
@@ -256,7 +256,9 @@ def _begun(factor: Factor) -> bool:
     return factor.sketch is not None if factor.numbers is None else bool(factor.numbers.any())
 
 
-def opening_rows(sent: Downlink, base: Tree, layout: Layout, places: torch.Tensor) -> torch.Tensor:
+def opening_rows(
+    sent: RoundInstructions, base: Tree, layout: Layout, places: torch.Tensor
+) -> torch.Tensor:
     """Compute the starting values of what clients upload, as rows.
 
     Args:
