@@ -1,1 +1,1 @@
-"""What a server makes of a cohort's updates: means, robust rules, optimizers."""
+"""Aggregate the updates of a round: means, robust rules, server optimizers."""

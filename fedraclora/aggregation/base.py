@@ -1,8 +1,8 @@
-"""Aggregators: what happens to checked uplinks before the method sees them.
+"""Define aggregators, which process checked uplinks before the method sees them.
 
 An aggregator may keep clients apart (robust rules), reduce them to their sum (as secure
-aggregation does), or change them (clipping, noise). It knows what was sent, so that it can tell
-an update from its start, and has the seed tree for its own draws.
+aggregation does), or change them (clipping, noise). It knows the downlink, so that it can subtract
+the start from an upload, and has the seed tree for its own draws.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from fedraclora.tree import Tree
 
 @dataclass(frozen=True)
 class AggregationContext:
-    """What an aggregator may know beside the uplinks: ``base`` is what clients trained from."""
+    """Hold an aggregator's inputs beside the uplinks; clients trained from ``base``."""
 
     sent: RoundInstructions
     round_: int
@@ -33,19 +33,19 @@ class AggregationContext:
 
 
 def starts(setting: AggregationContext, got: Uplinks) -> torch.Tensor:
-    """Return the values from which clients started what they uploaded; see `opening_rows`."""
+    """Return the values from which clients started their uploads; see `opening_rows`."""
     places = torch.arange(len(got.clients)) if got.places is None else got.places
     return opening_rows(setting.sent, setting.base, got.layout, places)
 
 
 class Aggregator(Limited, group="aggregator"):
-    """Between the checks of what came and the method: a frozen dataclass with one function.
+    """Turn checked uploads into the method's input: a frozen dataclass with one function.
 
     Attributes:
         name: Its key in the config.
-        individuals: Whether it looks at single clients; if not, their sum is enough.
-        estimates: Whether what it hands on is one vector for the whole cohort.
-        compares: Whether it compares clients, who must then have trained the same thing.
+        individuals: Whether it needs the uploads of single clients; if not, their sum is enough.
+        estimates: Whether its result is one vector for all clients of the round.
+        compares: Whether it compares clients, which must then have trained the same tensors.
     """
 
     name: ClassVar[str]
@@ -54,7 +54,7 @@ class Aggregator(Limited, group="aggregator"):
     compares: ClassVar[bool] = False
 
     def check(self, cohort: int) -> None:
-        """Reject a number of clients per round that this cannot serve.
+        """Reject a number of clients per round that this aggregator does not support.
 
         Raises:
             ConfigError: Saying why.
@@ -62,7 +62,7 @@ class Aggregator(Limited, group="aggregator"):
 
     @abstractmethod
     def __call__(self, got: Uplinks, setting: AggregationContext) -> Uplinks:
-        """Turn the clients' uploads into what the method sees."""
+        """Turn the clients' uploads into the method's input."""
 
     @Feature("another aggregator than mean", instead="aggregator=mean")
     def _rule(self) -> str:
@@ -91,7 +91,7 @@ class Aggregator(Limited, group="aggregator"):
 
 @dataclass(frozen=True)
 class Mean(Aggregator):
-    """Plain weighted averaging."""
+    """Average the uploads with their weights."""
 
     name: ClassVar[str] = "mean"
     individuals: ClassVar[bool] = False
@@ -107,7 +107,7 @@ class Mean(Aggregator):
 
 @dataclass(frozen=True)
 class Total(Aggregator):
-    """The method sees the weighted sum only."""
+    """Reduce the uploads to their weighted sum."""
 
     name: ClassVar[str] = "sum"
     individuals: ClassVar[bool] = False
@@ -121,7 +121,7 @@ class Total(Aggregator):
 
 
 def rows_of(got: Uplinks) -> torch.Tensor:
-    """Stack what each client sent, float64 [K, P].
+    """Stack the uploads of each client, float64 [K, P].
 
     Raises:
         ShapeError: If only the sum is known.

@@ -1,15 +1,15 @@
-"""Robust rules as aggregators: what a cohort with attackers in it hands on to the method.
+"""Aggregate robustly: limit the influence of attackers among the clients of a round.
 
-Their statistics take one vector per client and give one. All of them work on float64 rows [K, P], a
-client's trained tensors packed into one vector, and count every client once: the number of samples
-is what a client claims, and an attacker may claim any. None depends on the order of the clients,
-but for rounding and for exact ties of Krum.
+The rules take one vector per client and return one vector. They work on float64 rows [K, P], a
+client's trained tensors packed into one vector, and count every client once: an attacker may claim
+any number of samples. None depends on the order of the clients, except for rounding and exact ties
+of Krum.
 
 Distances are Euclidean, over all that a client sends. With one shared sketch A of orthonormal rows
 (the default) ``||s (B_i - B_j) A||_F = s ||B_i - B_j||_F``: distances of factors are those of the
-effective weights, up to the one constant s for all adapters. Under another shared A they lie
-between its least and greatest singular value times that; where both factors are trained, or A is
-the client's own, a distance of factors says nothing certain about one of effective weights.
+effective weights, up to the constant s of all adapters. Under another shared A they lie between its
+least and greatest singular value times that. If both factors are trained, or each client has its
+own A, a distance of factors bounds no distance of effective weights.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from fedraclora.protocol.uplinks import Uplinks
 
 
 def share_of(count: int, share: float) -> int:
-    """Count how many of ``count`` clients a share below 1 is, rounded up; from 1 on it is a number.
+    """Convert a share below 1 to a number of clients, rounded up; keep a number from 1 on.
 
     Example:
         >>> share_of(20, 0.2), share_of(9, 0.2), share_of(9, 3)
@@ -66,7 +66,7 @@ def trimmed_mean(rows: torch.Tensor, cut: int) -> torch.Tensor:
 
 
 def median(rows: torch.Tensor) -> torch.Tensor:
-    """Take the median of each coordinate; of an even number, the mean of the middle two.
+    """Compute the median of each coordinate; of an even number, the mean of the middle two.
 
     Withstands fewer than half of the clients. Arguments and source as for `trimmed_mean`.
     """
@@ -74,10 +74,10 @@ def median(rows: torch.Tensor) -> torch.Tensor:
 
 
 def krum_order(rows: torch.Tensor, attackers: int) -> torch.Tensor:
-    """Order clients by their score, the least first.
+    """Order clients by their Krum score, the lowest first.
 
-    The score is the sum of squared distances to the K - f - 2 nearest others: a vector among many
-    alike has a small one.
+    The score is the sum of squared distances to the K - f - 2 nearest other clients: a vector among
+    many similar ones has a low score.
 
     Args:
         rows: float64 [K, P].
@@ -98,14 +98,15 @@ def krum_order(rows: torch.Tensor, attackers: int) -> torch.Tensor:
             f"Krum withstands {attackers} attackers among {2 * attackers + 3} clients or more, "
             f"but {K} answered; raise cohort or lower aggregator.attackers"
         )
-    # Differences, not a Gram matrix: an attacker far away must not round the others' distances.
+    # Differences, not a Gram matrix: a distant attacker must not affect the rounding of other
+    # distances.
     apart = torch.cdist(rows, rows, compute_mode="donot_use_mm_for_euclid_dist").square()
     nearest = apart.sort(dim=1).values[:, 1 : K - attackers - 1]
     return torch.argsort(nearest.sum(dim=1), stable=True)
 
 
 def shortened(rows: torch.Tensor, start: torch.Tensor, bound: float) -> torch.Tensor:
-    """Shorten the updates ``rows - start`` that are longer than ``bound`` to it.
+    """Scale updates ``rows - start`` that are longer than ``bound`` down to it.
 
     Args:
         rows: float64 [K, P].
@@ -120,7 +121,7 @@ def shortened(rows: torch.Tensor, start: torch.Tensor, bound: float) -> torch.Te
     return torch.where(norms > bound, start + updates * (bound / norms), rows)
 
 
-# How many attackers a rule withstands: a share of those that answered, or a number of clients.
+# Attackers that a rule withstands: a share of the replies, or a number of clients.
 _Attackers = Annotated[
     float,
     Limit(
@@ -132,7 +133,7 @@ _Attackers = Annotated[
 
 @dataclass(frozen=True)
 class Estimate(Aggregator):
-    """Base of the rules that put one vector in the place of the mean."""
+    """Base of the rules that replace the mean by another vector."""
 
     estimates: ClassVar[bool] = True
     compares: ClassVar[bool] = True
@@ -152,7 +153,7 @@ class Estimate(Aggregator):
 
 @dataclass(frozen=True)
 class Median(Estimate):
-    """Coordinate-wise median; clients count alike."""
+    """Coordinate-wise median; every client has the same weight."""
 
     name: ClassVar[str] = "median"
 
@@ -163,10 +164,10 @@ class Median(Estimate):
 
 @dataclass(frozen=True)
 class TrimmedMean(Estimate):
-    """Coordinate-wise trimmed mean; clients count alike.
+    """Coordinate-wise trimmed mean; every client has the same weight.
 
     Attributes:
-        attackers: Clients that are cut at each end; a share of those that answered if below 1.
+        attackers: Clients cut at each end; a share of the replies if below 1.
     """
 
     name: ClassVar[str] = "trimmed_mean"
@@ -180,20 +181,20 @@ class TrimmedMean(Estimate):
 
 @dataclass(frozen=True)
 class GeometricMedian(Estimate):
-    """Geometric median (RFA, Weiszfeld); clients count alike.
+    """Geometric median (RFA, Weiszfeld); every client has the same weight.
 
     The point of least total distance to the rows, by the smoothed Weiszfeld algorithm. It
     withstands fewer than half of the clients.
 
     Attributes:
-        smoothing: Distances below it count as it.
-        tolerance: Stop once the total distance falls by less than this share of itself.
-        iterations: The most there may be.
+        smoothing: Lower bound of distances.
+        tolerance: Stop once the total distance falls by less than this share.
+        iterations: Most iterations.
 
     References:
         Pillutla et al., *Robust aggregation for federated learning*, arXiv 1912.13445 (RFA).
-        Departures: equal weights; begins at the coordinate-wise median, which no attacker moves
-        far, and not at the mean.
+        Departures: equal weights; starts at the coordinate-wise median, which attackers cannot move
+        far, not at the mean.
     """
 
     name: ClassVar[str] = "geometric_median"
@@ -207,7 +208,7 @@ class GeometricMedian(Estimate):
         point = median(rows)
         distances = torch.linalg.vector_norm(rows - point, dim=1)
         for _ in range(self.iterations):
-            # No division by zero at a client's own point.
+            # No division by zero at a client's own vector.
             pull = 1 / distances.clamp(min=self.smoothing)
             point = (pull[:, None] * rows).sum(dim=0) / pull.sum()
             before = float(distances.sum())
@@ -219,10 +220,10 @@ class GeometricMedian(Estimate):
 
 @dataclass(frozen=True)
 class MultiKrum(Aggregator):
-    """Multi-Krum: the mean of the updates that are nearest to their neighbours.
+    """Multi-Krum: the mean of the updates that are closest to their neighbours.
 
     Attributes:
-        attackers: f, how many it must withstand; a share of those that answered if below 1.
+        attackers: f, the attackers to withstand; a share of the replies if below 1.
         kept: Clients that are averaged; None: all but f.
     """
 
@@ -244,7 +245,7 @@ class MultiKrum(Aggregator):
     @override
     def __call__(self, got: Uplinks, setting: AggregationContext) -> Uplinks:
         kept = self.choose(rows_of(got))
-        # The weight of 0 leaves a client out and its place to it, which a stacked method may need.
+        # A weight of 0 excludes a client but keeps its position, which a stacked method may need.
         weights = torch.zeros_like(got.weights)
         weights[kept] = 1.0
         return replace(got, weights=weights)
@@ -252,7 +253,7 @@ class MultiKrum(Aggregator):
 
 @dataclass(frozen=True)
 class Krum(MultiKrum):
-    """Krum: the one update that is nearest to its neighbours."""
+    """Krum: the one update that is closest to its neighbours."""
 
     name: ClassVar[str] = "krum"
 
@@ -261,10 +262,10 @@ class Krum(MultiKrum):
 
 @dataclass(frozen=True)
 class NormBound(Aggregator):
-    """Averaging, with updates shortened to a greatest norm.
+    """Average after clipping the norm of updates.
 
     Attributes:
-        bound: The greatest norm of an update that is left as it is.
+        bound: Largest norm of an update; longer ones are scaled down.
 
     References:
         Sun et al., *Can you really backdoor federated learning?*, arXiv 1911.07963.

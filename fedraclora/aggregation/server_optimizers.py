@@ -1,4 +1,4 @@
-"""Server optimizers (FedOpt): the mean change of a round as a gradient that the server follows.
+"""Server optimizers (FedOpt): use the mean change of a round as a gradient.
 
     Delta_t   the change that the method would make in round t: old weights to new ones
     momentum  M <- beta M + Delta;                       step = lr M
@@ -7,8 +7,8 @@
       adam    V <- beta2 V + (1 - beta2) Delta^2
       yogi    V <- V - (1 - beta2) Delta^2 sign(V - Delta^2)
 
-V begins at tau^2, and there is no correction for the first rounds, as in the paper. In what space
-they work, weights or factors, is for `strategies.steps.fedopt` to say: here are the formulas.
+V begins at tau^2, without bias correction, as in the paper. `strategies.steps.fedopt` decides
+whether the formulas are applied to weights or to factors.
 
 References:
     Reddi et al., *Adaptive federated optimization*, ICLR 2021, arXiv 2003.00295, algorithm 2;
@@ -34,11 +34,11 @@ Space = Annotated[str, OneOf(("weights", "factors"))]
 
 @dataclass(frozen=True)
 class ServerOptimizer(Limited, group="server_optimizer"):
-    """The server takes the mean of the clients as it is.
+    """No server optimizer: the server applies the clients' mean unchanged.
 
     Attributes:
         name: Its key in the config.
-        adapts: Whether it scales each coordinate by a moment of its own.
+        adapts: Whether it scales each coordinate by its own second moment.
     """
 
     name: ClassVar[str] = "none"
@@ -46,11 +46,11 @@ class ServerOptimizer(Limited, group="server_optimizer"):
     space = "weights"
 
     def advance(self, change: Tree, moments: Tree) -> tuple[Tree, Tree]:
-        """Compute the server's steps, and the moments after them.
+        """Compute the server's steps and the new moments.
 
         Args:
             change: Delta by name, float64.
-            moments: ``first/<name>`` and ``second/<name>``; none: they begin now.
+            moments: ``first/<name>`` and ``second/<name>``; empty in the first round.
 
         Returns:
             Steps by name and moments, float64, as new tensors.
@@ -111,12 +111,12 @@ class ServerOptimizer(Limited, group="server_optimizer"):
 
 @dataclass(frozen=True)
 class Momentum(ServerOptimizer):
-    """FedAvgM: the server goes on in the direction of earlier rounds.
+    """FedAvgM: server momentum.
 
     Attributes:
-        lr: Step size; 1 adds the momentum as it is.
+        lr: Step size; 1 adds the momentum unscaled.
         beta: Share of the momentum that a round keeps, in [0, 1).
-        space: ``weights``: dense moments; ``factors``: those of what clients train.
+        space: ``weights``: dense moments; ``factors``: moments of the trained factors.
     """
 
     name: ClassVar[str] = "momentum"
@@ -137,12 +137,12 @@ class Momentum(ServerOptimizer):
 
 @dataclass(frozen=True)
 class Adaptive(ServerOptimizer, ABC):
-    """What the adaptive ones have in common.
+    """Base of the adaptive server optimizers.
 
     Attributes:
-        lr: Step size: a coordinate moves by about this much in a round.
+        lr: Step size: the typical change of a coordinate in a round.
         beta1: Share of the first moment that a round keeps, in [0, 1).
-        tau: How adaptive: coordinates whose changes are small beside it go lr / tau of them.
+        tau: Adaptivity: coordinates with changes much smaller than tau move by lr / tau of these.
         space: ``weights``: dense moments; ``factors``: those of what clients train.
     """
 
@@ -155,7 +155,7 @@ class Adaptive(ServerOptimizer, ABC):
 
     @abstractmethod
     def second(self, old: torch.Tensor, square: torch.Tensor) -> torch.Tensor:
-        """Compute V after a round from V before it and Delta^2."""
+        """Compute the new V from the old V and Delta^2."""
 
     @override
     def advance(self, change: Tree, moments: Tree) -> tuple[Tree, Tree]:
@@ -202,7 +202,7 @@ class Adam(Adaptive):
 
 @dataclass(frozen=True)
 class Yogi(Adam):
-    """FedYogi: as FedAdam, with second moments that change slowly.
+    """FedYogi: like FedAdam, with slowly changing second moments.
 
     The second moment moves by no more than (1 - beta2) Delta^2.
     """

@@ -1,5 +1,5 @@
-"""Mixed devices on a virtual clock.
+"""Simulate mixed devices on a virtual clock.
 
-`distributions` says in what devices differ and when a client can be asked, `timeline` how one round
-goes, and `system` puts the two together for the rounds of a run.
+`distributions` defines how devices differ and when clients are available, `timeline` runs one
+round, and `system` combines the two for the rounds of a run.
 """

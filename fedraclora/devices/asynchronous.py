@@ -1,8 +1,8 @@
-"""Clients that answer when they are done: one step of the server on the virtual clock.
+"""Advance asynchronous training on the virtual clock by one server step.
 
-As many clients as a cohort train at any time. Whoever answers, or vanishes, gives its place to
-another at that moment, who starts from the weights of that moment. A step of the server, a round,
-ends when as many replies as the buffer holds have come; the others stay on their way.
+A fixed number of clients (clients_per_round) trains at any time. When a client replies or drops
+out, another one starts at that moment, from the weights of that moment. A server step, a round,
+ends when the buffer is full of replies; the other clients continue.
 """
 
 from __future__ import annotations
@@ -19,18 +19,18 @@ from fedraclora.errors import ClientError
 from fedraclora.protocol.uplinks import Refusal
 from fedraclora.rng import generator
 
-_SEARCH = 64  # clients looked at for a place, beside those that train, before it stays empty
+_SEARCH = 64  # clients tried for a free place, beside those that train, before it stays empty
 
 
 @dataclass(frozen=True, order=True)
 class PendingClient:
-    """A client that trains.
+    """Hold a client in training.
 
     Attributes:
-        lands: Virtual seconds since the run began at which it answers or vanishes.
+        lands: Virtual seconds from the run's start to its reply or dropout.
         client: Its id.
-        round_: In which it started.
-        lost: Whether it vanishes.
+        round_: The round in which it started.
+        lost: Whether it drops out.
     """
 
     lands: float
@@ -41,13 +41,13 @@ class PendingClient:
 
 @dataclass(frozen=True)
 class AsyncStep:
-    """A round: who started, whose reply came, who is on the way when it ends.
+    """Hold the result of a server step: clients that started, replied, dropped out or continue.
 
     Attributes:
         started: In the order of their start.
-        landed: In the order in which they answered; as many as the buffer holds.
-        flying: The others, by the time of their answer.
-        dropped: Who vanished, with the reason.
+        landed: In the order of their replies; as many as the buffer holds.
+        flying: Clients still in training, by the time of their reply.
+        dropped: Clients that dropped out, with the reason.
         end: Virtual seconds since the run began.
     """
 
@@ -60,15 +60,15 @@ class AsyncStep:
 
 @dataclass(frozen=True)
 class AsyncClock:
-    """Who can train when, for one round.
+    """Advance the virtual clock by one round of asynchronous training.
 
     Attributes:
-        system: What devices are like.
+        system: Settings of the devices.
         seed: Of the run.
         round_: From 1.
         population: Number of clients.
-        places: How many train at any time.
-        load: What a client must do, for ids int64 [K].
+        places: Clients that train at any time.
+        load: Computes the load of clients, from ids int64 [K].
     """
 
     system: SystemConfig
@@ -83,14 +83,14 @@ class AsyncClock:
 
         Args:
             now: Virtual seconds since the run began.
-            flying: Who is on the way.
+            flying: Clients in training.
             needed: Replies that end the round.
 
         Returns:
             The round. Equal times are ordered by client.
 
         Raises:
-            ClientError: If nobody is left on the way before any reply has come.
+            ClientError: If no client is left in training before any reply.
         """
         heap, asked = list(flying), 0
         heapq.heapify(heap)
@@ -123,7 +123,7 @@ class AsyncClock:
         return AsyncStep(tuple(started), tuple(landed), tuple(sorted(heap)), tuple(dropped), now)
 
     def _starts(self, number: int, now: float, taken: set[int]) -> Iterator[PendingClient]:
-        """Draw who takes a free place: uniformly among those that are available and not asked."""
+        """Draw clients for free places: uniformly among the available ones that do not train."""
         size = min(self.population, _SEARCH + len(taken))
         there = self.system.availability
         rng = generator(self.seed, "system/buffer", self.round_, number)

@@ -1,8 +1,9 @@
-"""In what the devices of a fleet differ, and when they can be asked.
+"""Define how devices differ, and when clients are available.
 
 A row of `DISTRIBUTIONS` is a quantile function: it maps one uniform number of a client to the
-client's value, so a draw for any clients is a draw for all, in any order. Only operations whose
-bits do not depend on the place in a tensor are used: ``torch.pow`` is not one of them.
+client's value, so that draws do not depend on which clients are drawn, or on their order. It only
+uses operations whose bits do not depend on the position in a tensor; ``torch.pow`` is not among
+them.
 """
 
 from __future__ import annotations
@@ -24,11 +25,11 @@ from fedraclora.schema import Chosen
 
 
 class Availability(Limited, Chosen):
-    """Who can be asked. Refusals start with the key: `schema` says where."""
+    """Base of availability models. Errors start with the key: `schema` adds it."""
 
     @abstractmethod
     def at(self, seed: int, round_: int, now: float, clients: torch.Tensor) -> torch.Tensor:
-        """Draw which clients can be asked in a round.
+        """Draw which clients are available in a round.
 
         Args:
             seed: Of the run.
@@ -49,9 +50,9 @@ class Availability(Limited, Chosen):
 
 @dataclass(frozen=True)
 class Bernoulli(Availability):
-    """Each client with probability ``chance``, drawn anew in each round."""
+    """Each client is available with probability ``chance``, drawn in each round."""
 
-    chance: Chance  # with 0, nobody could ever be asked
+    chance: Chance  # with 0, no client could ever be asked
 
     @override
     def at(self, seed: int, round_: int, now: float, clients: torch.Tensor) -> torch.Tensor:
@@ -61,12 +62,12 @@ class Bernoulli(Availability):
 
 @dataclass(frozen=True)
 class Diurnal(Availability):
-    """A client has its own hours: say, while its phone charges at night.
+    """Each client is available at its own hours, for example while its phone charges at night.
 
     Attributes:
-        share: Share of the day that these hours are.
-        chance: Probability that it can be asked within them, drawn anew in each round.
-        day: Virtual seconds of a day. The hours of clients begin evenly over it.
+        share: Length of these hours as a share of the day.
+        chance: Probability of being available within them, drawn in each round.
+        day: Virtual seconds of a day. The starts of the clients' hours are uniform over it.
     """
 
     share: Chance
@@ -84,7 +85,7 @@ AVAILABILITY: dict[str, type[Availability]] = {"bernoulli": Bernoulli, "diurnal"
 
 
 class Distribution(Limited, Chosen):
-    """A distribution of positive numbers. Refusals start with the key: `schema` says where."""
+    """Base of distributions of positive numbers. Errors start with the key: `schema` adds it."""
 
     @abstractmethod
     def quantile(self, u: torch.Tensor) -> torch.Tensor:
@@ -131,7 +132,7 @@ class LogNormal(Distribution):
     """``median * exp(sigma z)``, z standard normal: two thirds within a factor of exp(sigma)."""
 
     median: Positive
-    # Beyond 10, values leave float64.
+    # Beyond 10, values exceed float64.
     sigma: Annotated[float, Ge(0), Le(10)]
 
     @override
@@ -141,10 +142,10 @@ class LogNormal(Distribution):
 
 @dataclass(frozen=True)
 class Pareto(Distribution):
-    """``least`` or more, with P(X > x) = (least / x)^shape: a few clients far above the rest."""
+    """``least`` or more, with P(X > x) = (least / x)^shape: a few clients are far above others."""
 
     least: Positive
-    shape: Annotated[float, Ge(0.1), Lt(math.inf)]  # below, tails leave float64
+    shape: Annotated[float, Ge(0.1), Lt(math.inf)]  # below, tails exceed float64
 
     @override
     def quantile(self, u: torch.Tensor) -> torch.Tensor:
@@ -153,7 +154,7 @@ class Pareto(Distribution):
 
 @dataclass(frozen=True)
 class Choice(Distribution):
-    """One of ``values``, with the ``probabilities`` of the same places; None = alike."""
+    """One of ``values``, with the ``probabilities`` at the same positions; None = equal."""
 
     values: list[Positive]
     probabilities: list[float] | None = None
@@ -182,7 +183,7 @@ class Choice(Distribution):
         count = len(self.values)
         shares = [1 / count] * count if self.probabilities is None else self.probabilities
         bounds = torch.tensor(shares, dtype=torch.float64).cumsum(0)
-        # The last bound is 1 but for rounding; a value of probability 0 has an empty interval.
+        # The last bound is 1 up to rounding; a value of probability 0 has an empty interval.
         place = torch.searchsorted(bounds / bounds[-1], u, right=True)
         return torch.tensor(self.values, dtype=torch.float64)[place]
 

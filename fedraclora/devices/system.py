@@ -1,11 +1,11 @@
-"""Mixed devices on a virtual clock: who is asked, who answers in time, and how long that takes.
+"""Simulate a fleet of mixed devices on a virtual clock: availability, dropout, stragglers.
 
     seconds of a client =
         jitter (latency + bytes down / downlink + sample passes / speed + bytes up / uplink)
 
-A round asks ``over_select`` times its cohort and takes the first to answer (`timeline`). Everything
-about a client is a pure function of (seed, client) and, where it changes, of the round: nothing is
-kept, and a round costs what its cohort costs, whatever the population.
+A round asks ``over_select`` times its number of clients and uses the first replies (`timeline`).
+Every property of a client is a pure function of (seed, client) and, if it changes, of the round.
+Nothing is stored, and the cost of a round depends on its clients only, not on the population.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from fedraclora.rng import cohort_uniforms, generator, hash_key
 
 _MEGABYTE = 1e6
 _TIMES = "system.speed, downlink, uplink or latency"
-UNMIXED = (  # of which one server step takes replies of one round alone
+UNMIXED = (  # keys for which one server step uses replies of one round only
     "a method that needs each client's own update",
     "a method of which a part stays at each client",
     "another aggregator than mean",
@@ -41,27 +41,27 @@ UNMIXED = (  # of which one server step takes replies of one round alone
     "clients that send gradients",
     "a method whose frozen factors recur",
 )
-_SEARCH = 64  # clients looked at for each one wanted, before a smaller cohort is taken
+_SEARCH = 64  # clients tried for each one wanted, before the round has fewer
 
 
 @dataclass(frozen=True)
 class SystemConfig(Limited, group="system"):
-    """No devices: every client can be asked, answers at once and never fails.
+    """No devices: every client is available, replies at once and never fails.
 
     Attributes:
-        speed: Samples that a client trains on per virtual second; None = at once.
-        downlink, uplink: Megabytes (10^6 bytes) of payload per virtual second: 0.95 of what a link
-            carries, or what a server can serve; None = at once.
-        latency: Virtual seconds of an exchange that are not bytes or samples: requests, pauses,
+        speed: Training samples per virtual second; None = instant.
+        downlink, uplink: Megabytes (10^6 bytes) of payload per virtual second: 0.95 of the nominal
+            bandwidth, or the server's limit; None = instant.
+        latency: Virtual seconds of an exchange beside transfer and training: requests, pauses,
             processes; None = none. A deployment's is measured in docs/records/slow_links.md.
         rank_budget: Share of the method's rank that a client can train; more than 1 counts as 1.
-        availability: Which clients can be asked in a round; None = all.
-        drop_out: Probability that a client vanishes, at a uniform moment of its round.
+        availability: Which clients are available in a round; None = all.
+        drop_out: Probability that a client drops out, at a uniform moment of its round.
         jitter: Sigma of a lognormal factor of median 1 on a client's time, drawn in each round.
         deadline: Virtual seconds after which replies are late; None = wait.
-        over_select: Clients asked for each one wanted; the first to answer are taken.
-        buffer: Replies that a step of the server waits for, the others staying on their way
-            (`fedraclora.devices.asynchronous`); None = a round waits for its cohort.
+        over_select: Clients asked for each reply wanted; the first replies are used.
+        buffer: Replies that a server step waits for while other clients continue
+            (`fedraclora.devices.asynchronous`); None = a round waits for all its clients.
     """
 
     speed: Distribution | None = None
@@ -106,7 +106,7 @@ class SystemConfig(Limited, group="system"):
 
     @property
     def enabled(self) -> bool:
-        """Return whether anything differs from a fleet of ideal devices."""
+        """Return whether any setting differs from ideal devices."""
         return self != IDEAL
 
     @property
@@ -165,26 +165,27 @@ class SystemConfig(Limited, group="system"):
         return self.rank_budget is not None
 
     def ask(self, seed: int, round_: int, population: int, cohort: int, now: float) -> torch.Tensor:
-        """Draw whom a round asks: uniformly among the clients that are available.
+        """Draw the clients that a round asks: uniformly among the available ones.
 
-        Clients are looked at in a random order until enough are available, in searches of twice
-        the size each. A new order for each search: by symmetry what the last one finds is a
-        uniform sample, and all of them together cost twice the last.
+        Clients are tried in a random order until enough are available, in searches of doubling
+        size. Each search has a new order: by symmetry the result of the last one is a uniform
+            sample, and
+        all searches together cost twice the last.
 
         Args:
             seed: Of the run.
             round_: From 1.
             population: Number of clients.
-            cohort: Clients whose replies are wanted, 1 to ``population``.
+            cohort: Replies wanted, 1 to ``population``.
             now: Virtual seconds since the run began.
 
         Returns:
-            Ids in ascending order, int64. Fewer than ``over_select * cohort`` where no more are
-            there, or no more were found among 64 times as many. Without availability and
-            over-selection, just `fedraclora.protocol.cohorts.draw_cohort`.
+            Ids in ascending order, int64. Fewer than ``over_select * cohort`` if no more are
+            available, or no more were found among 64 times as many. Without availability and
+            over-selection, the result of `fedraclora.protocol.cohorts.draw_cohort`.
 
         Raises:
-            ClientError: If nobody is available.
+            ClientError: If no client is available.
         """
         # Rounded first: 1.1 x 50 is 55.00000000000001.
         needed = min(population, math.ceil(round(self.over_select * cohort, 6)))
@@ -209,20 +210,20 @@ class SystemConfig(Limited, group="system"):
     def timeline(
         self, seed: int, round_: int, clients: torch.Tensor, load: Load, needed: int
     ) -> Timeline:
-        """Compute who answers in time, and how long the round takes.
+        """Compute which clients reply in time, and how long the round takes.
 
         Args:
             seed: Of the run.
             round_: From 1.
-            clients: Who was asked, int64 [K].
-            load: What each was asked.
+            clients: The asked clients, int64 [K].
+            load: The load of each.
             needed: Replies that end the round.
 
         Returns:
             The round on the virtual clock. Equal times are ordered at random.
 
         Raises:
-            ClientError: If nobody answers in time.
+            ClientError: If no client replies in time.
         """
         seconds, gone = self.trips(seed, round_, clients, load)
         ties = torch.zeros_like(seconds)
@@ -240,19 +241,19 @@ class SystemConfig(Limited, group="system"):
             rank: The method's.
 
         Returns:
-            int64 [K] from 1 to ``rank``: the client's share of it, rounded up. None where there
-            are no budgets.
+            int64 [K] from 1 to ``rank``: the client's share of it, rounded up. None without
+            budgets.
         """
         if self.rank_budget is None:
             return None
         share = self._of_device("rank_budget", self.rank_budget, seed, clients)
-        # Less a hair: 0.07 x 100 is 7.000000000000001.
+        # Less a tiny amount: 0.07 x 100 is 7.000000000000001.
         return torch.ceil(share * rank - 1e-9).clamp(1, rank).to(torch.int64)
 
     def trips(
         self, seed: int, round_: int, clients: torch.Tensor, load: Load
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Draw the seconds of clients that start in a round, and after which they vanish (or inf).
+        """Draw the seconds until starting clients reply, and until they drop out (or inf).
 
         Arguments as for `timeline`; float64 [K] each.
         """
@@ -261,18 +262,18 @@ class SystemConfig(Limited, group="system"):
         if not self.drop_out:
             return seconds, never
         u = cohort_uniforms(hash_key(seed, "system/drop out", round_), clients)
-        # Below drop_out, u is uniform up to it: its share of it is the moment.
+        # If u is below drop_out, it is uniform up to it: u / drop_out is the moment.
         return seconds, torch.where(u < self.drop_out, seconds * (u / self.drop_out), never)
 
     def _seconds(self, seed: int, round_: int, clients: torch.Tensor, load: Load) -> torch.Tensor:
-        """Virtual seconds of each client, float64 [K]."""
+        """Compute the virtual seconds of each client, float64 [K]."""
         total = torch.zeros(len(clients), dtype=torch.float64)
         for name, rate, unit, amount in (
             ("downlink", self.downlink, _MEGABYTE, load.down),
             ("speed", self.speed, 1.0, load.passes),
             ("uplink", self.uplink, _MEGABYTE, load.up),
         ):
-            if rate is not None:  # float64 first: a quotient of whole numbers would be float32
+            if rate is not None:  # float64 first: a quotient of integers would be float32
                 pace = unit * self._of_device(name, rate, seed, clients)
                 total += amount.to(torch.float64) / pace
         if self.latency is not None:
@@ -285,7 +286,7 @@ class SystemConfig(Limited, group="system"):
     def _of_device(
         self, name: str, of: Distribution, seed: int, clients: torch.Tensor
     ) -> torch.Tensor:
-        """What clients keep for the whole run, float64 [K]."""
+        """Draw a property that clients keep for the whole run, float64 [K]."""
         return of.quantile(cohort_uniforms(hash_key(seed, f"system/{name}"), clients))
 
 

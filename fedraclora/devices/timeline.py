@@ -1,7 +1,7 @@
-"""One round on a virtual clock: whose reply is used, who is dropped and why, how long it takes.
+"""Run one round on the virtual clock: used replies, dropped clients and duration.
 
-A round ends with the first of: as many replies as are wanted; everyone has answered or gone; the
-deadline. The server sees at once when a client is gone (its connection is lost).
+A round ends at the first of: enough replies; every client has replied or dropped out; the deadline.
+The server notices a dropout at once (the connection is lost).
 """
 
 from __future__ import annotations
@@ -14,16 +14,16 @@ import torch
 from fedraclora.errors import ClientError
 from fedraclora.protocol.uplinks import Refusal
 
-# How the reasons for a dropped client begin.
+# Prefixes of the reasons for a dropped client.
 REASONS = ("dropped out", "late", "not among the first")
 
 
 @dataclass(frozen=True)
 class Load:
-    """What a round asks of each client of a cohort.
+    """Hold the work of each client of a round.
 
     Attributes:
-        passes: Samples that each passes over [K].
+        passes: Sample passes of each client [K].
         down, up: Payload bytes [K].
     """
 
@@ -34,14 +34,14 @@ class Load:
 
 @dataclass(frozen=True)
 class Timeline:
-    """A round on the virtual clock.
+    """Hold the outcome of a round on the virtual clock.
 
     Attributes:
-        kept: Places in the cohort whose reply is used, ascending, int64.
-        dropped: The other clients, each with its reason, in the order of the cohort.
+        kept: Positions of the clients whose reply is used, ascending, int64.
+        dropped: The other clients, each with its reason, in order.
         seconds: Virtual duration of the round.
         per_client: Virtual seconds until each client's reply, if nothing stops it, float64 [K].
-        notes: What the ledger should say besides.
+        notes: Further entries for the ledger.
     """
 
     kept: torch.Tensor
@@ -53,13 +53,13 @@ class Timeline:
 
 @dataclass(frozen=True)
 class Race:
-    """The clients of a round and when each would answer or vanish.
+    """Order the clients of a round by when they would reply or drop out.
 
     Attributes:
         round_: From 1.
         clients: Ids, int64 [K].
         seconds: Virtual seconds until each client's reply, float64 [K].
-        gone: Virtual seconds until each client vanishes, inf where it stays, float64 [K].
+        gone: Virtual seconds until each client drops out, inf if it does not, float64 [K].
         ties: Orders clients of equal seconds, [K].
         needed: Replies that end the round.
         deadline: Virtual seconds after which replies are late; inf = none.
@@ -74,10 +74,10 @@ class Race:
     deadline: float = math.inf
 
     def run(self) -> Timeline:
-        """Find out who answers in time.
+        """Compute which clients reply in time.
 
         Raises:
-            ClientError: If nobody does.
+            ClientError: If no client does.
         """
         stays = self.gone.isinf()
         answers = torch.nonzero(stays & (self.seconds <= self.deadline)).flatten()

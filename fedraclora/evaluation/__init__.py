@@ -1,1 +1,1 @@
-"""Measuring models on held-out samples."""
+"""Measure models on held-out samples."""

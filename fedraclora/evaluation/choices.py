@@ -1,10 +1,10 @@
-"""What a run measures: its metrics, and which of the answers that a question may have is likeliest.
+"""Choose how a run measures weights, and score multiple-choice questions.
 
-An answer is scored by the log-likelihood of its tokens after the prompt, summed; nothing is
-generated, and what ends an answer is left out. This is multiple choice as lm-evaluation-harness
-has it: ``choice_accuracy`` is its ``acc``, the share of questions whose right answer has the
-greatest sum, and ``choice_accuracy_norm`` its ``acc_norm``, that of the sums divided by the
-characters of each answer. Of equal ones the first counts.
+An answer's score is the summed log-likelihood of its tokens after the prompt, without its end
+token; nothing is generated. This is multiple choice as in lm-evaluation-harness:
+``choice_accuracy`` is its ``acc``, the share of questions whose right answer has the greatest sum,
+and ``choice_accuracy_norm`` its ``acc_norm``, that of the sums divided by the characters of each
+answer. Among equal scores the first counts.
 
 References:
     Gao et al., *The Language Model Evaluation Harness*, doi 10.5281/zenodo.12608602.
@@ -30,13 +30,13 @@ from fedraclora.tree import Tree
 
 
 def measure_of(task: Task, samples: Samples, batch_size: int) -> Callable[[Tree], dict[str, float]]:
-    """Give what measures weights as a run does.
+    """Return the function that measures weights in a run.
 
-    By `evaluate`; by ``gap``, what the loss on the task's own samples is above the least that there
-    is, where that is known; and by `Questions` where the task asks some.
+    It applies `evaluate`; ``gap``, the task's own loss above its known minimum, if there is one;
+    and `Questions`, if the task asks some.
 
     Raises:
-        ConfigError: If it asks questions, and the samples are none.
+        ConfigError: If the task asks questions, and the samples have none.
     """
     asked = None if task.choices is None else Questions.of(task, samples)
     is_own = any(samples is own for own in (task.test, task.validation))
@@ -53,10 +53,10 @@ def measure_of(task: Task, samples: Samples, batch_size: int) -> Callable[[Tree]
 
 @dataclass(frozen=True)
 class Questions:
-    """Questions with the answers that each may have.
+    """Score questions with several possible answers.
 
-    Where answers differ in their last token alone, one row serves all of them: answers of one token
-    cost a pass over the prompts.
+    If answers differ only in their last token, one row serves all of them: answers of one token
+    cost one pass over the prompts.
 
     Attributes:
         rows: Prompts with an answer each, labelled at the tokens of that.
@@ -65,7 +65,7 @@ class Questions:
             -1 elsewhere.
         characters: Of each answer, int64 [N, C]; -1 where a question has fewer.
         right: Whether it is the right one, bool [N, C].
-        told: What is asked, in words.
+        told: A sentence on the questions, for the log.
     """
 
     rows: Samples
@@ -77,10 +77,10 @@ class Questions:
 
     @classmethod
     def of(cls, task: Task, samples: Samples) -> Questions:
-        """Take the questions of a task, spread evenly over some samples.
+        """Select questions of a task, spread evenly over some samples.
 
         Raises:
-            ConfigError: If one has no choices, or some that the tokenizer does not tell apart.
+            ConfigError: If one has no choices, or the tokenizer makes two of them equal.
         """
         asked = min(task.choices or 0, len(samples))
         taken = samples.take(
@@ -121,16 +121,16 @@ class Questions:
         return cls(table, torch.tensor(owner), wanted, *beside, f"{told}, without what ends them")
 
     def metrics(self, model: nn.Module, weights: Tree, batch_size: int) -> dict[str, float]:
-        """Answer at the given weights; give the share of right answers, by sum and by character."""
+        """Compute the shares of right answers at the given weights, by sum and by character."""
         sums = self.scores(model, weights, batch_size)
         found = sums, sums / self.characters.clamp(min=1)
-        # numpy's argmax is the first of equal ones, torch's is any.
+        # numpy's argmax returns the first of equal values, torch's returns any
         best = (torch.from_numpy(score.numpy().argmax(axis=1)) for score in found)
         shares = [float(self.right.gather(1, each[:, None]).double().mean()) for each in best]
         return dict(zip(CHOICE_METRICS, shares, strict=True))
 
     def scores(self, model: nn.Module, weights: Tree, batch_size: int) -> torch.Tensor:
-        """Sum the log-likelihoods of each answer, float64 [N, C]; -inf where there is none."""
+        """Sum the log-likelihoods of each answer, float64 [N, C]; -inf for missing answers."""
         return with_weights(model, weights, self._scores, batch_size)
 
     def _scores(self, model: nn.Module, batch_size: int) -> torch.Tensor:
@@ -150,10 +150,10 @@ class Questions:
 
 
 def _choices(task: Task, samples: Samples) -> list[list[list[int]]]:
-    """Give the tokens of the answers that each question may have.
+    """Return the tokens of the possible answers of each question.
 
     Raises:
-        ConfigError: If they are none, or cannot be told apart.
+        ConfigError: If there are none, or two are equal.
     """
     lacking = ConfigError(
         f"evaluate.choices={task.choices} wants questions whose possible answers are known, and an "
@@ -180,7 +180,7 @@ def _choices(task: Task, samples: Samples) -> list[list[list[int]]]:
 
 
 def outputs_at_labels(model: nn.Module, batch: Samples) -> Iterator[torch.Tensor]:
-    """Give the outputs [tokens, vocabulary] that predict labelled tokens, some at a time."""
+    """Yield the outputs [tokens, vocabulary] that predict labelled tokens, in parts."""
     head = output_layer(model, "next_token")
     if head is None:
         yield forward(model, batch.inputs)[:, :-1][batch.target[:, 1:] != IGNORED_TOKEN]

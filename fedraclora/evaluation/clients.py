@@ -1,15 +1,15 @@
-"""What clients send of what they measured on samples of their own, and what that comes to.
+"""Encode and summarize metrics that clients measure on their own samples (federated evaluation).
 
-A client sends the sums of which metrics are made (`fedraclora.evaluation.metrics`), by which the
-server has each metric of each client, and by their sum that of all samples together. Of a metric
-that needs every score it sends the value alone, and of all samples together nobody knows it.
+A client sends the sums behind its metrics (`fedraclora.evaluation.metrics`). From them the server
+computes each metric of each client, and from their total the metric of all samples together. For a
+metric that needs every score a client sends only the value; its value over all samples is unknown.
 
-Under secure sums the server sees no client's own numbers, but a sum of vectors of whole numbers. A
-client sends the sums of which metrics are made; of each metric m a one, m and m squared, or zeros
-where it is not defined; and a one in the place of a histogram into which its m falls. Numbers have
-128 bits, 40 of them behind the point, in pieces of 16, whose sums fit into 32-bit words. So mean
-and deviation over clients are those of the open sums but for 2^-40 a client; percentiles are of the
-histogram, below the true ones by less than a place.
+Under secure aggregation the server only sees the sum of the clients' integer vectors. A client
+sends the sums behind its metrics; for each metric m the numbers 1, m and m squared, or zeros if it
+is not defined; and a 1 in the bin of a histogram that contains m. Numbers have 128 bits, 40 of them
+after the binary point, in pieces of 16 bits, whose sums fit into 32-bit words. Mean and deviation
+over clients are therefore accurate to 2^-40 a client; percentiles come from the histogram, below
+the true ones by less than a bin.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ from fedraclora.privacy.secagg import FEW
 from fedraclora.tree import Layout, Tree
 
 Floats = npt.NDArray[np.float64]
-OF_ONE = "value/"  # of a metric of which its value alone is sent
+OF_ONE = "value/"  # prefix of a metric of which only the value is sent
 
 
 def scored(measure: Measure) -> list[str]:
-    """Name the metrics of which a client sends the value alone."""
+    """List the metrics of which a client sends only the value."""
     return [n for n, metric in measure.metrics.items() if not metric.count.sums]
 
 
@@ -48,18 +48,18 @@ def sums_of(
     counts: torch.Tensor,
     batch_size: int,
 ) -> Tree:
-    """Measure the same weights on samples of several clients, in batches of all of them.
+    """Measure the same weights on the samples of several clients, in common batches.
 
     Args:
         measure: The metrics.
-        task: Has the model.
+        task: The task, with its model.
         weights: Parameters by name.
-        samples: Of one client after another.
-        counts: How many of each, int64 [K].
+        samples: The samples of one client after another.
+        counts: Samples of each client, int64 [K].
         batch_size: Samples of a forward pass.
 
     Returns:
-        What clients send, float64 [K, q] by name.
+        The values that clients send, float64 [K, q] by name.
     """
     count = len(counts)
     whose = Owners(count, torch.arange(count).repeat_interleave(counts))
@@ -71,7 +71,7 @@ def sums_of(
 
 
 def sums_named(measure: Measure, when: Iterable[str]) -> list[str]:
-    """Name what a client sends that measures at these points of a round."""
+    """List the names of the values that a client sends, for these points of a round."""
     sums = [count.name for count in measure.counts if count.sums]
     own = [*sums, *(OF_ONE + name for name in scored(measure))]
     return [point + name for point in when for name in own]
@@ -84,11 +84,11 @@ def values_of(
 
     Args:
         measure: The metrics.
-        sent: What clients sent, [K, q] by name.
-        when: What is before the names of that which was measured at a point of a round.
+        sent: The values that clients sent, [K, q] by name.
+        when: Prefix of the names for one point of a round.
 
     Returns:
-        By metric, of the clients in their order [K], and of all; NaN where it has no value.
+        By metric, the values of the clients in order, [K], and of all samples; NaN if undefined.
     """
     own = {n.removeprefix(when): t for n, t in sent.items()}
     state = {count.name: own[count.name] for count in measure.counts if count.sums}
@@ -99,26 +99,26 @@ def values_of(
 
 
 def usual(layouts: Sequence[Layout]) -> Layout:
-    """Find the layout that most clients have sent, the first of equals."""
+    """Return the layout that most clients have sent, the first one among equals."""
     return Counter(layouts).most_common(1)[0][0]
 
 
 def spread(
     metric: str, values: Floats, pooled: float, lower: Collection[str] = ()
 ) -> dict[str, float]:
-    """Describe a metric over clients.
+    """Describe the distribution of a metric over clients.
 
     Args:
-        metric: Its name, which has the direction.
-        values: Of each client [K]; a client whose metric is not defined (NaN) is left out.
-        pooled: Of all samples together; NaN: it is not known.
+        metric: Its name, which determines the direction.
+        values: Value of each client, [K]; clients with NaN are left out.
+        pooled: Value over all samples; NaN: unknown.
         lower: As for `higher_is_better`.
 
     Returns:
-        ``mean`` and ``std`` over clients, which count alike (``std`` as of a whole population);
-        ``pooled``; percentiles between the nearest values; ``worst10`` and ``best10``, the means
-        over the worst and the best tenth, of ceil(K / 10) clients. NaN of no client. ``n``: over
-        how many clients, where some are left out.
+        ``mean`` and ``std`` over clients with equal weights (``std`` of a whole population);
+        ``pooled``; interpolated percentiles; ``worst10`` and ``best10``, the means over the worst
+        and the best tenth, of ceil(K / 10) clients. NaN without clients. ``n``: the number of
+        clients, if some are left out.
 
     Example:
         >>> found = spread("accuracy", np.array([0.2, 0.4, 0.9]), 0.6)
@@ -159,12 +159,12 @@ BEGINS = _PLACES / (1 - abs(_PLACES))  # the m where each place of a histogram b
 
 @dataclass(frozen=True)
 class SummedMeasure:
-    """The vectors of a run.
+    """Encode and decode a run's metrics as integer vectors for secure aggregation.
 
     Attributes:
         measure: The metrics.
-        layout: Of the sums that a client sends of a point of a round.
-        points: What is before the names of each point.
+        layout: Layout of the sums that a client sends for a point of a round.
+        points: Prefix of the names of each point.
     """
 
     measure: Measure
@@ -182,17 +182,17 @@ class SummedMeasure:
 
     @property
     def size(self) -> int:
-        """Words of a vector."""
+        """Return the number of words in a vector."""
         bins = len(self.points) * len(self.measure.metrics) * BINS
         return PIECES * self._numbers + bins
 
     def words(self, sent: Tree, samples: torch.Tensor) -> Words:
-        """Write what clients send.
+        """Encode the values of clients as words.
 
         Args:
             sent: [K, q] by name, of all points.
-            samples: That they measured on, int64 [K]; 0 for one that has none, whose numbers in
-                ``sent`` are not read.
+            samples: Samples measured by each client, int64 [K]; 0 if it has none, and its values in
+                ``sent`` are ignored.
 
         Returns:
             Words [K, size].
@@ -224,16 +224,16 @@ class SummedMeasure:
 
         Args:
             total: Words [size].
-            clients: Who are in the sum.
-            least: Clients with a value, below which nothing is told of a metric; clients that
-                measured, below which nothing is told at all.
+            clients: Number of clients in the sum.
+            least: Fewest clients with a value for a metric to be published, and fewest clients that
+                measured for anything to be published.
 
         Returns:
-            By metric what `spread` gives; how many measured (``n``), and on how many samples. What
-            is not told has no place; ``withheld`` says why.
+            Results of `spread` by metric; ``n``, the clients that measured; and their samples.
+            Unpublished metrics are missing, and ``withheld`` says why.
 
         Raises:
-            WireError: If so many clients cannot have sent it.
+            WireError: If this number of clients cannot have sent it.
         """
         pieces, bins = np.split(total, [PIECES * self._numbers])
         whole = (pieces.astype(object).reshape(-1, PIECES) << SHIFTS).sum(axis=1)
@@ -272,10 +272,10 @@ class SummedMeasure:
 
 
 def read_sizes(told: object) -> Layout:
-    """Read a layout that a client tells beside its vector.
+    """Parse a layout that a client sends beside its vector.
 
     Raises:
-        WireError: If it is none.
+        WireError: If it is no valid layout.
     """
     pairs = told.items() if isinstance(told, Mapping) else [("", 0)]
     if not all(isinstance(size, int) and 0 < size < 2**20 for _, size in pairs):
@@ -284,5 +284,5 @@ def read_sizes(told: object) -> Layout:
 
 
 def write_sizes(layout: Layout) -> Mapping[str, int]:
-    """Write a layout as `read_sizes` reads it."""
+    """Write a layout for `read_sizes`."""
     return {name: size for (name, _), size in zip(layout.shapes, layout.sizes, strict=True)}

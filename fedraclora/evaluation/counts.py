@@ -1,4 +1,4 @@
-"""What metrics are made of: sums for each owner, or outputs and targets that are kept."""
+"""Compute the inputs of metrics: sums per owner, or outputs and targets that are kept."""
 
 from __future__ import annotations
 
@@ -16,34 +16,34 @@ from fedraclora.errors import ConfigError
 
 @dataclass(frozen=True)
 class Owners:
-    """Whose the rows of a batch are.
+    """Map the rows of a batch to their owners.
 
     Attributes:
         count: Number of owners.
-        of: The owner of each row, 0 to ``count - 1``, int64 [N]; None: all are of the only one.
+        of: The owner of each row, 0 to ``count - 1``, int64 [N]; None: one owner has all rows.
     """
 
     count: int = 1
     of: torch.Tensor | None = None
 
     def sums(self, *columns: torch.Tensor) -> torch.Tensor:
-        """Add columns [N] up for each owner: float64 [count, columns], in the order of the rows."""
+        """Sum columns [N] per owner: float64 [count, columns], in the order of the rows."""
         if self.of is None:
             return torch.stack([column.double().sum() for column in columns])[None]
-        # Sorted and in segments: scattered sums have no order on a GPU, nor the same bits twice.
+        # Sorted and in segments: on a GPU, scattered sums have no fixed order and so no fixed bits.
         rows = torch.stack([column.double() for column in columns], dim=1)
         sizes = self.of.bincount(minlength=self.count)
         return torch.segment_reduce(rows[self.of.argsort(stable=True)], "sum", lengths=sizes)
 
     def counts(self, places: torch.Tensor, counted: torch.Tensor, width: int) -> torch.Tensor:
-        """Count how often each place, int64 [N], occurs among what is counted: [count, width]."""
+        """Count how often each index, int64 [N], occurs per owner: [count, width]."""
         start = 0 if self.of is None else self.of * width
         table = torch.zeros(self.count * width, dtype=torch.int64, device=places.device)
         table.index_add_(0, (start + places) * counted, counted.long())
         return table.reshape(self.count, width).double()
 
     def repeated(self, of_row: torch.Tensor) -> Owners:
-        """Give the owners of parts (tokens, pixels): ``of_row`` says of which row each part is."""
+        """Return the owners of parts (tokens, pixels): ``of_row`` maps each part to its row."""
         return self if self.of is None else replace(self, of=self.of[of_row])
 
 
@@ -52,13 +52,13 @@ ONE = Owners()
 
 @dataclass(frozen=True)
 class Batch:
-    """Outputs of a model beside the targets of the samples.
+    """Hold the outputs of a model beside the targets of the samples.
 
     Attributes:
         output, target: Of the samples.
-        loss: By which they are judged.
-        reads: The loss for which they are read (`fedraclora.data.task.Task.reads`).
-        owners: Whose the samples are.
+        loss: The loss to compute.
+        reads: The loss that defines how outputs are read (`fedraclora.data.task.Task.reads`).
+        owners: The owners of the samples.
     """
 
     output: torch.Tensor
@@ -68,7 +68,7 @@ class Batch:
     owners: Owners = ONE
 
     def classes(self) -> tuple[torch.Tensor, torch.Tensor, int, Owners]:
-        """Give predicted [P] and true classes (-100: none), how many there are, and owners."""
+        """Return predicted [P] and true classes (-100: none), their number, and owners."""
         output, target = self.output, self.target
         if self.reads == "logistic":
             return (output.reshape(-1) > 0).long(), target.reshape(-1).long(), 2, self.owners
@@ -81,10 +81,10 @@ class Batch:
         return predicted.flatten(), target.flatten(), output.shape[over], owners
 
     def rows(self) -> tuple[torch.Tensor, torch.Tensor, Owners]:
-        """Give outputs and targets for metrics of the user's own.
+        """Return outputs and targets for the user's own metrics.
 
-        Of tokens or pixels these are a row each [P, C] beside [P], without those that have no
-        target; numbers that are one a sample are [N] on both sides.
+        Tokens or pixels have a row each, [P, C] beside [P], without those that have no target; one
+        number per sample gives [N] on both sides.
         """
         output, target, owners = self.output, self.target, self.owners
         if read_as(self.reads).each:
@@ -123,14 +123,14 @@ def _classes(batch: Batch) -> torch.Tensor:
 
 
 def _labels(batch: Batch) -> torch.Tensor:
-    """Count the same of each output that says yes or no, where yes is counted: [owners, 3 C]."""
+    """Count the same for each yes-or-no output: [owners, 3 C]."""
     said, wanted = batch.output.reshape(batch.target.shape) > 0, batch.target == 1
     columns = torch.cat([said & wanted, said, wanted], dim=1)
     return batch.owners.sums(*columns.unbind(dim=1))
 
 
 def _numbers(batch: Batch) -> tuple[torch.Tensor, torch.Tensor, Owners]:
-    """Give predicted numbers and true numbers, [N], of ``multi_label`` [N, C]; float64."""
+    """Return predicted and true numbers, [N], or [N, C] for ``multi_label``; float64."""
     output, target = batch.output, batch.target
     if batch.reads == "multi_label":
         return output.reshape(target.shape).double(), target.double(), batch.owners
@@ -144,13 +144,13 @@ def _numbers(batch: Batch) -> tuple[torch.Tensor, torch.Tensor, Owners]:
 
 @dataclass(frozen=True)
 class Counted:
-    """What metrics are made of.
+    """Define the input of a metric.
 
     Attributes:
-        name: Under which a state has it.
-        take: Takes it from a batch.
-        sums: Whether it is sums, which add up and are all that must be known of the samples (under
-            secure sums nothing else can go); else all outputs and targets are kept.
+        name: Its name in a state.
+        take: Computes it from a batch.
+        sums: Whether it consists of sums, which can be added (secure aggregation needs this);
+            otherwise all outputs and targets are kept.
     """
 
     name: str
@@ -159,7 +159,7 @@ class Counted:
 
 
 def ratio(sums: Any) -> float:
-    """Divide two sums; NaN where nothing was counted."""
+    """Divide two sums; NaN if nothing was counted."""
     return float(sums[0] / sums[1]) if sums[1] else math.nan
 
 
@@ -170,12 +170,12 @@ NUMBERS = Counted("numbers", _numbers, sums=False)
 
 @dataclass(frozen=True)
 class Formula:
-    """How a metric is computed.
+    """Define how a metric is computed.
 
     Attributes:
-        value: Of sums [q], or of outputs and targets that were kept; both in memory.
+        value: Computes the metric from sums [q], or from kept outputs and targets, in memory.
         losses: Losses (keys of `fedraclora.data.task.LOSSES`) whose outputs the metric can read.
-        count: What it is made of.
+        count: Its input.
         higher_is_better: Direction, for "reached the target".
     """
 

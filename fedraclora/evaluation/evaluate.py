@@ -1,10 +1,10 @@
-"""Measuring a model on held-out samples.
+"""Measure a model on held-out samples.
 
-It runs in every round, so a batch costs a forward pass and little else: the sums behind accuracy
-and loss stay on the device until the last batch, and outputs are kept only for the metrics that
-need them.
+This runs in every round, so a batch costs a forward pass and little else: the sums behind accuracy
+and loss stay on the device until the last batch, and outputs are kept only for metrics that need
+them.
 
-Predictions are what a model answers, in the words of its data: names of classes, numbers, tokens.
+Predictions use the terms of the data: names of classes, numbers, tokens.
 """
 
 from __future__ import annotations
@@ -44,18 +44,18 @@ def evaluate(
 ) -> dict[str, float]:
     """Measure a model at the given weights, in evaluation mode and without gradients.
 
-    Accuracy, Matthews' coefficient and F1 read classes: the greatest of the logits [N, C], a
-    logistic score above 0, or that of each token or pixel (those with target -100 do not count).
-    F1 is that of class 1 for two classes, else the unweighted mean over the classes that occur or
-    were predicted. Pearson's and Spearman's coefficients read numbers [N] or [N, 1]; where a side
-    is constant they are NaN.
-    For ``multi_label`` an output says yes above 0: ``f1_micro`` is over all of them together,
-    ``f1_macro`` and ``auc`` are means over outputs (``auc``: over those that have both answers).
+    Accuracy, Matthews' coefficient and F1 read classes: the largest of the logits [N, C], a
+    logistic score above 0, or the class of each token or pixel (target -100 does not count).
+    For two classes, F1 is that of class 1; for more, the unweighted mean over the classes that
+    occur or were predicted. Pearson's and Spearman's coefficients read numbers [N] or [N, 1]; if a
+    side is constant they are NaN.
+    For ``multi_label`` an output above 0 means yes: ``f1_micro`` is over all outputs together,
+    ``f1_macro`` and ``auc`` are means over outputs (``auc``: over outputs with both targets).
     ``mean_iou`` is the mean over the classes that occur or were predicted.
 
     Args:
-        model: The network. Its buffers, and parameters that ``weights`` does not name, are used
-            as they are; nothing of it is changed.
+        model: The network. Buffers, and parameters that ``weights`` does not name, are used as they
+            are; the model is not changed.
         weights: Parameters by name. Batches are moved to their device.
         samples: What to measure on.
         loss: As for `Measure.of`.
@@ -64,12 +64,12 @@ def evaluate(
         like: As for `Measure.of`.
 
     Returns:
-        The metrics, in the order that was asked for. ``loss`` is the mean over samples (of half
+        The metrics in the requested order. ``loss`` is the mean over samples (of half
         the squared distance for ``squared_error``), over tokens or pixels with a label, or over
         outputs for ``multi_label``; ``perplexity`` is its exponential.
 
     Raises:
-        ConfigError: If a metric or the loss does not exist, or do not go together.
+        ConfigError: If a metric or the loss does not exist, or the two are incompatible.
         DataError: If there are no samples.
         ShapeError: If a weight is not a parameter of the model, or has another shape.
     """
@@ -85,7 +85,7 @@ def state_of(
     batch_size: int,
     owners: Owners = ONE,
 ) -> Tree:
-    """Pass all samples through a model once and count what metrics need; see `evaluate`.
+    """Run all samples through a model once and collect the state of metrics; see `evaluate`.
 
     Args:
         model: The network.
@@ -93,7 +93,7 @@ def state_of(
         samples: What to measure on.
         measure: The metrics.
         batch_size: Samples per forward pass.
-        owners: Whose the samples are.
+        owners: The owners of the samples.
 
     Returns:
         The state of the metrics, on the device of the weights.
@@ -125,7 +125,7 @@ def _check_weights(model: nn.Module, weights: Tree) -> None:
 
 @contextmanager
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Set every module to evaluation, and back to its own flag (they may differ)."""
+    """Set every module to evaluation mode, and restore its own flag afterwards."""
     flags = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
@@ -136,10 +136,10 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
 
 
 def numbered_batches(samples: Samples, size: int) -> Iterator[tuple[torch.Tensor, Samples]]:
-    """Cut samples into batches, with the rows that each has.
+    """Yield batches of samples with their row numbers.
 
-    They are in stored order, or shortest first where they are padded: sorted by length, a batch
-    needs little padding; what is left is trimmed.
+    Batches are in stored order; padded samples are sorted by length, so that a batch needs little
+    padding, and the rest is trimmed.
     """
     lengths = samples.lengths
     if lengths is None:
@@ -159,9 +159,9 @@ T = TypeVar("T")
 
 
 def with_weights(model: nn.Module, weights: Tree, function: Callable[..., T], *given: object) -> T:
-    """Call ``function(model, *given)`` while the model has other weights, to evaluate it.
+    """Call ``function(model, *given)`` while the model has other weights.
 
-    Swapping weights in costs as much as a batch of a small model: one call serves all batches.
+    Swapping weights costs as much as a batch of a small model, so one call serves all batches.
     """
     named = {f"model.{name}": value for name, value in weights.items()}
     with torch.no_grad(), evaluation_mode(model):
@@ -170,7 +170,7 @@ def with_weights(model: nn.Module, weights: Tree, function: Callable[..., T], *g
 
 
 class _Calling(nn.Module):
-    """Hands a model to a function: weights are swapped for a call of a module alone."""
+    """Pass a model to a function: torch swaps weights only for the call of a module."""
 
     def __init__(self, model: nn.Module, function: Callable[..., Any]) -> None:
         super().__init__()
@@ -184,7 +184,7 @@ class _Calling(nn.Module):
 def _count(
     model: nn.Module, samples: Samples, measure: Measure, batch_size: int, owners: Owners
 ) -> Tree:
-    """Count over all batches; what is summed stays on the device until the end."""
+    """Collect the state over all batches; sums stay on the device until the end."""
     device = next(model.parameters(), samples.target).device
     of = None if owners.of is None else owners.of.to(device)
     states = []
@@ -198,7 +198,7 @@ def _count(
 def _outputs(
     model: nn.Module, measure: Measure, batch: Samples, owners: Owners
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor, Owners, str]]:
-    """Give outputs, targets, owners: of all samples, or of labelled tokens, with their loss."""
+    """Return outputs, targets and owners of all samples, or of labelled tokens, and their loss."""
     whole = measure.loss is not LOSSES["next_token"]
     if whole or (head := output_layer(model, "next_token")) is None:
         yield forward(model, batch.inputs), batch.target, owners, ""
@@ -214,7 +214,7 @@ def _outputs(
 def class_accuracies(
     model: nn.Module, weights: Tree, samples: Samples, classes: int, batch_size: int
 ) -> npt.NDArray[np.float64]:
-    """Accuracy on the samples of each class [classes]; NaN for a class without samples."""
+    """Compute accuracy on the samples of each class, [classes]; NaN for a class without samples."""
     measure = Measure.of(("f1",), "cross_entropy")
     state = state_of(model, weights, samples, measure, batch_size)
     right, _, total = state[OF_CLASSES.name].cpu().numpy().reshape(3, -1)[:, :classes]
@@ -229,7 +229,7 @@ def personal_accuracy(
     counts: Counts,
     batch_size: int,
 ) -> dict[str, float]:
-    """Mean accuracy of clients' own models, each under its client's own mix of classes.
+    """Compute the mean accuracy of personal models, each under its client's class distribution.
 
     A personal head is for the client's data, so a common test set would punish it for classes
     that the client never sees. Each class's accuracy on the test samples is weighted by the share
@@ -237,8 +237,8 @@ def personal_accuracy(
 
     Args:
         model: The network.
-        weights: What all share.
-        owned: What stays at each client, by id.
+        weights: The shared weights.
+        owned: The personal tensors of each client, by id.
         samples: Test samples with class targets.
         counts: Training samples of each class at each of these clients [len(owned), classes].
         batch_size: Samples per forward pass.
@@ -269,30 +269,30 @@ def predict(
     reading: Mapping[str, Any],
     batch_size: int,
 ) -> list[Prediction]:
-    """Answer every sample, in evaluation mode and without gradients.
+    """Predict every sample, in evaluation mode and without gradients.
 
     Args:
         model: The network.
         weights: Parameters by name. Batches are moved to their device.
-        samples: Whose targets are not looked at.
-        loss: For which the model was trained: it says what its outputs are.
+        samples: The samples; targets are ignored.
+        loss: The loss of training, which defines the meaning of outputs.
         reading: `fedraclora.data.dataset.DataSet.reading`.
         batch_size: Samples per forward pass.
 
     Returns:
-        One record a sample, in their order. ``prediction`` is a class (of each label that applies,
-        of each token or each pixel, as a list), a number on the scale of the raw samples, or the
-        next token. A class is as the data have it, a name or a number; else it has the name that
-        the model itself gives, or its number. ``probability`` beside it is by class, or that of the
-        token. Of a loss of another package, whose outputs could be anything, there are ``output``
-        alone.
+        One record per sample, in order. ``prediction`` is a class (or a list: of the labels that
+            apply,
+        of all tokens or of all pixels), a number on the scale of the raw samples, or the next
+        token. A class has the name or number of the data; else the model's name for it, or its
+        number. ``probability`` is by class, or that of the token. For a loss of another package,
+        with outputs of any meaning, there is only ``output``.
     """
     reading = {"classes": named_outputs(model, loss), **reading}
     return with_weights(model, weights, _answered, samples, loss, reading, batch_size)
 
 
 def named_outputs(model: nn.Module, loss: str) -> list[str]:
-    """Name the classes as a model of transformers does; none where its names are the default."""
+    """Return a transformers model's class names; empty if they are its defaults."""
     labels = getattr(getattr(model, "config", None), "id2label", None) or {}
     default = all(str(name) == f"LABEL_{k}" for k, name in labels.items())
     one_score = loss == "logistic" and len(labels) == 1
@@ -315,9 +315,9 @@ def _answered(
 
 
 class _Words:
-    """Classes in their order, and tokens; where there is none, the number.
+    """Convert outputs to names of classes, numbers and tokens; to indices if there are no names.
 
-    A method for each loss says what its outputs, float64, are in words.
+    Each loss has a method that converts its outputs, float64.
     """
 
     def __init__(self, reading: Mapping[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""Answers that a language model generates to the prompts of held-out samples."""
+"""Generate a language model's answers to the prompts of held-out samples."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Generated:
-    """A prompt with the answer that stands in the data, and the one that was generated."""
+    """Hold a prompt, its reference answer and the generated answer."""
 
     prompt: str
     wanted: str
@@ -29,13 +29,13 @@ class Generated:
 
     @property
     def right(self) -> bool:
-        """Whether the two are the same but for space around them."""
+        """Return whether the two answers are equal, ignoring surrounding space."""
         return self.wanted.strip() == self.answer.strip()
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """A prompt, the answer in the data, and how many of its tokens are compared; None: all."""
+    """Hold a prompt, its reference answer, and the number of compared tokens; None: all."""
 
     prompt: torch.Tensor
     wanted: torch.Tensor
@@ -44,20 +44,19 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Answering:
-    """Has a language model answer prompts, always the same, by the likeliest token each time.
+    """Generate answers to prompts greedily, the same prompts each time.
 
     Attributes:
-        model: The network, with ``generate`` of transformers.
-        tokenizer: Of transformers.
-        samples: Held-out samples: tokens with labels on the answers. Of several answers in a sample
-            the last is generated; where there is none, what comes after the sample. An answer that
-            ``data.max_length`` has cut, or that is longer than ``new_tokens``, is compared as far
-            as it goes.
-        every: Rounds between answers; the first weights and the last are asked, too.
-        count: How many prompts, spread evenly over the samples.
-        new_tokens: Of an answer at most.
-        shown: How many answers the ledger keeps.
-        batch_size: Prompts at a time.
+        model: The network, with transformers' ``generate``.
+        tokenizer: A tokenizer of transformers.
+        samples: Held-out samples: tokens with labels on the answers. If a sample has several
+            answers, the last is generated; if none, its continuation. An answer that is cut by
+            ``data.max_length``, or longer than ``new_tokens``, is compared up to there.
+        every: Rounds between generations; the initial and the final weights are included.
+        count: Number of prompts, spread evenly over the samples.
+        new_tokens: Most tokens of an answer.
+        shown: Number of answers kept in the ledger.
+        batch_size: Prompts per batch.
 
     Raises:
         ConfigError: If the model does not generate, or there is no tokenizer.
@@ -73,7 +72,7 @@ class Answering:
     batch_size: int
 
     def __post_init__(self) -> None:
-        """Refuse what generates no text."""
+        """Refuse a model or task that generates no text."""
         if self.tokenizer is None or not callable(getattr(self.model, "generate", None)):
             raise ConfigError(
                 f"evaluate.generate={self.every} wants answers, but this model or these data have "
@@ -90,7 +89,7 @@ class Answering:
 
     @cached_property
     def asked(self) -> list[Prompt]:
-        """The prompts, spread evenly over the samples."""
+        """List the prompts, spread evenly over the samples."""
         chosen = min(self.count, len(self.samples))
         rows = torch.arange(chosen) * len(self.samples) // chosen
         tokens = self.samples.inputs["input_ids"], self.samples.target
@@ -106,17 +105,17 @@ class Answering:
         return found
 
     def due(self, round_: int, last: int) -> bool:
-        """Tell whether the weights of a round answer."""
+        """Tell whether to generate answers in a round."""
         return round_ % self.every == 0 or round_ == last
 
     def columns(self, weights: Tree) -> tuple[dict[str, float], list[dict[str, str]]]:
-        """Give the metric ``exact_match`` of all answers, and the texts of the first of them."""
+        """Return the metric ``exact_match`` of all answers, and the texts of the first ones."""
         found = self.answers(weights)
         match = sum(answer.right for answer in found) / len(found)
         return {"exact_match": match}, [vars(answer) for answer in found[: self.shown]]
 
     def answers(self, weights: Tree) -> list[Generated]:
-        """Generate at the given weights, and put each answer beside that of the data."""
+        """Generate answers at the given weights, each beside its reference."""
         decode, given = self.tokenizer.decode, self.written(weights)
         return [
             Generated(
@@ -130,11 +129,11 @@ class Answering:
         ]
 
     def texts(self, weights: Tree) -> list[str]:
-        """Generate at the given weights; give whole answers alone."""
+        """Generate answers at the given weights; return whole texts."""
         return [self.tokenizer.decode(t, skip_special_tokens=True) for t in self.written(weights)]
 
     def written(self, weights: Tree) -> list[torch.Tensor]:
-        """Generate at the given weights, greedily: the tokens of each answer."""
+        """Generate answers at the given weights, greedily, as tokens."""
         asked = self.asked
         order = sorted(range(len(asked)), key=lambda place: len(asked[place].prompt))
         given: dict[int, torch.Tensor] = {}
@@ -149,14 +148,14 @@ class Answering:
     def _continued(
         self, model: nn.Module, prompts: list[torch.Tensor], device: torch.device
     ) -> torch.Tensor:
-        """Let the model go on from some prompts, without sampling; give the tokens it writes."""
+        """Continue some prompts greedily; return the new tokens."""
         end = self.tokenizer.eos_token_id
         pad = self.tokenizer.pad_token_id
         pad = (0 if end is None else end) if pad is None else pad
         longest = max(len(prompt) for prompt in prompts)
         ids = torch.full((len(prompts), longest), pad)
         mask = torch.zeros_like(ids)
-        for row, prompt in enumerate(prompts):  # on the left: the answers begin together
+        for row, prompt in enumerate(prompts):  # pad on the left, so that answers begin together
             ids[row, longest - len(prompt) :] = prompt
             mask[row, longest - len(prompt) :] = 1
         generate: Any = model.generate
@@ -177,7 +176,7 @@ class Answering:
 
 
 def cut(ids: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Give the tokens before the last answer of a sample, and those of the answer.
+    """Split a sample into the tokens before its last answer, and those of the answer.
 
     A sample without an answer is a prompt.
 

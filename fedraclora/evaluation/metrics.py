@@ -1,9 +1,9 @@
-"""The table of metrics, and their state, which adds up over batches and clients.
+"""Define the table of metrics, and their state, which adds up over batches and clients.
 
-A metric is the value of a *count*. Where sums over the samples are enough, these are all that is
-kept, for each owner of samples [owners, q]; else every output and target is, with its owner. One
-pass over samples of many clients gives the states of all, and `Measure.pooled` that of them
-together. Metrics of one count share it.
+A metric is computed from a *count*. If sums over samples are enough, only these are kept, for each
+owner of samples [owners, q]; otherwise every output and target is kept, with its owner. One pass
+over the samples of many clients gives the states of all, and `Measure.pooled` their joint state.
+Metrics with the same count share it.
 """
 
 from __future__ import annotations
@@ -45,15 +45,15 @@ _NUMBERS = frozenset({"squared_error", "logistic"})
 
 @dataclass(frozen=True)
 class Measure:
-    """The metrics of a run, and their state.
+    """Compute the metrics of a run from states that add up.
 
-    A state is named tensors: of a `Counted` that is sums one of its name, float64 [owners, q]; of
-    another ``name/output``, ``name/target`` [P, ...] and ``name/owner`` [P].
+    A state is a dict of tensors: for a `Counted` of sums, one of its name, float64 [owners, q]; for
+    another, ``name/output``, ``name/target`` [P, ...] and ``name/owner`` [P].
 
     Attributes:
-        metrics: By name, the headline first.
-        loss: By which the model is judged.
-        reads: The loss for which its outputs are read.
+        metrics: By name, the primary metric first.
+        loss: The loss to compute.
+        reads: The loss that defines how outputs are read.
 
     Example:
         >>> measure = Measure.of(("accuracy", "loss"), "cross_entropy")
@@ -72,15 +72,15 @@ class Measure:
 
     @classmethod
     def of(cls, names: Iterable[str], loss: str, like: str = "") -> Measure:
-        """Look metrics up.
+        """Create it from the names of metrics.
 
         Args:
             names: Keys of `METRICS`, or names of metrics of the user's own.
             loss: A key of `fedraclora.data.task.LOSSES`, or the name of one of the user's own.
-            like: For which outputs are read in the place of ``loss``, or nothing.
+            like: The loss that defines how outputs are read, if not ``loss``.
 
         Raises:
-            ConfigError: If a metric or the loss does not exist, or do not go together.
+            ConfigError: If a metric or the loss does not exist, or the two are incompatible.
         """
         function, reads = loss_function(loss), like or loss
         chosen: dict[str, Formula] = {}
@@ -96,7 +96,8 @@ class Measure:
                 continue
             if name not in METRICS:
                 raise unknown("metric", name, METRICS)
-            if reads in LOSSES and reads not in METRICS[name].losses:  # of others we know nothing
+            # nothing is known about other losses
+            if reads in LOSSES and reads not in METRICS[name].losses:
                 fitting = ", ".join(sorted(k for k, m in METRICS.items() if reads in m.losses))
                 raise ConfigError(
                     f"metric {name!r} cannot be computed from the outputs of a model with loss "
@@ -107,29 +108,29 @@ class Measure:
 
     @property
     def counts(self) -> list[Counted]:
-        """What the metrics are made of, each once."""
+        """List the inputs of the metrics, without repetition."""
         return [*{metric.count.name: metric.count for metric in self.metrics.values()}.values()]
 
     @classmethod
     def of_task(cls, task: Task) -> Measure:
-        """Look up the metrics of a task."""
+        """Create it from the metrics of a task."""
         return cls.of(task.metrics, task.loss, task.like)
 
     @property
     def lower(self) -> list[str]:
-        """The metrics of the user's own of which less is better."""
+        """List the user's own metrics for which lower is better."""
         return [n for n, m in self.metrics.items() if n not in METRICS and not m.higher_is_better]
 
     def take(
         self, output: torch.Tensor, target: torch.Tensor, owners: Owners = ONE, loss: str = ""
     ) -> Tree:
-        """Take the state of a batch.
+        """Compute the state of a batch.
 
         Args:
             output: Of the model.
             target: Of the samples.
-            owners: Whose they are.
-            loss: A key of `LOSSES` that output and target are for, where it is another one.
+            owners: The owners of the samples.
+            loss: The key of `LOSSES` that output and target belong to, if another one.
         """
         judge, reads = (LOSSES[loss], loss) if loss else (self.loss, self.reads)
         batch, state = Batch(output, target, judge, reads, owners), {}
@@ -143,7 +144,7 @@ class Measure:
         return state
 
     def join(self, states: Iterable[Tree]) -> Tree:
-        """Add up the states of batches, or of the same owners elsewhere; of none it is empty."""
+        """Add the states of batches, or of the same owners elsewhere; the sum of none is empty."""
         by_name: dict[str, list[torch.Tensor]] = {}
         for name, part in (pair for state in states for pair in state.items()):
             by_name.setdefault(name, []).append(part)
@@ -153,12 +154,12 @@ class Measure:
         }
 
     def pooled(self, state: Tree) -> Tree:
-        """Make the samples of all owners those of one."""
+        """Treat the samples of all owners as those of one."""
         pooled = {n: t if "/" in n else t.sum(dim=0, keepdim=True) for n, t in state.items()}
         return pooled | {n: torch.zeros_like(t) for n, t in state.items() if n.endswith("/owner")}
 
     def values(self, state: Tree, owners: int = 1) -> list[dict[str, float]]:
-        """Compute the metrics of each owner; NaN where nothing was counted."""
+        """Compute the metrics of each owner; NaN if nothing was counted."""
         here = {name: tensor.cpu() for name, tensor in state.items()}
         return [
             {name: self._value(metric, here, owner) for name, metric in self.metrics.items()}
@@ -200,7 +201,7 @@ def _matthews(sums: Sums) -> float:
 
 
 def _f1(sums: Sums, *, average: str) -> float:
-    """F1 of class 1 of two, the mean over classes that occur or were said, or of all together."""
+    """Compute F1 of class 1 of two, the mean over classes, or F1 of all outputs together."""
     right, said, wanted = sums.reshape(3, -1)
     if average == "micro":
         right, said, wanted = (side.sum(keepdims=True) for side in (right, said, wanted))
@@ -213,14 +214,14 @@ def _f1(sums: Sums, *, average: str) -> float:
 
 
 def _mean_iou(sums: Sums) -> float:
-    """Intersection over union: the mean over the classes that occur or were predicted."""
+    """Compute the mean intersection over union of the classes that occur or were predicted."""
     right, said, wanted = sums.reshape(3, -1)
     union = said + wanted - right
     return float(np.mean(right[union > 0] / union[union > 0])) if union.any() else math.nan
 
 
 def _auc(output: torch.Tensor, target: torch.Tensor) -> float:
-    """Area under the ROC curve: the mean over the outputs of which both classes occur."""
+    """Compute the area under the ROC curve, averaged over outputs with both classes."""
     from sklearn.metrics import roc_auc_score
 
     scores, truth = (side.reshape(len(side), -1).numpy() for side in (output, target))
@@ -234,7 +235,7 @@ def _correlation(output: torch.Tensor, target: torch.Tensor, *, name: str) -> fl
     from scipy import stats
 
     scores, truth = output.numpy(), target.numpy()
-    # A constant or a non-finite side has no correlation; scipy says so with a warning.
+    # A constant or non-finite side has no correlation; scipy only warns.
     for side in (scores, truth):
         if side.size < 2 or not np.isfinite(side).all() or np.ptp(side) == 0.0:
             return math.nan
@@ -263,17 +264,17 @@ MEASURED = (*METRICS, "gap", *(f"{PERSONAL}{name}" for name in METRICS), *CHOICE
 
 
 def lower_of(facts: object) -> list[str]:
-    """Read the metrics of which less is better from the facts of a task, as a summary has them."""
+    """List the metrics for which lower is better, from a task's facts in a summary."""
     found = facts.get("lower_is_better") if isinstance(facts, Mapping) else None
     return [*map(str, found)] if isinstance(found, list) else []
 
 
 def higher_is_better(metric: str, lower: Collection[str] = ()) -> bool:
-    """Return the direction of a metric; names outside `METRICS` are taken as scores.
+    """Return whether higher is better; metrics outside `METRICS` count as scores.
 
     Args:
         metric: Its name.
-        lower: Metrics of the user's own of which less is better (`Measure.lower`).
+        lower: The user's own metrics for which lower is better (`Measure.lower`).
 
     Example:
         >>> [higher_is_better(f"clients.{name}") for name in ("f1.worst10", "loss.mean", "f1.std")]

@@ -1,4 +1,4 @@
-"""Metrics of the user's own: of torchmetrics, a function of all outputs, or one of each sample."""
+"""Add the user's own metrics: of torchmetrics, a function of all outputs, or of each sample."""
 
 from __future__ import annotations
 
@@ -28,15 +28,15 @@ WANTED = (
 
 @dataclass(frozen=True)
 class Metric:
-    """A metric of your own.
+    """Define a metric of your own.
 
     Attributes:
-        function: ``function(output, target)`` gives a number; or a metric of torchmetrics. Outputs
-            and targets are those of all samples, a row each; of tokens and pixels each is a row.
-        higher_is_better: Its direction; None: as the metric of torchmetrics says.
-        each: Whether the function gives a number for each row, [N], of which the metric is the
-            mean. Such a metric is made of sums, which may go where single outputs may not.
-        name: In the ledger; empty: that of the function.
+        function: ``function(output, target)`` returns a number; or a metric of torchmetrics.
+            Outputs and targets have one row for each sample, token or pixel.
+        higher_is_better: Its direction; None: that of the torchmetrics metric.
+        each: Whether the function returns a number for each row, [N]; the metric is their mean.
+            Such a metric consists of sums, so that it works under secure aggregation.
+        name: Its name in the ledger; empty: that of the function.
     """
 
     function: Callable[..., Any]
@@ -45,7 +45,7 @@ class Metric:
     name: str = ""
 
     def __post_init__(self) -> None:
-        """Reject what is no function, and a name that no ledger has.
+        """Reject a value that is no function, and a name that a ledger cannot have.
 
         Raises:
             ConfigError: Naming it.
@@ -63,16 +63,16 @@ class Metric:
 
 
 def own_metric(name: str) -> Formula:
-    """Find a metric of the user's own by its name.
+    """Find a user's metric by its name.
 
     Raises:
-        ConfigError: If there is none, or nothing says its direction.
+        ConfigError: If there is none, or its direction is unknown.
     """
     found = own_object("data.metrics", name)
     metric = found if isinstance(found, Metric) else Metric(found)
     higher = metric.higher_is_better
     if higher is None:
-        inner = getattr(metric.function, "func", metric.function)  # of a partial
+        inner = getattr(metric.function, "func", metric.function)  # the function inside a partial
         higher = getattr(inner, "higher_is_better", None)
     if not isinstance(higher, bool):
         raise ConfigError(
@@ -80,7 +80,7 @@ def own_metric(name: str) -> Formula:
             "function an attribute (NAME.higher_is_better = False), or say "
             "fedraclora.Metric(NAME, higher_is_better=...)"
         )
-    kinds = type(metric.function).__mro__  # torchmetrics need not be there
+    kinds = type(metric.function).__mro__  # torchmetrics need not be installed
     is_torch = any(kind.__module__ == "torchmetrics.metric" for kind in kinds)
     own = (_Torch if is_torch else _Each if metric.each else _Whole)(name, metric.function)
     if not is_torch:
@@ -89,27 +89,27 @@ def own_metric(name: str) -> Formula:
 
 
 class _Whole:
-    """A function of all outputs, whose errors name it, and of which one number is wanted."""
+    """Apply a function of all outputs that returns one number; errors name the function."""
 
     sums = False
 
     def __init__(self, name: str, function: Any) -> None:
         self.name, self.function = name.partition("@")[0], function
-        self.tried = False  # called twice with the same, as it may draw nothing
+        self.tried = False  # called twice with the same input, to detect random draws
 
     def take(self, batch: Batch) -> Any:
-        """Take of a batch sums for each owner, [owners, q], or outputs, targets, and whose."""
+        """Compute sums for each owner, [owners, q], or outputs, targets and owners of a batch."""
         return batch.rows()
 
     def value(self, *given: Any) -> float:
-        """Compute it of the sums of an owner, or of its outputs and targets."""
+        """Compute the metric from an owner's sums, or from its outputs and targets."""
         found = self.number(self.called(self.function, *given))
         again = found if self.tried else self.number(self.called(self.function, *given))
         self.repeats(torch.tensor(found), torch.tensor(again))
         return found
 
     def repeats(self, found: torch.Tensor, again: torch.Tensor) -> None:
-        """Refuse a function that gives something else the second time.
+        """Refuse a function that returns something else the second time.
 
         Raises:
             ConfigError: Naming it.
@@ -122,7 +122,7 @@ class _Whole:
             )
 
     def called(self, function: Callable[..., Any], *given: torch.Tensor) -> Any:
-        """Call a function of the user's."""
+        """Call a user's function and name it in errors."""
         of = " and ".join(f"{each.dtype} {tuple(each.shape)}" for each in given)
         what = f"calling it with {of}" if given else "computing it"
         said = (f"metric {self.name}: ", what, f"; {WANTED}", PASSING)
@@ -130,9 +130,9 @@ class _Whole:
             return function(*given)
 
     def number(self, found: Any) -> float:
-        """Read a number."""
+        """Convert the result to a number."""
         try:
-            if isinstance(found, str):  # float() would read it
+            if isinstance(found, str):  # float() would accept it
                 raise TypeError("a text is no number")
             return float(found)
         except (TypeError, ValueError, RuntimeError, OverflowError) as error:
@@ -148,7 +148,7 @@ def _kind(found: Any) -> str:
 
 
 class _Each(_Whole):
-    """A function that gives a number for each row, of which the mean is taken."""
+    """Apply a function that returns a number for each row; the metric is the mean."""
 
     sums = True
 
@@ -172,11 +172,11 @@ class _Each(_Whole):
 
 
 class _Torch(_Whole):
-    """A metric of torchmetrics. Of classes it gets probabilities: else it guesses if they are."""
+    """Apply a metric of torchmetrics. Class metrics get probabilities, not logits."""
 
     def __init__(self, name: str, function: Any) -> None:
         super().__init__(name, copy.deepcopy(function))
-        # What is summed and what is kept it has no public list of.
+        # torchmetrics has no public list of states that are summed or kept.
         self.states: dict[str, Any] = {**self.function._defaults}  # noqa: SLF001
         rules = {getattr(r, "__name__", "") for r in self.function._reductions.values()}  # noqa: SLF001
         zeros = all(isinstance(t, torch.Tensor) and not bool(t.any()) for t in self.states.values())
@@ -202,7 +202,7 @@ class _Torch(_Whole):
         return torch.stack(found)
 
     def update(self, output: torch.Tensor, target: torch.Tensor) -> None:
-        """Let it see outputs, and nothing else."""
+        """Update the metric with outputs and targets."""
         self.function.to(output.device).reset()
         self.function.set_dtype(torch.float64)
         if len(target):
@@ -219,14 +219,14 @@ class _Torch(_Whole):
         with warnings.catch_warnings(record=True) as said:
             warnings.simplefilter("always")
             found = self.called(self.function.compute)
-        # It says that it means nothing, as the area under one class.
+        # A warning that the metric is undefined, as the area under the curve of one class.
         empty = any("meaningless" in str(each.message) for each in said)
         return math.nan if empty else self.number(found)
 
     def load(self, left: torch.Tensor) -> None:
-        """Put sums into it, as if it had seen what they are of."""
+        """Load sums into the metric, as if it had seen the samples."""
         self.function.cpu().reset()
-        # Of several outputs sums, but no counts, grow to [outputs] when they see the first.
+        # With several outputs, sums (but not counts) grow to [outputs] at the first update.
         wide = {n for n, t in self.states.items() if t.numel() == 1 and t.is_floating_point()}
         rest = len(left) - sum(start.numel() for start in self.states.values())
         for name, start in self.states.items():

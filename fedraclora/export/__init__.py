@@ -1,6 +1,6 @@
-"""Exports: a trained model in the forms that other libraries read, with a model card.
+"""Export a trained model in the formats of other libraries, with a model card.
 
-The text of the card is ``card.md.j2``.
+``card.md.j2`` has the text of the card.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ NO_TOKENIZER = (
     "it beside the model (AutoTokenizer.from_pretrained(...).save_pretrained(FOLDER)), or name it "
     "in the run (data.tokenizer)."
 )
-OURS = ("linear", "mlp", "cnn")  # models that shape, outputs and their keys make
+OURS = ("linear", "mlp", "cnn")  # models that are defined by shape, outputs and their keys
 LIBRARIES = ("transformers", "peft", "safetensors", "gguf")
 FORMATS: dict[str, Callable[[TrainedModel, Order], dict[str, object]]] = {
     "peft": write_peft,
@@ -44,9 +44,9 @@ def write_card(trained: TrainedModel, folder: Path, form: str, record: ExportRec
 
     Args:
         trained: What was exported.
-        folder: Where to.
+        folder: The target folder.
         form: The format.
-        record: What the format says of itself.
+        record: The format's own facts.
     """
     facts = {"format": form, **trained.facts, "libraries": versions_of(LIBRARIES), **record}
     facts["warnings"] = list(trained.warnings)
@@ -95,12 +95,12 @@ def card(trained: TrainedModel, form: str, record: ExportRecord) -> str:
 
 
 def _built(trained: TrainedModel) -> str:
-    """Write the lines that build a model of ours anew; for others a place to put them."""
+    """Write the lines that rebuild a model of ours; for other models a placeholder."""
     group = dict(_mapping(trained.config.get("model")))
     shape, name = _mapping(trained.facts.get("samples")).get("shape"), group.pop("name", None)
     if name not in OURS or not isinstance(shape, list | tuple):
         return f"model = ...  # the {type(trained.model).__name__} that the run was given"
-    *_, last = trained.model.parameters()  # of the layer that gives the outputs
+    *_, last = trained.model.parameters()  # prefix of the output layer
     given = {"shape": tuple(shape), "classes": last.shape[0], "seed": 0, **group}
     words = ", ".join(f"{key}={value!r}" for key, value in given.items())
     one = last.shape[0] == 1 and trained.facts.get("loss") == "logistic"
@@ -109,7 +109,7 @@ def _built(trained: TrainedModel) -> str:
 
 
 def lacks_tokenizer(model: Any, folder: Path) -> bool:
-    """Tell whether a folder has a model of transformers that reads texts, and no tokenizer."""
+    """Tell whether a folder has a transformers model for text without a tokenizer."""
     reads_texts = getattr(model, "main_input_name", None) == "input_ids"
     return reads_texts and not (folder / "tokenizer_config.json").is_file()
 
@@ -130,25 +130,25 @@ __all__ = ["FORMATS", "TrainedModel", "export"]
 def export(
     trained: TrainedModel, folder: Path, form: str, rank: int | None = None, *, check: bool = True
 ) -> dict[str, object]:
-    """Write a trained model into a new folder, with a model card; nothing is left if it fails.
+    """Write a trained model into a new folder, with a model card; on failure nothing remains.
 
-    The folder is written beside its place and renamed: it is whole, or not there. The same export
-    has the same bytes.
+    The folder is written under a temporary name and renamed, so that it is complete or missing. The
+    same export has the same bytes.
 
     Args:
         trained: The model.
-        folder: Made where it is missing.
+        folder: The target; created if missing.
         form: A key of `FORMATS`.
         rank: With ``peft``, the largest rank of a layer.
-        check: Read back what was written, which takes as long again.
+        check: Read back the files, which takes as long again.
 
     Returns:
-        What the format says of what it wrote; with ``peft``, ``layers``; and ``warnings``.
+        The format's facts about the files; with ``peft``, ``layers``; and ``warnings``.
 
     Raises:
-        ConfigError: If the format is unknown or does not fit, or the folder holds something,
-            or lies in a run folder with a link that leads out of it.
-        ModelError: If the format has no place for a layer.
+        ConfigError: If the format is unknown or unsuitable, or the folder is not empty, or is in a
+            run folder with a symbolic link that leaves it.
+        ModelError: If the format does not support a layer.
     """
     if form not in FORMATS:
         raise unknown("format", form, FORMATS)
@@ -163,7 +163,8 @@ def export(
     except UnicodeEncodeError as error:
         raise ConfigError(f"{str(folder)!r} is no UTF-8, as paths of safetensors are") from error
     refuse_full(folder)
-    partial = folder.with_name(f".{folder.name}.partial")  # one that a kill left is written anew
+    # rewrite a folder left by a killed export
+    partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     make_folder(partial)
     try:
@@ -171,7 +172,8 @@ def export(
         if form == "hf" and lacks_tokenizer(trained.model, partial):
             trained = replace(trained, warnings=(*trained.warnings, NO_TOKENIZER))
         write_card(trained, partial, form, record)
-        mode = partial.stat().st_mode & 0o777  # safetensors writes files that nobody else may read
+        # safetensors writes files that only their owner can read
+        mode = partial.stat().st_mode & 0o777
         for path in partial.rglob("*"):
             path.chmod(mode if path.is_dir() else mode & 0o666)
         partial.replace(folder)

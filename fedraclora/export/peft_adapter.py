@@ -1,4 +1,4 @@
-"""A PEFT adapter of what a run trained: ``W_T - W_0``, and beside it what it trained in full.
+"""Export a run as a PEFT adapter: ``W_T - W_0``, with modules that were trained in full.
 
     adapted matrix     LoRA of the rank of its change, or truncated; the scale is 1
     magnitudes (DoRA)  PEFT's own, ``use_dora``
@@ -38,9 +38,9 @@ from fedraclora.models.pretrained import quiet
 from fedraclora.tree import Tree
 from fedraclora.weights.files import save_tensors
 
-PEFT_PREFIX = "base_model.model."  # PEFT puts it before the names of modules
-BASE = "./base"  # what is loaded first, where it lies beside the adapter
-NEAR = 1e-5  # of the largest number of a tensor: where two ways to one sum may round apart
+PEFT_PREFIX = "base_model.model."  # PEFT's prefix of module names
+BASE = "./base"  # folder of the model to load first, beside the adapter
+NEAR = 1e-5  # tolerance relative to a tensor's largest number: two ways to a sum round differently
 
 
 @dataclass(frozen=True)
@@ -48,8 +48,8 @@ class Parts:
     """Which parameter goes where.
 
     Attributes:
-        factors: Of adapted modules, by the name of the module.
-        modules: Saved whole.
+        factors: Factors of adapted modules, by module name.
+        modules: Modules saved in full.
         biases: Whether biases of adapted modules are saved.
     """
 
@@ -61,23 +61,22 @@ class Parts:
 def write_peft(trained: TrainedModel, order: Order) -> ExportRecord:
     """Write ``adapter_config.json`` and ``adapter_model.safetensors``.
 
-    Where the run did not begin from a model that others can load by name, that beginning is written
+    If the run did not begin from a model that others can load by name, its initial model is written
     beside the adapter: ``base/`` (a Hugging Face folder), or ``base.safetensors`` (a state dict).
 
     Args:
-        trained: What the run trained.
-        order: Where to; its rank is that of every layer at most, None: the rank that its change
-            has.
+        trained: The trained model.
+        order: The target; its rank bounds that of every layer, None: the rank of the change.
 
     Returns:
         The base, and by layer: the rank; the rank of the whole change; the relative error, which is
-        the Frobenius norm of what is left out over that of the change (with DoRA, of the change
-        before rows are rescaled); where it was read back, the largest difference of a merged weight
+        the Frobenius norm of the omitted part over that of the change (with DoRA, of the change
+        before rows are rescaled); if it was read back, the largest difference of a merged weight
         from W_T.
 
     Raises:
         ConfigError: If nothing was trained, or PEFT is not installed.
-        ModelError: If PEFT has no form for a layer, naming it.
+        ModelError: If PEFT does not support a layer, naming it.
     """
     import_extra("peft", "--format peft")
     folder = order.folder
@@ -98,7 +97,7 @@ def write_peft(trained: TrainedModel, order: Order) -> ExportRecord:
 
 
 def _order(path: Path) -> None:
-    """Sort the names in a configuration: PEFT writes sets, in another order each time."""
+    """Sort the names in a configuration: PEFT writes sets, whose order changes."""
     said = json.loads(path.read_text())
     for key in ("target_modules", "modules_to_save"):
         if isinstance(said[key], list):
@@ -107,12 +106,12 @@ def _order(path: Path) -> None:
 
 
 def _base(trained: TrainedModel, folder: Path) -> tuple[str | None, Tree]:
-    """Give the name of what a reader loads first, and its weights; write what has no name."""
+    """Return the name of the base model and its weights; write one without a name."""
     model = trained.model
     if trained.source is not None and is_hugging_face(model):
         found = _loaded(trained, trained.source)
         if found is not None:
-            here = Path(trained.source)  # one on this machine is found from any folder
+            here = Path(trained.source)  # a local folder, findable from any working folder
             return str(here.resolve()) if here.is_dir() else trained.source, found
     if is_hugging_face(model):
         from fedraclora.export.whole_weights import save_model
@@ -125,7 +124,7 @@ def _base(trained: TrainedModel, folder: Path) -> tuple[str | None, Tree]:
 
 
 def _loaded(trained: TrainedModel, source: str) -> Tree | None:
-    """Load the pretrained model as a reader does; None where it is not what the run began from.
+    """Load the pretrained model as a reader does; None if the run began from other weights.
 
     A new head may differ: a reader draws another one.
     """
@@ -137,7 +136,8 @@ def _loaded(trained: TrainedModel, source: str) -> Tree | None:
                 source,
                 num_labels=labels,
                 dtype=torch.float32,
-                attn_implementation="eager",  # else one that the folder names: code of the hub
+                # otherwise one that the folder names, with code from the hub
+                attn_implementation="eager",
                 local_files_only=True,
                 trust_remote_code=False,
             )
@@ -160,10 +160,10 @@ def _near(found: torch.Tensor, wanted: torch.Tensor, tolerance: float = 1e-6) ->
 
 
 def _parted(trained: TrainedModel, start: Tree, rank: int | None) -> Parts:
-    """Decide which parameter goes where."""
+    """Decide how each parameter is saved."""
     weights, modules = trained.weights, dict(trained.model.named_modules())
     views = dict(trained.targets)
-    if rank is not None:  # what was trained in full is truncated, too, but for the head
+    if rank is not None:  # layers that were trained in full are truncated, too, except the head
         views |= _further(trained, modules)
     factors: dict[str, ChangeFactors] = {}
     rest = [n for n in weights if not torch.equal(weights[n], start[n])]
@@ -194,7 +194,7 @@ def _parted(trained: TrainedModel, start: Tree, rank: int | None) -> Parts:
 
 
 def _further(trained: TrainedModel, modules: dict[str, nn.Module]) -> dict[str, LayerView]:
-    """Find matrices that were trained in full though they are none of the adapted ones."""
+    """List matrices that were trained in full though they are not adapted."""
     return {
         f"{name}.weight": layer_view(module)
         for name, module in modules.items()
@@ -204,7 +204,7 @@ def _further(trained: TrainedModel, modules: dict[str, nn.Module]) -> dict[str, 
 
 
 def _adaptable(name: str, modules: dict[str, nn.Module]) -> str:
-    """Refuse a layer that PEFT cannot adapt."""
+    """Refuse a layer that PEFT does not support."""
     if name and getattr(modules[name], "groups", 1) == 1:
         return name
     whole = "is the whole model, and PEFT adapts layers inside one"
@@ -223,7 +223,7 @@ def _factored(trained: TrainedModel, name: str, view: LayerView, rank: int | Non
 
 
 def _adapted(trained: TrainedModel, start: Tree, parts: Parts) -> Any:
-    """Have PEFT wrap the model, and fill its factors in."""
+    """Let PEFT wrap the model, and fill in the factors."""
     from peft import LoraConfig, get_peft_model
 
     views = {f"{name}.weight": name for name in parts.factors}
@@ -239,7 +239,7 @@ def _adapted(trained: TrainedModel, start: Tree, parts: Parts) -> Any:
         rank_pattern=pattern,
         alpha_pattern=dict(pattern),
         target_modules=_targets(list(ranks), modules),
-        modules_to_save=list(parts.modules) or None,  # PEFT may add to it
+        modules_to_save=list(parts.modules) or None,  # PEFT may extend the list
         bias="lora_only" if parts.biases else "none",
         use_dora=bool(trained.magnitudes),
         fan_in_fan_out=sum(turned) * 2 > len(turned),
@@ -257,7 +257,7 @@ def _adapted(trained: TrainedModel, start: Tree, parts: Parts) -> Any:
 
 
 def _fill(layer: Any, factors: ChangeFactors, rank: int) -> None:
-    """Copy factors into a layer of PEFT; a rank of 0 stays a product of zero."""
+    """Copy factors into a layer of PEFT; with rank 0 the product stays zero."""
     left, right = padded_to(factors.left, factors.right, rank)
     with torch.no_grad():
         if "default" in layer.lora_embedding_A:
@@ -270,12 +270,12 @@ def _fill(layer: Any, factors: ChangeFactors, rank: int) -> None:
 
 
 def _pattern(name: str, modules: dict[str, nn.Module]) -> str:
-    """Spell a module for ``rank_pattern``, where a name stands for all that end in it."""
+    """Write a module as a key of ``rank_pattern``, which matches names by their ends."""
     return f"^{name}" if any(other.endswith(f".{name}") for other in modules) else name
 
 
 def _targets(names: list[str], modules: dict[str, nn.Module]) -> list[str] | str:
-    """Spell the adapted modules: a list, or an expression where PEFT would find others by it."""
+    """Write the adapted modules: as a list, or as an expression if a list would match others."""
     import re
 
     ends = tuple(f".{name}" for name in names)
@@ -285,7 +285,7 @@ def _targets(names: list[str], modules: dict[str, nn.Module]) -> list[str] | str
 
 
 def _task(model: nn.Module, saved: list[str]) -> str | None:
-    """Name the task as PEFT does, where that changes nothing but the class that it wraps."""
+    """Return PEFT's task type, if it only changes the class of the wrapper."""
     kind = type(model).__name__
     if kind.endswith(("ForCausalLM", "LMHeadModel")):
         return "CAUSAL_LM"
@@ -296,7 +296,7 @@ def _task(model: nn.Module, saved: list[str]) -> str | None:
 
 
 def _merged(trained: TrainedModel, start: Tree, folder: Path) -> Tree:
-    """Read the adapter back as a stranger does, and merge it."""
+    """Read the adapter back as another user would, and merge it."""
     from peft import PeftModel
 
     with _quiet():
@@ -305,10 +305,10 @@ def _merged(trained: TrainedModel, start: Tree, folder: Path) -> Tree:
 
 
 def _hold(trained: TrainedModel, start: Tree, parts: Parts, merged: Tree) -> None:
-    """Hold what PEFT made of the adapter against what was written.
+    """Compare the merged adapter with the trained weights.
 
     Raises:
-        ModelError: If they differ: the adapter would be another model.
+        ModelError: If they differ.
     """
     wanted = {n: p.detach() for n, p in trained.model.named_parameters(remove_duplicate=False)}
     for name, factors in parts.factors.items():
@@ -333,7 +333,7 @@ def _hold(trained: TrainedModel, start: Tree, parts: Parts, merged: Tree) -> Non
 def _record(
     trained: TrainedModel, name: str, factors: ChangeFactors, merged: Tree | None
 ) -> ExportRecord:
-    """Say how near an adapter comes to W_T: by what was left out, and by what PEFT merges."""
+    """Record how close an adapter is to W_T: the omitted part, and the merged difference."""
     weight = f"{name}.weight"
     found: ExportRecord = {
         "rank": factors.kept,
@@ -348,7 +348,7 @@ def _record(
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Silence what PEFT and transformers say of layouts and of new heads; all are expected."""
+    """Silence messages of PEFT and transformers on layouts and new heads, which are expected."""
     with quiet(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield

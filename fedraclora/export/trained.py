@@ -1,4 +1,4 @@
-"""A trained model with all that an export says of it."""
+"""Hold a trained model with the facts that an export needs."""
 
 from __future__ import annotations
 
@@ -15,28 +15,28 @@ from fedraclora.lowrank.algebra import Product, fix_signs, padded_to, truncated_
 from fedraclora.lowrank.layers import LayerView
 from fedraclora.tree import Tree
 
-ExportRecord = dict[str, object]  # what an export says of itself, in plain JSON
+ExportRecord = dict[str, object]  # facts of an export, as plain JSON
 
 
 @dataclass(frozen=True)
 class TrainedModel:
-    """A model, where it began, and how it got from there to where it is.
+    """Hold a model, its initial weights, and the change between the two.
 
     Attributes:
         model: With the weights W_T; on the CPU, in evaluation mode.
         start: W_0, by the names of parameters.
         targets: Adapted matrices: weight name -> its (out, in) view.
         dense: Parameters trained in full beside them (a head, biases): never truncated.
-        changes: Of weights whose change is known by its factors: weight name -> ([m, q], [q, n]),
-            float64. Of other weights the difference is all that is known.
-        magnitudes: Row lengths M [m] by weight, where rows are rescaled (DoRA): then W_T is
+        changes: Changes known by their factors: weight name -> ([m, q], [q, n]), float64. For other
+            weights only the difference is known.
+        magnitudes: Row lengths M [m] by weight, if rows are rescaled (DoRA): then W_T is
             ``diag(M / ||V||) V`` with V = W_0 + change.
-        source: What ``from_pretrained`` takes for the model that the run began from; None: there is
-            none, or the run began elsewhere.
-        tokenizer: Folder or hub name of its tokenizer, or a GGUF file; None: there is none.
+        source: Argument of ``from_pretrained`` for the model that the run began from; None: there
+            is none, or the run began elsewhere.
+        tokenizer: Folder or hub name of its tokenizer, or a GGUF file; None: none.
         config: The config of the run, as plain values.
-        facts: What the card says: JSON values by name.
-        warnings: Sentences that whoever takes the model must know.
+        facts: Facts for the card: JSON values by name.
+        warnings: Sentences that every user of the model must know.
     """
 
     model: nn.Module
@@ -53,11 +53,11 @@ class TrainedModel:
 
     @property
     def weights(self) -> Tree:
-        """W_T, by the names of parameters."""
+        """Return W_T, by the names of parameters."""
         return {n: p.detach() for n, p in self.model.named_parameters()}
 
     def at(self, weights: Mapping[str, torch.Tensor]) -> nn.Module:
-        """Copy the model, with other weights where some are given."""
+        """Copy the model, with other weights if given."""
         model = copy.deepcopy(self.model)
         put_weights(model, weights)
         return model
@@ -65,13 +65,13 @@ class TrainedModel:
 
 @dataclass(frozen=True)
 class Order:
-    """How an export is to be written.
+    """Hold the target and options of an export.
 
     Attributes:
-        folder: Empty, to write to; it is renamed once it is whole.
-        place: Where the files will be then.
+        folder: An empty folder to write to; it is renamed when it is complete.
+        place: The final place of the files.
         rank: With a PEFT adapter, the largest rank of a layer.
-        check: Whether what was written is read back, by the library that it is for.
+        check: Whether the files are read back by the library that they are for.
     """
 
     folder: Path
@@ -81,7 +81,7 @@ class Order:
 
 
 def put_weights(model: nn.Module, weights: Mapping[str, torch.Tensor]) -> None:
-    """Copy weights into the parameters of their names."""
+    """Copy weights into the parameters with these names."""
     parameters = dict(model.named_parameters())
     with torch.no_grad():
         for name, value in weights.items():
@@ -97,7 +97,7 @@ def name_classes(model: nn.Module, classes: object) -> None:
 
 
 def is_hugging_face(model: nn.Module) -> bool:
-    """Tell whether a model has the configuration and the methods of transformers' models."""
+    """Tell whether a model has the configuration and methods of a transformers model."""
     return hasattr(model, "config") and hasattr(model, "save_pretrained")
 
 
@@ -108,8 +108,8 @@ class ChangeFactors:
     Attributes:
         left: [m, k], float64.
         right: [k, n], float64.
-        rank: Rank of the whole change, as far as its precision shows it.
-        error: Frobenius norm of what is left out, over that of the whole change.
+        rank: Rank of the whole change, to its precision.
+        error: Frobenius norm of the omitted part, over that of the whole change.
     """
 
     left: torch.Tensor
@@ -124,23 +124,23 @@ class ChangeFactors:
 
 
 def factors_of_product(change: Product, rank: int | None) -> ChangeFactors:
-    """Compress a product of factors by two QRs and a small SVD; the m x n product is not formed.
+    """Compress a product of factors by two QRs and a small SVD, without the m x n product.
 
     Args:
         change: [m, q] and [q, n].
-        rank: Singular values to keep at most; None: all that are not rounding.
+        rank: Most singular values to keep; None: all above rounding.
     """
     left, right = (part.to(torch.float64) for part in change)
-    left, right = padded_to(left, right, 1)  # where there are no components
+    left, right = padded_to(left, right, 1)  # if there are no components
     u, s, vt = truncated_product(left, right, left.shape[1])
     floor = torch.finfo(torch.float64).eps * max(*left.shape, *right.shape) * float(s[0])
     return _kept(u, s, vt, floor, rank)
 
 
 def factors_of_difference(new: torch.Tensor, old: torch.Tensor, rank: int | None) -> ChangeFactors:
-    """Factor the difference of two matrices [m, n], of which no factors are known, by an SVD.
+    """Factor the difference of two matrices [m, n] by an SVD.
 
-    Singular values below what rounding ``new`` to its precision makes are left out.
+    Singular values below the rounding of ``new`` to its precision are omitted.
     """
     u, s, vt = torch.linalg.svd(new.double() - old.double(), full_matrices=False)
     floor = torch.finfo(new.dtype).eps * float(torch.linalg.norm(new.double()))

@@ -1,9 +1,9 @@
-"""A trained model whole: a Hugging Face folder, a state dict, and a GGUF file of Llama form.
+"""Export full weights: a Hugging Face folder, a state dict, or a GGUF file for Llama models.
 
-GGUF is float32, for llama.cpp and what is built on it. Its tokenizer is that of the GGUF file from
-which the run began, field by field: how a tokenizer splits text before its merges has only names in
-GGUF, which transformers' files do not say. For other models llama.cpp's own converter is the way,
-from a Hugging Face folder.
+GGUF is float32, for llama.cpp and tools built on it. Its tokenizer is copied from the GGUF file
+from which the run began: GGUF names the rule by which a tokenizer splits text before its merges,
+and transformers' files do not have that name. For other models, use llama.cpp's own converter on a
+Hugging Face folder.
 
 References:
     llama.cpp, ``convert_hf_to_gguf.py`` (the order of rows of query and key).
@@ -26,14 +26,14 @@ from fedraclora.weights.files import save_tensors
 
 
 def write_hf(trained: TrainedModel, order: Order) -> ExportRecord:
-    """Write the merged model with ``save_pretrained``, and its tokenizer where it has one.
+    """Write the merged model with ``save_pretrained``, and its tokenizer if it has one.
 
     Args:
         trained: What the run trained.
         order: Where to.
 
     Raises:
-        ConfigError: If the model is none of transformers'.
+        ConfigError: If the model is not from transformers.
         ModelError: If transformers does not read back what was written.
     """
     model: Any = trained.model
@@ -59,7 +59,7 @@ def write_hf(trained: TrainedModel, order: Order) -> ExportRecord:
 
 
 def save_model(model: nn.Module, folder: Path, trained: TrainedModel) -> None:
-    """Write a model of transformers, and a copy of the tokenizer of data or model, if there is one.
+    """Write a transformers model, and a copy of its tokenizer, if there is one.
 
     Raises:
         DataError: If the tokenizer of the data cannot be read.
@@ -78,7 +78,7 @@ def save_model(model: nn.Module, folder: Path, trained: TrainedModel) -> None:
             tokenizer.pad_token = tokenizer.eos_token
         tokenizer.save_pretrained(folder)
     except (ConfigError, DataError):
-        if trained.tokenizer != trained.source:  # a model's folder may be without one
+        if trained.tokenizer != trained.source:  # a model's folder may have none
             raise
 
 
@@ -135,10 +135,10 @@ def write_gguf(trained: TrainedModel, order: Order) -> ExportRecord:
 
 
 def _config(trained: TrainedModel) -> Any:
-    """Give the configuration of a model that can be written.
+    """Return the configuration of a model that GGUF supports.
 
     Raises:
-        ConfigError: If it is not of plain Llama form.
+        ConfigError: If it is not a plain Llama model.
     """
     config: Any = getattr(trained.model, "config", None)
     kind = type(trained.model).__name__
@@ -151,10 +151,10 @@ def _config(trained: TrainedModel) -> Any:
 
 
 def _describe(writer: Any, config: Any) -> None:
-    """Write what a reader must know of the architecture."""
+    """Write the metadata of the architecture."""
     rope = dict(getattr(config, "rope_parameters", None) or {})
     head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    # The last part of a path of this machine, or of a name of the hub.
+    # The last part of a local path or a hub name.
     name = Path(str(getattr(config, "name_or_path", ""))).name
     writer.add_name(name.removesuffix(".gguf") or "fedraclora")
     writer.add_vocab_size(config.vocab_size)
@@ -173,7 +173,7 @@ def _describe(writer: Any, config: Any) -> None:
 
 
 def _add_tokenizer(writer: Any, gguf: Any, source: str | None) -> None:
-    """Copy the tokenizer of a GGUF file; without any tokenizer the file says that it has none.
+    """Copy the tokenizer of a GGUF file; without one, the file says that it has none.
 
     Raises:
         ConfigError: If the tokenizer is of another kind of file.
@@ -193,7 +193,7 @@ def _add_tokenizer(writer: Any, gguf: Any, source: str | None) -> None:
 
 
 def _rows(name: str, weight: torch.Tensor, config: Any) -> torch.Tensor:
-    """Bring the rows of query and key into llama.cpp's order: the halves of each head alternate."""
+    """Permute rows of query and key into llama.cpp's order: the halves of a head alternate."""
     heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
     count = heads.get(name.split(".")[-2])
     if count is None:
@@ -203,7 +203,7 @@ def _rows(name: str, weight: torch.Tensor, config: Any) -> torch.Tensor:
 
 
 def _hold(trained: TrainedModel, folder: Path) -> None:
-    """Read the file back through transformers, and compare."""
+    """Read the file back through transformers, and compare the weights."""
     from transformers import LlamaForCausalLM
 
     again: Any = LlamaForCausalLM.from_pretrained(

@@ -1,4 +1,4 @@
-"""Models, by name."""
+"""Provide models by name."""
 
 from __future__ import annotations
 

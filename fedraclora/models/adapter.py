@@ -1,4 +1,4 @@
-"""PEFT adapters as a beginning: merged into the weights of a model before its first round."""
+"""Start a run from a PEFT adapter, merged into the model's weights before the first round."""
 
 from __future__ import annotations
 
@@ -25,7 +25,8 @@ from fedraclora.errors import ConfigError, DataError, FedRacLoraError, ModelErro
 from fedraclora.imports import import_extra
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-FOREIGN = ("layer_replication", "megatron_config")  # of models that are built anew, or elsewhere
+# buffers of models that are rebuilt or come from elsewhere
+FOREIGN = ("layer_replication", "megatron_config")
 OF_THIS_MODEL = "Give the adapter of this model, or leave init_from out"
 
 
@@ -35,7 +36,7 @@ def is_adapter(folder: Path) -> bool:
 
 
 def adapter_digest(folder: Path) -> str:
-    """Compute the SHA-256 of an adapter: of its configuration and its weights.
+    """Compute the SHA-256 of an adapter's configuration and weights.
 
     Raises:
         DataError: If its weights are not there.
@@ -51,9 +52,9 @@ def adapter_digest(folder: Path) -> str:
 
 
 def merge_adapter(model: nn.Module, folder: Path) -> None:
-    """Merge an adapter into the weights of a model: ``W + s B A``, and what it holds in full.
+    """Merge an adapter into a model: ``W + s B A``, and the modules that it saves in full.
 
-    PEFT passes over much of what is odd in a configuration; here it is refused before PEFT sees it.
+    PEFT ignores many errors in a configuration; here they are refused before PEFT reads it.
 
     Args:
         model: Its parameters are changed in place; their names and shapes stay.
@@ -62,7 +63,7 @@ def merge_adapter(model: nn.Module, folder: Path) -> None:
     Raises:
         ConfigError: If PEFT is not installed, or merges no adapter of this kind.
         DataError: If the adapter is damaged.
-        ModelError: If it is of another model, naming what does not fit.
+        ModelError: If it belongs to another model, naming the mismatch.
     """
     peft = import_extra("peft", f"init_from={folder}, an adapter of PEFT,")
     weights = _read(folder)
@@ -109,7 +110,7 @@ def merge_adapter(model: nn.Module, folder: Path) -> None:
 
 
 def _read(folder: Path) -> dict[str, torch.Tensor]:
-    """Read the weights of an adapter, which must be finite numbers with a fraction."""
+    """Read the weights of an adapter, which must be finite floating-point numbers."""
     path = folder / WEIGHTS
     try:
         weights = load_file(path)
@@ -128,16 +129,16 @@ def _read(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def _is_finite(value: torch.Tensor) -> bool:
-    return bool(torch.isfinite(value.float()).all())  # it is not known of 8 bits
+    return bool(torch.isfinite(value.float()).all())  # not implemented for 8 bits
 
 
 def _configured(peft: Any, folder: Path, largest: int) -> Any:
-    """Read the configuration of an adapter: keys that PEFT knows, each with a value of its type.
+    """Read an adapter's configuration: keys that PEFT knows, with values of the right type.
 
     Args:
         peft: The package.
         folder: Of the adapter.
-        largest: Dimension of a stored tensor: a rank beyond it would be memory for nothing.
+        largest: Largest dimension of a stored tensor; a larger rank would only waste memory.
 
     Raises:
         DataError: Naming the key.
@@ -172,7 +173,7 @@ def _configured(peft: Any, folder: Path, largest: int) -> Any:
 
 
 def _fits(value: object, hint: object) -> bool:
-    """Check a value of JSON against a type hint of PEFT's; classes stand for mappings."""
+    """Check a JSON value against a type hint of PEFT's; classes stand for mappings."""
     origin, parts = typing.get_origin(hint), typing.get_args(hint)
     if origin in {typing.Union, types.UnionType}:
         return any(_fits(value, part) for part in parts)
@@ -190,7 +191,7 @@ def _fits(value: object, hint: object) -> bool:
 
 
 def _idle_patterns(adapted: Any, config: Any) -> set[str]:
-    """Name what no adapted layer is called like, among the ranks and scales of single layers."""
+    """List patterns of per-layer ranks and scales that match no adapted layer."""
     names = adapted.base_model.targeted_module_names
     patterns = {*(config.rank_pattern or ()), *(config.alpha_pattern or ())}
     return {p for p in patterns if not any(re.match(rf"(.*\.)?({p})$", name) for name in names)}
@@ -200,7 +201,7 @@ def _idle_patterns(adapted: Any, config: Any) -> set[str]:
 def _told(
     folder: Path, what: str, do: str = "", kind: type[FedRacLoraError] = ModelError
 ) -> Iterator[None]:
-    """Tell what PEFT raises, of which each kind of adapter has its own errors, in one line."""
+    """Turn errors of PEFT, which depend on the kind of adapter, into one-line errors of ours."""
     try:
         yield
     except Exception as error:

@@ -1,8 +1,8 @@
-"""What a model builder gives, how initial weights are drawn, and in which precision they stay.
+"""Define a model builder's result, and draw and quantize initial weights.
 
-Dropout that would do nothing is refused: masks are keyed by seed, round, client and step, which a
-module (`torch.nn.Dropout`) can be given from outside and a function cannot. In local training
-functions stay off.
+Dropout without effect is refused: masks are keyed by seed, round, client and step. A module
+(`torch.nn.Dropout`) can receive its mask from outside; a function cannot, and is off in local
+training.
 """
 
 from __future__ import annotations
@@ -30,19 +30,19 @@ from fedraclora.rng import hash_key
 
 Attention = Annotated[str, OneOf(("sdpa", "eager"))]  # one fused kernel, or plain products
 FLOATS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-Base = Annotated[str, OneOf((*FLOATS, *BITS))]  # what is narrow is never merged into
+Base = Annotated[str, OneOf((*FLOATS, *BITS))]  # narrow weights are never merged into
 
 
 @dataclass(frozen=True)
 class Built:
-    """A network and what the rest must know of it.
+    """Hold a network and the facts that other parts need.
 
     Attributes:
         model: The network, float32, with its initial weights; in training mode.
-        head: Name prefixes of the final layer; empty where there is nothing but one layer.
+        head: Name prefixes of the final layer; empty if the model has only one layer.
         targets: The default pattern of adapted layers (`fedraclora.lowrank.layers.find_targets`).
-        narrow: Whether weights are narrower than float32, and are to stay so.
-        drawn: Parameters that were drawn since the stored model has none of them: a new head.
+        narrow: Whether weights are narrower than float32, and stay so.
+        drawn: Parameters drawn at random because the stored model lacks them: a new head.
     """
 
     model: nn.Module
@@ -54,13 +54,13 @@ class Built:
 
 @contextmanager
 def seeded(seed: int, purpose: str) -> Iterator[None]:
-    """Draw what torch modules draw at construction from a leaf of the seed tree.
+    """Seed torch's global generator from the seed tree while modules are constructed.
 
-    Modules take their initial weights from torch's global generator; it is put back at the end.
+    Modules draw their initial weights from torch's global generator; it is restored at the end.
 
     Args:
         seed: The seed of the run.
-        purpose: What is drawn, for example ``"model"``.
+        purpose: The name of the draw, for example ``"model"``.
 
     Example:
         >>> def weights():
@@ -75,7 +75,7 @@ def seeded(seed: int, purpose: str) -> Iterator[None]:
 
 
 def require_input(name: str, shape: tuple[int, ...], classes: int, *, text: bool) -> int:
-    """Check that a model fits the data; give the numbers of one input.
+    """Check that a model fits the data; return the size of one input.
 
     Args:
         name: Of the model, for messages.
@@ -84,7 +84,7 @@ def require_input(name: str, shape: tuple[int, ...], classes: int, *, text: bool
         text: Whether the model reads token ids.
 
     Raises:
-        ConfigError: If the data are of the other kind, or there is nothing to predict.
+        ConfigError: If the data are of the other kind, or have nothing to predict.
     """
     if text and shape:
         raise ConfigError(
@@ -102,9 +102,9 @@ def require_input(name: str, shape: tuple[int, ...], classes: int, *, text: bool
 
 
 def check_fit(model: nn.Module, inputs: Mapping[str, torch.Tensor]) -> None:
-    """Check that a model of token ids knows all tokens of the data and is long enough.
+    """Check that a text model's vocabulary and length cover the data.
 
-    Without the check, the error would be that of an index in an embedding.
+    Without the check, torch would report an index error in an embedding.
 
     Args:
         model: A network; one without ``config`` passes.
@@ -133,7 +133,7 @@ def check_fit(model: nn.Module, inputs: Mapping[str, torch.Tensor]) -> None:
 
 
 def require_heads(hidden: int, heads: int) -> None:
-    """Check that the heads of attention divide the width of a transformer.
+    """Check that the number of attention heads divides the width of a transformer.
 
     Raises:
         ConfigError: If they do not.
@@ -143,11 +143,11 @@ def require_heads(hidden: int, heads: int) -> None:
 
 
 def take_module(model: object, where: str) -> nn.Module:
-    """Check a module of somebody else's, and put it in training mode but for frozen BatchNorm.
+    """Check a user's module, and put it in training mode except for frozen BatchNorm.
 
     Args:
-        model: What came.
-        where: Who gave it, for messages.
+        model: The module.
+        where: Where it comes from, for messages.
 
     Raises:
         ConfigError: If it is no module.
@@ -170,11 +170,11 @@ def take_module(model: object, where: str) -> nn.Module:
 
 
 def require_numbers(model: nn.Module, where: str) -> None:
-    """Reject a module whose weights are fixed, not there yet, or no plain finite numbers.
+    """Reject a module whose weights are frozen, not materialized, or not finite numbers.
 
     Args:
-        model: Of somebody else's.
-        where: Who gave it, for messages.
+        model: The user's module.
+        where: Where it comes from, for messages.
 
     Raises:
         ModelError: Naming the layer or the weight.
@@ -204,15 +204,15 @@ def require_numbers(model: nn.Module, where: str) -> None:
 
 
 def is_blank(layer: nn.Module) -> bool:
-    """Check whether the running statistics of a layer are still those of its construction."""
+    """Check whether the running statistics of a layer still have their initial values."""
     mean, variance = layer.running_mean, layer.running_var
     if not isinstance(mean, torch.Tensor) or not isinstance(variance, torch.Tensor):
-        return False  # it has none, and is refused for that
+        return False  # it has none, and is refused for that elsewhere
     return bool((mean == 0).all() and (variance == 1).all())
 
 
 def found_head(model: nn.Module) -> tuple[str, ...]:
-    """Find the final layer: of the layers with weights the last, or what lies beside an encoder."""
+    """Find the final layer: the module beside an encoder, or the last layer with weights."""
     prefix = getattr(model, "base_model_prefix", "")
     if prefix and hasattr(model, prefix):  # of Hugging Face
         beside = (n for n, m in model.named_children() if n != prefix)
@@ -224,18 +224,18 @@ def found_head(model: nn.Module) -> tuple[str, ...]:
 
 
 def found_targets(model: nn.Module, *patterns: str) -> str:
-    """Take the first pattern all of whose names the model has; else all linear layers."""
+    """Choose the first pattern whose names the model has; else all linear layers."""
     names = {name.rpartition(".")[2] for name, _ in model.named_modules()}
     return next((p for p in patterns if names.issuperset(p.split(","))), "all-linear")
 
 
 def held_in(built: Built, base: str) -> Built:
-    """Bring the weights of a model to a precision, in place.
+    """Convert the weights of a model to a precision, in place.
 
     Args:
         built: The model, float32.
-        base: ``float32``, ``bfloat16``; or ``int8``, ``int4``: the weights of linear layers alone,
-            but for the head and what two layers share. The rest stays float32.
+        base: ``float32``, ``bfloat16``; or ``int8``, ``int4``: the weights of linear layers only,
+            without the head and shared weights. The rest stays float32.
 
     Raises:
         ConfigError: If nothing can be quantized, or a row does not divide.
@@ -248,7 +248,7 @@ def held_in(built: Built, base: str) -> Built:
 
 
 def _quantize(model: nn.Module, head: tuple[str, ...], base: str) -> None:
-    """Quantize the weights of linear layers; those of Conv1D by their columns, the outputs."""
+    """Quantize the weights of linear layers; those of Conv1D by columns, the outputs."""
     every = [id(p) for _, p in model.named_parameters(remove_duplicate=False)]
     count = 0
     for name, module in model.named_modules():
@@ -271,7 +271,7 @@ def _quantize(model: nn.Module, head: tuple[str, ...], base: str) -> None:
 
 
 def dequantize(model: nn.Module) -> nn.Module:
-    """Put dense weights in the place of quantized ones; give the model."""
+    """Replace quantized weights by dense ones; return the model."""
     for module in model.modules():
         weight = getattr(module, "weight", None)
         if isinstance(weight, QuantisedWeight):
@@ -279,7 +279,7 @@ def dequantize(model: nn.Module) -> nn.Module:
     return model
 
 
-# How functions that drop values take their rate, and whether they are on: name, place, default.
+# Dropout functions: the argument of the rate, and whether they are on: name, position, default.
 _RATE = ("p", 1, 0.5)
 _ON = ("training", 2, True)
 _DROPS: dict[Callable[..., Any], tuple[tuple[str, int, float], tuple[str, int, bool]]] = {
@@ -295,7 +295,7 @@ _DROPS: dict[Callable[..., Any], tuple[tuple[str, int, float], tuple[str, int, b
 
 
 def refuse_idle_rate(model: nn.Module, dropout: float) -> None:
-    """Reject a ``model.dropout`` that no module of the model has taken.
+    """Reject a ``model.dropout`` that no module of the model uses.
 
     Raises:
         ConfigError: Naming the model.
@@ -309,7 +309,7 @@ def refuse_idle_rate(model: nn.Module, dropout: float) -> None:
 
 
 def refuse_functions(model: nn.Module, inputs: Mapping[str, torch.Tensor]) -> None:
-    """Reject a model that drops values by a function, detected in one forward pass.
+    """Reject a model that applies dropout as a function, detected in one forward pass.
 
     Args:
         model: In training mode. Not modified.
@@ -329,7 +329,7 @@ def refuse_functions(model: nn.Module, inputs: Mapping[str, torch.Tensor]) -> No
     with watch, torch.no_grad(), torch.random.fork_rng(devices=[]):
         try:
             forward(copied, sample)
-        except Exception:  # whatever is wrong with it, `fedraclora.models.outputs` says
+        except Exception:  # other errors of the model are reported by `fedraclora.models.outputs`
             return
     if watch.found:
         raise ConfigError(
@@ -339,7 +339,7 @@ def refuse_functions(model: nn.Module, inputs: Mapping[str, torch.Tensor]) -> No
 
 
 class _Watch(TorchFunctionMode):
-    """Notes a function that drops values; empty where there is none."""
+    """Record a dropout function that is called; empty if there is none."""
 
     found = ""
 

@@ -1,8 +1,8 @@
-"""Transformers of Hugging Face: classifiers and causal language models, pretrained or random.
+"""Build Hugging Face transformers: classifiers and causal language models, pretrained or random.
 
-The models are unmodified. Two things are set in their configuration: float32 weights, and no
-dropout of attention probabilities. Attention applies that dropout as a function, not as a
-module, where no mask can be keyed by client and step; hidden states are dropped by modules.
+The models are unmodified. Two settings of their configuration change: float32 weights, and no
+dropout of attention probabilities. Attention applies that dropout as a function, so that no mask
+can be keyed by client and step; dropout of hidden states uses modules.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from fedraclora.models.built import (
 )
 from fedraclora.models.pretrained import load_pretrained
 
-# How architectures call rates of dropout in their configurations: hidden_dropout_prob, resid_pdrop,
+# Names of dropout rates in the configurations of architectures: hidden_dropout_prob, resid_pdrop,
 # dropout_rate, ...
 _DROPOUT = re.compile(r"(dropout|pdrop)(_prob|_rate)?")
 
@@ -66,8 +66,8 @@ def build_hf(
         sha256: SHA-256 of ``model.safetensors`` in the folder, or None.
 
     Returns:
-        The model. The head is what lies beside the encoder; where it is new, it is named as drawn.
-        The targets are query and value, or all linear layers where none has that name.
+        The model. The head is the part outside the encoder; a new one is listed in ``drawn``. The
+        targets are query and value, or all linear layers if none has that name.
 
     Raises:
         ConfigError: If a key is wrong, naming it, or the model takes no dropout.
@@ -78,10 +78,10 @@ def build_hf(
     require_input("hf", shape, classes, text=True)
 
     def prepare(config: Any) -> None:
-        config.problem_type = None  # of what it learnt before
+        config.problem_type = None  # settings of its earlier training
         set_dropout(config, dropout)
         cut_layers(config, layers)
-        if getattr(config, "pad_token_id", None) is None:  # that of pictures has none
+        if getattr(config, "pad_token_id", None) is None:  # image models have none
             ends = getattr(config, "eos_token_id", None)  # Llama 3 has several
             config.pad_token_id = next(iter(ends), None) if isinstance(ends, list) else ends
 
@@ -151,7 +151,7 @@ def build_transformer(
 
 
 def _built(model: Any) -> Built:
-    """Find the head (what lies beside the encoder and has weights) and the targets."""
+    """Find the head (the modules outside the encoder that have weights) and the targets."""
     head = found_head(model)
     if not head:
         raise ModelError(f"{type(model).__name__} has no head beside {model.base_model_prefix}")
@@ -160,7 +160,7 @@ def _built(model: Any) -> Built:
 
 
 def set_dropout(config: Any, dropout: float) -> None:
-    """Set the dropout of hidden states by every name that a configuration has for it."""
+    """Set the dropout of hidden states under every name in a configuration."""
     for name, rate in list(vars(config).items()):
         if _DROPOUT.search(name) and not isinstance(rate, bool):
             by_function = "att" in name or "activation" in name
@@ -168,7 +168,7 @@ def set_dropout(config: Any, dropout: float) -> None:
 
 
 def cut_layers(config: Any, layers: int | None) -> None:
-    """Keep the first so many layers of a configuration; None keeps all.
+    """Keep only the first layers of a configuration; None keeps all.
 
     Raises:
         ConfigError: If the model has fewer.
@@ -180,7 +180,8 @@ def cut_layers(config: Any, layers: int | None) -> None:
     config.num_hidden_layers = layers
 
 
-QUERY_VALUE = ("q_proj,v_proj", "c_attn", "query_key_value")  # of query and value, as PEFT has them
+# names of query and value projections, as in PEFT
+QUERY_VALUE = ("q_proj,v_proj", "c_attn", "query_key_value")
 
 
 @limited("model")
@@ -207,19 +208,19 @@ def build_causal_lm(
         path: A folder, a GGUF file, ``package:NAME/path`` or ``hub:NAME``; only the last may
             download. A GGUF file is dequantized to ``base``: the weights stay rounded.
         config: Instead of ``path``: ``model_type`` and further keys of its configuration in
-            transformers, for random weights; ``vocab_size`` is that of the data if it is not said.
+            transformers, for random weights; ``vocab_size`` defaults to that of the data.
         layers: Keep the first so many layers; None for all.
         dropout: Dropout of hidden states.
         attention: ``sdpa`` (one fused kernel) or ``eager`` (plain products).
         base: Precision of the weights: ``float32``; or, for methods that never merge,
             ``bfloat16``, ``int8`` or ``int4`` (`fedraclora.models.built.held_in`).
-        checkpointing: Keep only the inputs of each block for the backward pass, and compute the
-            rest again: less memory, about a third more time.
+        checkpointing: Keep only the inputs of each block for the backward pass, and recompute the
+            rest: less memory, about a third more time.
         sha256: SHA-256 of the GGUF file, or of ``model.safetensors`` in the folder, or None.
 
     Returns:
-        The model; head: the output layer, which is often tied to the table of tokens and then can
-        only be frozen. The targets are the projections of query and value.
+        The model. Its head is the output layer; if that is tied to the token embedding, it can only
+        be frozen. The targets are the projections of query and value.
 
     Raises:
         ConfigError: If a key is wrong, naming it, or the model takes no dropout.
@@ -260,14 +261,14 @@ def _drawn(
     prepare: Callable[[Any], None],
     attention: str,
 ) -> Any:
-    """Draw the weights of a model of some configuration."""
+    """Build a model with random weights from a configuration."""
     from transformers import CONFIG_MAPPING, AutoModelForCausalLM
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     kind, rest = config.get("model_type"), {k: v for k, v in config.items() if k != "model_type"}
     if kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         raise unknown("model.config.model_type", str(kind), MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
-    # No token of these ends or pads a text by itself: the tokenizer says which do.
+    # No token of these ends or pads a text by default: the tokenizer says which do.
     free = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
     try:
         given = CONFIG_MAPPING[kind](**{"vocab_size": classes, **free, **rest})
@@ -281,18 +282,18 @@ def _drawn(
             )
     except ConfigError:
         raise
-    except Exception as error:  # each configuration has checks, and errors, of its own
+    except Exception as error:  # each configuration has its own checks and errors
         raise ConfigError(f"model.config={dict(config)} makes no model: {error}") from error
 
 
 def _prepare(config: Any, layers: int | None, dropout: float) -> None:
     set_dropout(config, dropout)
     cut_layers(config, layers)
-    config.use_cache = False  # of past tokens: for generating, which asks for it itself
+    config.use_cache = False  # the cache of past tokens, which generation turns on itself
 
 
 def _head(model: Any) -> str:
-    """Name the output layer."""
+    """Return the name of the output layer."""
     head = model.get_output_embeddings()
     for name, module in model.named_modules():
         if module is head and head is not None:
@@ -315,8 +316,8 @@ def build_gpt(
 ) -> Built:
     """Build a GPT-2 that predicts the next token.
 
-    Its output layer has weights of its own: tied to the table of tokens, as in the original, it
-    could not be trained apart from it.
+    Its output layer is not tied to the token embedding, as it is in the original, so that it can be
+    trained separately.
 
     Args:
         shape: Must be empty: the data are token ids.
@@ -326,7 +327,7 @@ def build_gpt(
         layers: Number of layers.
         heads: Attention heads.
         max_length: Longest input.
-        dropout: Dropout of embeddings and of what each block adds.
+        dropout: Dropout of embeddings and of each block's outputs.
         attention: ``sdpa`` (one fused kernel) or ``eager`` (plain products).
 
     Returns:
@@ -350,10 +351,11 @@ def build_gpt(
         n_head=heads,
         resid_pdrop=dropout,
         embd_pdrop=dropout,
-        attn_pdrop=0.0,  # applied as a function, where no mask can be keyed by client and step
+        attn_pdrop=0.0,  # applied as a function, so that no mask can be keyed by client and step
         bos_token_id=None,
         eos_token_id=None,
-        activation_function="gelu_pytorch_tanh",  # GPT-2's own, as one kernel in place of eight
+        # GPT-2's own activation, as one kernel instead of eight
+        activation_function="gelu_pytorch_tanh",
         tie_word_embeddings=False,
         use_cache=False,
         attn_implementation=attention,

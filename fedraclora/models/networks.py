@@ -1,4 +1,4 @@
-"""Small networks with random weights: linear, with hidden layers, and convolutional for images."""
+"""Build small random networks: linear, with hidden layers, and convolutional for images."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from fedraclora.models.built import Built, require_input, seeded
 
 
 class Halve(nn.MaxPool2d):
-    """Maxima over squares of two pixels; without gradients in an eighth of torch's time on a CPU.
+    """Halve images by the maximum of 2 x 2 pixels; fast on a CPU without gradients.
 
-    Two elementwise maxima give the same values. Their gradient does not, since they share it where
-    pixels are equal and torch gives it to the first, so that training pools by torch.
+    Without gradients, two elementwise maxima give the same values in an eighth of torch's time.
+    Their gradients would differ for equal pixels, so training uses torch's pooling.
     """
 
     @override
@@ -87,10 +87,10 @@ def build_linear(*, shape: tuple[int, ...], classes: int, seed: int, bias: bool 
         shape: Shape of one input.
         classes: Number of outputs.
         seed: The seed of the run.
-        bias: Whether the layer has a bias; the optimum of the synthetic data is without.
+        bias: Whether the layer has a bias; the optimum of the synthetic data has none.
 
     Returns:
-        The model. It has no head: its only layer is the one to adapt.
+        The model. It has no head: its only layer is adapted.
 
     Raises:
         ConfigError: If the data are token ids.

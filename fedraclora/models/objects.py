@@ -1,4 +1,4 @@
-"""Other people's models: any `torch.nn.Module` of a Python program, or what a function builds."""
+"""Use a user's model: a `torch.nn.Module` of a Python program, or the result of a function."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from fedraclora.models.built import Built, found_head, require_numbers, seeded, 
 from fedraclora.objects import register_object, registered_object
 from fedraclora.tree import digest
 
-QUICK = 2.0  # seconds of a builder that is called a second time, to see if it draws
+QUICK = 2.0  # seconds; a faster builder is called a second time, to detect random draws
 
 
 def lend_model(model: nn.Module) -> str:
-    """Lend a module; give the digest of its weights and its structure.
+    """Register a module; return the digest of its weights and structure.
 
     Raises:
-        ModelError: If it has weights that are no numbers, or does not tell what it is.
+        ModelError: If it has weights that are no numbers, or no readable structure.
     """
     require_numbers(model, "model")
     return register_object(model, model_digest(model))
@@ -35,7 +35,7 @@ def model_digest(model: nn.Module) -> str:
     """Hash the weights and the structure of a module.
 
     Raises:
-        ModelError: If it does not tell them.
+        ModelError: If they cannot be read.
     """
     with told_as(ModelError, "model: ", "reading its weights"):
         tensors = {n: t for n, t in model.state_dict().items() if isinstance(t, torch.Tensor)}
@@ -44,7 +44,7 @@ def model_digest(model: nn.Module) -> str:
 
 
 def copy_of(model: nn.Module, wanted: str | None) -> nn.Module:
-    """Copy a module that is lent, as it was when it was lent.
+    """Copy a registered module, as it was when it was registered.
 
     Raises:
         ConfigError: If it has been changed since.
@@ -70,18 +70,18 @@ def build_object(
     seed: int,
     target_modules: str | Sequence[str] = "all-linear",
 ) -> Built:
-    """Take a module that the program has lent; its weights are the initial ones.
+    """Build a model from a registered module, with its weights as initial weights.
 
     Args:
-        digest: Which, by `lend_model`.
-        head: As of `build_function`.
+        digest: The digest that `lend_model` returned.
+        head: As in `build_function`.
         shape: Not used: the module is as it is.
         classes: Not used.
         seed: Not used: nothing is drawn.
         target_modules: The default pattern of adapted layers.
 
     Raises:
-        ConfigError: If it is not here, was changed, or has no layer that ``head`` names.
+        ConfigError: If it is not registered here, was changed, or has no layer that ``head`` names.
         ModelError: If a frozen layer of BatchNorm has never seen a batch, or it cannot be copied.
     """
     del shape, classes, seed
@@ -93,9 +93,9 @@ def build_object(
 def _taken(
     model: object, where: str, head: Sequence[str] | None, targets: str | Sequence[str]
 ) -> Built:
-    """Take a module, given or built, and find its head; refuse a name that no layer has."""
+    """Check a user's module and find its head; refuse a name that no layer has."""
     module = take_module(model, where)
-    every = module.named_parameters(remove_duplicate=False)  # a tied head is a head
+    every = module.named_parameters(remove_duplicate=False)  # a tied head counts as a head
     layers = {name.rpartition(".")[0] for name, _ in every} - {""}
     for name in head or ():
         if not any(is_head(layer, (name,)) for layer in layers):
@@ -108,7 +108,7 @@ def require_module(model: object) -> nn.Module:
     """Reject an object that is not a module.
 
     Raises:
-        ConfigError: Saying what came.
+        ConfigError: Naming its type.
     """
     if not isinstance(model, nn.Module):
         raise ConfigError(
@@ -120,7 +120,7 @@ def require_module(model: object) -> nn.Module:
 
 
 def weights_in(found: object) -> object:
-    """Take weights and buffers out of what a function gives, by name."""
+    """List the weights and buffers in a function's result, by name."""
     return dict(found.state_dict()) if isinstance(found, nn.Module) else None
 
 
@@ -134,18 +134,18 @@ def build_function(
     parameters: Mapping[str, object] | None = None,
     target_modules: str | Sequence[str] = "all-linear",
 ) -> Built:
-    """Build what a function of another package gives.
+    """Build a model with a function of another package.
 
     Args:
         function: ``package.module:function``; it is called with ``shape`` and ``classes`` of the
-            data and with ``parameters``, and gives a `torch.nn.Module`. Its draws from torch's
-            global generator are fixed by the seed of the run; it may draw from no other. Where
-            it takes less than two seconds it is called again to see that. Dropout must be a
-            module (`torch.nn.Dropout`): as a function it would stay off, and is refused
-            (`fedraclora.models.built`). Layers of BatchNorm must be frozen, that is in evaluation
-            mode, with statistics of their own.
-        head: Name prefixes of the final layer; None: the last layer that could be adapted, or what
-            a model of Hugging Face has beside its encoder; empty: there is none.
+            data and with ``parameters``, and returns a `torch.nn.Module`. Its draws from torch's
+            global generator are fixed by the seed of the run; it may use no other generator. A
+            call of less than two seconds is repeated to check that. Dropout must be a module
+            (`torch.nn.Dropout`): as a function it would be off, and is refused
+            (`fedraclora.models.built`). BatchNorm layers must be frozen, that is, in evaluation
+            mode with trained statistics.
+        head: Name prefixes of the final layer; None: the last layer that can be adapted, or the
+            part of a Hugging Face model outside its encoder; empty: no head.
         shape: Shape of one input.
         classes: Number of outputs.
         seed: The seed of the run.
@@ -153,8 +153,8 @@ def build_function(
         target_modules: The default pattern of adapted layers.
 
     Raises:
-        ConfigError: If it cannot be imported, gives something else, or has no layer that ``head``
-            names.
+        ConfigError: If it cannot be imported, returns something else, or has no layer that
+            ``head`` names.
         ModelError: If a frozen layer of BatchNorm has never seen a batch.
     """
     at = "model.parameters"

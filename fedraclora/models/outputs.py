@@ -1,9 +1,10 @@
-"""What somebody else's model and loss give for a sample: whether it fits, and is its own.
+"""Check that a user's model and loss fit the data and treat each sample by itself.
 
 Local training holds samples of many clients in one batch, and runs a model in evaluation mode, with
-masks of its own for `torch.nn.Dropout`. So a sample may not depend on the others of its batch, and
-the model may not be another in training mode. Both are looked at before the first round, on a few
-samples and at weights that are moved a little, since a layer that is zero hides all before it.
+its own masks for `torch.nn.Dropout`. So a sample may not depend on the others in its batch, and the
+model may not compute something else in training mode. Both are checked before the first round, on a
+few samples and at slightly perturbed weights, since a layer of zeros would hide all layers before
+it.
 """
 
 from __future__ import annotations
@@ -30,7 +31,8 @@ from fedraclora.lowrank.layers import is_batch_norm
 from fedraclora.models.built import refuse_functions
 from fedraclora.tree import Tree
 
-CLOSE = 1e-3  # relative: rounding differs by batch, statistics of a batch differ by far more
+# relative: rounding differs a little between batches, batch statistics differ far more
+CLOSE = 1e-3
 MOVED = 0.01  # of the weights
 DRAWS = 16  # passes of a model that draws numbers in training mode
 DIRECTIONS = 4  # by which a gradient is told from another
@@ -47,25 +49,25 @@ def probe(
     own_model: bool = True,
     own_loop: bool = False,
 ) -> DataSet:
-    """Reject a model or a loss of somebody else's that cannot be trained as it is meant.
+    """Reject a user's model or loss that cannot be trained correctly.
 
     Args:
-        model: In training mode but for what is frozen. Not modified.
+        model: In training mode except for frozen parts. Not modified.
         samples: One or more.
         data: Their loss, and number of classes.
-        device: Where losses are formed.
-        own_model: False for a model of this project, which is known.
-        own_loop: Whether the user's own loop trains, whose loss is not this one.
+        device: Where losses are computed.
+        own_model: False for a model of this project, which needs no check.
+        own_loop: Whether the user's own loop trains, with another loss.
 
     Returns:
-        The data set, with a guess for which loss outputs are read in the place of the user's own.
+        The data set, with the guessed built-in loss whose outputs are read like the user's own.
 
     Raises:
-        FedRacLoraError: Saying what is wrong with it, and what to do.
+        FedRacLoraError: Naming the problem and its solution.
     """
     like = data.like
     if is_own(data.loss):
-        rows = torch.tensor([0, len(samples) // 2, len(samples) - 1, 0])  # one of them twice
+        rows = torch.tensor([0, len(samples) // 2, len(samples) - 1, 0])  # one sample twice
         some = samples.take(rows)
         with nothing_drawn(), torch.no_grad():
             output = output_of(moved(model).eval(), some.inputs).to(device)
@@ -79,7 +81,7 @@ def probe(
 
 
 def guessed_like(output: torch.Tensor, target: torch.Tensor) -> str:
-    """Guess from their shapes for which loss outputs and targets are; empty where several could be.
+    """Guess from their shapes for which loss outputs and targets are; empty if several fit.
 
     Example:
         >>> guessed_like(torch.randn(2, 3), torch.tensor([0, 2]))
@@ -105,7 +107,7 @@ def are_probable(output: torch.Tensor, axis: int) -> bool:
 
 
 def is_softmax(model: nn.Module, samples: Samples, loss: str) -> bool:
-    """Check whether what a loss takes for logits are probabilities: a model ends in a softmax."""
+    """Check whether a model returns probabilities where the loss expects logits."""
     if (axis := read_as(loss).axis) is None or not (some := few(samples.inputs)):
         return False
     with nothing_drawn(), torch.no_grad():
@@ -114,10 +116,10 @@ def is_softmax(model: nn.Module, samples: Samples, loss: str) -> bool:
 
 
 def output_of(model: nn.Module, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    """Call a model; what it raises is told with the shapes of its inputs.
+    """Call a model; its errors are reported with the shapes of its inputs.
 
     Raises:
-        ModelError: If it raises, or gives no tensor.
+        ModelError: If it raises, or returns no tensor.
     """
     shapes = {name: tuple(value.shape) for name, value in inputs.items()}
     told, what = (
@@ -129,22 +131,22 @@ def output_of(model: nn.Module, inputs: Mapping[str, torch.Tensor]) -> torch.Ten
 
 
 def refuse_ways(model: nn.Module, inputs: Mapping[str, torch.Tensor]) -> None:
-    """Reject a model that batches, modes or calls change, but by dropout: one copy answers it all.
+    """Reject a model whose result changes with the batch, the mode or the call, except by dropout.
 
     Args:
-        model: In training mode but for what is frozen. Not modified.
+        model: In training mode except for frozen parts. Not modified.
         inputs: Of samples; nothing is checked with fewer than two.
 
     Raises:
-        ModelError: If it writes into its inputs, gives something else when it is called again or
-            beside other samples, or in training mode gives other outputs or gradients; the first
-            module that does is named.
+        ModelError: If it writes into its inputs, or if its outputs or gradients change with a
+            second call, with other samples in the batch, or in training mode; the first such module
+            is named.
     """
     if not (some := few(inputs)):
         return
     with nothing_drawn():
         copied = moved(model)
-        for module in copied.modules():  # what drops values by itself is refused elsewhere
+        for module in copied.modules():  # dropout as a function is refused elsewhere
             if isinstance(module, nn.modules.dropout._DropoutNd):  # noqa: SLF001
                 module.p = 0.0
             elif isinstance(module, nn.MultiheadAttention | nn.RNNBase):
@@ -194,14 +196,14 @@ def refuse_ways(model: nn.Module, inputs: Mapping[str, torch.Tensor]) -> None:
 
 
 def few(inputs: Mapping[str, torch.Tensor]) -> Tree:
-    """Take the first and the last sample; nothing where there are fewer than two."""
+    """Select the first and the last sample; empty if there are fewer than two."""
     count = min(map(len, inputs.values()), default=0)
     rows = torch.tensor([0, count - 1])
     return {name: values[rows] for name, values in inputs.items()} if count > 1 else {}
 
 
 def moved(model: nn.Module) -> nn.Module:
-    """Copy a model, with weights that can be trained; those of equal numbers are moved a little."""
+    """Copy a model with trainable weights; constant weights are perturbed a little."""
     copied = copy.deepcopy(model)
     torch.default_generator.manual_seed(0)
     with torch.no_grad():
@@ -214,12 +216,12 @@ def moved(model: nn.Module) -> nn.Module:
 
 
 def close(found: torch.Tensor, wanted: torch.Tensor) -> bool:
-    """Check whether two tensors are equal but for rounding."""
+    """Check whether two tensors are equal up to rounding."""
     if found.shape != wanted.shape:
         return False
     wide = torch.promote_types(found.dtype, torch.float32)
     found, wanted = found.to(wide), wanted.to(wide)
-    if torch.equal(found, wanted):  # the rest takes several times their memory
+    if torch.equal(found, wanted):  # the rest takes several times the tensors' memory
         return True
     finite = wanted[torch.isfinite(wanted)].abs()
     size = float(finite.max()) if len(finite) else 0.0
@@ -236,12 +238,13 @@ def same(found: torch.Tensor | None, wanted: torch.Tensor | None) -> bool:
 def traced(
     model: nn.Module, inputs: Tree, look: Callable[[str, torch.Tensor | None], T]
 ) -> dict[str, T]:
-    """Pass samples through a model, forward and back, and look at what comes, one by one.
+    """Run samples forward and backward through a model, and inspect each intermediate result.
 
     Returns:
-        By name what ``look`` makes of the outputs of the modules, in order, then of that of the
-        model and of the gradients of the weights, None where there is none; of a module that is
-        called often it is the last.
+        Results of ``look`` by name: for the outputs of modules, in order, then for the model's
+            output
+        and the gradients of weights (None if there is none). For a module that is called several
+        times, the last one.
     """
     found: dict[str, T] = {}
 
@@ -264,7 +267,7 @@ def traced(
     handles = [
         watch_module(f"layer {name!r} ({type(module).__name__})", module)
         for name, module in model.named_modules()
-        if name and not isinstance(module, torch.jit.ScriptModule)  # which take none
+        if name and not isinstance(module, torch.jit.ScriptModule)  # weights without gradients
     ]
     handles += [watch_weight(name, weight) for name, weight in weights.items()]
     try:
@@ -282,7 +285,7 @@ def traced(
 
 
 def projected_gradient(gradient: torch.Tensor) -> torch.Tensor:
-    """Multiply its rows by a few random vectors: whole, all gradients take as much as the model."""
+    """Project the rows of a gradient to a few random vectors; all gradients would fill memory."""
     if gradient.dim() < 2:
         return gradient
     rows, drawn = gradient.flatten(1), torch.Generator().manual_seed(0)
@@ -295,7 +298,7 @@ def generators() -> tuple[Any, ...]:
 
 
 def drew(before: tuple[Any, ...]) -> bool:
-    """Check whether one of the `generators` has moved on."""
+    """Check whether one of the `generators` has advanced."""
     now = generators()
     moved_on = not torch.equal(before[0], now[0]) or before[1] != now[1]
     return moved_on or not all(map(np.array_equal, before[2], now[2]))
@@ -303,7 +306,7 @@ def drew(before: tuple[Any, ...]) -> bool:
 
 @contextmanager
 def nothing_drawn() -> Iterator[None]:
-    """Put the generators of torch, Python and numpy back at the end."""
+    """Restore the generators of torch, Python and numpy at the end."""
     states = generators()
     try:
         yield
@@ -314,16 +317,16 @@ def nothing_drawn() -> Iterator[None]:
 
 
 def refuse_outputs(model: nn.Module, samples: Samples, classes: int, loss: str) -> None:
-    """Reject a model whose outputs do not fit the targets, before an index or a shape fails.
+    """Reject a model whose outputs do not fit the targets, before torch fails on an index or shape.
 
     Args:
         model: Not modified.
         samples: One or more.
-        classes: Number of classes of the targets, where the loss is one of classes.
+        classes: Number of classes of the targets, if the loss has classes.
         loss: A key of `fedraclora.data.task.LOSSES`; others pass.
 
     Raises:
-        DataError: Saying what the model gives, what the targets are and what to do.
+        DataError: Naming the model's outputs, the targets and what to do.
         ModelError: If it cannot be called.
     """
     first = samples.take(torch.zeros(1, dtype=torch.int64, device=samples.target.device))

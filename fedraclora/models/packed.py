@@ -1,14 +1,13 @@
-"""Transformers whose blocks see the real tokens of a batch, and not its padding.
+"""Run the blocks of a transformer on the real tokens of a batch, without its padding.
 
-Sentences differ in length, so that half of a batch is often padding. The model of transformers
-itself is as it was: before its first block the real tokens of each client's samples are put one
-after another, after its last block they go back to their places, and between the two every layer
-acts on each token by itself, but for attention. That is asked for by name (transformers has a table
-of attention functions), and ours gathers the samples again, a few of about the same length at a
-time.
+Sentences differ in length, so that half of a batch is often padding. The transformers model is not
+changed: before its first block the real tokens of each client's samples are concatenated, and after
+its last block they return to their positions. In between every layer acts on each token separately,
+except attention. transformers looks up attention functions by name; ours gathers the samples again,
+a few of similar length at a time.
 
-A place without a token is filled with padding's own numbers, which are finite, and its slope is
-exactly zero on every way back, since what padding gives reaches no loss.
+Positions without a token hold the finite values of padding. Their gradient is exactly zero in every
+backward pass, since outputs of padding reach no loss.
 """
 
 from __future__ import annotations
@@ -26,14 +25,14 @@ from typing_extensions import override
 from fedraclora.data.task import forward
 from fedraclora.models.packed_layout import Bucket, PackedLayout, take_rows
 
-ATTENTION_NAME = "fedraclora_packed"  # of our attention in the table of transformers
-# What some models ask of their attention beyond the usual, by its name there.
+ATTENTION_NAME = "fedraclora_packed"  # in the table of transformers
+# Unsupported attention arguments of some models, by their names there.
 UNUSUAL = ("sliding_window", "softcap", "s_aux", "position_bias")
-PROBE = (5, 9, 3, 7)  # tokens of the samples with which a model is tried
+PROBE = (5, 9, 3, 7)  # tokens of the samples on which a model is tested
 
 
 class Attend(torch.autograd.Function):
-    """Attention by plain products, with its way back written out: no copy but the products."""
+    """Compute attention by plain products, with a hand-written backward pass and fewer copies."""
 
     @override
     @staticmethod
@@ -74,11 +73,11 @@ class Attend(torch.autograd.Function):
 
 
 class Packer:
-    """Packs the batches of a model of transformers.
+    """Pack the batches of a transformers model.
 
     Args:
-        model: Changed: hooks before and after its blocks do nothing until `use`.
-        blocks: Of it.
+        model: Receives hooks before and after its blocks, which do nothing until `use`.
+        blocks: The model's blocks.
     """
 
     def __init__(self, model: nn.Module, blocks: nn.ModuleList) -> None:
@@ -97,13 +96,14 @@ class Packer:
 
     @classmethod
     def of(cls, model: nn.Module) -> Packer | None:
-        """Prepare a model, if its blocks can be packed: that is tried, on a few tokens.
+        """Prepare a model if its blocks can be packed, tested on a few tokens.
 
         Args:
             model: In evaluation mode.
 
         Returns:
-            None for a model that is none of transformers, or has other blocks or attention.
+            The packer; None if the model is not from transformers, or has other blocks or
+            attention.
         """
         layers: Any = sys.modules.get("transformers.modeling_layers")
         kind = getattr(layers, "GradientCheckpointingLayer", None)
@@ -116,7 +116,7 @@ class Packer:
         return tried(model, found[0])
 
     def use(self, layout: PackedLayout | None) -> None:
-        """Pack the batches from here on, and what the backward pass computes again."""
+        """Pack the batches from now on, also in recomputed forward passes."""
         if layout is None and self.layout is None:
             return
         self.layout = layout
@@ -124,7 +124,7 @@ class Packer:
             config._attn_implementation = plain if layout is None else ATTENTION_NAME  # noqa: SLF001
 
     def detach(self) -> None:
-        """Leave the model as it was."""
+        """Remove the hooks from the model."""
         self.use(None)
         for hook in self.hooks:
             hook.remove()
@@ -140,7 +140,7 @@ class Packer:
         return args, rest
 
     def _packed(self, value: Any) -> Any:
-        """Pack what has tokens on its second axis: [N, T, ...] or [1, T, ...], also in tuples."""
+        """Pack tensors with tokens on their second axis: [N, T, ...] or [1, T, ...], or tuples."""
         layout = self.layout
         if isinstance(value, tuple):
             return tuple(self._packed(part) for part in value)
@@ -171,7 +171,7 @@ def attend(
     """Attend within each sample: queries [K, heads, L, width] -> [K, L, heads, width].
 
     Raises:
-        NotImplementedError: If the model wants more of its attention than is computed here.
+        NotImplementedError: If the model needs unsupported arguments of attention.
     """
     packer: Packer = module.packer
     layout = packer.layout
@@ -218,7 +218,7 @@ def attend_within(
         return F.scaled_dot_product_attention(
             q, k, v, seen, is_causal=causal, scale=scale, enable_gqa=k.shape[1] != q.shape[1]
         )
-    if causal:  # a real query sees no padding, which comes after it
+    if causal:  # a real query does not see padding, which comes after it
         hidden = torch.ones(bucket.tokens, bucket.tokens, dtype=torch.bool, device=q.device).triu(1)
     else:
         hidden = bucket.hidden()
@@ -227,7 +227,7 @@ def attend_within(
 
 
 def tried(model: nn.Module, blocks: nn.ModuleList) -> Packer | None:
-    """Prepare a model whose outputs are the same for a packed batch, else leave it as it is."""
+    """Prepare a model if packing leaves its outputs the same; else restore it."""
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
     ALL_ATTENTION_FUNCTIONS.register(ATTENTION_NAME, attend)
@@ -245,7 +245,7 @@ def tried(model: nn.Module, blocks: nn.ModuleList) -> Packer | None:
             padded = forward(model, inputs)
             packer.use(layout)
             packed = forward(model, inputs)
-    except Exception:  # it wants what is not here, or takes other inputs
+    except Exception:  # it needs something unsupported, or takes other inputs
         packer.detach()
         return None
     packer.use(None)
@@ -259,6 +259,6 @@ def tried(model: nn.Module, blocks: nn.ModuleList) -> Packer | None:
 
 def alike(wanted: torch.Tensor, found: torch.Tensor) -> bool:
     """Tell whether two outputs are the same up to rounding."""
-    # Eager attention has its softmax in float32 at times, whatever the weights are.
+    # Some eager attention computes its softmax in float32, whatever the precision of weights.
     close = max(torch.finfo(wanted.dtype).eps ** 0.5, 1e-5)
     return torch.allclose(wanted, found, rtol=close, atol=close * float(wanted.abs().max()))

@@ -1,10 +1,10 @@
-"""Where the real tokens of a padded batch are: products over them, and not over the padding.
+"""Locate the real tokens of a padded batch, so that products skip the padding.
 
-What a layer gives at a padded token reaches no loss: attention gives padding a weight of exactly
-zero (see `fedraclora.data.samples.Samples.trim`). Sentences of a batch differ in length, so that
-half of a trimmed batch may still be padding. A product over the real tokens alone, whose rows are
-then put back in their places (`Places`), is the same where it counts, and zero elsewhere. Inside
-the blocks of a transformer the rows stay together (`PackedLayout`, `fedraclora.models.packed`).
+A layer's output at a padded token reaches no loss: attention gives padding a weight of exactly zero
+(see `fedraclora.data.samples.Samples.trim`). Sentences of a batch differ in length, so that half of
+a trimmed batch may still be padding. `Places` computes a product over the real tokens only and puts
+the rows back: the result is the same at real tokens, and zero elsewhere. Inside the blocks of a
+transformer the rows stay packed (`PackedLayout`, `fedraclora.models.packed`).
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from typing_extensions import override
 
 from fedraclora.data.samples import Samples
 
-WORTH_PACKING = 0.85  # share of real tokens above which moving the rows costs what it saves
+WORTH_PACKING = 0.85  # share of real tokens above which moving rows costs more than it saves
 
 
 class TakeRows(torch.autograd.Function):
-    """Take the rows ``there`` of x; ``back`` holds, for each row of x, where it came to.
+    """Take the rows ``there`` of x; ``back`` holds the new position of each row of x.
 
-    Each row but those of zero slope is taken once: so on the way back, too, rows are taken.
+    Each row, except rows with zero gradient, is taken once, so the backward pass takes rows, too.
     """
 
     @override
@@ -39,18 +39,19 @@ class TakeRows(torch.autograd.Function):
         return slope.index_select(0, ctx.back), None, None
 
 
-# Some releases of torch type `apply` and some do not: with our own type both check alike.
+# Some releases of torch annotate `apply` and some do not: our own annotation type-checks under
+# both.
 take_rows: Callable[..., torch.Tensor] = TakeRows.apply
 
 
 @dataclass(frozen=True)
 class Bucket:
-    """Samples of about the same length.
+    """A group of samples of similar length.
 
     Attributes:
-        count, tokens: Samples, and the tokens of the longest.
-        lengths: Of each, int64 [count].
-        places: Of each token in the packed batch, int64 [count, tokens].
+        count, tokens: Number of samples, and tokens of the longest.
+        lengths: Tokens of each sample, int64 [count].
+        places: Position of each token in the packed batch, int64 [count, tokens].
     """
 
     count: int
@@ -59,22 +60,22 @@ class Bucket:
     places: torch.Tensor
 
     def hidden(self) -> torch.Tensor:
-        """Tell which keys no query may see, bool [count, 1, 1, tokens]."""
+        """Return a mask of the keys that no query may see, bool [count, 1, 1, tokens]."""
         place = torch.arange(self.tokens, device=self.lengths.device)
         return (place >= self.lengths[:, None])[:, None, None]
 
 
 @dataclass(frozen=True)
 class PackedLayout:
-    """Where the real tokens of a batch are.
+    """Hold the positions of a batch's real tokens.
 
     Attributes:
         clients, length: The packed batch is [clients, length, ...]; each row ends in padding.
-        there: For each packed token, its place in the padded batch, int64 [clients * length].
-        back: For each token of the padded batch, its place in the packed one, int64 [N * T].
+        there: For each packed token, its position in the padded batch, int64 [clients * length].
+        back: For each token of the padded batch, its position in the packed one, int64 [N * T].
         tokens: T.
         buckets: The samples, longest first.
-        heads: What `of_heads` has found, by their number.
+        heads: Results of `of_heads`, by number of heads.
     """
 
     clients: int
@@ -98,7 +99,7 @@ class PackedLayout:
         """Lay out a batch.
 
         Args:
-            lengths: Tokens of each sample, client after client, int64 [N]; at least one place of
+            lengths: Tokens of each sample, client after client, int64 [N]; at least one position of
                 the padded batch must be padding.
             clients: K; each has N / K samples.
             tokens: Of each sample with its padding, T.
@@ -115,9 +116,9 @@ class PackedLayout:
         place = torch.arange(tokens, device=device)
         real = place < lengths[:, None]
         back = torch.where(real, start[:, None] + place, spare).reshape(-1)
-        padding = torch.argmin(real.reshape(-1).byte())  # a padded place that is padding
+        padding = torch.argmin(real.reshape(-1).byte())  # a padded position that is padding
         there = padding.expand(clients * length).clone()
-        # Padding writes, too: to a place beyond the end, so that no size depends on the data.
+        # Padding writes, too: to a position beyond the end, so that no size depends on the data.
         there = torch.cat([there, there[:1]])
         target = torch.where(real, start[:, None] + place, clients * length).reshape(-1)
         there = there.index_copy(0, target, torch.arange(N * tokens, device=device))[:-1]
@@ -144,14 +145,14 @@ class PackedLayout:
         return packed.view(self.clients, self.length, *x.shape[2:])
 
     def spread(self, x: torch.Tensor) -> torch.Tensor:
-        """Turn [clients, length, ...] into [N, T, ...]; padding gets what no loss may see."""
+        """Turn [clients, length, ...] into [N, T, ...]; padding gets values that no loss reads."""
         return take_rows(x.flatten(0, 1), self.back, self.there).view(-1, self.tokens, *x.shape[2:])
 
     def of_heads(self, heads: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Find rows [tokens, heads] of the packed batch in buckets [count, heads, tokens].
+        """Locate rows [tokens, heads] of the packed batch in buckets [count, heads, tokens].
 
         Returns:
-            There and back; in the buckets one more row, which is padding, comes last.
+            Indices there and back; the buckets end with one more row of padding.
         """
         if heads not in self.heads:
             device, count = self.there.device, len(self.there)
@@ -161,7 +162,7 @@ class PackedLayout:
             there, done = [], 0
             for bucket in self.buckets:
                 there.append((bucket.places[:, None] * heads + head[:, None]).reshape(-1))
-                # Padding writes, too: to a place beyond the end.
+                # Padding writes, too: to a position beyond the end.
                 target = bucket.places.masked_fill(bucket.hidden()[:, 0, 0], count)
                 place = torch.arange(bucket.tokens, device=device)
                 sample = torch.arange(bucket.count, device=device)[:, None] * heads * bucket.tokens
@@ -175,12 +176,12 @@ class PackedLayout:
 
 
 def bucket_tops(lengths: list[int], most: int = 4, least: int = 8) -> tuple[int, ...]:
-    """Choose buckets of a batch: at most ``most``, of ``least`` samples or more.
+    """Choose at most ``most`` buckets of a batch, of ``least`` samples or more each.
 
     Args:
         lengths: Of the samples, descending.
-        most: Buckets; each costs some calls.
-        least: Samples of a bucket, where there are so many.
+        most: Most buckets; each costs some calls.
+        least: Fewest samples of a bucket, if there are enough.
 
     Returns:
         Tokens of the longest sample of each.
@@ -190,9 +191,9 @@ def bucket_tops(lengths: list[int], most: int = 4, least: int = 8) -> tuple[int,
 
 
 class Places(NamedTuple):
-    """Where the real tokens of a batch are, and the way back.
+    """Locate the real tokens of a batch, and map rows back.
 
-    Rows are only ever taken: putting rows in their places is several times as slow.
+    Rows are only gathered: scattering rows is several times slower.
 
     Attributes:
         real: int64 [real + 1], into the batch as [N * T]: the real tokens, in order, then any one
@@ -208,22 +209,22 @@ class Places(NamedTuple):
         return rows.index_select(0, self.real)
 
     def spread(self, packed: torch.Tensor) -> torch.Tensor:
-        """Put rows back, and zero at padding: [N * T, m]. The last row of ``packed`` is lost."""
+        """Put rows back, with zeros at padding: [N * T, m]. ``packed`` ends in a row to drop."""
         packed[-1] = 0
         return packed.index_select(0, self.back)
 
 
 def real_tokens(samples: Samples, valid: torch.Tensor, real: int) -> Places | None:
-    """Find the places of the real tokens of a batch, where there is enough padding to save.
+    """Locate the real tokens of a batch, if there is enough padding to save time.
 
     Args:
         samples: [N, T] tokens each, padded.
         valid: Which of the samples count, N in all; the others have no real token.
-        real: How many there are, known before (`fedraclora.training.schedule.StepBatch`), so that
-            no device is waited for; 0: all tokens are to be computed.
+        real: Their number, known in advance (`fedraclora.training.schedule.StepBatch`), so that no
+            device is waited for; 0: compute all tokens.
 
     Returns:
-        The places; None where all are to be computed.
+        The places; None if all tokens are to be computed.
     """
     tokens, lengths = samples.padded, samples.lengths
     if lengths is None or not 0 < real <= WORTH_PACKING * len(samples) * tokens:
@@ -237,7 +238,7 @@ def real_tokens(samples: Samples, valid: torch.Tensor, real: int) -> Places | No
 def packed_layout(
     samples: Samples, valid: torch.Tensor, longest: int, tops: tuple[int, ...]
 ) -> PackedLayout | None:
-    """Lay out the real tokens of a batch, where there is enough padding to save.
+    """Lay out the real tokens of a batch, if there is enough padding to save time.
 
     Args:
         samples: [N, T] tokens each, padded.

@@ -1,8 +1,8 @@
-"""Stored weights as a model of transformers: whole, finite and of its shapes, or refused.
+"""Load stored weights into a transformers model, and refuse incomplete or damaged ones.
 
-transformers fills what a file lacks at random and leaves out what it does not know. Here nothing
-is drawn but a new head, and what a file says of its sizes is held against what it holds before a
-model is built of it.
+transformers fills missing weights at random and ignores unknown ones. Here only a new head is drawn
+at random, and the sizes in a file's configuration are checked against its weights before a model is
+built.
 """
 
 from __future__ import annotations
@@ -24,17 +24,17 @@ from fedraclora.errors import ConfigError, DataError
 from fedraclora.lowrank.layers import is_head
 from fedraclora.models.built import found_head
 
-NAMES_SHOWN = 3  # names in a message
+NAMES_SHOWN = 3  # most names in a message
 
 
 @dataclass(frozen=True)
 class Source:
-    """Where stored weights are.
+    """The location of stored weights.
 
     Attributes:
-        path: As ``model.path`` has it, for messages.
-        place: What ``from_pretrained`` takes.
-        local: Whether they are on this machine; else nothing is known of them beforehand.
+        path: The value of ``model.path``, for messages.
+        place: The argument of ``from_pretrained``.
+        local: Whether they are on this machine; otherwise they cannot be checked in advance.
     """
 
     path: str
@@ -43,7 +43,7 @@ class Source:
 
     @property
     def gguf(self) -> Header | None:
-        """The header, of a GGUF file."""
+        """Return the header of a GGUF file; None for other files."""
         if not (self.local and self.place.endswith(GGUF)):
             return None
         return read_gguf_header(Path(self.place), f"model.path={self.path}")
@@ -51,7 +51,7 @@ class Source:
     def refuse(
         self, what: str, do: str = "get it again, or name a model that is whole"
     ) -> DataError:
-        """Build the error for weights that are not what they say."""
+        """Build the error for damaged or wrong weights."""
         return DataError(f"model.path={self.path}: {what}; {do}")
 
 
@@ -65,15 +65,15 @@ def load_pretrained(
     new_head: bool,
     **asked: object,
 ) -> tuple[Any, tuple[str, ...]]:
-    """Load stored weights in float32 into a model that they fill.
+    """Load stored weights in float32 into a model, and check that they are complete.
 
     Args:
         kind: An Auto class of transformers.
         path: ``model.path``.
-        sha256: Of the weights' file, or None.
+        sha256: SHA-256 of the weights' file, or None.
         prepare: Changes the stored configuration to that of the model, which may have fewer layers.
         attention: As transformers names it.
-        new_head: Whether a head is drawn where none, or one of other outputs, is stored.
+        new_head: Whether to draw a head if none, or one with other outputs, is stored.
         **asked: Further keys of the configuration.
 
     Returns:
@@ -81,13 +81,14 @@ def load_pretrained(
 
     Raises:
         ConfigError: If the weights are quantized, and not in a GGUF file.
-        DataError: If the weights are missing, another file, damaged, not finite, or not all that
-            the model has.
+        DataError: If the weights are missing, damaged, incomplete, not finite, or from another
+            file.
     """
     from transformers import AutoConfig
 
     source = Source(path, *checked_source(path, sha256))
-    asked["attn_implementation"] = attention  # else one that the folder names: code of the hub
+    # otherwise one that the folder names, with code from the hub
+    asked["attn_implementation"] = attention
     with quiet():
         config = from_pretrained(AutoConfig, source.place, source.local, "model.path", **asked)
     layers = layers_of(config)
@@ -109,7 +110,7 @@ def load_pretrained(
         )
     cut = set(map(str, range(layers_of(config), layers)))
     head = found_head(model) if new_head else ()
-    if head:  # what pools the outputs of an encoder is of the head's making, wherever it lies
+    if head:  # an encoder's pooler belongs to the head, wherever it is
         head += (f"{model.base_model_prefix}.pooler",)
     drawn = _refuse_gaps(source, model, report, head, cut)
     if header is not None:
@@ -119,7 +120,7 @@ def load_pretrained(
 
 
 def _check_config(kind: Any, source: Source, stored: Mapping[str, Stored], config: Any) -> None:
-    """Hold a configuration against the stored weights: their number, and what they can fill."""
+    """Check a configuration against the stored weights: their number and shapes."""
     gguf = source.place.endswith(GGUF)
     if not gguf and getattr(config, "quantization_config", None) is not None:
         raise ConfigError(
@@ -138,7 +139,7 @@ def _check_config(kind: Any, source: Source, stored: Mapping[str, Stored], confi
     try:
         with torch.device("meta"), quiet():
             model = kind.from_config(config, trust_remote_code=False)
-    except Exception as error:  # each architecture has checks, and errors, of its own
+    except Exception as error:  # each architecture has its own checks and errors
         refuse_code(error, "model.path", source.place)
         what = " ".join(str(error).split())
         raise source.refuse(f"its configuration makes no model ({what})") from error
@@ -152,7 +153,8 @@ def _check_config(kind: Any, source: Source, stored: Mapping[str, Stored], confi
         ):
             raise source.refuse(f"{name} holds {tensor.kind}, expected numbers with a fraction")
     body = sum(count for n, count in own.items() if not is_head(n, head))
-    if body > 2 * (held := sum(t.count for t in stored.values())):  # less is named once it is built
+    # other gaps are reported once the model is built
+    if body > 2 * (held := sum(t.count for t in stored.values())):
         raise source.refuse(
             f"a {type(model).__name__} of its configuration has {body:,} numbers, and {held:,} are "
             "stored"
@@ -168,7 +170,7 @@ def _floats(config: Mapping[str, object], prefix: str = "") -> Iterator[tuple[st
 
 
 def _stored(source: Source, header: Header | None) -> Mapping[str, Stored]:
-    """List the stored tensors; empty where that takes loading them."""
+    """List the stored tensors; empty if that requires loading them."""
     if header is not None:
         return header.tensors
     found: dict[str, Stored] = {}
@@ -186,9 +188,9 @@ def _stored(source: Source, header: Header | None) -> Mapping[str, Stored]:
 def _refuse_gaps(
     source: Source, model: nn.Module, report: Any, head: tuple[str, ...], cut: set[str]
 ) -> tuple[str, ...]:
-    """Refuse what the file lacks, has too much or in another shape; name what was drawn.
+    """Refuse missing, additional or wrongly shaped weights; return the names of drawn ones.
 
-    A head is drawn layer by layer: one that is stored in part is damaged.
+    A head is drawn layer by layer; a partly stored layer is damaged.
     """
     shapes = {name: (tuple(there), tuple(here)) for name, there, here in report["mismatched_keys"]}
     missing = set(report["missing_keys"])
@@ -211,7 +213,7 @@ def _refuse_gaps(
         name
         for name in report["unexpected_keys"]
         if not cut & set(name.split("."))
-        # Beside the parts of the body lie the heads of other tasks.
+        # Heads of other tasks are stored beside the body.
         and (not head or name.removeprefix(f"{prefix}.").split(".")[0] in inside)
     )
     if unread:
@@ -228,9 +230,9 @@ def _refuse_unread(
     *,
     headless: bool,
 ) -> None:
-    """Refuse what a GGUF file has and transformers passes over.
+    """Refuse tensors of a GGUF file that transformers ignores.
 
-    Tensors that it does not know are in no report of transformers: their numbers are missing.
+    transformers does not report unknown tensors, whose values would be missing.
     """
     for name, value in header.fields.items():
         if name.endswith("rope.scaling.type") and value != "none" and "gpt" not in name:
@@ -254,11 +256,11 @@ def _refuse_unread(
 
 
 def _refuse_infinite(source: Source, model: Any) -> None:
-    """Refuse weights that are not finite, or whose outputs are not."""
+    """Refuse weights or outputs that are not finite."""
     for name, value in model.state_dict().items():
         if not bool(torch.isfinite(value).all()):
             raise source.refuse(f"{name} has values that are not finite")
-    last = getattr(model.config, "eos_token_id", None)  # which some heads look for
+    last = getattr(model.config, "eos_token_id", None)  # some heads look for this token
     ids = torch.tensor(2 * [[0, last if isinstance(last, int) and last >= 0 else 0]])
     try:
         with torch.no_grad():
@@ -271,7 +273,7 @@ def _refuse_infinite(source: Source, model: Any) -> None:
 
 
 def layers_of(config: Any) -> int:
-    """Count the layers of a configuration; 0 where it says none."""
+    """Count the layers in a configuration; 0 if it does not say."""
     return getattr(config, "num_hidden_layers", 0)
 
 
@@ -282,18 +284,18 @@ def _listed(names: list[str]) -> str:
 
 
 def assumed(header: Header) -> list[str]:
-    """Say where a model is not what a GGUF file says: keys not read, and keys that it lacks."""
+    """List differences between a GGUF file and the model: unread and missing keys."""
     from transformers.integrations.ggml import GGUF_CONFIG_MAPPING
 
     kind = str(header.fields.get("general.architecture"))
     known = GGUF_CONFIG_MAPPING.get(kind)
-    if known is None:  # transformers has a reader of its own
+    if known is None:  # transformers has its own reader for these
         return []
     inside = {name.removeprefix(f"{kind}.") for name in header.fields}
-    if "tokenizer.ggml.tokens" in inside:  # they are counted
+    if "tokenizer.ggml.tokens" in inside:  # they are counted instead
         inside.add("vocab_size")
     others = ("general.", "tokenizer.", "split.", "attention.key_length", "attention.value_length")
-    # The last two are lengths of heads, which the shapes of the tensors have.
+    # The last two are sizes of heads, which the shapes of tensors contain.
     unread = sorted(n for n in inside if n not in known and not n.startswith(others))
     absent = sorted(n for n, read in known.items() if read is not None and n not in inside)
     said = {"not read of its header": unread, "not in its header, so by default": absent}
@@ -301,7 +303,7 @@ def assumed(header: Header) -> list[str]:
 
 
 def made_plain(model: Any) -> Any:
-    """Take off a model what says that its weights are quantized: they are float32 now."""
+    """Remove a model's marks of quantization: its weights are float32 now."""
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
         model.is_quantized, model.hf_quantizer = False, None
@@ -310,7 +312,7 @@ def made_plain(model: Any) -> Any:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Silence the reports of a new head and the progress bar; both are expected."""
+    """Silence expected output: reports of a new head, and the progress bar."""
     from transformers.utils import logging
 
     level, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()

@@ -1,6 +1,7 @@
-"""Privacy: what is told of a client, at what price, and what nobody but its owner can foresee.
+"""Protect clients and samples: differential privacy and secure aggregation.
 
-`client_level` protects that a client took part, `sample_level` protects one sample of a client
-(`local_dp` is its oracle), `accountant` says what either costs, `secagg` settles how sums are
-masked, and `secret` is where noise and masks come from. It knows tensors alone, no method.
+`client_level` hides whether a client took part, `sample_level` protects one sample of a client
+(`local_dp` is its oracle), `accountant` computes epsilon for both, `secagg` has the settings of
+secure aggregation, and `secret` draws noise and masks. The package works on tensors and knows no
+method.
 """

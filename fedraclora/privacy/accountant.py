@@ -1,7 +1,7 @@
-"""What privacy costs: figures of the library dp-accounting, for the two kinds of noise used here.
+"""Compute privacy costs with the library dp-accounting, for the two kinds of noise used here.
 
-Nothing is derived here. Epsilon is that of Renyi accounting over the library's default orders. The
-library takes a second to load, so only what protects somebody loads it.
+Epsilon comes from the library's Renyi accountant with its default orders; nothing is derived here.
+The library takes a second to load, so runs without privacy do not load it.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ logging.getLogger("absl").setLevel(logging.ERROR)
 
 
 def release(noise: float, sampling: float) -> dp_event.DpEvent:
-    """Describe one release: a sum of which each client's part is at most 1, with Gaussian noise.
+    """Describe one release: a sum with Gaussian noise, each client's part of norm at most 1.
 
     Args:
         noise: Standard deviation.
-        sampling: Probability with which each client is in it, independently; 1: all are.
+        sampling: Probability of each client to take part, independently; 1: all take part.
     """
     from dp_accounting import dp_event
 
@@ -35,16 +35,16 @@ def release(noise: float, sampling: float) -> dp_event.DpEvent:
     return gaussian if sampling >= 1 else dp_event.PoissonSampledDpEvent(sampling, gaussian)
 
 
-@cache  # 50 ms each: a run that goes on, and its page, ask for the same again
+@cache  # 50 ms each: a resumed run and its page ask for the same value again
 def epsilon(noise: float, sampling: float, releases: int, delta: float, *beside: Releases) -> float:
-    """Compute epsilon after a number of releases; neighbours differ by one client or sample.
+    """Compute epsilon after some releases; neighbouring data differ by one client or sample.
 
     Args:
-        noise: Standard deviation of a release, in units of the sensitivity; 0 protects nobody.
+        noise: Standard deviation of a release, in units of the sensitivity; 0 protects no one.
         sampling: As in `release`.
         releases: 0 or more.
         delta: The probability with which epsilon may not hold.
-        *beside: Other releases about the same clients, of randomness of their own.
+        *beside: Other releases about the same clients, with independent randomness.
 
     Example:
         >>> epsilon(1.0, 0.1, 0, 1e-5), epsilon(0.0, 0.1, 3, 1e-5)
@@ -64,17 +64,17 @@ def epsilon(noise: float, sampling: float, releases: int, delta: float, *beside:
 def noise_for(
     target: float, sampling: float, releases: int, delta: float, *beside: Releases
 ) -> float:
-    """Find the least noise, to 1e-4, with which all releases cost at most ``target``.
+    """Find the smallest noise, to 1e-4, with which all releases cost at most ``target``.
 
     Args:
-        target: Epsilon, of those ``beside`` too.
+        target: Epsilon, including the releases ``beside``.
         sampling: As for `epsilon`.
         releases: As for `epsilon`.
         delta: As for `epsilon`.
         *beside: As for `epsilon`.
 
     Raises:
-        ConfigError: If no noise up to `LARGEST_NOISE` does.
+        ConfigError: If no noise up to `LARGEST_NOISE` is enough.
     """
     from dp_accounting import dp_event, mechanism_calibration
     from dp_accounting.rdp import RdpAccountant

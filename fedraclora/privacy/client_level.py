@@ -1,28 +1,27 @@
-"""Client-level differential privacy: what a round releases of its clients, and at what price.
+"""Client-level differential privacy: clip and noise the sums that a round releases.
 
     S~ = sum_k clip(update_k, C) + z C N(0, I);   mean update = S~ / (q N)
 
-Each of N clients takes part with probability q, by a coin that nobody else can foresee (Poisson
-sampling). Its update is the difference of all that it sends from where that started, one vector of
-norm at most C. All count alike, and the denominator is the expected number of clients, not the
-number that came. So adding or removing one client moves the sum by at most C.
+Each of N clients takes part with probability q, by a secret random draw (Poisson sampling). Its
+update is the difference of its upload from the start, one vector of norm at most C. All clients
+have the same weight, and the denominator is the expected number of clients, not the actual number.
+So adding or removing one client moves the sum by at most C.
 
-The means of what clients measure get noise of their own:
+The means of clients' metrics get independent noise:
 
     c_k = (((m_k - low) / (high - low) - 1/2)_metrics, 1/2)
     S~ = sum_k c_k + z sqrt(M + 1)/2 N(0, I);   mean = low + (high - low) (1/2 + S~ / n)
 
-Each metric m is clipped into its range [low, high]. So each of the M + 1 numbers of c_k is at most
-1/2 in size, and the norm of c_k at most sqrt(M + 1)/2: by so much the sum moves at most when a
-client is added or removed. The last number counts who has sent something. If twice its noisy sum is
-(rounded) below the least number of clients, no mean is released: that decides on what noise covers
-already, where the true number would be one more release. A client that sends nothing, or a metric
-without value (NaN), counts as 0, the middle of the range, which only makes it smaller. n is fixed:
-the clients that are expected. So a release is a Gaussian mechanism of noise multiplier z, whatever
-M is.
+Each metric m is clipped into its range [low, high]. Each of the M + 1 numbers of c_k is therefore
+at most 1/2 in size, and the norm of c_k at most sqrt(M + 1)/2, which bounds how far one client
+moves the sum. The last number counts the clients that replied. If twice its noisy sum is (rounded)
+below the least number of clients, no mean is released: the decision uses a noisy count, since the
+true count would be a further release. A missing reply or metric (NaN) counts as 0, the middle of
+the range, which only makes c_k smaller. n is fixed: the expected number of clients. A release is
+therefore a Gaussian mechanism of noise multiplier z for every M.
 
-Who measures is drawn by coins of their own, which tell nothing of who trains, and the noise is
-another, too: training and measuring of a round are two subsampled mechanisms one after the other.
+The clients that measure are drawn independently of those that train, and so is the noise: training
+and measuring in a round are two subsampled mechanisms in sequence.
 
 References:
     McMahan et al., *Learning differentially private recurrent language models*, arXiv 1710.06963;
@@ -49,13 +48,13 @@ from fedraclora.privacy.secagg import FEW
 from fedraclora.privacy.secret import Secret
 
 UNCOVERED = "no noise covers what it tells of them"
-# Rounding to the precision of the wire moves the norm of a shortened update by a few last bits.
+# Rounding to the precision of the message changes the norm of a clipped update by a few last bits.
 NORM_SLACK = 1 - 1e-5
 
 
 @dataclass(frozen=True)
 class Privacy(Limited, group="privacy"):
-    """No privacy beyond that data stay with their clients."""
+    """No differential privacy: data stay with their clients."""
 
     name: ClassVar[str] = "none"
 
@@ -87,20 +86,20 @@ class Privacy(Limited, group="privacy"):
 )
 @dataclass(frozen=True)
 class ClientLevel(Privacy):
-    """Client-level differential privacy: the server adds noise. Needs aggregation_weights=uniform.
+    """Add client-level differential privacy at the server. Needs aggregation_weights=uniform.
 
     Attributes:
-        clip: C, the greatest norm of an update; with ``quantile`` that of the first round.
+        clip: C, the largest norm of an update; with ``quantile`` that of the first round.
         noise_multiplier: z, the noise of a round in units of C; or None, for ``target_epsilon``.
-        target_epsilon: What all rounds together may cost: the noise is found from it.
-        delta: With which probability epsilon may not hold; below 1 / N.
-        quantile: Share of the clients whose updates should be shorter than C, which follows them
-            from round to round (adaptive clipping); None: C stays.
-        clip_rate: By how much: C <- C exp(-clip_rate (share - quantile)).
-        count_noise: Standard deviation of the noise on the number of updates that were shorter;
-            None: a twentieth of the expected cohort.
-        measure_noise: Noise multiplier of what clients measure (evaluate.clients).
-        measure_bound: The greatest value of a metric that has no bound of its own, such as a loss.
+        target_epsilon: Epsilon of all rounds together, from which the noise is computed.
+        delta: Probability with which epsilon may not hold; below 1 / N.
+        quantile: Share of clients whose updates should be shorter than C, which is adapted in each
+            round (adaptive clipping); None: C is constant.
+        clip_rate: Rate of adaptation: C <- C exp(-clip_rate (share - quantile)).
+        count_noise: Standard deviation of the noise on the number of shorter updates; None: a
+            twentieth of the expected clients of a round.
+        measure_noise: Noise multiplier of clients' metrics (evaluate.clients).
+        measure_bound: Largest value of a metric that has no bound of its own, such as a loss.
     """
 
     name: ClassVar[str] = "client_level"
@@ -141,16 +140,16 @@ class ClientLevel(Privacy):
         return self.quantile is not None
 
     def settle(self, clients: int, cohort: int, rounds: int, *beside: Releases) -> Mechanism:
-        """Fix the noise of a run.
+        """Compute the noise of a run.
 
         Args:
             clients: N.
             cohort: q N.
-            rounds: Over which ``target_epsilon`` is spent.
-            beside: What else it is spent on.
+            rounds: Rounds that share ``target_epsilon``.
+            beside: Other releases that share it.
 
         Raises:
-            ConfigError: If no noise keeps to the target, or adaptive clipping eats all of it.
+            ConfigError: If no noise meets the target, or adaptive clipping uses up all of it.
         """
         if self.delta * clients >= 1:
             raise ConfigError(
@@ -164,7 +163,7 @@ class ClientLevel(Privacy):
         if self.quantile is None:
             return Mechanism(sampling, cohort, noise, noise, self.delta)
         count = self.count_noise or cohort / 20
-        # The two releases together cost what one with the noise `noise` does.
+        # The two releases together cost as much as one with the noise `noise`.
         rest = noise**-2 - (2 * count) ** -2
         if rest <= 0:
             raise ConfigError(
@@ -184,15 +183,15 @@ class ClientLevel(Privacy):
 
 @dataclass(frozen=True)
 class Mechanism:
-    """The noise of a run.
+    """Hold the noise of a run.
 
     Attributes:
         sampling: q.
         cohort: The fixed denominator q N.
-        noise: What a round costs is what one release with this noise multiplier does.
-        update_noise: Of the sum of updates, in units of C.
-        delta: Of the guarantee.
-        count_noise: Of the number of short updates; None where it is not released.
+        noise: Noise multiplier of one release that costs as much as a round.
+        update_noise: Noise on the sum of updates, in units of C.
+        delta: Delta of the guarantee.
+        count_noise: Noise on the number of shorter updates; None if it is not released.
     """
 
     sampling: float
@@ -203,11 +202,11 @@ class Mechanism:
     count_noise: float | None = None
 
     def epsilon(self, rounds: int, *beside: Releases) -> float:
-        """Compute epsilon after ``rounds`` rounds and what else was released."""
+        """Compute epsilon after ``rounds`` rounds and all other releases."""
         return epsilon(self.noise, self.sampling, rounds, self.delta, *beside)
 
     def drawn(self, secret: Secret, round_: int, clients: int) -> torch.Tensor:
-        """Draw the cohort of a round: each client by its own coin; ids ascending, int64."""
+        """Draw the clients of a round independently; ids ascending, int64."""
         return secret.chosen(clients, self.sampling, "cohort", round_)
 
     def noisy_sum(
@@ -215,17 +214,18 @@ class Mechanism:
     ) -> torch.Tensor:
         """Add noise to a sum of updates, float64 [P].
 
-        The noise is drawn from the round, the sum and the clip: another sum of the same round (a
-        run that goes on from a checkpoint and meets other replies) so gets independent noise.
+        The draw depends on the round, the sum and the clip, so that another sum of the same round
+        (in a run resumed from a checkpoint with other replies) gets independent noise.
         """
         about = torch.cat([total, torch.tensor([clip], dtype=torch.float64)])
         noise = secret.normals(len(total), "sum", round_, about)
         return total + self.update_noise * clip * noise
 
     def noisy_count(self, shorter: int, came: int, secret: Secret, round_: int) -> float:
-        """Add noise to the number of short updates.
+        """Add noise to the number of shorter updates.
 
-        As the sum of +1/2 and -1/2, which one client moves by 1/2, and half of the expected cohort.
+        The number is half of the expected clients plus a sum of +1/2 and -1/2, which one client
+        moves by 1/2.
         """
         centred = shorter - came / 2
         words = torch.tensor([shorter, came], dtype=torch.float64)
@@ -243,14 +243,14 @@ CORRELATIONS = {"matthews", "pearson", "spearman"}
 
 @dataclass(frozen=True)
 class NoisyMeans:
-    """The noise on what clients measure.
+    """Add noise to clients' metrics.
 
     Attributes:
         noise: z.
-        sampling: With which probability each client measures.
+        sampling: Probability of each client to measure.
         count: n.
         ranges: Low and high of each metric, by name.
-        least: Clients below whose number, as the noise has it, nothing is released.
+        least: Nothing is released if the noisy number of clients is lower.
     """
 
     noise: float
@@ -268,14 +268,14 @@ class NoisyMeans:
         clients: int,
         least: int = 0,
     ) -> NoisyMeans:
-        """Make it of the settings of a run.
+        """Create it from the settings of a run.
 
         Args:
-            config: Has noise and bound.
-            metrics: By the name that the ledger has the name of the metric, whose range it has.
-            count: How many clients measure, as is expected.
-            clients: Of how many.
-            least: Clients below whose number nothing is released.
+            config: Settings with noise and bound.
+            metrics: Name of the metric, which determines the range, by its name in the ledger.
+            count: Expected number of clients that measure.
+            clients: Number of all clients.
+            least: Nothing is released for fewer clients.
 
         Raises:
             ConfigError: Without a noise multiplier, or a bound where a metric needs one.
@@ -300,19 +300,19 @@ class NoisyMeans:
         return cls(config.measure_noise, count / clients, count, ranges, least)
 
     def drawn(self, secret: Secret, round_: int, clients: int) -> torch.Tensor:
-        """Draw who measures after a round; ids ascending, int64."""
+        """Draw the clients that measure after a round; ids ascending, int64."""
         return secret.chosen(clients, self.sampling, "measurers", round_)
 
     def releases(self, count: int) -> Releases:
-        """Say what a number of measurements is to the accountant."""
+        """Describe a number of measurements for the accountant."""
         return self.noise, self.sampling, count
 
     def summed(self, values: Mapping[str, Floats], came: int) -> torch.Tensor:
         """Add up c_k over clients, float64 [M + 1].
 
         Args:
-            values: Of each client [K], by metric.
-            came: Clients that have sent something.
+            values: Value of each client [K], by metric.
+            came: Number of clients that replied.
         """
         total = []
         for name, each in values.items():
@@ -324,9 +324,9 @@ class NoisyMeans:
     def released(
         self, values: Mapping[str, Floats], came: int, secret: Secret, round_: int
     ) -> dict[str, object]:
-        """Compute the noisy ``mean`` of each metric, and the standard deviation of its noise.
+        """Compute the noisy ``mean`` of each metric, and its noise's standard deviation.
 
-        ``withheld`` in their place says that, but for noise, too few clients have sent something.
+        If too few clients (by the noisy count) replied, there is only ``withheld``, which says so.
         """
         total = self.summed(values, came)
         deviation = self.noise * math.sqrt(len(total)) / 2

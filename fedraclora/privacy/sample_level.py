@@ -1,20 +1,21 @@
-"""Sample-level differential privacy of a client's own training: DP-SGD on what it trains.
+"""Sample-level differential privacy of a client's training: DP-SGD on its trained tensors.
 
     g~ = (sum_i min(1, C / ||g_i||) g_i + z C N(0, I)) / b
 
-g_i is the gradient of one sample over all that the client trains, as one vector. A factor is small,
-so the gradients of all samples are simply formed: every sample is run as a client of its own
+g_i is the gradient of one sample over all trained tensors, as one vector. A factor is small, so the
+gradients of all samples are computed directly: every sample is run as a client of its own
 (`fedraclora.training.extras.settings`), which is exact for any layer and for sequences.
 
-Batches are those of reshuffled epochs, not Poisson samples, so nothing is gained from sampling: in
-each pass over the data a sample is in one batch, and a pass costs one Gaussian release. Neighbours
-differ in one sample that is put out of action (its gradient is zero); how many samples a client
-has is public.
+Batches come from reshuffled epochs, not from Poisson sampling, so there is no amplification by
+sampling: in each pass over the data a sample is in one batch, and a pass costs one Gaussian
+release. Neighbouring data sets differ in one sample whose gradient is set to zero; the number of a
+client's samples is public.
 
-The noise of a client's answer is a stream of a key that belongs to this answer alone. In a
-simulation that key comes from the seed: one process holds all data, and the run shows what privacy
-costs, to the bit, but protects nobody. A real client takes a new key from the operating system for
-every answer that it computes (`fedraclora.clients.node`), so that no two answers can be subtracted.
+The noise of a client's reply is drawn with a key for this reply only. In a simulation that key
+comes from the seed: one process holds all data, and the run shows the cost of privacy,
+reproducibly, but protects no one. A real client takes a new key from the operating system for every
+reply that it computes (`fedraclora.clients.node`), so that the noise does not cancel between two
+replies.
 
 References:
     Abadi et al., *Deep learning with differential privacy*, arXiv 1607.00133. Departures: batches
@@ -43,10 +44,10 @@ LARGEST_FLOAT = 3e38  # of float32
 
 @dataclass(frozen=True)
 class SampleNoise(Limited, Chosen):
-    """Clip and noise of a local step.
+    """Clip and noise the gradients of a local step.
 
     Attributes:
-        clip: C, the greatest norm of a sample's gradient.
+        clip: C, the largest norm of a sample's gradient.
         noise_multiplier: z, the noise on the sum of a batch in units of C; 0 clips only.
         delta: Of the guarantee.
     """
@@ -71,14 +72,14 @@ class SampleNoise(Limited, Chosen):
         return {"gaussian": cls}
 
     def epsilon(self, passes: int) -> float:
-        """Compute the epsilon of each sample after ``passes`` passes over the data."""
+        """Compute epsilon of each sample after ``passes`` passes over the data."""
         return epsilon(self.noise_multiplier, 1.0, passes, self.delta)
 
     def gradients(self, own: Tree, valid: torch.Tensor, noise: Tree) -> Tree:
-        """Make a batch's gradients of those of its samples.
+        """Compute a batch's noisy gradients from those of its samples.
 
-        The noise is added in float64, as the server adds its own, and the sum is rounded to the
-        type of the gradients afterwards.
+        The noise is added in float64, like the server's noise, and the sum is then rounded to the
+        type of the gradients.
 
         Args:
             own: [K * b, ...] by name, client after client.
@@ -109,7 +110,7 @@ class SampleNoise(Limited, Chosen):
 
         Args:
             like: Tensors [K, ...] by name.
-            keys: Of the clients' answers, K of them: `answer_keys`.
+            keys: Keys of the clients' replies, K of them: `answer_keys`.
             step: The local step.
         """
         if not self.noise_multiplier:
@@ -123,12 +124,12 @@ class SampleNoise(Limited, Chosen):
 
 
 def seed_key(seed: int) -> bytes:
-    """Derive the key of all noise of a simulation: whoever knows the seed knows it."""
+    """Derive the key of all noise of a simulation; it can be derived from the seed by anyone."""
     return hash_key(seed, "sample noise").to_bytes(32, "big")
 
 
 def answer_keys(key: bytes, round_: int, clients: torch.Tensor) -> list[bytes]:
-    """Derive the keys of the noise of some clients (ids, int64) in a round, whatever the others do.
+    """Derive the noise keys of some clients (ids, int64) in a round, independent of the others.
 
     Args:
         key: 32 bytes: `seed_key` in a simulation, new ones for every answer of a real client.

@@ -1,4 +1,4 @@
-"""Settings of secure aggregation, and what follows from them: neighbours, threshold, steps.
+"""Define the settings of secure aggregation: neighbours, threshold, step of quantization.
 
 The protocol is SecAgg+; ECDH, Shamir's sharing and Fernet are Flower's, masks are ChaCha20 streams.
 A round has four exchanges:
@@ -8,12 +8,12 @@ A round has four exchanges:
   one of its mask key.
 - ``masked``: it gets what to train and the encrypted shares, and sends its vector modulo 2^32, with
   its own mask and those of its neighbours.
-- ``unmask``: it learns who is in the sum and who is not, and sends shares of the seeds of the
-  former and of the keys of the latter.
+- ``unmask``: it learns which clients are in the sum, and sends shares of the seeds of these and of
+  the keys of the others.
 
-Neighbours are all others, or the nearest on a ring that is drawn anew each round. A secret needs t
-shares, more than half of the neighbours. Since a client commits in advance to all that it reveals
-later, who misbehaves can be named.
+Neighbours are all other clients, or the nearest on a ring that is drawn in each round. A secret
+needs t shares, more than half of the neighbours. A client commits in advance to everything that it
+reveals later, so that a misbehaving client can be identified.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ FEW = "fewer than evaluate.min_clients={} clients have samples to measure on"
 
 @dataclass(frozen=True)
 class Open(Limited, group="secure"):
-    """The server sees what each client sends."""
+    """No secure aggregation: the server sees the upload of each client."""
 
     name: ClassVar[str] = "none"
 
@@ -63,16 +63,17 @@ class Open(Limited, group="secure"):
 )
 @dataclass(frozen=True)
 class SecAgg(Open):
-    """Secure aggregation (SecAgg+): the server sees the sum of a cohort only.
+    """Add secure aggregation (SecAgg+): the server sees only the sum over a round's clients.
 
     Attributes:
-        clip: The greatest norm of an update: longer ones are shortened, and counted in the ledger
-            (secure.clipped). The step of the quantization follows from it. Under
-            privacy=client_level that one's clip is used.
-        neighbours: With how many others each client shares masks and keys (even); None: all.
-        threshold: Share of its neighbours that must stay for a client's masks to come off; above
-            a half, so that no two groups can be asked for different secrets.
-        max_weight: The greatest weight of a client; 1 under aggregation_weights=uniform.
+        clip: Largest norm of an update: longer ones are scaled down, and counted in the ledger
+            (secure.clipped). It determines the step of the quantization. With
+            privacy=client_level, the clip of that setting is used.
+        neighbours: Number of clients with which each client shares masks and keys (even); None:
+            all.
+        threshold: Share of a client's neighbours that must stay so that its masks can be removed;
+            above a half, so that no two groups can be asked for different secrets.
+        max_weight: Largest weight of a client; 1 with aggregation_weights=uniform.
 
     References:
         Bonawitz et al., *Practical secure aggregation for privacy-preserving machine learning*,
@@ -104,7 +105,7 @@ class SecAgg(Open):
         return self.max_weight == 1
 
     def graph(self, clients: list[int], seed: int, round_: int) -> dict[int, list[int]]:
-        """Draw who are whose neighbours: the nearest ones on a ring in a drawn order.
+        """Draw each client's neighbours: the nearest ones on a randomly ordered ring.
 
         Args:
             clients: Ids.
@@ -112,7 +113,7 @@ class SecAgg(Open):
             round_: From 1.
 
         Returns:
-            The neighbours of each client, ascending; a client is none of its own.
+            The neighbours of each client, ascending; a client is not its own neighbour.
         """
         K = len(clients)
         reach = K if self.neighbours is None else self.neighbours // 2
@@ -124,47 +125,47 @@ class SecAgg(Open):
         return found
 
     def least(self, clients: int) -> int:
-        """Compute the fewest neighbours that a client has where ``clients`` or more are asked."""
+        """Compute the fewest neighbours of a client if ``clients`` or more are asked."""
         others = max(LEAST_CLIENTS, clients) - 1
         return others if self.neighbours is None else min(self.neighbours, others)
 
     def shares(self, neighbours: int) -> int:
-        """Count the shares of ``neighbours`` that bring a secret back: more than half."""
+        """Compute the number of ``neighbours``' shares that recover a secret: more than half."""
         return int(self.threshold * neighbours) + 1
 
     def step(self, clients: int, clip: float, largest: int) -> float:
-        """Compute the step of weighted updates with which no sum of ``clients`` runs over.
+        """Compute the quantization step with which no weighted sum of ``clients`` overflows.
 
         Each of its numbers is ``clip * max_weight`` at most, and the sum of weights must fit, too.
 
         Args:
-            clients: Who may be in the sum.
-            clip: The greatest norm of an update.
-            largest: The greatest whole number that a sum may have.
+            clients: Most clients in the sum.
+            clip: Largest norm of an update.
+            largest: Largest integer that a sum may have.
 
         Raises:
-            ConfigError: If the weights alone run over.
+            ConfigError: If the weights alone overflow.
         """
         if clients * self.max_weight >= largest / 2:
             raise ConfigError(
                 f"{clients} clients of weight up to secure.max_weight={self.max_weight} do not fit "
                 "into 32 bits; lower it, or take a smaller cohort"
             )
-        # Room for the roundings to whole steps, half of one for each client. There is none for an
-        # update that is longer than the clip: clients shorten theirs in float64, last of all.
+        # Reserve room for rounding to whole steps, half a step for each client. Updates cannot
+        # exceed the clip: clients clip them last, in float64.
         return clients * clip * self.max_weight / (largest - clients)
 
 
 @dataclass(frozen=True)
 class SecAggTerms:
-    """What a client of secure aggregation insists on, whatever the server says.
+    """Hold the conditions that a client demands, whatever the server says.
 
     Attributes:
         config: Clip, neighbours, threshold, greatest weight.
         weights: ``examples`` or ``uniform``.
-        fewest: Clients that a round has at the least: its cohort, less those that may fail.
-        measurers: Clients that must have something to measure on, for a sum of measurements.
-        counted: Whether the sum has how many updates were longer than the clip: no noise covers it.
+        fewest: Fewest clients of a round: all of its clients less those that may fail.
+        measurers: Fewest clients with samples to measure on, for a sum of measurements.
+        counted: Whether the sum includes the number of clipped updates, which has no noise.
     """
 
     config: SecAgg
@@ -175,7 +176,7 @@ class SecAggTerms:
 
     @property
     def neighbours(self) -> int:
-        """The fewest neighbours among whom a client splits its secrets."""
+        """Return the fewest neighbours among whom a client splits its secrets."""
         return self.config.least(self.fewest)
 
 

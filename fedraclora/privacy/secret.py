@@ -1,8 +1,8 @@
-"""Randomness that nobody can foresee who does not hold a key: for noise, coins and masks.
+"""Draw secret randomness from a key: for noise, sampling and masks.
 
-The seed of a run is public, so noise that it fixes could be taken off again by anyone. What must
-protect somebody is drawn from 32 bytes of the operating system instead. They are kept in a file
-that only its owner can read, so that a run that goes on draws what it would have drawn.
+The seed of a run is public, so that anyone could subtract noise drawn from it. Draws for protection
+use a key of 32 bytes from the operating system instead. The key is kept in a file that only its
+owner can read, so that a resumed run draws the same numbers.
 """
 
 from __future__ import annotations
@@ -41,10 +41,10 @@ def normals_of(raw: bytes) -> torch.Tensor:
 
 
 class Secret:
-    """Draws from a key.
+    """Draw random numbers from a key.
 
     Args:
-        key: 32 bytes; None takes new ones from the operating system. A test gives its own.
+        key: 32 bytes; None: new ones from the operating system. A test passes its own.
     """
 
     def __init__(self, key: bytes | None = None) -> None:
@@ -52,14 +52,14 @@ class Secret:
 
     @classmethod
     def of_folder(cls, folder: Path, *, resume: bool) -> Secret:
-        """Read the key of a run, or make it.
+        """Read the key of a run, or create it.
 
         Args:
             folder: The run folder.
-            resume: Whether the run goes on: then the key must be there.
+            resume: Whether the run is resumed: then the key must exist.
 
         Raises:
-            CheckpointError: If it is not, or is not a key.
+            CheckpointError: If it is missing, or not a key.
         """
         path = folder / KEY_FILE
         if not path.exists():
@@ -80,19 +80,19 @@ class Secret:
         return cls(key)
 
     def derive(self, purpose: str, round_: int, about: torch.Tensor | None = None) -> bytes:
-        """Derive the key of one draw (HMAC-SHA256), which tells nothing about any other.
+        """Derive the key of one draw (HMAC-SHA256), which reveals nothing about other keys.
 
         Args:
-            purpose: What is drawn.
-            round_: In which round.
-            about: Numbers that the draw also depends on; it is a new one wherever they differ.
+            purpose: The name of the draw.
+            round_: The round.
+            about: Further inputs of the draw; different inputs give independent draws.
         """
         data = b"" if about is None else to_numpy(about).tobytes()
         text = f"{purpose}|{round_}|".encode() + hashlib.sha256(data).digest()
         return hmac.digest(self._key, text, "sha256")
 
     def chosen(self, count: int, chance: float, purpose: str, round_: int) -> torch.Tensor:
-        """Choose among ``count`` clients, each by a coin of its own: ids ascending, int64."""
+        """Sample ``count`` clients independently, each with ``chance``: ids ascending, int64."""
         if chance >= 1:
             return torch.arange(count)
         coins = uniforms_of(stream(self.derive(purpose, round_), 8 * count))

@@ -1,10 +1,9 @@
-"""Local training of many clients as one batch.
+"""Train many clients locally as one batch.
 
-`cohort` trains a chunk, step by step. Under it lies how a model is made to hold many clients
-(`program`, `cohort_layers`, `adapted`, `vmapped`), where gradients come from
-(`feedforward`, `program`), and what a step is (`schedule`, `optimizer`, `precision`).
-What a setting may add to it is said by `extra`; those that there are stand in `extras`, which none
-of these know.
-`memory` and `chunking` say how many clients fit. The same for one client, written to be read, is
-`tests/reference/client.py`.
+`cohort` trains a chunk of clients, step by step. `program`, `cohort_layers`, `adapted` and
+`vmapped` make one model serve many clients; `feedforward` and `program` compute gradients;
+`schedule`, `optimizer` and `precision` define a local step. `extra` says what a setting may add to
+plain training; the additions are in `extras`, and no other module knows them. `memory` and
+`chunking` decide how many clients fit. `tests/reference/client.py` is the same for one client,
+written to be read.
 """

@@ -1,9 +1,9 @@
-"""A frozen linear layer with a low-rank term of each client, and its way back written out.
+"""Apply a frozen linear layer with a low-rank term per client, with the backward pass written out.
 
     out_k = x_k W^T + b + s x_k (F_1 F_2 ...)_k^T
 
-Autograd would do the same, but copy: it adds in place on a view by copying the slope, adds the
-slopes of the two paths to x as whole tensors, and keeps a rounded copy of W for every use.
+Autograd computes the same with more copies: it copies the gradient to add in place on a view, adds
+the gradients of the two paths to x as whole tensors, and keeps a rounded copy of W for every use.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from fedraclora.models.packed_layout import Places
 
 
 class BatchTerm(NamedTuple):
-    """How the low-rank term enters.
+    """Describe the low-rank terms of a batch.
 
     Attributes:
         clients: In the batch, K.
         scale: s.
-        places: Of the real tokens, where products with W leave padding out; else None.
+        places: Places of the real tokens if products with W skip the padding; else None.
     """
 
     clients: int
@@ -62,14 +62,14 @@ def add_product(
 
 
 class AdaptedLinear(torch.autograd.Function):
-    """Apply the layer; padding, where it is known, has the low-rank term alone.
+    """Apply the layer; padding, if its places are known, gets the low-rank term only.
 
     Args:
         x: [K * b, ..., n].
         weight: [m, n], in the precision of the products, which is also that of the result.
         bias: [m], or None.
         term: Of the batch.
-        factors: F_1, F_2, ..., each [., .] shared, or [K, ., .]; none: there is no such term.
+        factors: F_1, F_2, ..., each [., .] if shared, or [K, ., .]; empty: no low-rank term.
 
     Returns:
         [K * b, ..., m].
@@ -95,14 +95,14 @@ class AdaptedLinear(torch.autograd.Function):
         else:
             out = places.spread(F.linear(places.pack(rows), weight, bias))
         out = out.view(*x.shape[:-1], -1)
-        passed = [x]  # what each factor is applied to, the last of them first
+        passed = [x]  # the input of each factor, the last factor first
         for factor in reversed(factors[1:]):
             passed.append(times(passed[-1], factor, K))
         if factors:
             add_product(out, passed[-1], factors[0], K, scale)
         trained = ctx.needs_input_grad
         if not (trained[1] or (factors and trained[-1])):
-            passed[0] = x.new_empty(0)  # the largest of them, and of no use
+            passed[0] = x.new_empty(0)  # the largest input, not needed any more
         ctx.term, ctx.shape = term, x.shape
         ctx.save_for_backward(weight, *factors, *passed)
         return out
@@ -138,5 +138,6 @@ class AdaptedLinear(torch.autograd.Function):
         return of_x, of_weight, of_bias, None, *of_factors
 
 
-# Some releases of torch type `apply` and some do not: with our own type both check alike.
+# Some releases of torch annotate `apply` and some do not: our own annotation type-checks under
+# both.
 adapted_linear: Callable[..., torch.Tensor] = AdaptedLinear.apply

@@ -1,8 +1,8 @@
-"""How many clients train as one batch.
+"""Decide how many clients train as one batch.
 
-The chunk bounds memory: it grows with it. On a CPU a larger chunk also stops paying once what it
-trains leaves the cache. It is part of what fixes the bits of a run, so ``auto`` is resolved
-once, and stored. In the user's own parts of a local step no clients may meet: a trial shows it.
+Memory grows with the chunk. On a CPU a larger chunk stops paying once its trained tensors leave the
+cache. The chunk size influences rounding, so ``auto`` is resolved once and stored with the run.
+Extras of the user's own must not mix the clients of a chunk; a trial step checks that.
 """
 
 from __future__ import annotations
@@ -35,11 +35,11 @@ from fedraclora.training.memory import (
 from fedraclora.training.program import OpenChunk
 from fedraclora.tree import Tree
 
-CLOSE = 1e-3  # of the largest change: what is computed beside other numbers may round otherwise
+CLOSE = 1e-3  # relative to the largest change: rounding may differ with the rest of the batch
 
 
 class Pair(Probe):
-    """Has two equal clients take a step, the second one from values ``away`` from the first's."""
+    """Let two equal clients take a step, the second from values ``away`` from the first's."""
 
     away = 0.0
     chunk: OpenChunk
@@ -53,10 +53,8 @@ class Pair(Probe):
         return self.chunk
 
 
-def refuse_meeting(
-    trainer: CohortTrainer, base: Tree, downlink: RoundInstructions, chunk: int
-) -> None:
-    """Refuse extras of the user's own in which clients of a chunk meet, or which change.
+def refuse_meeting(trainer: CohortTrainer, base: Tree, downlink: RoundInstructions, chunk: int) -> None:
+    """Refuse a user's extras that mix the clients of a chunk, or that change between two calls.
 
     Raises:
         ConfigError: Naming them.
@@ -93,25 +91,25 @@ def _alike(one: Tree, other: Tree) -> bool:
 
 
 LARGEST_CHUNK = {"cpu": 256, "cuda": 4096}  # more bring nothing: the products are large by then
-SPREAD = 8  # chunks that a large cohort gives at least, where several processes train
-HOST_BYTES = 256 << 20  # on a CPU: for all of a chunk; workers share the machine
-CACHE_BYTES = 12 << 20  # on a CPU: for what is trained, which every step reads and writes
-# On a CPU: tokens of a chunk. A product is as fast as it gets with fewer, and what lies between
-# products leaves the cache with more.
+SPREAD = 8  # fewest chunks of a large round if several processes train
+HOST_BYTES = 256 << 20  # of a CPU, for a whole chunk; workers share the machine
+CACHE_BYTES = 12 << 20  # of a CPU, for trained tensors, which every step reads and writes
+# Tokens of a chunk on a CPU. A product is at full speed with fewer, and the activations between
+# products leave the cache with more.
 TOKENS_OF_CHUNK = 512
-FREE_SHARE = 0.8  # of a GPU's free memory; the rest is for fragments and the workspaces of kernels
-PROCESS_BYTES = 512 << 20  # of a GPU: for CUDA itself, in each process
+FREE_SHARE = 0.8  # of a GPU's free memory; the rest is for fragmentation and kernel workspaces
+PROCESS_BYTES = 512 << 20  # of a GPU, for CUDA itself, in each process
 
 
 @dataclass(frozen=True)
 class ChunkPlan:
-    """A number of clients, and where it comes from.
+    """Hold a chunk size and the reason for it.
 
     Attributes:
         chunk: Clients per chunk.
-        reason: What decided: the setting, the cohort, memory, or that more brings nothing.
-        memory: What it takes, where that was measured.
-        budget: Bytes that training may take beside the base weights, where that was asked.
+        reason: Why: the setting, the clients of a round, memory, or no gain from more.
+        memory: The memory that it takes, if measured.
+        budget: Bytes that training may take beside the base weights, if computed.
         device: Where training runs.
     """
 
@@ -139,7 +137,7 @@ class ChunkPlan:
 
     @classmethod
     def of_record(cls, record: Mapping[str, Any]) -> ChunkPlan:
-        """Read back what `record` gave, with the device beside it."""
+        """Read back a plan from the output of `record`."""
         known = {"chunk", "reason", "budget", "device"}
         sizes = {key: record[key] for key in record.keys() - known}
         plan = {key: record[key] for key in record.keys() & known}
@@ -158,8 +156,8 @@ def budget_of(device: torch.device, share: float | None = None) -> int:
 
     Args:
         device: Where training runs. Weights and data are there already.
-        share: Of the GPU, for one of several processes that will train on it, each with weights
-            and data of its own; None: this process trains, alone.
+        share: This process's share of the GPU if several processes train on it, each with its own
+            weights and data; None: this process trains alone.
     """
     if device.type != "cuda":
         return HOST_BYTES
@@ -192,19 +190,19 @@ def plan_chunk(
         downlink: Of a round, for ``cohort`` clients.
         cohort: Clients per round, the most a chunk can hold.
         share: See `budget_of`.
-        elsewhere: Whether clients train on other machines: nothing is tried here.
-        spread: Whether several processes train: ``auto`` leaves chunks for several of them. For
-            how many does not depend on how many there are, so that the bits do not.
+        elsewhere: Whether clients train on other machines: then nothing is measured here.
+        spread: Whether several processes train: then ``auto`` leaves chunks for several of them.
+            The chunk does not depend on their number, so that results do not either.
 
     Returns:
         The plan.
 
     Raises:
-        ConfigError: If memory runs out already with two clients, or with the one of a chunk.
+        ConfigError: If memory runs out with two clients, or with a chunk of one.
     """
     if isinstance(chunk, int) or cohort == 1:
         most = cohort if chunk == "auto" else int(chunk)
-        if not elsewhere:  # nothing is measured: what cannot train is refused at once
+        if not elsewhere:  # nothing is measured here, so refuse impossible settings at once
             with _explained(trainer, "one client", LESS):
                 one = torch.zeros(1, dtype=torch.int64, device=trainer.device)
                 Probe(trainer, None).run(base, downlink, one)
@@ -237,12 +235,12 @@ def plan_chunk(
 
 @contextmanager
 def _explained(trainer: CohortTrainer, clients: str, advice: str) -> Iterator[None]:
-    """Explain what to do where memory runs out, and where a step fails.
+    """Turn out-of-memory errors and failures of the trial step into errors that say what to do.
 
     Args:
-        trainer: Takes it.
+        trainer: Takes the step.
         clients: Who takes the step, for the message.
-        advice: What to do where that takes too much memory.
+        advice: What to do if memory runs out.
     """
     try:
         yield

@@ -1,9 +1,9 @@
-"""Local training of a whole chunk of clients as one batch.
+"""Train a whole chunk of clients locally as one batch.
 
-All clients of a chunk share the frozen weights and differ only in what they train, so K clients
-train as one: see `fedraclora.training.cohort_layers`. The result equals that of K runs of the
-one-client loop in `tests/reference/client.py` (to 1e-10 in float64; a batched product rounds
-differently).
+All clients of a chunk share the frozen weights and differ only in their trained tensors, so K
+clients train as one batch: see `fedraclora.training.cohort_layers`. The result equals that of K
+runs of the one-client loop in `tests/reference/client.py` (to 1e-10 in float64; a batched product
+rounds differently).
 """
 
 from __future__ import annotations
@@ -61,11 +61,11 @@ from fedraclora.training.schedule import Schedule, StepBatch
 from fedraclora.training.vmapped import vmapped_forward
 from fedraclora.tree import Tree, parameters, wide, widened
 
-PROGRAMS_KEPT = 4  # each holds the base weights that it last trained from
+PROGRAMS_KEPT = 4  # each entry holds the base weights that it last trained from
 
 
 class CohortTrainer:
-    """Trains chunks of clients of one task; keeps the rewritten model between rounds.
+    """Train chunks of clients of one task; the rewritten model is kept between rounds.
 
     Args:
         task: Model, loss and client data. The model is copied, never changed.
@@ -95,8 +95,8 @@ class CohortTrainer:
         self.data: ClientData = task.train
         self.loss = loss_function(task.loss)
         self.dtype = wide(next(task.model.parameters()).dtype)
-        self.answer_key: bytes | None = None  # a real client puts one of its own here
-        # What its clients kept, from a store.
+        self.answer_key: bytes | None = None  # a real client replaces this with its own
+        # Reads the clients' stored state.
         self.recall: Callable[[int, int], bytes] | None = None
         self.check(precision)
         self.former = next((e for e in local.added if e.forms_gradients), None)
@@ -104,7 +104,7 @@ class CohortTrainer:
         self._known: tuple[Tree, ClientProgram, tuple[Tree, Terms]] | None = None
 
     def check(self, precision: str) -> None:
-        """Refuse a model that cannot be trained so; raises as the class does."""
+        """Refuse a model that cannot be trained in this precision; raises as the class does."""
         refuse_mixing(self.task.model)
         check_precision(precision, self.task.model, self.device)
 
@@ -126,11 +126,11 @@ class CohortTrainer:
             clients: Ids, int64 [K], each with at least one sample.
             round_: From 1; keys the shuffles.
             rate_scale: Of the step sizes (`LocalConfig.rate_scale`).
-            moments: With which the clients' optimizers begin, [K, ...] in the order of
-                ``clients``; none: at zero, and they end with the round.
+            moments: Initial optimizer moments, [K, ...] in the order of ``clients``; none: they
+                begin at zero and end with the round.
 
         Returns:
-            What came out, in the order of ``clients``.
+            The results, in the order of ``clients``.
         """
         asked, rows = taken_rows(downlink)
         chunk = self.open(base, asked, clients, round_=round_)
@@ -159,7 +159,7 @@ class CohortTrainer:
             values = optimizer.means(schedule.steps)
         else:
             values = self._uploads(asked, chunk.program.base, values)
-        losses[losses == UNSAID] = math.nan  # this one has been computed
+        losses[losses == UNSAID] = math.nan  # this call has already computed the result
         moments = optimizer.moments(schedule.steps)
         values = values | {ROW_SLOT + n: row for n, row in plain.rows(schedule.steps).items()}
         return LocalResult(
@@ -171,10 +171,11 @@ class CohortTrainer:
         )
 
     def _uploads(self, asked: RoundInstructions, base: Tree, values: Tree) -> Tree:
-        """Return what clients send of what they trained, as the programs of the round say.
+        """Return the clients' uploads, computed by the round's client programs.
 
         Raises:
-            ClientError: If a program leaves out what is asked for, or raises; it names the program.
+            ClientError: If a program raises or omits a requested tensor; the error names the
+                program.
         """
         for program in (*self.local.added, asked.program):
             name = f"{self.local.told(program)}: "
@@ -190,7 +191,7 @@ class CohortTrainer:
     def open(
         self, base: Tree, downlink: RoundInstructions, clients: torch.Tensor, *, round_: int
     ) -> OpenChunk:
-        """Lay out the local steps of a chunk, and make what it trains; see `train`."""
+        """Lay out the local steps of a chunk and create its trained tensors; see `train`."""
         held, method, inner = base, downlink.program, downlink.program.held(downlink, self.plan)
         base, narrow = self._folded(base, downlink)
         downlink = downlink if method.forms_gradients else inner
@@ -206,7 +207,7 @@ class CohortTrainer:
             clients, sizes, schedule = clients[order], sizes[order], schedule.select(order)
         values, starts, frozen = materialize(downlink, base, order)
         program = self._program(inner, base)
-        if narrow and not program.folded:  # there weights are dense all the same
+        if narrow and not program.folded:  # these weights are dense in any case
             program.base = apply_link(widened(base), Link(narrow), self.plan)
         program.context.beside = {
             name: [t.to(self.device, wide(base[name].dtype)) for t in matrices(term)]
@@ -245,7 +246,7 @@ class CohortTrainer:
         return replace(chunk, former=former)
 
     def _hooks(self, chunk: OpenChunk) -> list[Hook]:
-        """List what changes the gradients of every step, in order; where two meet, the core's."""
+        """List the hooks that change the gradients of a step, in order; the core's come first."""
         downlink, masks = chunk.downlink, chunk.masks
         largest, by = self.local.clip, self.local.clip_by
         method = downlink.program
@@ -265,7 +266,7 @@ class CohortTrainer:
     def _step(
         self, chunk: OpenChunk, step: int, batch: StepBatch, optimizer: Optimizer, hooks: list[Hook]
     ) -> torch.Tensor:
-        """Take one local step of the clients that still train; give their losses, [active]."""
+        """Take one local step of the active clients; return their losses, [active]."""
         network = chunk.network
         leaves = chunk.leaves(batch.active) if network is None else chunk.trained(batch.active)
         if chunk.former is not None:
@@ -294,7 +295,7 @@ class CohortTrainer:
 
         Args:
             chunk: Of `open`.
-            leaves: What is trained, of the active clients, [active, ...].
+            leaves: Trained tensors of the active clients, [active, ...].
             step: The local step, from 0.
             batch: Of `Schedule.plan`.
         """
@@ -303,12 +304,12 @@ class CohortTrainer:
     def _forward(
         self, chunk: OpenChunk, step: int, batch: StepBatch, leaves: Tree, frozen: Tree
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Compute the loss and count of each sample, and whether it is one, [active, width]."""
+        """Compute loss, count and validity of each sample, [active, width]."""
         program, downlink = chunk.program, chunk.downlink
         samples, valid = chunk.samples(self.data, step, batch)
         context, active = program.context, len(next(iter(leaves.values())))
         if context.layout is not None and context.layout.clients != active:
-            program.pack(None)  # every sample is a client of its own
+            program.pack(None)  # every sample counts as a client of its own
         context.active = active
         products = products_in(self.precision, self.device)
         if not program.folded:
@@ -324,12 +325,12 @@ class CohortTrainer:
                     losses, counts = token_losses(program.copied, head, samples, self.dtype)
                     return losses.reshape(valid.shape), counts.reshape(valid.shape), valid
                 output = forward(program.copied, samples.inputs)
-        # Outside, so that the loss is formed as precisely on any device.
+        # Outside of the context, so that the loss is formed as precisely on any device.
         losses, counts = self.loss(output.to(self.dtype), samples.target)
         return losses.reshape(valid.shape), counts.reshape(valid.shape), valid
 
     def blamed(self, error: BaseException) -> str:
-        """Name the user's loss or extras that raised an error, for messages; empty: none did."""
+        """Name the user's loss or extras that raised an error, for messages; empty if none did."""
         frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
         for caller, frame in pairwise(frames):
             by, of = (str(f.f_globals.get("__name__")) for f in (caller, frame))
@@ -364,20 +365,20 @@ class CohortTrainer:
 
 
 def shapes_of(gradients: Mapping[str, object]) -> dict[str, tuple[int, ...]]:
-    """Give the shapes of gradients by name; of what is no tensor that of a number."""
+    """Return the shapes of gradients by name; for a value that is no tensor, that of a number."""
     return {name: tuple(getattr(each, "shape", ())) for name, each in gradients.items()}
 
 
 def refuse_other(gradients: object, wanted: Mapping[str, tuple[int, ...]]) -> None:
-    """Refuse what a part of a local step gives in the place of gradients, one for each client.
+    """Refuse gradients from a part of a local step whose names or shapes are not the expected ones.
 
     Args:
-        gradients: What it gave.
-        wanted: The shapes of those that it was given; a large weight that took its step while its
-            gradient was formed is not among them.
+        gradients: The returned gradients.
+        wanted: The shapes of the gradients that it was given; a large weight that took its step
+            while its gradient was formed is not among them.
 
     Raises:
-        ConfigError: Saying what came and what was wanted: torch would stretch, or leave out.
+        ConfigError: Naming both shapes: torch would broadcast or ignore the difference.
     """
     came: object = type(gradients).__name__
     if isinstance(gradients, dict):
@@ -391,14 +392,14 @@ def refuse_other(gradients: object, wanted: Mapping[str, tuple[int, ...]]) -> No
 
 
 def pretrain(model: nn.Module, train: Samples, loss: str, local: LocalConfig, seed: int) -> None:
-    """Train every weight of ``model`` in place, as a cohort of one.
+    """Train every weight of ``model`` in place, with the cohort loop and one client.
 
-    With AdamW to the bits of `torch.optim.AdamW`, which imports torch's compiler: a second of every
-    start.
+    AdamW gives the same bits as `torch.optim.AdamW`, whose import loads torch's compiler and costs
+    a second of every start.
 
     Args:
         model: The network.
-        train: What it learns from.
+        train: The training samples.
         loss: A key of `fedraclora.data.task.LOSSES`.
         local: The optimizer, its step size, the samples of a step and the passes over ``train``.
         seed: Of the run; orders the samples.

@@ -1,7 +1,7 @@
-"""Layers that serve many clients in one batch.
+"""Provide layers that serve many clients in one batch.
 
 The batch is [K * b, ...], client after client. A frozen weight is shared: one large product over
-the whole batch. What a client trains carries the axis K and enters as a batched product. Any
+the whole batch. Trained tensors carry the client axis K and enter as batched products. Any
 model whose samples do not interact works unmodified once the layers that hold trained tensors
 are replaced by the classes here.
 """
@@ -27,20 +27,20 @@ from fedraclora.tree import Tree
 
 @dataclass
 class CohortContext:
-    """What the replaced layers read during one forward pass.
+    """Hold the values that the replaced layers read during one forward pass.
 
     Attributes:
         active: Number of clients in the batch.
         rows: Samples in the batch, all clients together.
-        tokens, padded: Tokens of a sample, and what they were before padding was trimmed, for
-            dropout masks; 0 where samples have no padding.
+        tokens, padded: Tokens of a sample after and before padding was trimmed, for dropout masks;
+            0 if samples have no padding.
         places: Of the real tokens (`fedraclora.models.packed_layout.real_tokens`), or None.
-        layout: Of the batch inside the blocks of a transformer, where they are packed.
+        layout: Layout of the batch inside the blocks of a transformer, if they are packed.
         dense: Tensors that clients train in full, [K, ...] by parameter name.
         factors: Low-rank terms by weight name: factors in order, 2-D shared or 3-D per client.
-        beside: Two more factors, 2-D, of weights beside which a term stands that is not folded in.
+        beside: Two more factors, 2-D, of each weight with a term beside it that is not merged.
         scales: Scale of each low-rank term.
-        narrowed: Frozen weights in the precision of products, where that is another, by layer.
+        narrowed: Frozen weights in the precision of products, by layer, if it differs.
         clients: Ids of the clients in the batch, for dropout masks.
         step: The local step, for dropout masks.
         seed, round_: For dropout masks.
@@ -63,40 +63,40 @@ class CohortContext:
     round_: int = 0
 
     def clear(self) -> None:
-        """Release the tensors of a chunk that has ended."""
+        """Release the tensors of a finished chunk."""
         self.dense, self.factors, self.beside = {}, {}, {}
         self.places, self.layout, self.narrowed = None, None, {}
 
     def is_packed(self, x: torch.Tensor) -> bool:
-        """Tell whether an input is one of a transformer's blocks that are packed."""
+        """Tell whether an input belongs to packed blocks of a transformer."""
         return self.layout is not None and self.layout.holds(x)
 
     def places_in(self, x: torch.Tensor) -> Places | None:
-        """Return the places of real tokens in a layer's input, where it has tokens with padding."""
+        """Return the places of real tokens in a layer's input, if it has padded tokens."""
         whole = x.dim() == 3 and x.shape[0] == self.rows and x.shape[1] == self.tokens
         return self.places if whole else None
 
 
 def appended(factor: torch.Tensor, shared: torch.Tensor, dim: int) -> torch.Tensor:
-    """Append the components of a shared factor, 2-D, to one that may have a client axis."""
+    """Append the components of a shared factor, 2-D, to a factor that may have a client axis."""
     return torch.cat([factor, shared.expand(*factor.shape[:-2], *shared.shape)], dim=dim)
 
 
 class CohortLayer(nn.Module):
-    """Base of the replaced layers: the original layer, its name and the shared context."""
+    """Base of the replaced layers: holds the original layer, its name and the shared context."""
 
     def __init__(self, inner: nn.Module, name: str, context: CohortContext) -> None:
         super().__init__()
         self.inner, self.layer, self.context = inner, name, context
 
     def batched(self, x: torch.Tensor) -> torch.Tensor:
-        """Expand an input to the batch on its first axis, if it is one row for all samples.
+        """Expand an input of one row for all samples to the batch; return others unchanged.
 
-        Transformers look positions up once for the whole batch ([1, T]); with a table per client
-        every sample needs its own.
+        Transformers look up positions once for the whole batch ([1, T]); with a table per client
+        every sample needs its own row.
 
         Raises:
-            ModelError: If the first axis is not the batch: its clients cannot be told apart.
+            ModelError: If the first axis is not the batch, so that clients cannot be separated.
         """
         rows = self.context.rows
         if x.shape[0] == rows or self.context.is_packed(x):
@@ -123,17 +123,17 @@ class CohortLayer(nn.Module):
         return factors, self.context.scales[name]
 
     def rescale(self) -> torch.Tensor | None:
-        """Compute the factor on the outputs of each client, [K, out]; None where there is none.
+        """Compute each client's factor on the outputs, [K, out]; None if there is none (DoRA).
 
-        It brings rows to their trained lengths (DoRA), and is formed in the precision of the
-        weights, whatever that of the products.
+        The factor scales rows to their trained lengths. It is computed in the precision of the
+        weights, whatever the precision of the products.
         """
         own = self.context.dense.get(magnitude_of(f"{self.layer}.weight"))
         if own is None:
             return None
         weight: torch.Tensor = self.inner.weight  # type: ignore[assignment]
         with torch.autocast(weight.device.type, enabled=False):
-            with torch.no_grad():  # lengths are constants in the gradient
+            with torch.no_grad():  # the gradient treats row lengths as constants
                 W = layer_view(self.inner).matrix(weight)
                 lengths = row_lengths(W, *(self.low_rank() or ()))
             return own / lengths

@@ -1,11 +1,11 @@
-"""Local steps of feed-forward networks with the gradients written out.
+"""Compute local steps of feed-forward networks with hand-written gradients.
 
-For small layers autograd costs more than their arithmetic. A network that is a plain sequence of
-layers needs none: each layer keeps its input, and the way back is the same list in reverse. What
-does not fit in here is left to autograd, with the same result but for rounding.
+For small layers autograd costs more than the arithmetic. A plain sequence of layers does not need
+it: each layer keeps its input, and the backward pass is the same list in reverse. Other networks
+are left to autograd, with the same result up to rounding.
 """
 
-# A hook has arguments that an override uses.
+# Hooks have arguments that only some overrides use.
 # ruff: noqa: ARG002
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from fedraclora.training.adapted import times
 from fedraclora.training.materialize import factor_of
 from fedraclora.tree import Tree
 
-THIN = 64  # outputs up to which a layer's weight and sketch are stacked into one product
+THIN = 64  # most outputs for which a layer's weight and sketch are stacked into one product
 aten = torch.ops.aten
-PADDING = 16  # BLAS is up to twice as fast where the width of a thin product is a multiple
+PADDING = 16  # BLAS is up to twice as fast if the width of a thin product is a multiple of this
 
 
 class Weightless:
-    """A layer without weights: a function, and its way back from slope, input and output."""
+    """A layer without weights: a function, and its backward pass from slope, input and output."""
 
     def __init__(
         self, there: Callable[..., torch.Tensor], back: Callable[..., torch.Tensor]
@@ -114,7 +114,7 @@ class Linear:
     def backward(
         self, slope: torch.Tensor, gradients: Tree, *, to_input: bool
     ) -> torch.Tensor | None:
-        """Add the gradients of what is trained here; give that of the input, where it is wanted."""
+        """Add the gradients of this layer's trained tensors; return the input's, if wanted."""
         values, rows = self.values, self.split(slope)
         if self.bias_name in values:
             gradients[self.bias_name] = rows.sum(dim=1)
@@ -124,18 +124,19 @@ class Linear:
         if W is not None and self.rate is not None:
             self._descend(rows, W, self.rate)
         elif W is not None:
-            # In the same room at every step: fresh memory costs more than the product.
+            # Reuse the same memory at every step: fresh memory costs more than the product.
             room = self.room = torch.empty_like(W) if self.room is None else self.room
             x = self.split(self.x)
             gradients[self.weight_name] = torch.bmm(rows.mT, x, out=room[: self.K])
         return self._through_factors(slope, gradients, back) if self.scale else back
 
     def _descend(self, rows: torch.Tensor, W: torch.Tensor, rate: float) -> None:
-        """Take the step of plain SGD: the product is added to the weight, and no gradient is there.
+        """Take the plain SGD step inside the product, without a gradient tensor.
 
-        Weights round once, where a gradient of its own would round before its rate does.
+        Weights are rounded once; with a gradient tensor, the gradient would be rounded before the
+        step.
         """
-        # Client by client: BLAS may round several otherwise than one, of a sample each.
+        # Client by client: with one sample each, BLAS may round a batch otherwise than one client.
         for slope, x, own in zip(
             rows.split(1), self.split(self.x).split(1), W.split(1), strict=True
         ):
@@ -144,10 +145,11 @@ class Linear:
     def _through_factors(
         self, slope: torch.Tensor, gradients: Tree, back: torch.Tensor | None
     ) -> torch.Tensor | None:
-        """Do the same for the low-rank term; ``back`` is what the weight gave."""
+        """Backpropagate through the low-rank term; ``back`` is the input gradient of the weight."""
         values, rows = self.values, self.split(slope)
         if self.B_name in values:
-            # As [K, r, m]: BLAS is far quicker with the long axis last. So lie B's values, too.
+            # As [K, r, m]: BLAS is far quicker with the long axis last, so B's values are stored
+            # like that, too.
             gradients[self.B_name] = torch.bmm(self.split(self.z).mT, rows).mul_(self.scale).mT
         if back is None and self.A_name not in values:
             return None
@@ -168,7 +170,7 @@ def _reshaped(slope: torch.Tensor, x: torch.Tensor, _: torch.Tensor) -> torch.Te
     return slope.reshape(x.shape)
 
 
-# The slopes of activations, from their outputs, are written out by torch itself: one pass, where
+# torch has fused kernels for the gradients of activations from their outputs: one pass, where
 # comparing and multiplying takes three.
 WEIGHTLESS: dict[type[nn.Module], tuple[Callable[..., torch.Tensor], ...]] = {
     nn.Flatten: (lambda x: x.flatten(1), _reshaped),
@@ -180,22 +182,23 @@ LARGE, ALIGNED = 1 << 20, 64  # bytes of a weight that fills a core's own cache;
 
 
 def written_out(task: Task, downlink: RoundInstructions) -> bool:
-    """Check whether a task fits in here, with what is trained of its model."""
+    """Check whether a task's model, with these trained tensors, is supported here."""
     model, inputs = task.model, task.test.inputs
     if type(model) is not nn.Sequential or task.loss not in SLOPES or set(inputs) != {"x"}:
         return False
     kinds = {name: type(module) for name, module in model.named_children()}
     if len(kinds) < len(model) or not set(kinds.values()) <= {nn.Linear, *WEIGHTLESS}:
-        return False  # a layer that occurs twice, or one that is not known here
+        return False  # a layer that occurs twice, or of an unsupported kind
     every = [name for name, _ in model.named_parameters(remove_duplicate=False)]
     if len(every) > len(list(model.parameters())):
-        return False  # a weight or bias that two layers share: the base holds it by one name only
+        return False  # a weight or bias shared by two layers: the base holds it under one name only
     flat = [m for m in model if isinstance(m, nn.Flatten)]
     if any((m.start_dim, m.end_dim) != (1, -1) for m in flat):
         return False
     vectors = inputs["x"].dim() == 2 or isinstance(model[0], nn.Flatten)
     pairs = all(len(adapter.factors) == 2 for adapter in downlink.adapters.values())
-    pairs = pairs and downlink.dense.keys() <= set(every)  # else it has what is no parameter
+    # otherwise the model has something that is not a parameter
+    pairs = pairs and downlink.dense.keys() <= set(every)
     owners = {n.rpartition(".")[0] for n in (*downlink.adapters, *downlink.dense)}
     return vectors and pairs and all(kinds.get(owner) is nn.Linear for owner in owners)
 
@@ -214,7 +217,7 @@ class FeedForward:
         self, model: nn.Module, downlink: RoundInstructions, base: Tree, frozen: Tree
     ) -> None:
         self.stages: list[Linear | Weightless] = []
-        self.at_once = 0  # bytes of a client's gradients that are never there all together
+        self.at_once = 0  # bytes of a client's gradients that never exist all at once
         for name, module in model.named_children():
             if isinstance(module, nn.Linear):
                 self.stages.append(Linear(name, downlink, base, frozen))
@@ -222,14 +225,14 @@ class FeedForward:
                 self.stages.append(Weightless(*WEIGHTLESS[type(module)]))
         trained = {n.rpartition(".")[0] for n in (*downlink.adapters, *downlink.dense)}
         names = [name for name, _ in model.named_children()]
-        # Nothing before the first layer that is trained has gradients.
+        # Layers before the first trained one need no gradients.
         self.first = min(names.index(name) for name in trained)
 
     def descend(self, rates: Mapping[str, float]) -> None:
-        """Have large weights take the steps of plain SGD without gradients of their own.
+        """Take plain SGD steps of large weights during the backward pass, without gradient tensors.
 
-        All gradients of a chunk at once would be as large as what it trains. A product has the
-        same bits alone and in a batch where it begins at the same alignment.
+        All gradients of a chunk together would be as large as its trained tensors. A product gives
+        the same bits alone and in a batch if it begins at the same alignment.
 
         Args:
             rates: Step size of each trained tensor.

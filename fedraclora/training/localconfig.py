@@ -1,4 +1,4 @@
-"""Settings of local training (config group ``local``), which refuse what cannot train."""
+"""Define and validate the settings of local training (config group ``local``)."""
 
 from __future__ import annotations
 
@@ -31,16 +31,15 @@ from fedraclora.protocol.program import ClientProgram
 
 Extra = TypeVar("Extra", bound=ClientProgram)
 ADAPTIVE_KEYS = Part("adaptive")  # keys that choices without such an optimizer do not list
-MOST_STEPS = 1_000_000  # local steps or epochs of a round, all of which are laid out before it
+MOST_STEPS = 1_000_000  # local steps or epochs of a round, which is laid out in advance
 Laid = Annotated[int, Ge(0), Le(MOST_STEPS)]
 
 
 @dataclass(frozen=True)
 class LocalConfig(Limited, group="local"):
-    """Settings of plain local training.
+    """Configure plain local training.
 
-    A class that derives from this one adds keys to the config group, and to what is `added` what
-    they ask for.
+    A subclass adds keys to the config group, and the client programs for them to `added`.
 
     Attributes:
         optimizer: ``sgd`` or ``adamw``.
@@ -48,7 +47,7 @@ class LocalConfig(Limited, group="local"):
             ``run`` (`moments`); or ``rows``: the server averages second moments of rows
             (`optimizer`).
         optimizer_state_kept: Share of them that is kept after a merge; for ``merge`` only.
-        lr: Step size of what the method trains; auto: by a rule (docs/local.md).
+        lr: Step size of the tensors that the method trains; auto: by a rule (docs/local.md).
         full_lr: Step size of head and biases trained in full beside it; None = ``lr``.
         epochs: Local epochs, if ``steps`` is None.
         steps: Local steps, or None.
@@ -60,14 +59,14 @@ class LocalConfig(Limited, group="local"):
         beta1, beta2, eps: Constants of adaptive optimizers, all but ``sgd``.
         clip: Largest norm c of a client's gradient, or None. A longer one, and one up to 1e-6
             shorter, is multiplied by c / (norm + 1e-6), as in torch.
-        clip_by: Of which gradient: ``all`` of it, or that of each ``layer`` by itself.
+        clip_by: Norm to clip: of ``all`` gradients together, or of each ``layer`` by itself.
         schedule: Step size over rounds: constant, cosine, linear, step.
         warmup: Rounds of linear warm-up.
-        restart_every: Rounds after which the warm-up is done again, under the schedule: the jagged
-            schedule of ReLoRA. None: never.
-        min_lr_ratio: Factor that cosine and linear fall to: the round after the last would have it.
-        step_every, step_factor: Schedule ``step``: multiply by the factor every so many rounds, the
-            warm-up not counted.
+        restart_every: Rounds after which the warm-up starts again, under the schedule (the jagged
+            schedule of ReLoRA). None: never.
+        min_lr_ratio: Factor that cosine and linear decay to, one round after the last.
+        step_every, step_factor: Schedule ``step``: multiply the step size by step_factor every
+            step_every rounds after the warm-up.
         extras: Client programs of your own: `fedraclora.ClientProgram` by ``module:name``, with
             parameters ``{name: module:name, key: value}``.
     """
@@ -101,12 +100,12 @@ class LocalConfig(Limited, group="local"):
 
     @property
     def added(self) -> tuple[ClientProgram, ...]:
-        """What is added to plain local training: by keys, then the user's own."""
+        """List added client programs: those of keys first, then the user's own."""
         return (*self.extras,)  # type: ignore[arg-type]
 
     @property
     def is_own(self) -> bool:
-        """Return whether a function of the user's trains, and none of this loop's keys is read."""
+        """Return whether a user's function replaces this loop and its keys."""
         return False
 
     def extra_of(self, kind: type[Extra]) -> Extra | None:
@@ -114,16 +113,16 @@ class LocalConfig(Limited, group="local"):
         return next((extra for extra in self.added if isinstance(extra, kind)), None)
 
     def told(self, extra: ClientProgram) -> str:
-        """Name an extra for messages: one of the user's by its key and where it is defined."""
+        """Name an extra for messages: a user's extra by its key and where it is defined."""
         kind, at = type(extra), [k for k, each in enumerate(self.extras) if each is extra]
         return f"local.extras{at}={kind.__module__}:{kind.__qualname__}" if at else extra.setting
 
     @property
     def answers_once(self) -> bool:
-        """Return whether a second answer to a round would tell what the first one hides."""
+        """Return whether a second reply to the same round would reveal what the first one hides."""
         return any(extra.answers_once for extra in self.added)
 
-    # What a run with these settings does not go with.
+    # What settings of a run are incompatible with these.
 
     @Feature(
         "local=own",
@@ -234,7 +233,7 @@ class LocalConfig(Limited, group="local"):
 
     @override
     def __post_init__(self) -> None:
-        """Make the user's own extras; reject settings that cannot train."""
+        """Create the user's extras; reject settings that cannot train."""
         super().__post_init__()
         own = [
             object_of(f"local.extras[{k}]", it, ClientProgram) for k, it in enumerate(self.extras)
@@ -250,7 +249,7 @@ class LocalConfig(Limited, group="local"):
                 "set local.clip to the largest norm, or leave local.clip_by at all"
             )
         adaptive = self.OPTIMIZERS[1:]
-        # What an optimizer would pass over: a run would not be what its config says.
+        # Settings that an optimizer would ignore: the run would not match its config.
         users = {"momentum": ("sgd",)} | dict.fromkeys(("beta1", "beta2", "eps"), adaptive)
         for key, used in users.items():
             value, default = getattr(self, key), getattr(LocalConfig, key)
@@ -307,7 +306,7 @@ class LocalConfig(Limited, group="local"):
             )
 
     def rate_scale(self, round_: int, rounds: int) -> float:
-        """Factor of the step sizes in round ``round_`` (from 1) of ``rounds``."""
+        """Compute the factor of the step sizes in round ``round_`` (from 1) of ``rounds``."""
         age = (round_ - 1) % self.restart_every if self.restart_every else round_ - 1
         ramp = min(1.0, (age + 1) / (self.warmup + 1))
         if round_ <= self.warmup:
@@ -322,12 +321,12 @@ class LocalConfig(Limited, group="local"):
         return ramp * (self.min_lr_ratio + (1 - self.min_lr_ratio) * shape)
 
     def rate(self, main: bool, rate_scale: float) -> float:
-        """Step size of a trained tensor: ``lr`` for the method's own, ``full_lr`` beside it."""
+        """Return a tensor's step size: ``lr`` if the method trains it, else ``full_lr``."""
         return rate_scale * (self.lr if main or self.full_lr is None else self.full_lr)
 
 
 def moment_kinds(local: LocalConfig) -> tuple[str, ...]:
-    """Name what an optimizer holds beside each tensor that it trains."""
+    """List the kinds of state that an optimizer keeps for each trained tensor."""
     if local.optimizer == "sgd":
         return ("first",) if local.momentum else ()
     return ("first", "second")
@@ -338,10 +337,10 @@ def effective_step(
 ) -> dict[str, float]:
     """Compute the step gamma inside the sketch, W <- W - gamma G H, over all sketched layers.
 
-    gamma = lr s^2 c where A A^T is about c I (with two frozen factors the product of their c), but
-    where an extra of local training says otherwise. It compares sketches, ranks and scales where
-    the raw learning rate does not. It is the step of a gradient: momentum is not in
-    it, and the steps of adaptive optimizers have no such factor.
+    gamma = lr s^2 c if A A^T is about c I (with two frozen factors c is the product of theirs),
+    unless an extra of local training defines it otherwise. Unlike the raw learning rate, gamma is
+    comparable between sketches, ranks and scales. It is the step of a gradient, without momentum;
+    adaptive optimizers have no such factor.
 
     Args:
         downlink: The round's.
@@ -349,8 +348,8 @@ def effective_step(
         rate_scale: Of the step sizes in this round.
 
     Returns:
-        ``lr`` (of the trained factor), and under SGD the least and largest gamma where layers are
-        sketched; nothing where the steps are those of a function of the user's.
+        ``lr`` (of the trained factor), and under SGD the least and largest gamma if layers are
+        sketched; empty if a user's function trains.
     """
     if local.is_own:
         return {}

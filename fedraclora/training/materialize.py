@@ -1,4 +1,4 @@
-"""From a downlink to the tensors that a chunk of clients trains with, and to dense weights."""
+"""Build the trained tensors of a chunk, and dense weights, from a round's downlink."""
 
 from __future__ import annotations
 
@@ -13,10 +13,8 @@ from fedraclora.protocol.method import Factor, RoundInstructions
 from fedraclora.tree import Tree, wide, widened
 
 
-def materialize(
-    downlink: RoundInstructions, base: Tree, order: torch.Tensor
-) -> tuple[Tree, Tree, Tree]:
-    """Make the tensors of a round for the clients in ``order``.
+def materialize(downlink: RoundInstructions, base: Tree, order: torch.Tensor) -> tuple[Tree, Tree, Tree]:
+    """Create the trained values, their starts and the frozen factors for the clients in ``order``.
 
     Returns:
         Trained values [K, ...], their starts (shared ones as [1, ...]), and the frozen factors
@@ -33,13 +31,14 @@ def materialize(
                 if factor.per_client:
                     value = value[order]
                 elif factor.numbers is not None:
-                    # A copy: views into a message lie anywhere, and products round by alignment.
+                    # A copy: views into a message have any alignment, and products round by
+                    # alignment.
                     value = value.clone()
                 frozen[name] = value
             else:
                 starts[name] = opening_of(factor, like.new_zeros(factor.shape), order)
-                # A tall factor lies in memory as its transpose: so come its gradients
-                # (`fedraclora.training.feedforward`); those of a dense weight do not.
+                # A tall factor is stored transposed, as its gradients are
+                # (`fedraclora.training.feedforward`); a dense weight is not.
                 tall = factor.shape[0] > factor.shape[1]
                 start = starts[name].mT if tall else starts[name]
                 values[name] = per_client(start, K).mT if tall else per_client(start, K)
@@ -53,7 +52,7 @@ def materialize(
 
 
 def per_client(start: torch.Tensor, K: int) -> torch.Tensor:
-    """Copy starts [1, ...] or [K, ...] to values [K, ...]."""
+    """Expand starts [1, ...] or [K, ...] to one copy per client, [K, ...]."""
     return start.expand(K, *start.shape[1:]).clone(memory_format=torch.contiguous_format)
 
 
@@ -67,7 +66,7 @@ def opening_of(slot: Factor, default: torch.Tensor, order: torch.Tensor) -> torc
 
 
 def start_from(own: Tree, downlink: RoundInstructions) -> RoundInstructions:
-    """Start the tensors that are named from each client's own, [K, ...]."""
+    """Replace the starts of the named tensors by each client's own values, [K, ...]."""
     if not own:
         return downlink
     return downlink.mapped(
@@ -76,12 +75,12 @@ def start_from(own: Tree, downlink: RoundInstructions) -> RoundInstructions:
 
 
 def factor_of(name: str, leaves: Tree, frozen: Tree, active: int) -> torch.Tensor:
-    """Return a factor of the active clients, [active, ., .], or 2-D where they share it.
+    """Return a factor of the active clients, [active, ., .], or 2-D if they share it.
 
     Args:
         name: ``"<weight>/<label>"``.
         leaves: What is trained, [active, ...] by name.
-        frozen: Factors that are not, 2-D or [K, ., .] by name.
+        frozen: Frozen factors, 2-D or [K, ., .] by name.
         active: Clients that still train: the first ones.
     """
     if name in leaves:
@@ -101,10 +100,10 @@ def arrange(
 
 
 def standing(downlink: RoundInstructions) -> RoundInstructions:
-    """Keep of a downlink what its weights at the start are computed from, beside the base.
+    """Reduce a downlink to the parts that, with the base, determine its initial weights.
 
-    A product with a factor that starts at zero adds nothing, and what starts from the base is there
-    already; what stays at clients they have.
+    A product with a factor that starts at zero adds nothing; tensors that start from the base are
+    already there; personal tensors are at their clients.
     """
     adapters = {
         name: adapter
@@ -117,13 +116,13 @@ def standing(downlink: RoundInstructions) -> RoundInstructions:
 
 
 def standing_weights(base: Tree, downlink: RoundInstructions, plan: Plan, own: Tree) -> Tree:
-    """Compute the weights of one client, to the bit as a server does that has the same factors.
+    """Compute one client's weights, bit for bit as the server does from the same factors.
 
     Args:
         base: The replica's weights.
         downlink: What it was asked to train, without values of other clients.
         plan: Views of the adapted matrices.
-        own: Values of its own in the place of those from which it starts, by name.
+        own: The client's own values, by name, which replace its starting values.
 
     Returns:
         Every parameter by name, in stored layout. Products are formed in float64, and rounded once.

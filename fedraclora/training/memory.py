@@ -1,9 +1,9 @@
-"""Where memory goes when a chunk trains, and what it looks like when there is too little.
+"""Measure the memory that a chunk takes to train, and recognize out-of-memory errors.
 
-The model is not an estimate from layer shapes: the first steps of one client and of two are run,
-and the bytes of the tensors that live meanwhile are counted. The difference is what a client costs,
-the rest is shared. So whatever a layer keeps for its backward pass is in it. What a kernel takes
-for itself (workspaces of cuBLAS, fragments of the allocator) is not.
+Nothing is estimated from layer shapes: we run the first steps of one client and of two, and count
+the bytes of all live tensors. The difference is the cost of a client; the rest is shared. Tensors
+that layers keep for the backward pass are therefore included. Memory that kernels allocate
+themselves (workspaces of cuBLAS, fragments of the allocator) is not.
 """
 
 from __future__ import annotations
@@ -34,25 +34,24 @@ from fedraclora.training.program import OpenChunk
 from fedraclora.training.schedule import StepBatch
 from fedraclora.tree import Tree
 
-LESS = (  # what to do where one client is too large
+LESS = (  # advice if one client is too large
     "lower local.batch_size, the size of a sample (data.max_length) or the model, or set "
     "precision=bf16-mixed"
 )
 LOOKED_AT = 10_000  # clients among whom the largest is looked for
-TOGETHER = 256  # of them whose samples are looked at in one go
-LARGEST_KEPT, KEPT = 32 << 20, 256 << 20  # bytes of a piece, and of all, that are kept when freed
-_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # of mallopt
-# What PyTorch says where it has no exception of its own: the CPU's allocator, CUDA's libraries.
+TOGETHER = 256  # of these, clients whose samples are examined at once
+LARGEST_KEPT, KEPT = 32 << 20, 256 << 20  # bytes of one freed piece, and of all, that are kept
+_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # parameters of mallopt
+# Messages of PyTorch's errors without an exception class: the CPU's allocator, CUDA's libraries.
 _STARVED = ("can't allocate memory", "out of memory", "ALLOC_FAILED")
 
 
 def keep_freed_memory() -> bool:
-    """Have the C library keep what is freed for the next chunk; whether it does.
+    """Tell the C library to keep freed memory for the next chunk; return whether it does.
 
-    It gives large pieces back to the system otherwise, and every page of them is cleared anew when
-    it is next touched. Of glibc alone: other libraries, and a process whose environment says how
-    (``MALLOC_...``, ``GLIBC_TUNABLES``), stay as they are. Pieces of `LARGEST_KEPT` or more are
-    given back.
+    By default it returns large pieces to the system, which clears every page again when it is next
+    used. Only glibc is changed, and not if the environment configures it (``MALLOC_...``,
+    ``GLIBC_TUNABLES``). Pieces of `LARGEST_KEPT` or more are still returned.
 
     References:
         mallopt(3), M_TRIM_THRESHOLD and M_MMAP_THRESHOLD.
@@ -79,21 +78,21 @@ def is_out_of_memory(error: Exception) -> bool:
 
 
 class LiveTensors(TorchDispatchMode):
-    """Counts the bytes of the tensors of a device that are made under it, while they live.
+    """Count the bytes of live tensors that are created on a device under this mode.
 
     Args:
-        device: Whose memory; tensors elsewhere are not counted.
+        device: Tensors on other devices are not counted.
 
     Attributes:
-        now: Bytes that live.
-        peak: The most there have been.
+        now: Live bytes.
+        peak: The largest value of ``now`` so far.
     """
 
     def __init__(self, device: torch.device) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.device = device.type
         self.now = self.peak = 0
-        self._seen: dict[int, weakref.ref[torch.UntypedStorage]] = {}  # by address, while it lives
+        self._seen: dict[int, weakref.ref[torch.UntypedStorage]] = {}  # live storages, by address
 
     @classmethod
     @override
@@ -109,16 +108,17 @@ class LiveTensors(TorchDispatchMode):
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         if QuantisedWeight in types:
-            return NotImplemented  # it dequantizes first, by operators that are counted here
+            # the base class dequantizes first, by operators that are counted here
+            return NotImplemented
         named = kwargs or {}
-        # What comes in without having come out of anything was there before.
+        # An input that no operator created existed before.
         self._see((*args, *named.values()), counted=False)
         out = func(*args, **named)
         self._see(out, counted=True)
         return out
 
     def _see(self, value: object, *, counted: bool) -> None:
-        """Record the tensors that go into an operator or come out: it nests sequences alone."""
+        """Record the tensors that enter or leave an operator, in sequences of any depth."""
         if isinstance(value, list | tuple):
             for part in value:
                 self._see(part, counted=counted)
@@ -138,17 +138,16 @@ class LiveTensors(TorchDispatchMode):
 
 @dataclass(frozen=True)
 class MemoryModel:
-    """Bytes that local training takes; those of a client are proportional to the chunk.
+    """Model the bytes that local training takes; those of a client are proportional to the chunk.
 
     Attributes:
         weights: The base weights.
-        shared: What else all clients of a chunk share: frozen factors, copies of weights in
-            another precision.
-        trained: Of a client: what it trains, where it starts, gradients and moments of the
-            optimizer, and which sample comes when.
-        step: Of a client: its batch, what the forward pass keeps for the backward pass, and
-            whatever else comes and goes in a step.
-        tokens: Of a client in a step, at most, padding included; 0 where samples have none.
+        shared: Other tensors that all clients of a chunk share: frozen factors, copies of weights
+            in another precision.
+        trained: Per client: trained tensors, their starts, gradients, optimizer moments, and the
+            order of samples.
+        step: Per client: its batch, tensors kept for the backward pass, and temporaries of a step.
+        tokens: Most tokens of a client in a step, padding included; 0 if samples have none.
     """
 
     weights: int
@@ -159,32 +158,32 @@ class MemoryModel:
 
     @property
     def client(self) -> int:
-        """Bytes of one more client in a chunk."""
+        """Return the bytes of one more client in a chunk."""
         return self.trained + self.step
 
     def training(self, clients: int) -> int:
-        """Bytes that a chunk takes beside the base weights."""
+        """Return the bytes that a chunk takes beside the base weights."""
         return self.shared + clients * self.client
 
     def fitting(self, budget: int) -> int:
-        """Count the most clients whose training fits into so many bytes; 0 if none does."""
+        """Count the most clients whose training fits into a budget of bytes; 0 if none does."""
         return max(0, budget - self.shared) // max(1, self.client)
 
 
 def measure_memory(
     trainer: CohortTrainer, base: Tree, downlink: RoundInstructions, clients: torch.Tensor
 ) -> MemoryModel:
-    """Run the first steps of one client and of two, and count; three and four are laid out only.
+    """Measure a memory model: run the first steps of one and two clients, lay out three and four.
 
-    It comes out a little high, by less than a third in the tests: where the gradients of two paths
-    meet, PyTorch adds them in place only while nobody watches.
+    The result is a little high, by less than a third in the tests: if operators are intercepted,
+    PyTorch does not add the gradients of two paths in place.
 
     Args:
-        trainer: Of the run. Its weights and random draws are not touched.
+        trainer: The run's trainer. Its weights and random draws do not change.
         base: The base weights.
-        downlink: Of a round, with what is trained; per-client values of two clients or more.
-        clients: Some of the population, int64 [K]. Their longest sample and the batch of the
-            largest of them are taken.
+        downlink: A round's downlink; per-client values for two clients or more.
+        clients: Some of the population, int64 [K]. We take their longest sample and the batch of
+            the largest client.
 
     Returns:
         The model.
@@ -193,7 +192,8 @@ def measure_memory(
     sizes = trainer.data.sizes(clients)
     largest = clients[sizes.argmax()]
     length = longest(trainer.data, clients, sizes)
-    trainer.open(base, owned(downlink, 1), largest[None], round_=1)  # what is cached is no client's
+    # cached tensors belong to no client
+    trainer.open(base, owned(downlink, 1), largest[None], round_=1)
 
     def count(k: int, *, steps: bool = True) -> Probe:
         probe = Probe(trainer, length, steps=steps)
@@ -206,7 +206,7 @@ def measure_memory(
     moments = moment_shapes(trainer.local, downlink).values()
     own = sum(torch.Size(shape).numel() for shape in (*gradients, *moments))
     trained = two.resident - one.resident + own * trainer.dtype.itemsize - one.at_once
-    # Each stretch by itself: where what is shared makes the peak, it hides what a client adds.
+    # Each stretch by itself: a peak made by shared tensors would hide the cost of a client.
     stretches = [(one.formed, two.formed), (one.stepped, two.stepped)]
     more = [with_two - with_one for with_one, with_two in stretches]
     client = max(four.laid_out - three.laid_out, *more, trained)
@@ -221,32 +221,33 @@ def measure_memory(
 
 
 def uncompiled() -> AbstractContextManager[None]:
-    """Run what somebody has compiled as it was before: the compiler would compile the counting."""
-    if "torch._dynamo" not in sys.modules:  # nothing is compiled, and importing it takes seconds
+    """Disable compiled functions: the compiler would compile the counting, too."""
+    # nothing is compiled here, and importing the compiler takes seconds
+    if "torch._dynamo" not in sys.modules:
         return nullcontext()
     stance: AbstractContextManager[None] = torch.compiler.set_stance("force_eager")
     return stance
 
 
 class Enough(Exception):  # noqa: N818  it is no error
-    """Ends the training of a `Probe`."""
+    """Signal that a `Probe` has seen enough."""
 
 
 class Probe(CohortTrainer):
-    """Trains until memory has been as full as it gets, and counts; then it raises `Enough`.
+    """Train until memory has peaked, counting bytes; then raise `Enough`.
 
     Args:
-        trainer: What it does the same as.
-        length: Tokens of the longest sample, which the batch takes; None without padding.
+        trainer: The trainer to imitate.
+        length: Tokens of the longest sample, to which batches are padded; None without padding.
         steps: Whether to take steps, or to stop before the first.
 
     Attributes:
-        live: Counts; to be entered around `train`.
+        live: The counting mode; enter it around `train`.
         laid_out: The peak before the first step.
         formed: The peak until gradients are formed.
-        stepped: The peak of what hooks and the optimizer make of them.
-        resident: Bytes that live before the first step.
-        at_once: Bytes of gradients that never live beside what is trained (`FeedForward.descend`).
+        stepped: The peak in hooks and the optimizer step.
+        resident: Live bytes before the first step.
+        at_once: Bytes of gradients that are never all alive (`FeedForward.descend`).
     """
 
     def __init__(self, trainer: CohortTrainer, length: int | None, *, steps: bool = True) -> None:
@@ -256,7 +257,7 @@ class Probe(CohortTrainer):
         self.laid_out = self.resident = self.at_once = self.formed = self.stepped = 0
 
     def run(self, base: Tree, downlink: RoundInstructions, clients: torch.Tensor) -> None:
-        """Train some clients until enough is counted; `owned` says from which downlink."""
+        """Train some clients until enough is counted; build their downlink with `owned`."""
         with suppress(Enough):
             own = owned(downlink, len(clients))
             self.train(base, own, clients, round_=1, rate_scale=1.0)
@@ -272,22 +273,22 @@ class Probe(CohortTrainer):
         self.resident, self.laid_out = self.live.now, self._lap(0)
         self.at_once = 0 if chunk.network is None else chunk.network.at_once
         for _ in range(min(2, int(chunk.schedule.steps.max())) if self.steps else 0):
-            # The same batch twice: none is wider.
+            # The same batch twice, so that none is wider.
             full = StepBatch(batch.active, batch.width, self.length or batch.length)
             super()._step(chunk, step, full, optimizer, [formed, *hooks])
             self.stepped = self._lap(self.stepped)
             if self.live.now == self.resident:
-                break  # the first left nothing (moments, buffers) that lies beside the second
+                break  # the first left nothing (moments, buffers) alive beside the second
         raise Enough
 
     def _lap(self, most: int) -> int:
-        """End a stretch; return its peak, or that of one before it where that was higher."""
+        """End a stretch; return its peak, or an earlier one if higher."""
         peak, self.live.peak = self.live.peak, self.live.now
         return max(most, peak)
 
 
 def longest(data: ClientData, clients: torch.Tensor, sizes: torch.Tensor) -> int | None:
-    """Count the tokens of the longest sample of some clients; None where nothing is padded."""
+    """Count the tokens of the longest sample of some clients; None if nothing is padded."""
     found = 0
     for ids, counts in zip(clients.split(TOGETHER), sizes.split(TOGETHER), strict=True):
         every = torch.arange(int(counts.max()), device=ids.device).expand(len(ids), -1)
@@ -299,7 +300,7 @@ def longest(data: ClientData, clients: torch.Tensor, sizes: torch.Tensor) -> int
 
 
 def owned(downlink: RoundInstructions, clients: int) -> RoundInstructions:
-    """Cut a downlink to so many clients, each of which starts what stays with it at its own."""
+    """Cut a downlink to a number of clients, each starting personal tensors at its own values."""
     sent = downlink.select(torch.arange(clients) % 2)
     stays = {n: s for n, s in sent.trained().items() if not s.upload and not s.per_client}
     return start_from({n: torch.zeros(clients, *s.shape) for n, s in stays.items()}, sent)

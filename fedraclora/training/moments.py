@@ -1,16 +1,16 @@
-"""Moments of a client's optimizer that live on from round to round, at the client.
+"""Keep the moments of a client's optimizer at the client from round to round.
 
-A link may be several rounds long, so that it can be measured, or stopped, on its way. Its local
-steps are those of one long round if the moments (and Adam's count of steps) live on:
+Several rounds may pass before a merge, so that progress can be measured or stopped in between. The
+local steps equal those of one long round if the moments (and Adam's step count) are kept:
 
-    local.optimizer_state = round   they begin at zero in every round
-    local.optimizer_state = merge   they live until the merge: a new link begins with new ones
-    local.optimizer_state = run     they are never reset, though a merge ends their sketch
-    local.optimizer_state = rows    they begin anew in every round, but the server averages second
+    local.optimizer_state = round   reset to zero in every round
+    local.optimizer_state = merge   reset at each merge
+    local.optimizer_state = run     never reset, though a merge ends their sketch
+    local.optimizer_state = rows    reset in every round, but the server averages second
                                     moments of rows (`fedraclora.training.optimizer`)
 
-``merge`` is a chain whose links have an optimizer of their own. Under ``run``, as in public code of
-chains, the optimizer does not know of the merge. ``local.optimizer_state_kept``
+``merge`` gives each link an optimizer of its own. Under ``run``, as in public code of such methods,
+the optimizer does not know of the merge. ``local.optimizer_state_kept``
 lets a share of the moments outlive a link: for each tensor the entries whose first moment is
 largest, the others are set to zero. That is the partial reset of ReLoRA (Lialin et al., ICLR 2024,
 arXiv 2307.05695), which keeps 1 % or less; like its public code it leaves the count of steps as it
@@ -19,11 +19,10 @@ a first moment stays and its second is gone, Adam divides by eps, and A of a new
 gradient is zero while B is, moves by 1e8 times the step size unless the warm-up begins at a rate
 of zero.
 
-Moments do not travel: each client has its own, also of what is averaged. They are not exact under
-averaging, and one that is seldom asked has old ones; with one client there is no difference.
+Moments are not sent: each client has its own, also for averaged tensors. Averaging is therefore not
+exact, and a rarely sampled client has old moments; with one client there is no difference.
 Shuffles and dropout masks are keyed by the round, so K rounds of one epoch see other batches than
 one round of K epochs; in the stored order (``local.shuffle=false``) they see the same ones.
-
 """
 
 from __future__ import annotations
@@ -36,7 +35,7 @@ from fedraclora.tree import Tree
 
 
 def moment_shapes(local: LocalConfig, downlink: RoundInstructions) -> dict[str, tuple[int, ...]]:
-    """Return the shapes of what an optimizer holds for one client.
+    """Return the shapes of an optimizer's state for one client.
 
     Args:
         local: Settings.
@@ -50,10 +49,10 @@ def moment_shapes(local: LocalConfig, downlink: RoundInstructions) -> dict[str, 
 
 
 def blank_moments(local: LocalConfig, downlink: RoundInstructions, dtype: torch.dtype) -> Tree:
-    """Build the moments of a client that has not trained yet, to be stored by name.
+    """Create zero moments of a client that has not trained yet, to be stored by name.
 
     Args:
-        local: Settings; nothing stays at clients under ``moments: round`` and ``rows``.
+        local: Settings; under ``optimizer_state=round`` and ``rows`` clients keep nothing.
         downlink: Says what is trained.
         dtype: Of the base weights.
 
@@ -70,10 +69,10 @@ def blank_moments(local: LocalConfig, downlink: RoundInstructions, dtype: torch.
 
 
 def begin_moments(stored: Tree, local: LocalConfig, link: int) -> Tree:
-    """Compute the moments with which clients begin a round: reset where their link has ended.
+    """Compute the moments with which clients begin a round; reset them if their link has ended.
 
     Args:
-        stored: What they kept, [K, ...] by the names of `blank_moments`. Not modified.
+        stored: The clients' moments, [K, ...] by the names of `blank_moments`. Not modified.
         local: Settings.
         link: Number of the link that the round belongs to.
 
@@ -99,11 +98,11 @@ def begin_moments(stored: Tree, local: LocalConfig, link: int) -> Tree:
 
 
 def mark_largest(values: torch.Tensor, share: float) -> torch.Tensor:
-    """Mark the entries of largest magnitude of each client.
+    """Mark the largest entries of each client by magnitude.
 
     Args:
         values: [K, ...].
-        share: Of each client's entries that is marked, rounded to a number of entries.
+        share: Fraction of each client's entries to mark, rounded to a number of entries.
 
     Returns:
         Booleans [K, ...].

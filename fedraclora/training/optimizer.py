@@ -1,8 +1,8 @@
-"""Local optimizers on a whole cohort at once.
+"""Run local optimizers on a whole chunk of clients at once.
 
 State tensors carry the client axis [K, ...]. Unless `fedraclora.training.moments` says otherwise
-they live for one round: moments refer to the sketch of the round and would be meaningless under the
-next one (axolotl PR 1414 shows what a reset that silently does nothing costs).
+they are reset in each round: moments refer to the round's sketch and would be meaningless under the
+next one (axolotl PR 1414 shows the cost of a reset that silently does nothing).
 
 Second moments of rows outlive sketches (``local.optimizer_state=rows``): the server averages them.
 Under a right sketch B has the gradient g = s G A^T, with G that of the weight. Where the rows a_j
@@ -24,7 +24,7 @@ whichever round they are of and however many steps a client takes, until 1 / (1 
 been seen; after a start without correction the first round's would count more for as long.
 
 Tensors that are trained in full begin each round without moments. Uplink: m + 1 numbers per factor
-more, downlink likewise from the second round on.
+more; the same for the downlink from the second round on.
 
 References:
     Start and average of second moments by blocks: *FedAdamW*, arXiv 2510.27486 (its abstract).
@@ -44,15 +44,15 @@ from fedraclora.protocol.instructions import RoundInstructions
 from fedraclora.training.localconfig import LocalConfig
 from fedraclora.tree import Tree
 
-ROW_SLOT = "rows/"  # of the names of slots and moments; the rest is the name of the factor
+ROW_SLOT = "rows/"  # prefix of slots and moments; the rest is the name of the factor
 
 
 def row_slots(sent: RoundInstructions, kept: Tree) -> dict[str, Factor]:
-    """Build the slots in which the moments of trained factors travel, m + 1 numbers for B.
+    """Build the slots that carry the row moments of trained factors, m + 1 numbers for B.
 
     Args:
-        sent: What the method asks.
-        kept: Moments so far, by the names of the slots; they begin at zero.
+        sent: The method's downlink.
+        kept: Moments so far, by the names of the slots; zero if missing.
     """
     found = {}
     for name, slot in sent.factors().items():
@@ -63,7 +63,7 @@ def row_slots(sent: RoundInstructions, kept: Tree) -> dict[str, Factor]:
 
 
 def taken_rows(sent: RoundInstructions) -> tuple[RoundInstructions, Tree]:
-    """Take the slots of `row_slots` out of a downlink, for what is trained by gradients.
+    """Split the slots of `row_slots` from a downlink.
 
     Returns:
         The rest, and moments by the names of factors.
@@ -80,19 +80,19 @@ def taken_rows(sent: RoundInstructions) -> tuple[RoundInstructions, Tree]:
 
 
 def _axis(name: str) -> int:
-    """Give the axis of a factor's components: the second one of B, the first one of A."""
+    """Return the axis of a factor's components: the second one of B, the first one of A."""
     return 1 if name.endswith("/B") else 0
 
 
 class CohortOptimizer:
-    """SGD or AdamW on tensors [K, ...], with the update rules of ``torch.optim``.
+    """Run SGD or AdamW on tensors [K, ...], with the update rules of ``torch.optim``.
 
     Args:
         config: Local settings.
         values: The tensors that are trained, [K, ...]; updated in place by `step`.
         rates: Step size of each.
-        stored: Moments to begin with, by the names of `fedraclora.training.moments`; none: at zero.
-        rows: Second moments of rows to begin with, by name (`fedraclora.training.optimizer`).
+        stored: Initial moments, by the names of `fedraclora.training.moments`; none: zero.
+        rows: Initial second moments of rows, by name (`fedraclora.training.optimizer`).
     """
 
     def __init__(
@@ -110,7 +110,7 @@ class CohortOptimizer:
         self.room: torch.Tensor | None = None  # of `_scratch`
         self.first = self._of_kind("first")
         self.second = self._of_kind("second")
-        self.unseen: dict[str, float] = {}  # 1 - w of second moments that do not begin at zero
+        self.unseen: dict[str, float] = {}  # 1 - w of initial second moments that are not zero
         for name, row in (rows or {}).items():
             v = row[:-1].to(values[name]).unsqueeze(_axis(name))
             self.second[name] = v.expand_as(values[name]).clone()
@@ -122,7 +122,7 @@ class CohortOptimizer:
 
     @property
     def is_plain(self) -> bool:
-        """Return whether a step is the gradient times its rate, and nothing else."""
+        """Return whether a step is just the gradient times its rate."""
         config, derived = self.config, type(self) is not CohortOptimizer
         return config.optimizer == "sgd" and not (config.momentum or config.weight_decay or derived)
 
@@ -131,7 +131,7 @@ class CohortOptimizer:
         return {n.removeprefix(prefix): t for n, t in self.stored.items() if n.startswith(prefix)}
 
     def moments(self, steps: torch.Tensor) -> Tree:
-        """Return the moments as they are now, under the names they came by; none if none came.
+        """Return the current moments under the names of ``stored``; empty if none were given.
 
         Args:
             steps: Steps that each client has taken since, int64 [K].
@@ -139,7 +139,7 @@ class CohortOptimizer:
         return {n: t + steps if n == "moments/steps" else t for n, t in self.stored.items()}
 
     def rows(self, steps: torch.Tensor) -> Tree:
-        """Return the second moments of rows as they are now, [K, m + 1] by the names they came by.
+        """Return the current second moments of rows, [K, m + 1] by the names of ``rows``.
 
         Args:
             steps: Steps that each client has taken, int64 [K].
@@ -153,7 +153,7 @@ class CohortOptimizer:
         return found
 
     def step(self, gradients: Tree) -> None:
-        """Take one step for the clients that still train: the first rows of each tensor.
+        """Take one step for the active clients: the first rows of each tensor.
 
         Args:
             gradients: [active, ...] for each trained tensor.
@@ -199,7 +199,7 @@ class CohortOptimizer:
             scale = (second.sqrt() / root2.to(second)).add_(config.eps)
             value.sub_(step.to(value) * first / scale)
             return
-        # All clients that still train have taken the same number of steps.
+        # All active clients have taken the same number of steps.
         correction1 = 1 - config.beta1**self.count
         correction2 = 1 - self.unseen.get(name, 1.0) * config.beta2**self.count
         scale = torch.sqrt(second, out=self._scratch(second))
@@ -207,21 +207,21 @@ class CohortOptimizer:
         value.addcdiv_(first, scale, value=-rate / correction1)
 
     def _scratch(self, like: torch.Tensor) -> torch.Tensor:
-        """Return room for a tensor, the same for all: fresh memory costs more than the writing."""
+        """Return a reused buffer of a tensor's shape: fresh memory costs more than writing."""
         if self.room is None or self.room.numel() < like.numel():
             self.room = like.new_empty(like.numel())
         return self.room[: like.numel()].view(like.shape)
 
 
 class GradientMean(CohortOptimizer):
-    """In the place of an optimizer: sums gradients where that would take steps.
+    """Sum gradients instead of taking optimizer steps.
 
-    Clients send gradients of where they start, and take no step (`MeanGradient`):
+    Clients send the gradient at their start, and take no step (`MeanGradient`):
 
         g_k = (1 / T_k) sum_tau grad L(w_0; batch tau of client k),  T_k its local steps
 
-    The batches are those of its local training. The mean over the cohort is then the gradient of
-    the loss that the server minimizes, up to the batches; it is as large as what would be trained.
+    The batches are those of its local training. The mean over the clients of a round is the
+    gradient of the server's loss, up to the batches; it has the size of the trained tensors.
     """
 
     @override
@@ -271,7 +271,7 @@ def correcting(sent: RoundInstructions, order: torch.Tensor) -> Callable[[Tree],
     """Build the hook that adds a round's corrections to the gradients.
 
     Args:
-        sent: Has them, for all clients or [K, ...].
+        sent: The downlink with the corrections, for all clients or [K, ...].
         order: Places of the clients in the order of the gradients, int64 [K]; those that still
             train come first.
     """

@@ -1,9 +1,9 @@
-"""In which precision clients train.
+"""Set the precision in which clients train.
 
 ``float32``: as the weights are (float64 where the data are). ``bf16-mixed``: matrix products of the
 forward and the backward pass in bfloat16. Weights, what is trained, its gradients and moments, and
-the losses stay in float32: a link is far smaller than the weight it is added to, and bfloat16, with
-its 8 bits, would lose it. Evaluation and aggregation know one precision, that of the weights.
+the losses stay in float32: an update is far smaller than the weight it is added to, and bfloat16,
+with its 8 bits, would lose it. Evaluation and aggregation use the precision of the weights.
 """
 
 from __future__ import annotations
@@ -22,13 +22,14 @@ PRECISIONS = (FLOAT32, BF16_MIXED)
 
 
 def products_in(precision: str, device: torch.device) -> torch.autocast:
-    """Build the context of a forward pass: it decides in what matrix products are formed.
+    """Create the context of a forward pass, which sets the precision of matrix products.
 
     Args:
         precision: One of `PRECISIONS`.
         device: Where the pass runs.
     """
-    # No cache of cast weights: it serves a weight that is used twice in a pass, and holds memory.
+    # No cache of cast weights: it only helps a weight that is used twice in a pass, and holds
+    # memory.
     mixed = precision == BF16_MIXED
     return torch.autocast(device.type, torch.bfloat16, enabled=mixed, cache_enabled=False)
 
@@ -38,11 +39,11 @@ def check_base(base: Tree, in_full: Sequence[str], changes: Mapping[str, bool]) 
 
     Args:
         base: The weights.
-        in_full: Which of them are trained themselves.
-        changes: What may change them, as sentences, and whether it does.
+        in_full: Weights that are trained in full.
+        changes: Reasons for which they may change, as sentences, and whether each applies.
 
     Raises:
-        ConfigError: If they would be changed: a link is far smaller than the weight it is added to,
+        ConfigError: If they would change: an update is far smaller than the weight it is added to,
             and most of it would be rounded away.
     """
     narrow = [n for n, w in base.items() if is_narrow(w)]

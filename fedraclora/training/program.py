@@ -1,4 +1,4 @@
-"""A model rewritten so that one batch can hold many clients, and its gradients without autograd."""
+"""Rewrite a model so that one batch holds many clients, and compute gradients without autograd."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ COHORT_LAYERS: dict[type[nn.Module], type[CohortLayer]] = {
 def cohort_layer(module: nn.Module) -> type[CohortLayer] | None:
     """Return the class that serves a module with trained tensors, or None if there is none.
 
-    Convolutions with groups, or padded by other than zeros, are left to torch.func.vmap.
+    Convolutions with groups, or with non-zero padding, are left to torch.func.vmap.
     """
     if isinstance(module, nn.Conv2d) and (module.groups != 1 or module.padding_mode != "zeros"):
         return None
@@ -53,7 +53,7 @@ def cohort_layer(module: nn.Module) -> type[CohortLayer] | None:
 
 @dataclass
 class CohortProgram:
-    """How a model serves many clients.
+    """Hold a model that serves many clients.
 
     Attributes:
         copied: A copy of the model, in evaluation mode: functional dropout and the like stay off.
@@ -62,8 +62,8 @@ class CohortProgram:
         parameters: Of the copy.
         base: The replica's weights.
         plain: The model itself, if it fits into `fedraclora.training.feedforward`.
-        packer: Where blocks of the model see real tokens alone.
-        in_turn: Whether vmap cannot run it: then clients follow one another.
+        packer: Packs batches so that blocks of the model see only real tokens, if possible.
+        in_turn: Whether clients run one after another, since vmap cannot run the model.
     """
 
     copied: nn.Module
@@ -120,11 +120,11 @@ class CohortProgram:
         plain = model if written_out(task, downlink) else None
         copied.eval()  # CohortDropout stays on
         for module in recomputed:
-            module.training = True  # its own flag alone: else it keeps everything
+            module.training = True  # this module's own flag only: otherwise it keeps everything
         return cls(copied, True, context, parameters, {}, plain, packer)
 
     def pack(self, layout: PackedLayout | None) -> None:
-        """Pack the blocks' batches from here on, where there is a layout."""
+        """Pack the blocks' batches from now on, if a layout is given."""
         if self.packer is not None:
             self.packer.use(layout)
             self.context.layout = layout
@@ -143,10 +143,10 @@ class OpenChunk(ClientChunk):
         program: The rewritten model.
         schedule: Which sample each client sees when.
         sizes: Samples of each client, int64 [K].
-        order: Places among those that were asked, int64 [K]: those still training are a prefix.
-        back: The places of those that were asked in this order; None where it is the same.
+        order: Positions among the asked clients, int64 [K]: active clients are a prefix.
+        back: Positions of the asked clients in this order; None if it is the same.
         network: The network with its gradients written out, where it is plain enough.
-        former: What forms gradients in the place of those of the loss; None: nothing does.
+        former: Computes gradients in place of those of the loss; None: the loss does.
     """
 
     program: CohortProgram
@@ -158,23 +158,23 @@ class OpenChunk(ClientChunk):
     former: Former | None = None
 
     def trained(self, active: int) -> Tree:
-        """Return what the first ``active`` clients train, [active, ...]: views."""
+        """Return the trained tensors of the first ``active`` clients, [active, ...], as views."""
         if active == len(self.clients):
             return self.values
         return {n: v[:active] for n, v in self.values.items()}
 
     def leaves(self, active: int) -> Tree:
-        """Return the same as leaves of a new graph."""
+        """Return trained tensors as leaves of a new graph; see `trained`."""
         return {n: v.detach().requires_grad_() for n, v in self.trained(active).items()}
 
     def as_asked(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Bring [K, ...] into the order in which the clients were asked."""
+        """Return [K, ...] in the order in which the clients were asked."""
         return tensor if self.back is None else tensor[self.back]
 
     def samples(
         self, data: ClientData, step: int, batch: StepBatch
     ) -> tuple[Samples, torch.Tensor]:
-        """Select the samples of a step, client after client, and which of them count.
+        """Select the samples of a step, client after client, and the mask of valid ones.
 
         Args:
             data: Of all clients.
@@ -202,7 +202,7 @@ def written_out_gradients(
 ) -> tuple[torch.Tensor, Tree]:
     """Compute mean losses, [active], and gradients, [active, ...] by name, without autograd.
 
-    Those of weights that take their steps in here (`FeedForward.descend`) are left out.
+    Weights that take their steps here (`FeedForward.descend`) have no gradient in the result.
 
     Args:
         network: Of the chunk.
@@ -224,14 +224,14 @@ def written_out_gradients(
 
 
 def copied_layers(model: nn.Module) -> nn.Module:
-    """Copy a model, but not the memory of its weights: `CohortProgram.load` gives it others."""
+    """Copy a model without the memory of its weights, which `CohortProgram.load` sets."""
     plain = (p for p in model.parameters() if type(p) is nn.Parameter)
     shared = {id(p): nn.Parameter(p.detach(), p.requires_grad) for p in plain}
     return copy.deepcopy(model, shared)
 
 
 def computes_again(module: nn.Module) -> bool:
-    """Tell whether a block of transformers is set to be computed again in the backward pass."""
+    """Tell whether a transformer block is set to recompute activations in the backward pass."""
     block = any(kind.__name__ == "GradientCheckpointingLayer" for kind in type(module).__mro__)
     return block and bool(getattr(module, "gradient_checkpointing", False))
 

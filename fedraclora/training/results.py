@@ -1,4 +1,4 @@
-"""What a training function of the user's brings: `Trained`; and chunks of results, joined."""
+"""Hold the result of a user's training function (`Trained`), and join results of chunks."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from fedraclora.tree import Tree, join_columns
 
 @dataclass(frozen=True)
 class Trained:
-    """What a client has trained: what `Round.read` gives, and a training function returns.
+    """Hold one client's result: returned by `Round.read`, and by a training function.
 
     Attributes:
-        client, number: Whose, and of which round.
+        client, number: The client and the round.
         tensors: By the names of the method, in its shapes.
-        samples: That it trained on: its weight in the mean.
-        steps: Optimizer steps that it took.
-        loss: Mean training loss; None: it does not say.
+        samples: Training samples: the client's weight in the mean.
+        steps: Optimizer steps taken.
+        loss: Mean training loss; None: unknown.
         metrics: Further numbers of its training, by name.
-        seal: Of all this, as `Round.read` gave it; 0: it did not.
+        seal: Checksum of all this by `Round.read`; 0: not created by it.
     """
 
     client: int
@@ -39,7 +39,7 @@ class Trained:
     seal: int = field(default=0, repr=False)
 
     def __post_init__(self) -> None:
-        """Reject numbers that cannot be.
+        """Reject impossible numbers.
 
         Raises:
             ClientError: Naming the number.
@@ -53,7 +53,7 @@ class Trained:
 
 
 def _count(name: str, value: Any) -> int:
-    """Take a whole number, also one of numpy or a tensor."""
+    """Convert a whole number, also one of numpy or a tensor."""
     try:
         found = 0 if isinstance(value, bool) else operator.index(value)
     except (TypeError, RuntimeError):
@@ -76,7 +76,7 @@ def _number(name: str, value: object) -> float:
 
 
 def join_results(results: Sequence[LocalResult]) -> LocalResult | None:
-    """Put the trials of a chunk's parts together, in order; what stays at clients is left out."""
+    """Join the results of parts of a chunk, in order, without personal tensors."""
     if len(results) < 2:
         return results[0] if results else None
     return LocalResult(

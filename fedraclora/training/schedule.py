@@ -1,4 +1,4 @@
-"""Which sample each client of a chunk sees at which local step."""
+"""Lay out which sample each client of a chunk sees at which local step."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from fedraclora.training.localconfig import LocalConfig
 
 
 class StepBatch(NamedTuple):
-    """How much a local step of a chunk computes, known on the host before the round.
+    """Describe the size of one local step of a chunk; known on the host before the round.
 
     Attributes:
-        active: Clients that still train.
+        active: Clients that still train at this step.
         width: Samples of the widest of their batches.
         length: Tokens of their longest sample; 0 where samples have none, or no padding.
         real: Tokens of all their samples without padding; 0 where all are to be computed.
@@ -36,24 +36,24 @@ class StepBatch(NamedTuple):
 
 @dataclass(frozen=True)
 class Schedule:
-    """Which sample each client sees when: positions and validity, [K, steps, width]."""
+    """Hold which sample each client sees when: positions and validity, [K, steps, width]."""
 
     positions: torch.Tensor
     valid: torch.Tensor
     steps: torch.Tensor  # int64 [K]
 
     def select(self, order: torch.Tensor) -> Schedule:
-        """Take the clients at these places, int64, in their order."""
+        """Select the clients at these positions, int64, in their order."""
         return Schedule(self.positions[order], self.valid[order], self.steps[order])
 
     def until(self, most: int) -> Schedule:
-        """Leave out the local steps after the first ``most`` of each client."""
+        """Drop the local steps after the first ``most`` of each client."""
         return Schedule(self.positions[:, :most], self.valid[:, :most], self.steps.clamp(max=most))
 
     def plan(self, lengths: torch.Tensor | None) -> list[StepBatch]:
-        """Compute for every step how much of the batch takes part.
+        """Compute for every step how much of the batch is active.
 
-        Read off the device once a round: a look at it in every step would stall a GPU.
+        It is copied from the device once a round: a read in every step would stall a GPU.
 
         Args:
             lengths: Tokens of the sample at each of the positions, or None.
@@ -91,7 +91,7 @@ class Schedule:
         """
         largest = int(sizes.max())
         width = min(local.batch_size or largest, largest)
-        batch = local.batch_size or sizes[:, None]  # of all samples, an epoch is one step
+        batch = local.batch_size or sizes[:, None]  # of all samples: an epoch is one step
         per_epoch = (sizes[:, None] + batch - 1) // batch  # [K, 1]
         fixed = None if local.steps is None else torch.full_like(sizes, local.steps)
         steps = per_epoch[:, 0] * local.epochs if fixed is None else fixed
@@ -116,10 +116,10 @@ def _shuffled(
     sizes: torch.Tensor,
     key: int,
 ) -> torch.Tensor:
-    """Replace positions by what each client's shuffle of that epoch has there.
+    """Replace positions by each client's shuffled order of that epoch.
 
-    Epochs are drawn together that the same clients reach, and as wide as the largest of those: a
-    client of few samples beside a large one may train many epochs, or be done long before it.
+    Epochs that the same clients reach are drawn together, as wide as the largest client: a client
+    of few samples beside a large one may train many epochs, or finish long before it.
 
     Args:
         position: In the order of the data, [K, steps, width]; those that no client trains on may

@@ -1,8 +1,8 @@
-"""The fall-back for models whose trained tensors cannot be folded into the batch: torch.func.vmap.
+"""Run models whose trained tensors cannot be folded into the batch with torch.func.vmap.
 
-Slower (every client has its own dense effective weight), but it serves any module: tied weights,
-bare parameters, layers of unknown kind. A model that looks at its data to decide what to do cannot
-run under vmap: its clients follow one another.
+This is slower (every client has its own dense effective weight), but supports any module: tied
+weights, bare parameters, unknown layers. A model with data-dependent control flow cannot run under
+vmap; its clients run one after another.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from fedraclora.tree import Tree
 
 log = logging.getLogger(__name__)
 
-# How errors of vmap begin, as against those of the model.
+# Prefixes that tell errors of vmap from errors of the model.
 REFUSED = ("vmap: ", "Batching rule not implemented", "accessing `data` under vmap")
 
 
@@ -91,13 +91,13 @@ def vmapped_forward(
     if not program.in_turn:
         try:
             with masks_written_out(), warnings.catch_warnings():
-                # A kernel of attention that is called client by client is the fastest still.
+                # A kernel of attention is still fastest if called client by client.
                 warnings.filterwarnings("ignore", "There is a performance drop", UserWarning)
                 return vmap(one)(leaves, per_client, inputs).flatten(0, 1)
         except RuntimeError as error:
             if not str(error).startswith(REFUSED):
                 raise
-            program.in_turn = True  # so that no later step tries in vain
+            program.in_turn = True  # so that later steps do not try in vain
             log.warning(
                 "%s cannot train several clients as one batch, they train one after another: %s",
                 type(program.copied).__name__,
@@ -112,14 +112,14 @@ def vmapped_forward(
 
 @contextmanager
 def masks_written_out() -> Iterator[None]:
-    """Make the models of transformers form every mask of attention that has padding.
+    """Make transformers models build an attention mask for every padded batch.
 
-    They look whether a batch is padded at all, to leave out a mask that masks nothing; under vmap
-    nothing can be looked at. The mask that is left out and the one that is written out give the
-    same attention. Where there is no ``attention_mask`` there is nothing to look at.
+    They check whether a batch is padded, to leave out a mask without effect; under vmap, values
+    cannot be checked. Attention is the same with and without such a mask. Models without
+    ``attention_mask`` are not affected.
     """
     masking: Any = sys.modules.get("transformers.masking_utils")
-    if masking is None:  # then no model is of transformers, which need not be installed
+    if masking is None:  # then no model is from transformers, which need not be installed
         yield
         return
     table = masking.ALL_MASK_ATTENTION_FUNCTIONS

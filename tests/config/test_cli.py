@@ -501,7 +501,7 @@ def test_help_with_a_choice_explains_its_keys_wherever_they_stand(
     printed = capsys.readouterr().out
     assert "  Mine.\n" in printed
     assert re.search(
-        r"local\.lr=0\.1 +Step size of what the method trains; auto: by a rule", printed
+        r"local\.lr=0\.1 +Step size of the tensors that the method trains; auto", printed
     )
     assert re.search(r"local\.momentum=0\.9 +Heavy-ball", printed)
     # A file of one group that builds on one of the whole config: each has its own place.

@@ -1,5 +1,5 @@
-"""What may join plain local training, one file each: the core does not know them.
+"""Provide optional additions to plain local training, one file each; the core does not know them.
 
-Those that a config names are given by `fedraclora.training.extras.settings.LocalSettings`; control
-variates, which clients keep for an exchange that asks for them, by `variates`.
+`fedraclora.training.extras.settings.LocalSettings` creates those that a config names. Control
+variates, which clients keep if an exchange asks for them, come from `variates`.
 """

@@ -1,4 +1,4 @@
-"""SoRA: a gate for each component of an adapter, which a penalty closes where it does not pay.
+"""SoRA: gate each component of an adapter; a penalty closes gates that do not pay.
 
     weight        W + s C diag(z) A,   C from B and z from 1 at the start of a round
     local steps   on C, z (and A), by the optimizer; then z <- soft(z, lr lambda)
@@ -6,11 +6,12 @@
 
 soft(z, t) = sign(z) max(|z| - t, 0) is the proximal step of the penalty lambda |z|_1. Where A alone
 is trained, it is the gated factor: diag(z) C. Since the product is what is sent and averaged, the
-aggregation of the method is as exact as without gates, and nothing more travels; zeros are sent as
-they are. Clipping, a proximal term and noise act on the gradient of the product C diag(z).
+aggregation of the method is as exact as without gates, and no extra bytes are sent; zeros are
+sent like other numbers. Clipping, a proximal term and noise act on the gradient of the product C
+diag(z).
 
-A client holds z and C, and their moments, beside the factor. The share of components that no client
-kept is ``pruned`` in the ledger.
+A client holds z, C and their moments beside the factor. The ledger's ``pruned`` is the share of
+components that no client kept.
 
 References:
     Ding et al., *Sparse low-rank adaptation of pre-trained language models*, EMNLP 2023,
@@ -61,7 +62,7 @@ class Gates(FactorStep):
     @override
     def columns(self, sent: RoundInstructions, got: Uplinks) -> dict[str, float]:
         """Compute the share of components that no client kept, over all adapters: ``pruned``."""
-        mean = got.mean()  # which is enough
+        mean = got.mean()  # one that no client closed is enough
         closed = total = 0
         for weight in sent.adapters:
             name = next(n for n in (f"{weight}/B", f"{weight}/A") if n in sent.trained())
@@ -72,7 +73,7 @@ class Gates(FactorStep):
 
 
 class CohortGates(CohortOptimizer):
-    """SGD or AdamW on gated factors, their gates, and what is trained beside them.
+    """Run SGD or AdamW on gated factors, their gates, and other trained tensors.
 
     Args:
         config: Local settings.
@@ -92,7 +93,7 @@ class CohortGates(CohortOptimizer):
         penalty: float,
     ) -> None:
         self.penalty = penalty
-        # The factor that has gates is B, or A where that alone is trained.
+        # The gated factor is B, or A if only A is trained.
         gated = [next(n for n in pair.names if n in values) for pair in pairs]
         self.products = {name: values[name] for name in gated}
         self.gates = {name: f"{name}/gate" for name in gated}
@@ -120,5 +121,5 @@ class CohortGates(CohortOptimizer):
 
 
 def along_gate(name: str, factor: torch.Tensor) -> torch.Tensor:
-    """Turn a factor [..., m, r] of the name B so that components come first; A is as it is."""
+    """Turn a factor [..., m, r] named B so that components come first; leave A unchanged."""
     return factor.mT if name.endswith("/B") else factor

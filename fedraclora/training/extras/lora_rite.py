@@ -1,4 +1,4 @@
-"""LoRA-RITE: an adaptive optimizer that does not see how a product is split between its factors.
+"""LoRA-RITE: an adaptive optimizer whose step does not depend on how a product is factored.
 
 For B, with the partner T = A^T (n x r) in its polar form T = U R; for A with T = B, turned:
 
@@ -13,11 +13,11 @@ Both factors move from where they were before the step. B Q, Q^-1 A has the same
 for any regular Q, and takes the same step of the product, but for ``eps``: U turns by an orthogonal
 matrix and all else with it. A factor at zero has no basis; its partner waits for it.
 
-Where the partner is frozen, U stays and nothing escapes: with orthonormal rows of A it is B
-alone under one r x r second moment. What is trained beside adapters takes AdamW.
+If the partner is frozen, U stays and nothing escapes: with orthonormal rows of A, only B moves,
+under one r x r second moment. Tensors beside adapters take AdamW steps.
 
-Nothing more travels. A client holds moments of r (m + n) + 2 r^2 numbers for each adapter, and the
-bases, r (m + n) where both factors are trained.
+No extra bytes are sent. A client holds moments of r (m + n) + 2 r^2 numbers for each adapter, and
+the bases, r (m + n) where both factors are trained.
 
 References:
     Yen et al., *LoRA done RITE*, ICLR 2025, arXiv 2410.20625; g, P, M and the step are those of its
@@ -69,13 +69,13 @@ class LoraRite(FactorStep):
 
 
 def negligible(height: int, dtype: torch.dtype) -> float:
-    """Compute the share of a Gram matrix's largest eigenvalue up to which others are rounding.
+    """Compute the relative size up to which a Gram matrix's eigenvalues are rounding errors.
 
     Args:
         height: Rows of the matrix whose Gram matrix it is.
         dtype: Its precision; the Gram matrix itself is float64.
     """
-    return max((height * torch.finfo(dtype).eps) ** 2, 1e-13)  # which a float64 sum can resolve
+    return max((height * torch.finfo(dtype).eps) ** 2, 1e-13)  # the resolution of a float64 sum
 
 
 def inverse_root(matrix: torch.Tensor, share: float, shift: torch.Tensor, eps: float) -> Polar:
@@ -110,7 +110,7 @@ def polar(tall: torch.Tensor) -> Polar:
 
 
 class CohortRite(CohortOptimizer):
-    """LoRA-RITE on the adapters of a chunk, AdamW on what is trained beside them.
+    """Run LoRA-RITE on the adapters of a chunk, and AdamW on other trained tensors.
 
     Args:
         config: Local settings.
@@ -150,7 +150,7 @@ class CohortRite(CohortOptimizer):
     def _move(
         self, name: str, gradient: torch.Tensor, partner: torch.Tensor, *, moving: bool
     ) -> torch.Tensor:
-        """Update the state of a factor; give its direction, [active, rows, r].
+        """Update the state of a factor; return its direction, [active, rows, r].
 
         Args:
             name: Of the factor.
@@ -169,7 +169,7 @@ class CohortRite(CohortOptimizer):
             if moving:
                 self.bases[name] = partner.new_zeros(K, *partner.shape[1:])
         M, V, e = (tensors[name][:active] for tensors in (self.first, self.second, self.escaped))
-        # Decays that make means from the first step on, as Adam's correction does.
+        # Decay rates that make averages from the first step on, like Adam's bias correction.
         b1, b2 = (
             beta * (1 - beta ** (self.count - 1)) / (1 - beta**self.count)
             for beta in (self.config.beta1, self.config.beta2)

@@ -1,4 +1,4 @@
-"""Gradients of the two factors of an adapter, adjusted by each other before the optimizer's step.
+"""Adjust the gradients of an adapter's two factors by each other before the optimizer's step.
 
 With G the gradient of the weight W + s B A, the factors have g_B = s G A^T and g_A = s B^T G: each
 is scaled by the other one, so a plain step depends on how the product is split between them.
@@ -17,7 +17,7 @@ Where one factor is frozen, both give the other one's gradient times the inverse
 frozen one (``lora_pro`` over s^2, without P_B and X): projected SGD on the weight, the gradient of
 LoRA-FA (Zhang et al., arXiv 2308.03303), and `projected` but for d.
 
-Nothing more travels. Cost of a step: r x r algebra in float64 for each client and adapter, and
+No extra bytes are sent. Cost of a step: r x r algebra in float64 for each client and adapter, and
 products of size r (m + n) r.
 
 References:
@@ -79,7 +79,7 @@ def projected(frozen: Tree, ranks: torch.Tensor | None = None) -> Callable[[Tree
 
     def change(name: str, gradient: torch.Tensor) -> torch.Tensor:
         inverse = inverses[name]
-        if inverse.dim() == 3:  # one factor per client: those still training come first
+        if inverse.dim() == 3:  # one factor per client: the active clients come first
             inverse = inverse[: len(gradient)]
         return gradient @ inverse if name.endswith("/B") else inverse @ gradient
 
@@ -111,13 +111,13 @@ class Pair:
         return f"{self.weight}/B", f"{self.weight}/A"
 
     def factors(self, values: Tree) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return B and A of the active clients, without the components that they do not have.
+        """Return B and A of the active clients, without components beyond their rank budgets.
 
         Args:
-            values: What is trained, [active, ...] by name.
+            values: Trained tensors, [active, ...] by name.
 
         Returns:
-            [active, m, r] and [active, r, n], or 2-D where clients share them.
+            [active, m, r] and [active, r, n], or 2-D if clients share them.
         """
         active = next(len(values[n]) for n in self.names if n in values)
         B, A = (factor_of(name, values, self.frozen, active) for name in self.names)
@@ -178,19 +178,19 @@ ADJUSTMENTS: dict[str, Callable[[Pair, Tree, Tree, float], Tree]] = {
 
 
 class FactorStep(ClientProgram):
-    """What says how the factors of an adapter take a step."""
+    """Base of settings that define how the factors of an adapter take a step."""
 
     takes_factor_step: ClassVar[bool] = True
 
     def pairs(self, chunk: ClientChunk) -> list[Pair]:
-        """List the adapters of a chunk, each a product of two factors; none of a probe.
+        """List the adapters of a chunk, each a product of two factors; none for a probe.
 
         Raises:
-            ConfigError: Where the setting does not fit what the method trains.
+            ConfigError: If the setting does not fit the factors that the method trains.
         """
         downlink = chunk.downlink
         if not downlink.program.trains:
-            return []  # a probe, which is not followed by a step
+            return []  # a probe, which takes no step
         if not downlink.adapters:
             raise ConfigError(
                 f"{self.setting} works on the factors of adapters, but this method trains whole "
@@ -218,7 +218,7 @@ class FactorStep(ClientProgram):
 
 @dataclass(frozen=True)
 class Precondition(FactorStep):
-    """The inverse Gram matrix of a frozen factor (`projected`)."""
+    """Multiply gradients by the inverse Gram matrix of the frozen factor (`projected`)."""
 
     form: ClassVar[str] = "local.precondition=true"
 
@@ -248,7 +248,7 @@ class Precondition(FactorStep):
 
 @dataclass(frozen=True)
 class Adjustment(FactorStep):
-    """The gradients of two factors, adjusted by each other.
+    """Adjust the gradients of two factors by each other.
 
     Attributes:
         rule: A key of `ADJUSTMENTS`.

@@ -22,7 +22,7 @@ from fedraclora.tree import Tree
 
 @dataclass(frozen=True)
 class Prox(ClientProgram):
-    """A pull to where the round started.
+    """Pull weights to where the round started.
 
     Attributes:
         mu: Its strength.
@@ -103,6 +103,6 @@ def with_prox(
 
 
 def _is_core(weight: str, adapter: Adapter, leaves: Tree) -> bool:
-    """Check whether the middle one of three factors is what a term trains."""
+    """Check whether a term of three factors trains only its middle one."""
     trained = [label for label in adapter.factors if f"{weight}/{label}" in leaves]
     return tuple(adapter.factors) == ("B", "R", "A") and trained == ["R"]

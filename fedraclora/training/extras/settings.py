@@ -1,4 +1,4 @@
-"""The config group ``local``: plain local training, and the keys of what may be added to it."""
+"""Define the config group ``local``: plain local training and the keys of its additions."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ from fedraclora.tree import Tree
 )
 @dataclass(frozen=True)
 class SampleLevel(ClientProgram):
-    """DP-SGD on what a client trains.
+    """Apply DP-SGD to the trained tensors of a client.
 
     Attributes:
         noise: Clip and noise.
@@ -55,8 +55,9 @@ class SampleLevel(ClientProgram):
     ) -> tuple[torch.Tensor, Tree]:
         """See `ClientProgram.gradients`.
 
-        For a while every sample is a client of its own: what is trained is repeated for each, and
-        so has a gradient for each.
+        Every sample is treated as a client of its own: trained tensors are repeated for each
+            sample,
+        so that each sample has its own gradient.
         """
 
         def apart(tensor: torch.Tensor) -> torch.Tensor:
@@ -78,7 +79,7 @@ class SampleLevel(ClientProgram):
 
     @override
     def sent(self, result: LocalResult) -> LocalResult:
-        # No noise covers a loss: it stays at home.
+        # No noise covers a loss, so the client does not send it.
         return replace(result, losses=torch.zeros_like(result.losses))
 
 
@@ -87,7 +88,7 @@ OWN_KEYS = Part("own")  # keys that choices with the project's loop do not list
 
 @dataclass(frozen=True)
 class LocalSettings(LocalConfig):
-    """Plain local SGD, and what may be added to it (config group ``local``).
+    """Configure plain local SGD and its additions (config group ``local``).
 
     Attributes:
         optimizer: ``sgd``, ``adamw`` or ``lora_rite`` (`fedraclora.training.extras.lora_rite`).

@@ -1,18 +1,18 @@
-"""Control variates (SCAFFOLD): what a client's gradients differ by from everybody's, taken out.
+"""Control variates (SCAFFOLD): correct a client's gradients by its difference from the mean.
 
     local step    y <- y - eta (g(y) + D_k),   D_k = c - c_k
     client        c_k <- c_k + (g_k - c),      g_k = (x - y) / (K eta): the mean of its K steps
     server        c <- c + |S|/N (mean of g_k over S - c)
 
-c_k is what the client keeps, c comes down with the round. The server needs no more than the mean of
-y: clients take one number of plain SGD steps, so the mean of g_k is (x - mean y) / (K eta). That
-saves half of the paper's uplink, where c_k is sent, too. y is what the client sends, clipped where
+The client keeps c_k; the server sends c with the round. The server needs only the mean of y: all
+clients take the same number of plain SGD steps, so the mean of g_k is (x - mean y) / (K eta). That
+saves half of the paper's uplink, which also sends c_k. y is the client's upload, after clipping if
 it clips: c stays the mean of the c_k only if both are formed from the same y.
 
 A factor that is trained from round to round under the same coordinates has its variate in them: B
-under one A, both factors where they live on, full weights. Under a **fresh sketch** a
-variate of B speaks of one that is gone. There c and c_k are kept as dense estimates C of the
-gradient of the weight (m x n), of which a round sees the part beside its sketch A (s the scale):
+under one A, both factors if they are kept, full weights. Under a **fresh sketch** a variate of B
+refers to the previous sketch. There c and c_k are kept as dense estimates C of the gradient of the
+weight (m x n); a round sees the part beside its sketch A (s the scale):
 
     c   = s C A^T                               what comes down, [m, r]
     C_k <- C_k + (1/s) (g_k - c) (A A^T)^+ A    on the row space of A the new estimate, else the old
@@ -46,20 +46,20 @@ def is_lifted(sent: RoundInstructions) -> bool:
 
 
 def variates_of(sent: RoundInstructions) -> Tree:
-    """Return what clients add to gradients, by trained name: c, or c - c_k [K, ...]; none: {}."""
+    """Return the variates added to gradients, by trained name: c, or c - c_k [K, ...]; none: {}."""
     return sent.extras.get(LIFTED if is_lifted(sent) else PLAIN, {})
 
 
 def with_variates(sent: RoundInstructions, variates: Tree, *, lifted: bool) -> RoundInstructions:
-    """Put variates into a downlink, in the place of any that it has."""
+    """Put variates into a downlink, replacing any that it has."""
     return replace(sent, extras=sent.extras | {LIFTED if lifted else PLAIN: variates})
 
 
 def blank_variates(sent: RoundInstructions, dtype: torch.dtype) -> Tree:
-    """Build the variates of a client that has none yet, by the names under which they are stored.
+    """Create zero variates for a new client, by the names under which they are stored.
 
     Args:
-        sent: Says what is trained, and in which form variates are kept.
+        sent: The downlink, which says what is trained and in which form variates are kept.
         dtype: Of the base weights.
 
     Returns:
@@ -76,7 +76,7 @@ def blank_variates(sent: RoundInstructions, dtype: torch.dtype) -> Tree:
 
 
 def seen(stored: Tree, sent: RoundInstructions) -> Tree:
-    """Select the part of stored variates that what is trained sees, by trained name.
+    """Select the part of stored variates that this round's trained tensors see, by trained name.
 
     Args:
         stored: By the names of `blank_variates`, with or without a leading axis of clients.
@@ -92,13 +92,13 @@ def seen(stored: Tree, sent: RoundInstructions) -> Tree:
 
 
 def moved_by(stored: Tree, sent: RoundInstructions, new: Tree, share: float = 1.0) -> Tree:
-    """Move stored variates to a new estimate, on the part that it sees.
+    """Move stored variates to a new estimate, on the part that the round sees.
 
     Args:
         stored: By the names of `blank_variates`, with or without a leading axis. Not modified.
         sent: Says what was trained.
-        new: What `seen` is to give now, by trained name.
-        share: Of the way there.
+        new: The values that `seen` returns after a full move, by trained name.
+        share: Fraction of the move.
 
     Returns:
         A new tree, in the precision of ``stored``.
@@ -107,7 +107,7 @@ def moved_by(stored: Tree, sent: RoundInstructions, new: Tree, share: float = 1.
     for name, key, dense in _variates(sent):
         step = share * (new[name].to(old[name]) - old[name])
         if dense is not None:
-            # Directions that the factor hardly has would bring back the rounding of the weights.
+            # Directions that the factor hardly covers would amplify the rounding of the weights.
             inverse = torch.linalg.pinv(_beside(dense), rtol=1e-6).to(step) / dense.scale
             step = step @ inverse.mT if name.endswith("/B") else inverse.mT @ step
         out[key] = (stored[key].double() + step).to(stored[key])
@@ -115,11 +115,11 @@ def moved_by(stored: Tree, sent: RoundInstructions, new: Tree, share: float = 1.
 
 
 def begin_variates(stored: Tree, sent: RoundInstructions) -> RoundInstructions:
-    """Turn the variates of a downlink, c, into what clients add: c - c_k, [K, ...].
+    """Turn the variates of a downlink, c, into the corrections of clients: c - c_k, [K, ...].
 
     Args:
-        stored: What they kept, [K, ...] by the names of `blank_variates`.
-        sent: What came.
+        stored: The clients' variates, [K, ...] by the names of `blank_variates`.
+        sent: The received downlink.
     """
     own = seen(stored, sent)
     corrections = {n: c.cpu() - own[n] for n, c in variates_of(sent).items()}
@@ -127,10 +127,10 @@ def begin_variates(stored: Tree, sent: RoundInstructions) -> RoundInstructions:
 
 
 def end_variates(stored: Tree, sent: RoundInstructions, directions: Tree) -> Tree:
-    """Compute the variates that clients store from here on.
+    """Compute the variates that clients store after the round.
 
     Args:
-        stored: What they kept so far, [K, ...]. Not modified.
+        stored: Their variates before it, [K, ...]. Not modified.
         sent: Of `begin_variates`.
         directions: Of the mean local step, as the server sees it, by trained name, [K, ...]
             (`fedraclora.training.optimizer.mean_gradients`).
@@ -140,7 +140,7 @@ def end_variates(stored: Tree, sent: RoundInstructions, directions: Tree) -> Tre
 
 
 def _variates(sent: RoundInstructions) -> Iterator[tuple[str, str, Adapter | None]]:
-    """Yield what is sent back, the name of its variate, and the adapter where that is dense."""
+    """Yield each uploaded tensor, its variate's name, and the adapter if the variate is dense."""
     for name in sent.uploaded():
         weight = name.rpartition("/")[0]
         dense = sent.adapters.get(weight) if is_lifted(sent) else None

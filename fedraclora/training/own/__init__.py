@@ -1,1 +1,1 @@
-"""Training that is somebody else's: what a function of the user's is given, and what it gives."""
+"""Run a training function of the user's: its inputs, its outputs and their checks."""

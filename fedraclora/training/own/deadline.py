@@ -1,4 +1,4 @@
-"""A time limit on a function of the user's that it cannot swallow for long."""
+"""Limit the time of a user's function, even if it catches every exception."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ DRAWN = random.Random(0)  # noqa: S311
 
 
 class OutOfTimeError(BaseException):
-    """The time of a client is over; a function that catches every Exception does not catch it."""
+    """Signal that a client is out of time; ``except Exception`` does not catch it."""
 
 
 def call_within(seconds: float | None, function: Callable[..., T], *given: Any) -> T:
-    """Call a function, and interrupt it once its time is over.
+    """Call a function, and interrupt it when its time is over.
 
-    It is interrupted again and again, ever faster, if it catches that. What is in C is interrupted
-    where it comes back to Python; on the main thread what sleeps is woken, and a loop that catches
-    everything is left within seconds. One that takes SIGALRM away, or never ends on another thread,
-    goes on.
+    If the function catches the interrupt, it is interrupted again, ever faster. Code in C is
+    interrupted when it returns to Python. On the main thread, a sleep is woken, and a loop that
+    catches everything ends within seconds. A function that replaces the handler of SIGALRM, or that
+    never ends on another thread, continues.
 
     Args:
-        seconds: That it may take; None: any.
-        function: What is called.
+        seconds: Time limit; None: no limit.
+        function: The function to call.
         *given: Its arguments.
 
     Raises:
@@ -54,19 +54,19 @@ def _called(function: Callable[..., T], *given: Any) -> T:
 
 
 class _Limit:
-    """Interrupts the thread that made it, for as long as it is inside of `_called`.
+    """Interrupt the thread that created it while that is inside `_called`.
 
-    So nothing is interrupted that puts things back after the function. Intervals are drawn: a loop
-    that catches everything is left once it is interrupted between two calls.
+    Cleanup after the function is therefore never interrupted. Intervals are random, so that a loop
+    that catches everything is at some time interrupted between two calls.
     """
 
     def __init__(self, seconds: float) -> None:
         self.over, self.seconds, self.longest = False, seconds, min(CLEANUP, seconds)
 
     def pause(self) -> float:
-        """Give the time to the next interruption: first to leave, then ever less.
+        """Return the time until the next interrupt: first time to leave, then ever less.
 
-        It may itself be interrupted, by the next one.
+        The call may itself be interrupted by the next one.
         """
         found = max(SHORTEST, self.longest * DRAWN.random())
         self.longest = max(BURST, self.longest / 2)
@@ -74,7 +74,7 @@ class _Limit:
 
     @staticmethod
     def is_inside(frame: FrameType | None) -> bool:
-        """Tell whether a thread is in the function, and not where it was called."""
+        """Tell whether a thread is inside the function."""
         inner = None
         while frame is not None and frame.f_code is not _called.__code__:
             inner, frame = frame, frame.f_back
@@ -82,7 +82,7 @@ class _Limit:
 
 
 class _MainThread(_Limit):
-    """Interrupts by alarms of the system, which wake what sleeps, too."""
+    """Interrupt by system alarms, which also wake a sleep."""
 
     def __enter__(self) -> None:
         self.before = signal.signal(signal.SIGALRM, self.interrupt)
@@ -101,7 +101,7 @@ class _MainThread(_Limit):
 
 
 class _OtherThread(_Limit):
-    """Interrupts by a thread of its own: what sleeps or computes in C is so when it is back."""
+    """Interrupt from another thread: a sleep or a call into C is interrupted when it returns."""
 
     def __init__(self, seconds: float) -> None:
         super().__init__(seconds)
@@ -114,7 +114,7 @@ class _OtherThread(_Limit):
     def __exit__(self, *_: object) -> None:
         try:
             self.stop()
-        finally:  # what was sent in the last moment may have ended the first
+        finally:  # an interrupt sent in the last moment may have ended the first wait
             self.stop()
 
     def stop(self) -> None:
@@ -132,6 +132,6 @@ class _OtherThread(_Limit):
             wait = self.pause()
 
     def send(self, error: type[BaseException] | None) -> None:
-        """Have the thread raise an error where it is; None: what it has not raised yet is gone."""
+        """Raise an error in the thread; None cancels an interrupt that has not been raised yet."""
         given = None if error is None else ctypes.py_object(error)
         ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(self.ident), given)

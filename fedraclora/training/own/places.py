@@ -1,6 +1,6 @@
-"""Where the tensors of a round lie in a model of the user's, plain or with LoRA layers of PEFT.
+"""Find the tensors of a round in a user's model, plain or with LoRA layers of PEFT.
 
-A model is searched anew each time: trainers wrap models, and put other parameters into them.
+A model is searched again each time: trainers wrap models and replace their parameters.
 """
 
 from __future__ import annotations
@@ -30,17 +30,16 @@ SLAB = 4096  # rows of it that are multiplied at once, where torch has no produc
 
 
 def unsharded(tensor: torch.Tensor) -> torch.Tensor:
-    """Gather a tensor of which each rank holds a part (FSDP); every rank has to ask."""
+    """Gather a tensor that is sharded over ranks (FSDP); every rank has to call this."""
     gather: Callable[[], torch.Tensor] | None = getattr(tensor, "full_tensor", None)
     return tensor if gather is None else gather()
 
 
 def bits_of(tensor: torch.Tensor) -> torch.Tensor:
-    """Sum up the bits of a tensor as whole numbers, by which a change shows: int64, [].
+    """Compute a checksum of a tensor's bits, int64, [].
 
-    By place: each word of 8 bytes times an odd number of its own, of which those of a row are
-    drawn. So a change of one word always shows, and words that change places do. It runs at the
-    speed of memory.
+    Each word of 8 bytes is multiplied by an odd number that depends on its position, so that a
+    change of one word, or of the order of words, always shows. It runs at the speed of memory.
     """
     flat = unsharded(tensor.detach()).contiguous().flatten()
     if (flat.storage_offset() * flat.element_size()) % 8:
@@ -66,10 +65,10 @@ def same_bits(tensor: torch.Tensor, other: torch.Tensor) -> bool:
 
 
 def check_alike(found: Tree) -> None:
-    """Refuse what the processes of one client (DDP, FSDP) have trained apart from each other.
+    """Refuse processes of one client (DDP, FSDP) that have trained different values.
 
     Raises:
-        ClientError: Naming the ranks that have other numbers than rank 0.
+        ClientError: Naming the ranks whose values differ from rank 0.
     """
     if not (dist.is_available() and dist.is_initialized()):
         return
@@ -84,7 +83,7 @@ def check_alike(found: Tree) -> None:
         )
 
 
-# Parts of a name that wrappers put in: of PEFT, torch.compile, FSDP, checkpointing of activations.
+# Parts that wrappers insert into names: PEFT, torch.compile, FSDP, activation checkpointing.
 WRAPPERS = {"base_layer", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 ORIGINAL = ("parametrizations", "weight", "original")
 
@@ -102,31 +101,31 @@ class Place:
     turned: bool = False
 
     def theirs(self, ours: torch.Tensor) -> torch.Tensor:
-        """Bring a value of ours into its own form."""
+        """Convert a value of ours to this tensor's form."""
         return (ours.mT if self.turned else ours).reshape(self.tensor.shape)
 
     def put(self, ours: torch.Tensor) -> None:
-        """Copy a value of ours into it."""
+        """Copy a value of ours into this tensor."""
         with torch.no_grad():
             self.tensor.copy_(self.theirs(ours))
 
     def ours(self, like: torch.Tensor) -> torch.Tensor:
-        """Return its value in our form, detached, as one of ours is; no copy but where needed."""
+        """Return this tensor's value in our form, detached; copied only if needed."""
         value = unsharded(self.tensor.detach())
         return (value.mT if self.turned else value.reshape(like.shape)).to(like)
 
 
 @dataclass(frozen=True)
 class Found:
-    """What was found in a model.
+    """Hold the tensors that were found in a model.
 
     Attributes:
         parameters: By the name that the server's model has for them.
-        copies: Of modules that PEFT trains in full, the parameters that it has put aside.
+        copies: The original parameters of modules that PEFT trains in full.
         factors: By ``"<weight>/<label>"``.
         layers: LoRA layers of PEFT, by weight; none in a plain model.
-        terms: Of ours in a plain model, by weight.
-        others: Parametrizations of a weight besides, by weight.
+        terms: Our low-rank terms in a plain model, by weight.
+        others: Other parametrizations of a weight, by weight.
     """
 
     parameters: dict[str, nn.Parameter] = field(default_factory=dict)
@@ -137,7 +136,7 @@ class Found:
     others: dict[str, int] = field(default_factory=dict)
 
     def place(self, name: str) -> Place:
-        """Return where a tensor of ours lies: a factor, or what is trained in full.
+        """Return the place of a tensor of ours: a factor, or one that is trained in full.
 
         Raises:
             ClientError: If it is not there any more.
@@ -153,7 +152,7 @@ class Found:
 
 
 def inner(model: nn.Module) -> nn.Module:
-    """Return the network inside of what PEFT, DDP and torch.compile put around one."""
+    """Return the network inside wrappers of PEFT, DDP and torch.compile."""
     found: Any = model
     if hasattr(model, "get_base_model") and hasattr(model, "peft_config"):
         return inner(found.get_base_model())
@@ -163,7 +162,7 @@ def inner(model: nn.Module) -> nn.Module:
 
 
 def plain_name(name: str, adapter: str) -> tuple[str, bool]:
-    """Turn the name of a parameter into the server's; say whether it is a copy beside the module.
+    """Return the server's name of a parameter, and whether it is PEFT's copy of a module.
 
     Example:
         >>> plain_name("h.0.fc.base_layer.weight", "default")
@@ -187,13 +186,13 @@ def plain_name(name: str, adapter: str) -> tuple[str, bool]:
 
 
 def reset_model(model: nn.Module) -> None:
-    """Undo what trainers have left of earlier rounds: a model is as it came to its first install.
+    """Undo changes that trainers of earlier rounds left in a model.
 
-    They wrap ``forward`` anew each time, add hooks and adapters, set dropout to zero, switch
-    checkpointing on. Weights are not looked at.
+    Trainers wrap ``forward`` each time, add hooks and adapters, set dropout to zero, or switch
+    checkpointing on. The model returns to its state at its first install. Weights are not changed.
 
     Args:
-        model: The user's. It is changed in place, and keeps what it was.
+        model: The user's. It is changed in place, and remembers its first state.
     """
     modules = {name: module.__dict__ for name, module in model.named_modules()}
     adapters = {*getattr(model, "peft_config", ())}
@@ -208,7 +207,7 @@ def reset_model(model: nn.Module) -> None:
         for key, value in given.items():
             if "_hooks" not in key:
                 own[key] = value
-            elif own[key] or value:  # in place: handles of hooks know the dict
+            elif own[key] or value:  # in place: handles of hooks refer to this dict
                 own[key].clear()
                 own[key].update(value)
     for name in adapters - its_own:
@@ -216,12 +215,12 @@ def reset_model(model: nn.Module) -> None:
 
 
 def _is_left(key: str) -> bool:
-    """Tell whether an attribute of a module is one that trainers change."""
+    """Tell whether trainers change an attribute of a module."""
     return "_hooks" in key or key in {"forward", "training", "p", "gradient_checkpointing"}
 
 
 def find(model: nn.Module, adapters: Mapping[str, Adapter], adapter: str) -> Found:
-    """Find where everything lies in a model.
+    """Find all tensors of a round in a model.
 
     Args:
         model: The user's.
@@ -255,7 +254,7 @@ def find(model: nn.Module, adapters: Mapping[str, Adapter], adapter: str) -> Fou
 
 
 def _lora_layers(modules: Mapping[str, nn.Module], adapter: str) -> Iterator[tuple[str, Any]]:
-    """Find the LoRA layers of PEFT that have an adapter, by the weight that they stand on."""
+    """Find the LoRA layers of PEFT with this adapter, by the weight that they adapt."""
     for name, module in modules.items():
         layer: Any = module
         if not (hasattr(layer, "lora_A") and hasattr(layer, "base_layer")):
@@ -265,7 +264,7 @@ def _lora_layers(modules: Mapping[str, nn.Module], adapter: str) -> Iterator[tup
 
 
 def saved_whole(model: nn.Module, adapter: str) -> Iterator[Any]:
-    """Find the modules that PEFT has copied, to train them whole beside an adapter."""
+    """Find the modules that PEFT has copied to train them in full beside an adapter."""
     for module in model.modules():
         found: Any = module
         if hasattr(found, "original_module") and adapter in getattr(found, "modules_to_save", ()):
@@ -291,7 +290,7 @@ def _of_peft(
         layer, "lora_magnitude_vector", {}
     ):
         raise ModelError(f"the LoRA layer of {weight} is one of DoRA: set use_dora=False")
-    if adapter in layer.lora_embedding_A:  # PEFT has the factors of an embedding the other way
+    if adapter in layer.lora_embedding_A:  # PEFT stores the factors of an embedding transposed
         left, right = layer.lora_embedding_A[adapter], layer.lora_embedding_B[adapter]
         found = {"B": Place(left, turned=True), "A": Place(right, turned=True)}
     else:
@@ -311,7 +310,7 @@ def _of_peft(
 
 
 def term_on(modules: Mapping[str, nn.Module], weight: str) -> LowRankTerm | None:
-    """Return the term of ours on a weight; None where there is none."""
+    """Return our low-rank term on a weight; None if there is none."""
     module = modules.get(weight.rpartition(".")[0])
     if module is None or not parametrize.is_parametrized(module, "weight"):
         return None
@@ -334,7 +333,7 @@ def attach(
     values: Tree,
     views: Mapping[str, LayerView],
 ) -> dict[str, Place]:
-    """Put terms on the weights of a plain model; those of another round, or another form, go.
+    """Put low-rank terms on the weights of a plain model, replacing those of another round or form.
 
     Args:
         model: The user's.
@@ -367,10 +366,11 @@ def attach(
 
 
 def buffers_of(model: nn.Module) -> Tree:
-    """List the buffers that a state dict has, by name; those of our terms are factors."""
+    """List the buffers in a state dict by name, without the factors of our terms."""
     return {
         f"{name}.{key}" if name else key: buffer
-        for name, module in inner(model).named_modules()  # a state dict would shard FSDP's again
+        # a state dict would shard the tensors of FSDP again
+        for name, module in inner(model).named_modules()
         for key, buffer in module.named_buffers(recurse=False)
         if key not in module._non_persistent_buffers_set  # noqa: SLF001
         and not isinstance(module, LowRankTerm)

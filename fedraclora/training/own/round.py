@@ -1,4 +1,4 @@
-"""One client's part in a round, for a training function of the user's own."""
+"""Give a user's training function one client's part of a round."""
 
 from __future__ import annotations
 
@@ -38,17 +38,17 @@ from fedraclora.tree import Tree
 
 @dataclass(eq=False)
 class Round:
-    """What one client is asked in one round: `install`, train, `read`.
+    """Hold one client's task in a round: `install`, train, `read`.
 
     Attributes:
-        client: Its number, from 0.
-        number: Of the round, from 1.
-        seed: A number in [0, 2^31), of the seed of the run, the round and the client. The global
-            generators of torch, numpy and ``random`` are seeded with it, too.
+        client: The client's id, from 0.
+        number: The round, from 1.
+        seed: A number in [0, 2^31), derived from the run's seed, the round and the client. The
+            global generators of torch, numpy and ``random`` are seeded with it, too.
         data: The client's own samples, as the run was given them: an entry of ``data=[...]``; else
             a `fedraclora.data.samples.Samples` (``inputs``: tensors [N, ...] by name, ``target``).
-        rate_scale: Of step sizes in this round (``local.schedule``); 1.0 under a constant one.
-        state: What the client keeps from round to round, as the function leaves it.
+        rate_scale: Factor of step sizes in this round (``local.schedule``); 1.0 if constant.
+        state: A dict that the client keeps from round to round; the function may change it.
     """
 
     client: int
@@ -62,17 +62,17 @@ class Round:
     _installed: dict[str, int | None] | None = field(default=None, init=False, repr=False)
 
     def install(self, model: nn.Module, adapter: str = "default") -> nn.Module:
-        """Put the weights of the round into a model, and what is to be trained.
+        """Put the weights of the round, and the tensors to train, into a model.
 
         A model with LoRA layers of PEFT (``get_peft_model``, ``inject_adapter_in_model``,
-        ``add_adapter``) gets the factors into these, with the scale of the method. In any other
+        ``add_adapter``) receives the factors in these, with the method's scale. In any other model,
         ``W + s B A`` is a parametrization of torch (`torch.nn.utils.parametrize`), so that the
-        model stays what it was, whatever it does with its weights. What the method trains in full
-        is trained in place. ``requires_grad`` is True of what is to be trained and False of all
-        else; gradients are None. Of a client with a rank budget the gradients beyond it are zero.
+        model's own code does not change. Tensors that the method trains in full are trained in
+        place. ``requires_grad`` is True for trained tensors and False for all others; gradients are
+        None. Gradients beyond a client's rank budget are zero.
 
-        Install first, then make the optimizer or the trainer, anew in each round. A model can be
-        installed again and again. Several processes of one client install each for itself.
+        Install first, then create a new optimizer or trainer, in each round. You can install the
+        same model again and again. If a client has several processes, each of them installs.
 
         Args:
             model: Of the architecture of the run's model, by the names of its parameters; in a
@@ -89,7 +89,7 @@ class Round:
         reset_model(model)
         places = find(model, asked.downlink.adapters, adapter)
         for layer in places.layers.values():
-            if layer.merged:  # before weights come, out of which it would be taken
+            if layer.merged:  # before weights arrive, from which the mask would be derived
                 layer.unmerge()
         installed = asked.load(model, places)
         if places.layers:
@@ -127,22 +127,22 @@ class Round:
         loss: float | None = None,
         metrics: Mapping[str, float] | None = None,
     ) -> Trained:
-        """Read back what was trained, and check that nothing else has moved.
+        """Read the trained values, and check that no frozen tensor has changed.
 
         Args:
             model: The model of `install`.
             samples: Training samples of the client, 1 or more: its weight in the mean.
             steps: Optimizer steps taken, 1 or more.
-            loss: Mean training loss, for the ledger; None: not known.
+            loss: Mean training loss, for the ledger; None: unknown.
             metrics: Further finite numbers, by name.
 
         Returns:
-            What the training function returns.
+            The value that the training function returns.
 
         Raises:
-            ClientError: If a factor or weight that the method freezes has moved, a number is not
-                finite, the adapter is merged, switched off or scaled otherwise, nothing was
-                trained, or the processes of a client, which all read, have trained apart.
+            ClientError: If a frozen factor or weight has changed, a number is not finite, the
+                adapter is merged, switched off or scaled otherwise, nothing was trained, or the
+                processes of a client, which must all call this, have trained different values.
         """
         asked = self._asked
         if self._installed is None:
@@ -164,7 +164,8 @@ class Round:
         found = {n: places.place(n).ours(value).clone() for n, value in asked.values.items()}
         asked.check(found)
         still = {n for n, value in found.items() if torch.equal(value, asked.values[n])}
-        # Factors are made by install: an optimizer of before trains what is beside them alone.
+        # Factors are created by install: an optimizer created before it trains only the other
+        # tensors.
         of_layers = {n for n in found if n not in asked.downlink.dense}
         if (of_layers or {*found}) <= still:
             raise ClientError(
@@ -173,18 +174,17 @@ class Round:
                 "and step it"
             )
         check_alike(found)
-        for name, mask in asked.masks.items():  # weight decay moves what is beyond the budget, too
+        for name, mask in asked.masks.items():  # weight decay also moves values beyond the budget
             found[name] = torch.where(mask, found[name], asked.values[name])
         told: Any = {} if metrics is None else metrics
         read = Trained(self.client, self.number, found, samples, steps, loss, told)
         return replace(read, seal=self._seal(read))
 
     def check(self, found: Trained) -> None:
-        """Refuse what `read` did not give: its checks are of the model, which stays here.
+        """Refuse a result that `read` did not create: its checks need the model.
 
         Raises:
-            ClientError: If tensors are not those that were asked for, or a field is not that of
-                `read`.
+            ClientError: If tensors or fields differ from those of `read`.
         """
         self._asked.check(found.tensors)
         if found.seal != self._seal(found):
@@ -201,7 +201,7 @@ class Round:
 
 
 def _use_peft(places: Found, downlink: RoundInstructions, adapter: str) -> None:
-    """Set scales and what stays frozen in LoRA layers of PEFT, and switch their adapter on."""
+    """Set scales and frozen factors in LoRA layers of PEFT, and activate their adapter."""
     if more := sorted(places.layers.keys() - downlink.adapters.keys()):
         raise ModelError(
             f"the model has LoRA layers on {some_of(more, 'weight')}, which the method does not "
@@ -224,10 +224,8 @@ def _use_peft(places: Found, downlink: RoundInstructions, adapter: str) -> None:
         layer.set_adapter(adapter)
 
 
-def _check_active(
-    model: nn.Module, places: Found, downlink: RoundInstructions, adapter: str
-) -> None:
-    """Refuse an adapter of PEFT that is not what was trained with, or no longer apart from W."""
+def _check_active(model: nn.Module, places: Found, downlink: RoundInstructions, adapter: str) -> None:
+    """Refuse an adapter of PEFT that was changed after install, or merged into W."""
     for weight, term in places.terms.items():
         _check_scale(weight, term.scale, downlink)
         if term.others != places.others[weight]:
@@ -267,18 +265,18 @@ def _check_scale(weight: str, now: float, downlink: RoundInstructions) -> None:
 
 
 class Asked:
-    """What is asked of one client, as tensors.
+    """Hold the tensors of one client's task.
 
     Args:
-        base: The weights of the round, by parameter; what others read, too.
-        downlink: Of this client alone.
+        base: The weights of the round, by parameter; shared with other clients.
+        downlink: This client's downlink.
         views: Of adapted weights.
         buffers: Of the run's model, by name.
 
     Attributes:
-        values: Where what is trained starts, by name.
-        frozen: Factors that stay, by name.
-        masks: Which numbers of ``values`` the client trains, where not all.
+        values: Starting values of trained tensors, by name.
+        frozen: Frozen factors, by name.
+        masks: Which numbers of ``values`` the client trains, if not all.
     """
 
     def __init__(
@@ -300,7 +298,7 @@ class Asked:
         """Copy the weights of the round, and the buffers of the run's model, into a model.
 
         Returns:
-            What must not move, by name: the sum of its bits, or None where these are the base's.
+            The checksums of frozen tensors, by name; None for a copy of the base.
         """
         there = places.parameters
         lacking = sorted(self.base.keys() - there.keys())
@@ -318,7 +316,7 @@ class Asked:
         with torch.no_grad():
             for name, parameter in (*there.items(), *places.copies):
                 if name not in self.base:
-                    continue  # tied to one that is
+                    continue  # tied to one that is trained
                 if not parameter.is_floating_point():
                     raise ModelError(
                         f"{name} is quantized in the model that is installed "
@@ -342,7 +340,7 @@ class Asked:
         return installed
 
     def _sum(self, name: str, parameter: nn.Parameter) -> int | None:
-        """Sum the bits of a weight; None where it is a copy of the base, to compare with."""
+        """Compute the checksum of a weight; None if it is a copy of the base, to compare with."""
         weight = self.base[name]
         apart = type(parameter) is nn.Parameter and parameter.data_ptr() != weight.data_ptr()
         return None if apart and parameter.dtype == weight.dtype else int(bits_of(parameter))
@@ -354,7 +352,7 @@ class Asked:
             self.handles.append(place.tensor.register_hook(lambda g: g * mask.to(g)))
 
     def check(self, found: Tree) -> None:
-        """Refuse tensors that are not those that were asked for.
+        """Refuse tensors that differ in name, shape or type from the trained ones.
 
         Raises:
             ClientError: Naming the first.
@@ -377,7 +375,7 @@ class Asked:
     def moved(
         self, model: nn.Module, places: Found, installed: Mapping[str, int | None]
     ) -> list[str]:
-        """List the frozen factors, untrained weights and buffers that have moved."""
+        """List the frozen factors, untrained weights and buffers that have changed."""
         rest: Tree = {**places.parameters, **buffers_of(model)}
         found = [n for n, v in self.frozen.items() if not torch.equal(places.place(n).ours(v), v)]
         for name, bits in installed.items():

@@ -1,4 +1,4 @@
-"""The low-rank term on a weight of a plain model of the user's: ``W`` becomes ``W + s B A``."""
+"""Put a low-rank term on a weight of a user's plain model: ``W`` becomes ``W + s B A``."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from typing_extensions import override
 
 from fedraclora.lowrank.layers import LayerView
 
-# What is asked of the weight that the term does not change.
+# Attributes of the weight that the term does not change.
 SAME = {torch.Tensor.size, torch.Tensor.dim, torch.Tensor.element_size, torch.Tensor.numel}
 SAME |= {getattr(torch.Tensor, name).__get__ for name in ("shape", "dtype", "device", "ndim")}
 
 
 class LowRankTerm(nn.Module):
-    """A parametrization of torch: a stored weight ``W`` becomes ``W + scale * product``.
+    """Parametrize a stored weight ``W`` in torch as ``W + scale * product``.
 
     Args:
         view: How the weight is seen as a matrix.
@@ -34,7 +34,7 @@ class LowRankTerm(nn.Module):
     ) -> None:
         super().__init__()
         self.view, self.labels, self.scale = view, [*factors], scale
-        self.others = 0  # parametrizations of the same weight, when it was installed
+        self.others = 0  # other parametrizations of the same weight at install
         for label, value in factors.items():
             own = value.clone(memory_format=torch.contiguous_format)  # as FSDP wants it
             if label in trained:
@@ -44,7 +44,7 @@ class LowRankTerm(nn.Module):
 
     @property
     def form(self) -> dict[str, tuple[tuple[int, ...], bool]]:
-        """The shape of each factor, and whether it is trained."""
+        """Return the shape of each factor, and whether it is trained."""
         trained = dict(self.named_parameters())
         return {k: (tuple(getattr(self, k).shape), k in trained) for k in self.labels}
 
@@ -57,7 +57,7 @@ class LowRankTerm(nn.Module):
         return adapted
 
     def factors(self, dtype: torch.dtype) -> list[torch.Tensor]:
-        """Return the factors, in the precision of what they are applied to."""
+        """Return the factors in the precision of their input."""
         return [getattr(self, label).to(dtype) for label in self.labels]
 
     def added(self, weight: torch.Tensor) -> torch.Tensor:
@@ -66,7 +66,7 @@ class LowRankTerm(nn.Module):
         return torch.add(weight, self.view.stored(product, weight), alpha=self.scale)
 
     def applied(self, out: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-        """Add to the outputs of a frozen layer what the term makes of its inputs.
+        """Add the low-rank term of the inputs to the outputs of a frozen layer.
 
         Args:
             out: [N, m].
@@ -79,10 +79,10 @@ class LowRankTerm(nn.Module):
 
 
 class AdaptedWeight(torch.Tensor):
-    """``W + scale * product``, which a layer applies factor by factor.
+    """Represent ``W + scale * product``, applied factor by factor.
 
-    So no step forms the product, nor the gradient of a whole weight, which would cost as much as to
-    train it. Whatever else is done with it is done with the dense matrix.
+    No step forms the product or the gradient of a whole weight, which would cost as much as
+    training the weight. All other operations use the dense matrix.
 
     Attributes:
         term: The factors and their scale.
@@ -118,6 +118,6 @@ class AdaptedWeight(torch.Tensor):
 def _linear(
     x: torch.Tensor, weight: AdaptedWeight, bias: torch.Tensor | None = None
 ) -> torch.Tensor:
-    rows = x.reshape(-1, x.shape[-1])  # one sum in the product: it takes a copy of the outputs less
+    rows = x.reshape(-1, x.shape[-1])  # one sum inside the product: one copy of the outputs fewer
     out = weight.term.applied(F.linear(rows, weight.frozen, bias), rows)
     return out if x.dim() == 2 else out.view(*x.shape[:-1], out.shape[-1])

@@ -1,4 +1,4 @@
-"""Local training by a function of the user's, one client after another."""
+"""Train clients one after another with a function of the user's."""
 
 from __future__ import annotations
 
@@ -35,19 +35,19 @@ from fedraclora.training.results import Trained
 from fedraclora.tree import Tree, widened
 
 log = logging.getLogger(__name__)
-FIRST = 256  # clients whose samples are looked at before any of them trains
+FIRST = 256  # clients whose samples are checked before any client trains
 MOST_PARTS = 300_000  # of samples that are remembered: about 50 MB
 Train = Callable[[Round], Trained]
 
 
 class OwnTrainer(CohortTrainer):
-    """Has a function of the user's train each client.
+    """Train each client with a user's function.
 
     Args:
-        function: The user's.
-        name: Of the function, for messages.
-        timeout: Seconds that it may take for one client; None: any.
-        most: Samples that a client can claim.
+        function: The user's function.
+        name: Its name, for messages.
+        timeout: Time limit for one client in seconds; None: no limit.
+        most: The most samples that a client may report.
 
     The others are those of `CohortTrainer`.
     """
@@ -70,7 +70,7 @@ class OwnTrainer(CohortTrainer):
 
     @override
     def check(self, precision: str) -> None:
-        pass  # how it computes is for the function to say, and batches of it are one client's
+        pass  # the function decides how it computes, and its batches belong to one client
 
     @override
     def train(
@@ -97,8 +97,8 @@ class OwnTrainer(CohortTrainer):
         return as_result(found, states)
 
     def _look_at_objects(self) -> None:
-        """Take the fingerprints of a program's objects: clients may share the memory of theirs."""
-        if self.data.table is None:  # a function gives each client its own
+        """Fingerprint the program's objects: clients may share their memory."""
+        if self.data.table is None:  # a function gives each client its own object
             return
         for client in range(min(FIRST, self.data.num_clients)):
             self.came.note(client, self._data_of(client))
@@ -106,7 +106,7 @@ class OwnTrainer(CohortTrainer):
     def _one(
         self, base: Tree, downlink: RoundInstructions, client: int, round_: int, rate_scale: float
     ) -> tuple[Trained, bytes | None]:
-        """Train one client; give what it trained, and what it keeps."""
+        """Train one client; return its trained values and its state."""
         buffers = dict(self.task.model.named_buffers())
         asked = Asked(base, downlink, self.plan.targets, buffers)
         seed = seed_of(self.seed, round_, client)
@@ -124,7 +124,7 @@ class OwnTrainer(CohortTrainer):
                 f"the training function {self.name} took longer than local.timeout={self.timeout} "
                 "seconds: raise it, or have it take fewer steps"
             ) from error
-        except BaseException as error:  # it may want to end the process
+        except BaseException as error:  # the function may want to end the process
             if isinstance(error, Exception) and is_out_of_memory(error):
                 raise
             raise ClientError(failure_of(error, f"the training function {self.name}")) from error
@@ -151,7 +151,7 @@ class OwnTrainer(CohortTrainer):
         return found, told_of(given.state) if given.state or kept else None
 
     def _check_counts(self, found: Trained, client: int) -> None:
-        """Refuse counts that no client can have; tell, once, that the data have fewer samples."""
+        """Refuse impossible counts; warn once if the data have fewer samples than reported."""
         said = found.samples
         for name, count in (("samples", said), ("steps", found.steps)):
             if count > self.most:
@@ -176,26 +176,27 @@ class OwnTrainer(CohortTrainer):
 
 
 class Came:
-    """What the samples of clients were when each was first asked here."""
+    """Remember the fingerprint of each client's samples at its first request."""
 
     def __init__(self) -> None:
         self.of: dict[int, Fingerprint] = {}
         self.size = 0
 
     def note(self, client: int, data: Any) -> Fingerprint:
-        """Take the fingerprint of a client's samples, and remember the first."""
+        """Fingerprint a client's samples, and remember the first."""
         now = fingerprint_of(data, versions=True)
         if client not in self.of:
-            if self.size > MOST_PARTS:  # of very many clients changes are seen in their round alone
+            # with very many clients, changes are only detected within a round
+            if self.size > MOST_PARTS:
                 self.of, self.size = {}, 0
             self.of[client], self.size = now, self.size + len(now)
         return now
 
     def first(self, client: int, data: Any) -> Fingerprint:
-        """Return the first fingerprint of a client's samples, which are still what they were.
+        """Return the first fingerprint of a client's samples, and check that they still match it.
 
         Raises:
-            ClientError: If they are not, or can be read once only.
+            ClientError: If they have changed, or can be read only once.
         """
         now = self.note(client, data)
         if USED_UP in now.values():
@@ -212,12 +213,12 @@ class Came:
 
 
 def apart(data: Any) -> Any:
-    """Give samples of Hugging Face as an object of their own: ``set_format`` changes it alone."""
+    """Copy a data set of Hugging Face so that ``set_format`` changes only the copy."""
     return copy.deepcopy(data) if hasattr(data, "with_format") else data
 
 
 def as_result(found: Sequence[Trained], states: dict[int, bytes] | None = None) -> LocalResult:
-    """Stack what clients have trained; ``states`` is what they keep."""
+    """Stack the results of clients; ``states`` are the states that they keep."""
     losses = [UNSAID if one.loss is None else one.loss for one in found]
     names = sorted({name for one in found for name in one.metrics})
     told = {n: [one.metrics.get(n, math.nan) for one in found] for n in names}
@@ -232,20 +233,20 @@ def as_result(found: Sequence[Trained], states: dict[int, bytes] | None = None) 
 
 
 def seed_of(run: int, number: int, client: int) -> int:
-    """Give the seed of a client in a round, from that of its run."""
+    """Derive the seed of a client in a round from the run's seed."""
     return hash_key(run, "own", number, client) % 2**31
 
 
 def state_of(told: bytes) -> dict[str, Any]:
-    """Read what `told_of` wrote."""
+    """Read a client's state from the bytes of `told_of`."""
     return dict(torch.load(io.BytesIO(told), weights_only=True) if told else {})
 
 
 def told_of(state: object) -> bytes:
-    """Write what a client keeps: it may come back in another process, from a checkpoint.
+    """Write a client's state to bytes: it may be resumed in another process, from a checkpoint.
 
     Raises:
-        ClientError: If it is no dict of what can be read again safely.
+        ClientError: If it is no dict of values that can be read back safely.
     """
     try:
         written = io.BytesIO()
@@ -261,15 +262,15 @@ def told_of(state: object) -> bytes:
 
 @contextmanager
 def seeded_everywhere(seed: int) -> Iterator[None]:
-    """Seed the global generators of torch, numpy and Python, and put them back afterwards.
+    """Seed the global generators of torch, numpy and Python, and restore them afterwards.
 
-    So are what torch computes with, and the working folder.
+    Torch's numerical settings and the working folder are restored, too.
     """
     devices = [*range(torch.cuda.device_count())] if torch.cuda.is_initialized() else []
     dtype, threads, folder = torch.get_default_dtype(), torch.get_num_threads(), Path.cwd()
     forked = torch.random.fork_rng(devices=devices) if devices else nullcontext()
     with nothing_drawn(), forked:
-        # `torch.manual_seed` keeps the stack of its call for each GPU library that is not there.
+        # `torch.manual_seed` keeps the stack trace of its call for each missing GPU library.
         seeding = torch.cuda.is_available()
         (torch.manual_seed if seeding else torch.default_generator.manual_seed)(seed)  # noqa: TID251
         np.random.seed(seed)  # noqa: NPY002, TID251
