@@ -99,7 +99,7 @@ def simulate(
             ``pixel_classes`` or ``next_token``; None: what the model or the targets tell, and an
             error where these could mean several things.
         metrics: A list of names, of metrics of torchmetrics, and of your own
-            (`fedraclora.Metric`), the headline first; None: those usual for the loss.
+            (`fedraclora.Metric`), the primary one first; None: those usual for the loss.
         folder: Where the run leaves its files, as ``output.dir``; None with ``output.dir=null``:
             it runs in memory and leaves nothing behind.
         resume: Go on with the run in the folder; where there is none, begin it. A run that has

@@ -6,16 +6,15 @@
 `encoders`          make tensors of what was read: arrays, tables of numbers, texts, chats
 `split`             which rows are trained on, and which are measured on
 `dataset`           `DataSet`: samples, and what a model and a partition need to know of them
-`partition`         whose each row is, in the ways of `partitioners`
-`clients`           `ClientData`: the samples of all clients, whichever source they are from;
-                    `per_client` are those that each client brings, `client_law` drawn ones
-`client_split`      what a client trains on, and what it alone measures on
+`partition`         divides rows among clients, in the ways of `partitioners`
+`clients`           `ClientData`: the samples of all clients, from any source; `per_client` reads
+                    the clients' own samples, `client_law` draws virtual ones
+`client_split`      splits a client's samples for federated evaluation
 ==================  ===============================================================================
 
 A new source is a file in `sources` and a row in `DATASETS` (CONTRIBUTING, "A new data source").
-What is learnt from samples stands in `task`: its losses, with those of the user's own (`own_loss`)
-and for language models (`token_losses`); `objective` finds out which is meant. `locate` finds
-files.
+`task` defines the learning task and its losses, with the user's own (`own_loss`) and those of
+language models (`token_losses`); `objective` chooses the loss. `locate` finds files.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Numbers of samples and classes of clients, computed on demand so that nothing is stored.
 
-A client's number of samples and its mix of classes stand in tables that all clients share, at
-places named by random words of (seed, client, position). A look-up gives the same bits in any
-batch: arithmetic that rounds by its place in a vector would not.
+All clients share tables of sample numbers and class distributions; random words of (seed, client,
+position) index them. A look-up gives the same bits in any batch; arithmetic whose rounding depends
+on the position in a vector would not.
 """
 
 from __future__ import annotations
@@ -22,26 +22,26 @@ from fedraclora.limits import OneOf
 from fedraclora.rng import position_bits
 
 SizeLaw = Annotated[str, OneOf(("constant", "lognormal", "pareto"))]
-OWN = (1 << 32) - 1  # the position whose random words are of the client, not of a sample
+OWN = (1 << 32) - 1  # the position whose random words belong to the client, not to a sample
 QUANTILES = 1024
-MIX_NUMBERS = 1 << 20  # in the table of mixes, over all classes
+MIX_NUMBERS = 1 << 20  # entries in the table of class distributions, over all classes
 
 
 def pick(words: torch.Tensor, count: int | torch.Tensor) -> torch.Tensor:
-    """Turn words of 32 random bits into numbers from 0 to ``count - 1`` (below 2^31)."""
+    """Map words of 32 random bits to numbers from 0 to ``count - 1`` (below 2^31)."""
     return (words * count) >> 32
 
 
 @dataclass(frozen=True)
 class ClientLaw(Movable):
-    """How many samples a client has, and of which classes.
+    """Draw the number of samples and the class distribution of each client.
 
     Attributes:
-        key: Of all draws (`fedraclora.rng.hash_key`).
+        key: Key of all draws (`fedraclora.rng.hash_key`).
         clients: Size of the population.
-        quantiles: Numbers of samples, int64 [Q]; each is a client's with the same chance.
-        mixes: Mixes of classes, int64 [M, classes - 1]; each is a client's with the same chance.
-            Class c has the words from bound c - 1 up to bound c, out of 2^32.
+        quantiles: Numbers of samples, int64 [Q]; each is equally likely.
+        mixes: Class distributions, int64 [M, classes - 1]; each is equally likely. Class c has the
+            words from bound c - 1 up to bound c, out of 2^32.
     """
 
     key: int
@@ -61,7 +61,7 @@ class ClientLaw(Movable):
 
         Args:
             clients: Ids, int64 [K].
-            positions: Of samples in their client, int64 [K, b].
+            positions: Positions of samples in their client, int64 [K, b].
 
         Returns:
             Classes, int64 [K, b]; three more random words of each sample [K, b, 3]; two more of
@@ -76,7 +76,7 @@ class ClientLaw(Movable):
 
 
 class OfLaw(Movable, ClientData):
-    """Clients whose number and sizes are those of a law."""
+    """Base of client data whose number of clients and sizes follow a law."""
 
     law: ClientLaw
 
@@ -93,13 +93,13 @@ class OfLaw(Movable, ClientData):
 def class_mixes(
     rng: np.random.Generator, shares: npt.NDArray[np.float64], alpha: float | None
 ) -> torch.Tensor:
-    """Draw the table of the clients' mixes of classes, as `ClientLaw` reads it.
+    """Draw the table of the clients' class distributions, as `ClientLaw` reads it.
 
     Args:
-        rng: Where the mixes are drawn from.
+        rng: Random generator.
         shares: Mean share of each class over the clients [classes], positive, of sum 1.
-        alpha: Concentration of the Dirichlet distribution of the mixes, per class: small is
-            skewed, large is even; None gives all clients the mean.
+        alpha: Concentration of the Dirichlet distribution, per class: small is skewed, large is
+            even; None gives all clients the mean.
 
     Returns:
         int64 [mixes, classes - 1]: up to 2^14 of them.

@@ -1,7 +1,7 @@
 """Federated evaluation data: a held-out share of each client's samples, chosen by its id.
 
-A client's samples are put into an order that is drawn from the seed and its id. Its first ones are
-for the test, the next for validation where that is asked for, and it trains on what is left.
+Each client's samples are shuffled, keyed by the seed and its id. The first ones are its test
+samples, the next are for validation if requested, and it trains on the rest.
 """
 
 from __future__ import annotations
@@ -22,20 +22,20 @@ from fedraclora.errors import ConfigError
 from fedraclora.rng import cohort_permutations, hash_key
 
 AT_ONCE = 256  # clients whose rows are looked up together
-ROW = "row of the source"  # of the columns of a data set
+ROW = "row of the source"  # prefix of such columns of a data set
 Rows = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
 @dataclass(frozen=True)
 class ClientSplit(ClientData):
-    """A part of each client's samples, as data of clients.
+    """Part of each client's samples, as client data.
 
     Attributes:
         whole: All samples of all clients.
-        share: Of each client's samples, what is held out for one use.
-        seed: Of the run.
-        held: Whether this is what is held out; else it is the rest.
-        split: What is measured on: test, or validation, which is held out beside the test.
+        share: Fraction of each client's samples to hold out for one use.
+        seed: The seed of the run.
+        held: Whether this is the held-out part or the rest.
+        split: The use: test, or validation, which is held out beside the test.
         own_tests: Whether a client that brings test samples measures on those, and trains on all
             others.
     """
@@ -55,7 +55,7 @@ class ClientSplit(ClientData):
 
     @override
     def sizes(self, clients: torch.Tensor) -> torch.Tensor:
-        """Count the samples of each client: int64 [K]; 0 where nothing can be held out."""
+        """Count the samples of each client: int64 [K]; 0 if none can be held out."""
         first, end = self._bounds(clients)
         return end - first
 
@@ -108,7 +108,7 @@ class ClientSplit(ClientData):
         return self.whole.tests(client) if self.own_tests else None
 
     def places(self, clients: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        """Find positions in the client of positions in the part: int64 [K, b], both.
+        """Map positions in the part to positions in the client: int64 [K, b], both.
 
         Padded positions may point past the part; the caller masks them.
         """
@@ -116,12 +116,12 @@ class ClientSplit(ClientData):
             key, sizes = hash_key(self.seed, "held out"), self.whole.sizes(clients)
             order = cohort_permutations(key, clients, sizes, 0)
             self._last[:] = [(clients, self._bounds(clients)[0], order)]
-        # The first ones stay in training.
+        # The first ones remain for training.
         _, first, order = (each[: len(clients)] for each in self._last[0])
         return order.gather(1, (first[:, None] + positions).clamp(max=order.shape[1] - 1))
 
     def _bounds(self, clients: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Find where the part begins and ends in the order of each client, int64 [K] each."""
+        """Find the bounds of the part in the order of each client, int64 [K] each."""
         sizes = self.whole.sizes(clients)
         tests = torch.full_like(sizes, -1)  # without tests of its own
         if self.brings_tests:
@@ -129,7 +129,7 @@ class ClientSplit(ClientData):
             tests = sizes.new_tensor([-1 if each is None else len(each) for each in own])
         wanted = (sizes.double() * self.share + 0.5).long().masked_fill(tests >= 0, 0)
         first, end = torch.zeros_like(sizes), wanted.minimum(sizes - 1).clamp(min=0)
-        if self.split != "test":  # something is left to train on
+        if self.split != "test":  # at least one remains to train on
             first, end = end, (end + wanted).minimum(sizes - 1).clamp(min=0)
         return (first, torch.where(tests < 0, end, tests)) if self.held else (end, sizes)
 
@@ -146,15 +146,15 @@ def hold_out_of_clients(
 
     Args:
         data: Of all clients. Not modified.
-        share: Of each client's samples, in (0, 1), rounded to the nearest count; each client keeps
-            one to train on. None: nothing is held out.
+        share: Fraction of each client's samples, in (0, 1), rounded to the nearest count; each
+            client keeps one to train on. None: nothing is held out.
         seed: Of the run.
         split: As in `ClientSplit`.
         own_tests: The same.
 
     Returns:
-        Both, over the same samples. What a client has of each is a function of the seed, its id and
-        the number of its samples.
+        Both, over the same samples. A client's parts depend on the seed, its id and its number of
+        samples only.
 
     Raises:
         ConfigError: If no client can hold any out.
@@ -176,9 +176,9 @@ def hold_out_of_clients(
 
 
 def _rows_of(data: Partitioned, part: ClientSplit) -> Partitioned:
-    """Look the rows of a part up, so that they cost what those of any division cost.
+    """Look up the rows of a part once, so that it costs no more than other divisions.
 
-    Test samples that clients brought become further rows of the table.
+    Clients' own test samples become further rows of the table.
     """
     sizes = part.sizes(torch.arange(data.num_clients))
     table, brought = data.samples, torch.zeros(0)
@@ -210,13 +210,14 @@ def without_held(whole: DataSet, data: DataSet, held: ClientData | None) -> Data
     """Remove the clients' held-out samples from a data set, so that pretraining cannot use them.
 
     Args:
-        whole: Of `numbered`.
-        data: What has become of it: some of its rows.
-        held: Rows of the latter that clients hold out; clients that are made or found on demand
+        whole: The data set from `numbered`.
+        data: The same after selections of rows.
+        held: Rows of ``data`` that clients hold out; clients that are created or read on demand
             have other samples than the table.
     """
     if held is None or held.table is None:
         return whole
     _, rows_held = held.table
-    rows = rows_held[rows_held < len(data.train)].numpy()  # else clients brought their own tests
+    # otherwise clients brought their own tests
+    rows = rows_held[rows_held < len(data.train)].numpy()
     return keep_rows(whole, np.setdiff1d(whole.columns[ROW], data.columns[ROW][rows]))

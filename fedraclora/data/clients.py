@@ -1,4 +1,4 @@
-"""The samples of all clients: the interface of every source, and clients as rows of a table."""
+"""Define the interface to the samples of all clients, and clients as rows of a table."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ COUNTED_AT_ONCE = 16  # clients
 class ClientData(ABC):
     """The samples of all clients. Client ids are partition ids, 0..num_clients-1.
 
-    A source says how many there are and gives samples by client and position. The rest has an
-    answer here, that of samples which are made when they are asked for: a source overrides it where
-    it knows more. Nobody asks for its class.
+    A source implements the number of clients and access to samples by client and position. The
+    other methods have defaults here, for samples that are created on demand; a source overrides
+    them if it knows more. Other code does not check for subclasses.
     """
 
     @property
@@ -49,7 +49,7 @@ class ClientData(ABC):
     def lengths(self, clients: torch.Tensor, positions: torch.Tensor) -> torch.Tensor | None:
         """Count tokens without padding: ids [K], positions [K, ...] -> int64 like ``positions``.
 
-        None where samples are not padded: then batches are taken as they are.
+        None if samples are not padded: then batches are not trimmed.
         """
 
     @abstractmethod
@@ -79,7 +79,7 @@ class ClientData(ABC):
     def table(self) -> tuple[Samples, torch.Tensor] | None:
         """Return the table of all samples, and its row numbers: int64, client after client.
 
-        None where samples are made, or read, when a client is asked.
+        None if samples are created or read on demand.
         """
         return None
 
@@ -128,7 +128,7 @@ class ClientData(ABC):
 
 @dataclass(frozen=True)
 class ChangedClients(ClientData):
-    """Base class of client data that change what other client data return.
+    """Base of client data that change the results of other client data.
 
     Attributes:
         data: Of the same clients.
@@ -200,9 +200,9 @@ class Partitioned(TableRows):
 
     Attributes:
         rows: The rows of client 0, then of client 1, ...: int64 [total].
-        offsets: Where those of each client begin, and the end: int64 [num_clients + 1].
-        entries: What clients brought as objects; None where nobody has such.
-        own_tests: Of each client the samples that it alone measures on; empty where there are none.
+        offsets: Where each client's rows begin, and the end: int64 [num_clients + 1].
+        entries: The clients' objects; None if there are none.
+        own_tests: Each client's own test samples; empty if there are none.
     """
 
     rows: torch.Tensor
@@ -303,7 +303,7 @@ def count_labels(data: ClientData, clients: torch.Tensor, classes: int) -> npt.N
         classes: Number of classes.
 
     Returns:
-        Counts [K, classes]. Samples are looked at a few clients at a time.
+        Counts [K, classes]. Samples are read for a few clients at a time.
     """
     counts = torch.zeros(len(clients), classes, dtype=torch.int64)
     for start in range(0, len(clients), COUNTED_AT_ONCE):

@@ -1,4 +1,4 @@
-"""Data sets before they are divided among clients, and operations on them."""
+"""Define data sets before they are divided among clients, and operations on them."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from fedraclora.limits import Called, Composed, Count, OneOf
 
 RowNumbers = npt.NDArray[np.int64]
 Column = npt.NDArray[Any]
-MOST_NAMED = 50  # columns or clients that the summary names
+MOST_NAMED = 50  # most columns or clients that the summary names
 FLOAT_TYPES = {"float32": torch.float32, "float64": torch.float64}
 Dtype = Annotated[str, OneOf(FLOAT_TYPES)]
 Clients = Annotated[Count, Called("clients")]
 OF_RUN = Composed("${clients}")  # as many clients as the run has
-Division = list[RowNumbers] | ClientData  # rows of each client, or clients made on demand
+Division = list[RowNumbers] | ClientData  # rows of each client, or clients created on demand
 
 
 @dataclass(frozen=True)
@@ -31,9 +31,9 @@ class Read:
     """Raw samples converted to the form of a data set.
 
     Attributes:
-        samples: As the model wants them. Where nothing is to be measured the target is of no use.
-        rows: Which of the source they are, ascending; the others were left out, as the data set
-            leaves such rows out.
+        samples: In the form that the model needs. The target is meaningless if it was not read.
+        rows: Their rows in the source, ascending; other rows were left out, by the rules of the
+            data set.
         total: Rows of the source.
     """
 
@@ -43,7 +43,7 @@ class Read:
 
 
 class SampleReader(Protocol):
-    """Converts raw samples as a data set converts its own, such as those of a test file."""
+    """Convert raw samples, such as those of a test file, as a data set converts its own."""
 
     def __call__(self, found: Any, reading: Mapping[str, Any], *, target: bool = True) -> Read:
         """Read samples.
@@ -51,51 +51,52 @@ class SampleReader(Protocol):
         Args:
             found: The path of a file, or rows in memory.
             reading: `DataSet.reading`.
-            target: Whether there is something to measure by, expected else it is not looked at.
+            target: Whether to read the target.
 
         Raises:
-            ConfigError: If a column or a kind of file is not what.
-            DataError: If a row cannot be used, which is named.
+            ConfigError: If a column or the kind of file is wrong.
+            DataError: If a row cannot be used, naming it.
         """
 
 
 @dataclass(frozen=True)
 class DataSet:
-    """Training and test samples, with what a model and a partition need to know.
+    """Hold training and test samples, with the facts that a model and a partition need.
 
     Attributes:
-        train: Training samples; beside ``parts`` that are made or found on demand, samples to
-            pretrain on, or none.
-        test: Held-out samples, which may be none; the object ``train`` itself where the figure of
-            merit is the training objective (synthetic data).
+        train: Training samples; if ``parts`` are created or read on demand, samples to pretrain on,
+            or none.
+        test: Held-out samples, possibly none; the object ``train`` itself if the training
+            objective is measured (synthetic data).
         classes: Number of outputs: classes, or 1 for a scalar regression or a binary score.
         loss: A key of `fedraclora.data.task.LOSSES`, or the name of one of the user's own.
-        metrics: Names of metrics, the headline first.
-        columns: One value per training row, to partition by: ``"label"`` wherever there are
-            classes (see `fedraclora.data.objective.with_labels`), ``"client"`` and its own name for
-            a natural client.
+        metrics: Names of metrics, the primary one first.
+        columns: One value per training row, to partition by: ``"label"`` if there are classes (see
+            `fedraclora.data.objective.with_labels`), ``"client"`` and its own name for a natural
+            client.
         sample_shape: Shape of one input ``"x"``; empty for token ids.
-        parts: The clients, where the data set brings its own division. Rows of each client are a
-            proposal; clients that are made or found on demand are the only division there is.
-        optimum: Least value of the training objective, where it is known.
-        held_out_by: A column whose values are held out whole, for test and validation alike; None
-            where rows are.
-        aside: Training and test samples that no client has, for pretraining; None where there
-            are none.
-        tokenizer: Of transformers, where samples are texts whose answers can be generated.
+        parts: The clients, if the data set has its own division. Rows of each client are a
+            proposal; clients that are created or read on demand are the only possible division.
+        optimum: Minimum of the training objective, if known.
+        held_out_by: A column whose values are held out as a whole, for test and validation; None if
+            rows are.
+        aside: Training and test samples that no client has, for pretraining; None if there are
+            none.
+        tokenizer: A tokenizer of transformers, if samples are texts with answers to generate.
         info: Facts for the summary.
-        reading: How raw samples become those of the model, and its outputs answers, in plain JSON:
-            ``features`` in their order; what to ``subtract`` from inputs and to ``divide_by``;
-            ``classes`` in their order, numbers where the target has numbers; the scale of a
-            ``target`` that is a number.
-        reader: Reads samples that come later; None: arrays, as `ArrayReader` reads them.
-        clients: Every natural client that the source names, also those of whom no row is left;
-            None where none is named.
-        entries: What clients brought as objects, as it is; None where nobody has such.
+        reading: How raw samples are converted for the model, and its outputs to predictions, in
+            plain JSON: ``features`` in order; what to ``subtract`` from inputs and to
+                ``divide_by``;
+            ``classes`` in order, as numbers if the target has numbers; the scale of a numeric
+            ``target``.
+        reader: Reads later samples; None: arrays, by `ArrayReader`.
+        clients: Every natural client that the source names, also those without rows left; None if
+            the source names none.
+        entries: The clients' objects, unchanged; None if there are none.
         like: See `fedraclora.data.task.Task`.
-        tests: Of each client the samples that it alone measures on, None where it brings none;
-            empty where no client does.
-        validation: Rows that the source sets apart for it; None: it does not.
+        tests: Each client's own test samples, None for a client without; empty if no client has
+            any.
+        validation: Rows that the source sets apart for validation; None: none.
     """
 
     train: Samples

@@ -1,13 +1,13 @@
 """Detect samples that are in both training and evaluation data; a tenth or more is an error.
 
-Two samples are duplicates if all inputs and the target are equal. Rows are compared by hashes: by
-that of a few numbers first, so that of most tables nothing is read whole. Padding does not count,
-and of packed samples each conversation is one.
+Two samples are duplicates if all inputs and the target are equal. Rows are compared by hashes:
+first by hashes of a few numbers, so that most tables are not read completely. Padding does not
+count, and each conversation of a packed sample is compared by itself.
 
-Rows of few values, such as answers of yes and no, repeat by chance, which no cleaning would mend:
-then as many duplicates are expected as training samples have among themselves. Such are rows that
-independent columns with the same values would repeat, too, and those that occur three times or more
-on average; a file that holds each row twice is none of both.
+Rows with few possible values, such as yes-or-no answers, repeat by chance, and no cleaning would
+help: then we expect as many duplicates as among the training samples themselves. This applies to
+rows that independent columns with the same values would also repeat, and to rows that occur three
+times or more on average; it does not apply to a file that holds each row twice.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ from fedraclora.rng import generator
 
 Keys = npt.NDArray[np.int64]
 
-GLANCE, GLANCED = 16, 4  # numbers of a row that are compared first; of tokens each fourth
+GLANCE, GLANCED = 16, 4  # numbers of a row that are compared first; of tokens, every fourth
 ROWS_AT_ONCE = 4096  # rows
-MOST, LEAST = 0.1, 2  # of the samples that are measured on; how many at least are refused
-DEVIATIONS = 3  # of a number of duplicates from what is expected by chance
-BY_CHANCE = 0.1  # expected equals of a row, from which rows repeat by chance
-REPEATED = 3  # times that each training sample occurs on average, from which they do, too
+MOST, LEAST = 0.1, 2  # share of the measured samples that is refused; fewest of them
+DEVIATIONS = 3  # factor between duplicates and the number expected by chance
+BY_CHANCE = 0.1  # expected equal rows of a row from which rows repeat by chance
+REPEATED = 3  # mean occurrences of a training sample from which rows repeat by chance
 
 REMEDY = "remove these rows from the training or from the test samples, or set data.duplicates=keep"
 
@@ -56,7 +56,7 @@ class SomeRows:
 
     @classmethod
     def of(cls, data: ClientData | None) -> list[SomeRows]:
-        """List the rows of clients, where they are rows of a table that is here."""
+        """List the rows of clients, if they are rows of a table in memory."""
         found = None if data is None else data.table
         return [] if found is None else [cls(*found)]
 
@@ -79,17 +79,17 @@ def check_duplicates(
     """Count the samples that are in both training and evaluation data.
 
     Args:
-        train: What clients train on.
-        tests: What is measured on, by what it is.
-        source: Of both, for messages.
-        keep: Whether any number is in order.
+        train: The clients' training samples.
+        tests: Evaluation samples, by their use.
+        source: The source of both, for messages.
+        keep: Whether any number of duplicates is allowed.
 
     Returns:
-        By what is measured on, how many of it are training samples; nothing where none is.
+        The number of duplicates by use; empty if there are none.
 
     Raises:
-        DataError: If a table is measured on that is trained on, or if a tenth or more of its
-            samples are training samples, and it is not by chance.
+        DataError: If an evaluation table is the training table, or if a tenth or more of its
+            samples are training samples, and not by chance.
     """
     train, found = [table for table in train if len(table)], dict[str, str]()
     for what, measured in tests.items():
@@ -120,14 +120,14 @@ def check_duplicates(
 
 
 def shared_rows(train: Sequence[SomeRows], test: Sequence[SomeRows]) -> npt.NDArray[np.bool_]:
-    """Tell which samples of some tables are among those of others; of packed ones conversations."""
+    """Mark the samples of some tables that are in others; for packed samples, the conversations."""
     if any(_is_tokens(table.samples) for table in train):
         return np.isin(_all_keys(test), _all_keys(train))
     glances = [[table.keys(GLANCE) for table in tables] for tables in (train, test)]
     found = np.isin(np.concatenate(glances[1]), np.concatenate(glances[0]))
     if not found.any():
         return found
-    # Only those that are alike at a glance are read whole.
+    # Only rows with equal first hashes are read completely.
     alike = np.unique(np.concatenate(glances[1])[found])
     trained, tested = (
         np.concatenate(
@@ -161,25 +161,25 @@ def _all_keys(tables: Sequence[SomeRows]) -> Keys:
 
 
 def _weights(name: str, count: int) -> torch.Tensor:
-    """Draw odd numbers by which the numbers of a row count; those of fewer are the first ones."""
+    """Draw odd weights for the numbers of a row; fewer numbers have the first weights."""
     return torch.from_numpy(generator(0, "row keys", name).integers(1 << 62, size=count) * 2 + 1)
 
 
 def _columns(
     samples: Samples, numbers: int | None = None
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Give of every tensor whole numbers [N, q] that are equal where its own are, and weights."""
+    """Return integers [N, q] for every tensor that are equal if its values are, and weights."""
     mask = samples.inputs.get("attention_mask")
     for name, tensor in samples.tensors.items():
         flat = tensor.reshape(len(tensor), -1)
-        # Tokens are as many as the longest row of their table has.
+        # Tokens have as many columns as the longest row of their table.
         is_tokens = mask is not None and mask.shape == tensor.shape
         step = GLANCED if is_tokens else max(1, flat.shape[1] // (numbers or flat.shape[1]))
         kept = slice(None, None, 1 if numbers is None else step)
         weights, flat = _weights(name, flat.shape[1])[kept], flat[:, kept].cpu().contiguous()
         if flat.is_floating_point():
             whole = {2: torch.int16, 4: torch.int32, 8: torch.int64}[flat.itemsize]
-            flat = (flat + 0.0).view(whole)  # without a zero that is negative
+            flat = (flat + 0.0).view(whole)  # turns negative zero into zero
         flat = flat.to(torch.int64)
         if mask is not None and is_tokens:
             flat = flat * (mask[:, kept].cpu() != 0)
@@ -196,13 +196,13 @@ def _keys(samples: Samples, numbers: int | None) -> Keys:
 
 
 def _is_tokens(samples: Samples) -> bool:
-    """Tell whether tokens have a target each."""
+    """Tell whether each token has a target."""
     ids, target = samples.inputs.get("input_ids"), samples.target
     return ids is not None and target.shape == ids.shape and not target.is_floating_point()
 
 
 def _conversation_keys(samples: Samples, _: int | None = None) -> Keys:
-    """Hash each conversation, up to its last token with a target: what follows may be padding."""
+    """Hash each conversation up to its last token with a target: the rest may be padding."""
     ids, target = samples.inputs["input_ids"].cpu(), samples.target.cpu()
     usual = torch.arange(ids.shape[1]).expand_as(ids)
     places = samples.inputs.get("position_ids", usual).cpu()
@@ -221,7 +221,7 @@ def _conversation_keys(samples: Samples, _: int | None = None) -> Keys:
 
 
 def _by_chance(train: Sequence[SomeRows]) -> float:
-    """Give the share of samples that have an equal by chance; 0 where rows are no such rows."""
+    """Estimate the share of samples with a duplicate by chance; 0 if rows do not repeat so."""
     _, counts = np.unique(_all_keys(train), return_counts=True)
     alike = float(counts[counts > 1].sum() / counts.sum())
     if counts.mean() >= REPEATED:
@@ -242,14 +242,14 @@ def _by_chance(train: Sequence[SomeRows]) -> float:
 def _same(
     train: Sequence[SomeRows], test: Sequence[SomeRows], shared: npt.NDArray[np.bool_]
 ) -> bool:
-    """Check whether both have the same rows, each as often."""
+    """Check whether both have the same rows, equally often."""
     if not shared.all() or len(shared) != sum(map(len, train)):
         return False
     return np.array_equal(np.sort(_all_keys(train)), np.sort(_all_keys(test)))
 
 
 def _forms(tables: Sequence[SomeRows]) -> set[tuple[object, ...]]:
-    """Describe what samples look like; tokens may be padded to other lengths, or packed."""
+    """Describe the form of samples; tokens may be padded to other lengths, or packed."""
     found = set[tuple[object, ...]]()
     for samples in (table.samples for table in tables):
         if _is_tokens(samples):
@@ -265,7 +265,7 @@ def _forms(tables: Sequence[SomeRows]) -> set[tuple[object, ...]]:
 
 
 def _overlap(one: SomeRows, two: SomeRows) -> bool:
-    """Check whether a table that is whole looks at the memory of another."""
+    """Check whether a whole table shares memory with another."""
     if two.rows is not None:
         return False
     named = one.samples.inputs, two.samples.inputs
@@ -273,7 +273,7 @@ def _overlap(one: SomeRows, two: SomeRows) -> bool:
 
 
 def _overlaps(one: torch.Tensor, two: torch.Tensor) -> bool:
-    """Check whether two tensors look at the same memory; of views with gaps, only equal ones."""
+    """Check whether two tensors share memory; for views with gaps, only if they are equal."""
     if one.device != two.device or not one.numel() or not two.numel():
         return False
     if not (one.is_contiguous() and two.is_contiguous()):

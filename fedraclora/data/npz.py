@@ -21,7 +21,7 @@ SPELLINGS = {
     "test_target": ("target_test", "y_test", "test_target", "test_labels"),
     "client": ("client",),
 }
-# What numpy and zipfile raise where a file is damaged.
+# Errors of numpy and zipfile for damaged files.
 BROKEN_FILE = (OSError, ValueError, TypeError, EOFError, AttributeError, BadZipFile, zlib.error)
 
 
@@ -29,7 +29,7 @@ def read_arrays(path: Path, do: str, where: object = "data") -> dict[str, AnyArr
     """Read every array of a ``.npz`` file; ``do`` is the advice for other files.
 
     Raises:
-        DataError: If it is not there, no such file, or cannot be read.
+        DataError: If it is missing, no ``.npz`` file, or damaged.
     """
     if not path.is_file():
         raise DataError(f"{where}: there is no file {path}")

@@ -1,7 +1,6 @@
-"""Choose the loss: the one given, else the one of the model, else one guessed from the targets.
+"""Choose the loss: the given one, that of the model, or one guessed from the targets.
 
-What could mean several things is refused with the choices named: a wrong loss trains without a
-word.
+Ambiguous targets are refused, naming the choices: training with a wrong loss gives no error.
 """
 
 from __future__ import annotations
@@ -22,7 +21,8 @@ from fedraclora.errors import ConfigError, DataError, unknown
 
 INPUT_IDS = "input_ids"
 OF_SAMPLES = ("cross_entropy", "squared_error", "multi_label", "logistic")
-# How classes of transformers are called, and the losses that their own `forward` takes labels for.
+# The losses for whose labels transformers classes have their own `forward`, by parts of class
+# names.
 CLASSES = {
     r"For\w*CausalLM|LMHead\w*Model": ("next_token",),
     r"For(Token|AudioFrame)Classification|ForMaskedLM": ("token_classes",),
@@ -42,7 +42,7 @@ def check_names(loss: object, metrics: object) -> tuple[str | None, tuple[str, .
     """Check a program's loss and metrics; return their names.
 
     Raises:
-        ConfigError: If they are none, with the losses that there are.
+        ConfigError: If they do not exist, naming the existing losses.
     """
     if loss is not None and not isinstance(loss, str | Mapping):
         raise ConfigError(
@@ -106,7 +106,7 @@ def count_classes(data: DataSet) -> int:
 
 
 def judged_by(data: DataSet, loss: object, metrics: object) -> DataSet:
-    """Replace loss and metrics of a data set by the user's; None keeps them."""
+    """Replace loss and metrics of a data set by the given ones; None keeps them."""
     if loss is not None and (name := named_loss(loss)) != data.loss:
         if not is_own(name):
             raise ConfigError(
@@ -149,14 +149,14 @@ def objective_of(said: str | None, tables: Sequence[Samples], model: object) -> 
 
     Args:
         said: The name that the caller gave, or None.
-        tables: Samples as they came, of one kind.
+        tables: The raw samples, all of one kind.
         model: As for `told_by`.
 
     Returns:
-        A loss, and its source in words.
+        A loss, and its source as text.
 
     Raises:
-        DataError: If the targets could mean several things, with the choices.
+        DataError: If the targets are ambiguous, naming the choices.
     """
     if said is not None:
         return said, "said"
@@ -192,11 +192,11 @@ def objective_of(said: str | None, tables: Sequence[Samples], model: object) -> 
 def refuse_contradiction(model: nn.Module, loss: str) -> str | None:
     """Reject a loss that contradicts the model.
 
-    The problem type travels with an export, and other libraries read it, so that it is to be right;
-    what a class is made for is only said, since labels may have been shifted already, say.
+    An export keeps the problem type, and other libraries read it, so that a wrong one is refused. A
+    contradiction to the model's class only gives a warning, since labels may already be shifted.
 
     Returns:
-        A sentence, or None where nothing contradicts.
+        A warning, or None if nothing contradicts.
 
     Raises:
         ConfigError: If the configuration of the model names another problem type.
@@ -214,9 +214,9 @@ def refuse_contradiction(model: nn.Module, loss: str) -> str | None:
 
 
 def takes_whole(model: object, tables: Sequence[Samples]) -> bool:
-    """Return whether a model needs whole numbers as ``x``, as an embedding does.
+    """Return whether a model needs integers as ``x``, as an embedding does.
 
-    Bytes may be images: they stay as they are only where the model does not read fractions.
+    Bytes may be images: they stay integers only if the model does not accept fractions.
 
     Raises:
         DataError: If some tables hold bytes, and others do not.
@@ -237,12 +237,12 @@ def takes_whole(model: object, tables: Sequence[Samples]) -> bool:
 
 
 def _takes(model: nn.Module, x: torch.Tensor) -> bool:
-    """Call a copy of a model; one that does not know an index has read it."""
+    """Tell whether a copy of a model accepts ``x``; an index error means that it read integers."""
     try:
         with torch.random.fork_rng(devices=[]), torch.no_grad():
             forward(copy.deepcopy(model).cpu().eval(), {"x": x.cpu()})
     except IndexError:
         return True
-    except Exception:  # what is wrong with it, the probe of the model says
+    except Exception:  # other errors are reported by the probe of the model
         return False
     return True

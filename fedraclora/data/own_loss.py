@@ -1,7 +1,7 @@
-"""Losses of the user: a function or a torch module called with two tensors.
+"""Call the user's loss: a function or a torch module with two tensor arguments.
 
-A plain one gives [N], one loss a sample, or a loss for each number of the target; a pair is the
-loss of each sample, summed over its parts, and how many parts it has.
+A loss returns [N], one loss per sample, or a loss for each number of the target. A pair is the loss
+of each sample, summed over its parts, and its number of parts.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from fedraclora.errors import ConfigError, FedRacLoraError
 from fedraclora.imports import told_as
 from fedraclora.objects import is_named
 
-# Of each sample: its loss, summed over its parts, and how many parts it has; [N] each.
+# For each sample, [N]: its loss, summed over its parts, and its number of parts.
 Losses = tuple[torch.Tensor, torch.Tensor]
-IGNORED_TOKEN = -100  # target of a token or pixel that has no loss, as in torch's cross_entropy
-PASSING = (FedRacLoraError, MemoryError, torch.OutOfMemoryError)  # raised on unchanged
+IGNORED_TOKEN = -100  # target of a token or pixel without a loss, as in torch's cross_entropy
+PASSING = (FedRacLoraError, MemoryError, torch.OutOfMemoryError)  # raised unchanged
 WANTED = (
     "loss(output, target) must return N losses, one for each sample (reduction='none' in "
     "torch's losses), or a pair of tensors: each sample's loss summed over its parts, and its "
@@ -44,7 +44,7 @@ def named_loss(value: object) -> str:
 
 
 def own_object(key: str, name: str) -> Any:
-    """Return the object that a name of `named_loss` stands for.
+    """Return the object with a name from `named_loss`.
 
     Raises:
         ConfigError: If there is none, or it does not take the parameters.
@@ -74,8 +74,8 @@ class OwnLoss:
     """A user's loss, in the form that the engines need.
 
     Attributes:
-        name: For messages.
-        function: What the user gave.
+        name: Its name, for messages.
+        function: The user's function.
     """
 
     name: str
@@ -96,11 +96,12 @@ class OwnLoss:
 
     def call(self, output: torch.Tensor, target: torch.Tensor) -> Any:
         """Call the user's function."""
-        if isinstance(self.function, nn.Module):  # weights of classes go where the outputs are
+        # class weights must be on the device of the outputs
+        if isinstance(self.function, nn.Module):
             self.function.to(output.device, output.dtype)
         by_number = output.numel() == target.numel()
         if by_number and type(self.function).__module__ == "torch.nn.modules.loss":
-            # These would spread [N, 1] beside [N] to [N, N], and take no whole numbers.
+            # These would broadcast [N, 1] with [N] to [N, N], and reject integers.
             output, target = output.reshape(target.shape), target.to(output.dtype)
         return self.function(output, target)
 
@@ -108,9 +109,9 @@ class OwnLoss:
         """Check and convert the returned value.
 
         Raises:
-            ConfigError: If that is no loss for each sample.
+            ConfigError: If it is not one loss for each sample.
         """
-        if _is_tensor(found) and not found.dim():  # of a loop of the user's: the mean of a batch
+        if _is_tensor(found) and not found.dim():  # the mean of a batch, in a user's own loop
             found = found.expand(len(target))
         pair = found if isinstance(found, tuple | list) else (found,)
         count, shapes = len(target), [tuple(each.shape) for each in pair if _is_tensor(each)]
@@ -139,13 +140,13 @@ def check_loss(
     """Call a loss on a few samples, and reject it if it cannot be trained.
 
     Args:
-        loss: Of the user.
-        output: Of the model for a few samples, one of them twice.
-        target: Theirs.
-        scalar: Whether it may give the mean of a batch.
+        loss: The user's loss.
+        output: The model's outputs for a few samples, one of them twice.
+        target: Their targets.
+        scalar: Whether it may return the mean of a batch.
 
     Raises:
-        ConfigError: Naming the loss, what came and what is wanted.
+        ConfigError: Naming the loss, and the found and expected result.
     """
     said = f"loss {loss.name}"
     if isinstance(loss.function, nn.Module) and any(
@@ -164,7 +165,7 @@ def check_loss(
             f"target {target[row].tolist()}, but losses must be finite: keep logarithms, roots "
             "and quotients away from 0"
         )
-    if slope is not None and not bool(slope.any()):  # a hinge is flat here and there
+    if slope is not None and not bool(slope.any()):  # a hinge loss has a gradient of zero in places
         drawn = torch.Generator().manual_seed(0)
         other = 3 * torch.randn(output.shape, generator=drawn, dtype=torch.float64)
         slope = _called(loss, other.to(output), target)[1]
@@ -195,7 +196,7 @@ def check_loss(
 def _called(
     loss: OwnLoss, output: torch.Tensor, target: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor | None, bool]:
-    """Give the mean loss of each sample, the slope at the output or None, and if it is a scalar."""
+    """Return each sample's mean loss, the output's gradient or None, and if it is a scalar."""
     leaf, beside = output.detach().clone().requires_grad_(), target.clone()
     of = " and ".join(
         f"{name} {tuple(t.shape)} of {str(t.dtype).removeprefix('torch.')} on {t.device}"
@@ -203,7 +204,7 @@ def _called(
     )
     said = (f"loss {loss.name}: ", f"calling it with {of}", f". {WANTED}", PASSING)
     with told_as(ConfigError, *said), torch.enable_grad():
-        given = leaf * 1.0  # which it may write into, for us to see
+        given = leaf * 1.0  # the loss may write into it, which we detect
         found = loss.call(given, beside)
         losses, parts = loss.read(found, given, beside)
         slope = None

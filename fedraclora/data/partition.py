@@ -1,4 +1,4 @@
-"""The table of partitions, and the function that divides a data set among clients."""
+"""List the partitions, and divide a data set among clients."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from fedraclora.limits import Count, OneOf, limited
 from fedraclora.objects import is_named
 
 log = logging.getLogger(__name__)
-SIZES_SEEN = 1000  # clients made on demand whose sizes the summary tells
+SIZES_SEEN = 1000  # most clients on demand whose sizes go into the summary
 
 
 @limited("partition")
@@ -44,14 +44,14 @@ def natural(
     least: Count = 1,
     largest: Count | None = None,
 ) -> list[RowNumbers]:
-    """Make one client of each value of a column (a film, a source), in sorted order.
+    """Create one client for each value of a column (a film, a source), in sorted order.
 
     Args:
         data: The data set.
-        clients: None, or the number of values that are found.
+        clients: None, or the number of values in the column.
         seed: Not used: nothing is drawn.
         column: The column.
-        least: Least number of samples of a client; the rows of smaller clients are left out.
+        least: Fewest samples of a client; rows of smaller clients are dropped.
         largest: Keep this many clients, those with the most samples; None: all.
 
     Returns:
@@ -85,7 +85,7 @@ def natural(
 
 
 def given(data: DataSet, *, clients: int | None, seed: int) -> Division:
-    """Use the division that the data set brings.
+    """Use the data set's own division.
 
     Args:
         data: The data set.
@@ -115,7 +115,7 @@ def _require_number(clients: int | None, found: int, why: str) -> None:
 
 
 def fitting(data: DataSet) -> str:
-    """Choose a partition for a data set: its own, by its client column, or at random."""
+    """Choose a partition for a data set: its own division, its client column, or random."""
     if data.parts is not None:
         return "given"
     return "natural" if "client" in data.columns else "iid"
@@ -130,7 +130,7 @@ def auto(data: DataSet, *, clients: int | None, seed: int) -> Division:
         seed: The seed of the run.
 
     Returns:
-        What `fitting` names.
+        The result of the partition that `fitting` chooses.
     """
     name = fitting(data)
     if name == "iid" and clients is None:
@@ -176,15 +176,16 @@ def make_partition(
 
     Returns:
         Rows of each client (ascending, int64) or clients made on demand, and facts for the
-        summary: clients asked for, kept and dropped, least, median and largest number of samples
-        (of a thousand clients, where they are made on demand), rows left out; a digest
-        of the rows, where code of the user's has dealt them; and of natural
-        clients the names by number, and those of whom no row is left.
+        summary: clients requested, kept and dropped; least, median and largest number of samples
+            (of
+        a thousand clients, if they are created on demand); dropped rows; a digest of the rows, if
+        the user's code divided them; and for natural clients the names by number, and the names
+        without rows left.
 
     Raises:
         ConfigError: If the name or an argument is wrong or the division is impossible, naming
-            the key, if the data know their clients and another division is asked for, or if clients
-            are empty and ``empty`` is ``error``.
+            the key, if the data have their own clients and another division is requested, or if
+            clients are empty and ``empty`` is ``error``.
     """
     divide, data = row_of("partition", PARTITIONS, name), with_labels(data)
     own = is_named(name)
@@ -230,7 +231,7 @@ def _dealt(
     *,
     own: bool,
 ) -> Division:
-    """Call what divides the rows; a function of the user's twice, as each process calls it."""
+    """Divide the rows; a user's function is called twice, as each process calls it."""
 
     def deal() -> Any:
         found = divide(data, clients=clients, seed=seed, **args)
@@ -247,7 +248,7 @@ def _dealt(
         if own:
             raise ConfigError(f"partition={name}: {failure_of(error, 'calling it')}") from error
         if not isinstance(error, ValueError | IndexError):
-            raise  # those are of flwr-datasets: the division does not exist
+            raise  # errors of flwr-datasets: the division does not exist
         settings = "".join(f", partition.{key}={value}" for key, value in args.items())
         raise ConfigError(
             f"partition={name}, clients={clients}{settings} cannot divide {len(data.train)} "
@@ -269,7 +270,7 @@ def _dealt(
 def _nonempty(
     data: DataSet, name: str, parts: list[RowNumbers], empty: str, *, peaked: bool
 ) -> list[RowNumbers]:
-    """Leave clients without samples out, or refuse them; arguments as of `make_partition`."""
+    """Drop or refuse clients without samples; arguments as of `make_partition`."""
     empties = [client for client, part in enumerate(parts) if not len(part)]
     shown = ", ".join(map(str, empties[:10])) + (", ..." if len(empties) > 10 else "")
     leaves = f"partition={name} leaves {len(empties)} of {len(parts)} clients without samples"
@@ -289,7 +290,7 @@ def _nonempty(
 
 
 def _checked_rows(name: str, parts: object, count: int) -> list[RowNumbers]:
-    """Check what a function of the user's gives: rows of each client, none of them twice."""
+    """Check the result of a user's function: rows of each client, no row twice."""
     found: list[RowNumbers] = []
     for client, part in enumerate(parts if isinstance(parts, Iterable) else [parts]):
         try:
@@ -319,7 +320,7 @@ def _checked_rows(name: str, parts: object, count: int) -> list[RowNumbers]:
 def _named(
     data: DataSet, parts: Sequence[RowNumbers], column: str = "client", **_: object
 ) -> dict[str, object]:
-    """Name clients by number; aloud those in the source of whom no training row is left."""
+    """Name clients by number, and warn about those in the source without any training row."""
     values = data.columns[str(column)]
     firsts = [int(part[0]) for part in parts[:MOST_NAMED]]
     found: dict[str, object] = {"names": values[firsts].tolist()}
@@ -339,7 +340,7 @@ def _named(
 
 
 def _facts(name: str, asked: int, dropped: int, sizes: npt.NDArray[np.int64]) -> dict[str, object]:
-    """Summarize clients by the numbers of samples of some, or of all that are kept."""
+    """Summarize clients by their numbers of samples, of some or all of them."""
     return {
         "partition": name,
         "clients_asked": asked,
@@ -352,7 +353,7 @@ def _facts(name: str, asked: int, dropped: int, sizes: npt.NDArray[np.int64]) ->
 
 
 def _rows_digest(parts: Sequence[RowNumbers]) -> str:
-    """Hash which rows each client has, for a run that is resumed: in another process, maybe."""
+    """Hash the rows of each client, for a run that is resumed, maybe in another process."""
     h = hashlib.sha256(np.array([len(part) for part in parts], np.int64).tobytes())
     for part in parts:
         h.update(np.ascontiguousarray(part, np.int64).tobytes())

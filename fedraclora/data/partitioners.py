@@ -1,4 +1,4 @@
-"""The ways to divide training rows among clients.
+"""Divide training rows among clients.
 
 Most are those of flwr-datasets. Rows are shuffled first, from the seed tree: its partitioners
 cut blocks of neighbouring rows, and neighbours may be alike (one writer, one film).
@@ -47,8 +47,7 @@ def dirichlet(
         clients: Number of clients.
         seed: The seed of the run.
         alpha: Concentration: small is skewed, large is even.
-        min_size: Least number of samples of a client; the draw is repeated up to ten times to reach
-            it.
+        min_size: Fewest samples of a client; the draw is repeated up to ten times to reach it.
 
     Returns:
         Rows of each client.
@@ -67,7 +66,7 @@ def pathological(
     """Give each client samples of a few classes only.
 
     Client k has class k (modulo the number of classes) and others drawn at random, so that no
-    class is lost where there are as many clients as classes.
+    class is lost if there are as many clients as classes.
 
     Args:
         data: The data set.
@@ -101,7 +100,7 @@ def shards(
         clients: Number of clients.
         seed: The seed of the run.
         shards_per_client: Shards of each client; None deals out all shards of ``shard_size``.
-        shard_size: Samples of a shard; None for the largest that gives everyone its shards.
+        shard_size: Samples of a shard; None: the largest with enough shards for all clients.
 
     Returns:
         Rows of each client. Rows that fill no shard are left out.
@@ -162,10 +161,10 @@ def class_labels(data: DataSet) -> Column:
 
 
 class _Plots(PathFinder):
-    """Finds what flwr-datasets plots with, to be loaded when something of it is used first.
+    """Load the plotting libraries of flwr-datasets only when they are used.
 
-    Its package imports it at once, and with it seaborn, matplotlib and scipy.stats: a second of
-    every start.
+    flwr-datasets imports them at once (seaborn, matplotlib and scipy.stats), which costs a second
+    of every start.
     """
 
     @classmethod
@@ -203,12 +202,12 @@ def _by_label(
 def by_partitioner(
     partitioner: Any, data: DataSet, *, clients: int | None, seed: int
 ) -> list[RowNumbers]:
-    """Divide by a partitioner of flwr-datasets, or a similar one, that sees all columns.
+    """Divide with a partitioner of flwr-datasets, or a similar one, that sees all columns.
 
     Raises:
         ConfigError: If it cannot divide these data.
     """
-    del clients  # it knows
+    del clients  # the partitioner knows the number
     divider = copy.deepcopy(partitioner)  # a partitioner accepts data only once
     what, told = f"dividing {len(data.train)} samples by it", type(partitioner).__name__
     after = f"; the columns of these data are: {', '.join(data.columns) or 'none'}"
@@ -219,7 +218,7 @@ def by_partitioner(
 def _divide(
     data: DataSet, partitioner: Any, known: Mapping[str, Column], seed: int
 ) -> list[RowNumbers]:
-    """Run a partitioner of flwr-datasets over shuffled rows; give the rows of each client."""
+    """Run a partitioner of flwr-datasets over shuffled rows; return the rows of each client."""
     from datasets import Dataset
 
     class Whole(Dataset):  # type: ignore[misc]
@@ -231,13 +230,13 @@ def _divide(
 
     order = generator(seed, "partition", "order").permutation(len(data.train))
     columns = {"row": order} | {name: np.asarray(values)[order] for name, values in known.items()}
-    # Progress bars and warnings say what is checked or reported here.
+    # Progress bars and warnings repeat our own checks and reports.
     with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
         warnings.simplefilter("ignore")
         partitioner.dataset = Whole.from_dict(columns)
         partitioner.load_partition(0)
-        # Most partitioners hold a table of the rows of each client, which is much faster to
-        # read than a Dataset per client, the public way.
+        # Most partitioners hold a table of the rows of each client; reading it is much faster than
+        # the public way of a Dataset per client.
         table = getattr(partitioner, "_partition_id_to_indices", None)
         clients = range(partitioner.num_partitions)
         if isinstance(table, dict) and set(table) == set(clients):
@@ -283,16 +282,16 @@ def bootstrap(
     """Sample each client's rows with replacement, for any number of clients.
 
     Args:
-        data: The data set; its classes, where it has any, are drawn by the client's mix.
+        data: The data set; its classes, if it has any, are drawn by the client's distribution.
         clients: Number of clients.
         seed: The seed of the run.
         samples: Median number of samples of a client.
-        alpha: Skew of the clients' mixes of classes (`class_mixes`), or None.
+        alpha: Skew of the clients' class distributions (`class_mixes`), or None.
         sizes: ``constant``, ``lognormal`` or ``pareto``.
         spread: How unequal clients are.
 
     Returns:
-        Clients of which nothing is stored.
+        Clients without stored samples.
 
     Raises:
         ConfigError: If a number is out of range, or ``alpha`` is set and there are no classes.

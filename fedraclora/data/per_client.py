@@ -1,7 +1,7 @@
-"""Samples that each client brings itself, from files or a function.
+"""Read samples that each client has itself, from files or a function.
 
-The server knows what a sample looks like, and may have samples to measure on. In a deployment every
-other sample stays where it is. Nothing is trained on at the server.
+The server knows the form of a sample, and may have samples to measure on. In a deployment all other
+samples stay at their clients. The server trains on none.
 """
 
 from __future__ import annotations
@@ -33,16 +33,16 @@ from fedraclora.data.split import NO_HOLDOUT, Holdout
 from fedraclora.errors import ConfigError, DataError
 from fedraclora.trust import is_function
 
-ONLY_FILE = "train.npz"  # the file of a folder that is one client's
+ONLY_FILE = "train.npz"  # the file of a single client's folder
 PARAMETERS = "data.parameters"
 
 
 def counted(samples: str | None, clients: int | None) -> int:
-    """Return the number of clients, counted from a folder's files if it is not set.
+    """Return the number of clients; if it is not set, the number of files in a folder.
 
     Raises:
-        ConfigError: If nothing tells it.
-        DataError: If the numbers of the files leave one out.
+        ConfigError: If it is unknown.
+        DataError: If the file numbers have a gap.
     """
     if clients is not None:
         return clients
@@ -85,7 +85,7 @@ def _numbers(folder: Path) -> set[int]:
 def asked_of(
     source: str, client: int, parameters: Mapping[str, object] | None, *, twice: bool = False
 ) -> Any:
-    """Call the function for a client's samples; arguments are those of `read_own`."""
+    """Call the function for a client's samples; arguments as in `read_own`."""
     call = partial(
         call_function, "data.samples", source, client, parameters=parameters, at=PARAMETERS
     )
@@ -104,16 +104,16 @@ def read_own(
 
     Args:
         source: ``package.module:function``, which is called with the client's id; or a folder with
-            ``<id>.npz``, or ``train.npz`` where it has one client's alone.
+            ``<id>.npz``, or ``train.npz`` if it belongs to one client.
         client: The id.
-        alone: Whether no other client can mean the same folder.
+        alone: Whether no other client can use the same folder.
         parameters: Further arguments of the function, by name.
-        twice: Whether the function is called twice, and refused if it gives something else then.
+        twice: Whether the function is called twice, and refused if the results differ.
 
     Returns:
-        What it may train on; and its own test samples, where it has some: beside ``<id>.npz``
-        those of ``<id>.test.npz``, beside ``train.npz`` those of ``test.npz``, and of a function
-        what stands under ``test`` beside ``train``.
+        Its training samples; and its own test samples, if any: beside ``<id>.npz`` those of
+        ``<id>.test.npz``, beside ``train.npz`` those of ``test.npz``, and from a function the entry
+        ``test`` beside ``train``.
 
     Raises:
         DataError: If they are missing.
@@ -138,19 +138,19 @@ def read_own(
 
 @dataclass(frozen=True)
 class PerClientSource(ClientData):
-    """Client data that are read when they are needed.
+    """Read the samples of clients when they are needed.
 
     Attributes:
         source: A folder, or ``package.module:function``; None: they are on other machines.
         count: Size of the population.
-        spec: What samples look like.
-        only: The clients that are here; None: all are, if any.
-        holdout: How samples of each client are held out, to measure on.
+        spec: The form of samples.
+        only: The clients on this machine; None: all, if any.
+        holdout: How each client's test samples are held out.
         parameters: Further arguments of the function, by name.
-        device, dtype: Where to, and what floating samples become; None: as they come.
-        objects: Whether the function gives what only a training function of the user's reads.
-        reading: What was done to the numbers of those that were looked at (`DataSet.reading`).
-        told: The same, in words.
+        device, dtype: Device, and type of floating samples; None: unchanged.
+        objects: Whether the function returns objects for a user's training function.
+        reading: How the numbers of the samples read so far were converted (`DataSet.reading`).
+        told: The same as text.
     """
 
     source: str | None
@@ -266,7 +266,7 @@ class PerClientSource(ClientData):
             return stand_in(length(self.object_of(client)))
         if client not in self._read:
             alone, said = len(self.only or range(self.num_clients)) == 1, self.parameters
-            twice = not self._tests  # the first one stands for all
+            twice = not self._tests  # the first client represents all
             found, test = read_own(self.source, client, alone=alone, parameters=said, twice=twice)
             self._read[client] = found
             where = f"client {client}, test (data.samples={self.source})"

@@ -1,4 +1,4 @@
-"""Samples as tables of tensors."""
+"""Hold samples as tables of tensors."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 
 @dataclass(frozen=True)
 class Movable:
-    """Something that holds tensors, by themselves, in dicts or in others of its kind."""
+    """Base of objects that hold tensors, directly, in dicts or in other such objects."""
 
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> Self:
         """Move every tensor to a device; floating ones take ``dtype`` when given."""
@@ -33,7 +33,7 @@ class Samples(Movable):
 
     ``inputs`` maps the model's argument names to tensors [N, ...]; the single name ``"x"`` is
     passed by position. ``target`` is [N] (classes, int64) or [N, ...] (regression, tokens).
-    ``beside`` is what no model is given, [N, ...]: the answers that a question may have
+    ``beside`` holds tensors that no model receives, [N, ...]: the possible answers to a question
     (`fedraclora.data.encoders.chat.padded`).
     """
 
@@ -46,7 +46,7 @@ class Samples(Movable):
 
     @classmethod
     def join(cls, parts: Sequence[Samples]) -> Samples:
-        """Put tables of the same inputs one after another."""
+        """Concatenate tables of the same inputs."""
         names = parts[0].inputs
         inputs = {name: torch.cat([part.inputs[name] for part in parts]) for name in names}
         return cls(inputs, torch.cat([part.target for part in parts]))
@@ -57,7 +57,7 @@ class Samples(Movable):
         return self.inputs | {"target": self.target}
 
     def mapped(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Samples:
-        """Change every tensor alike."""
+        """Apply a function to every tensor."""
         inputs, beside = (
             {n: change(t) for n, t in of.items()} for of in (self.inputs, self.beside)
         )
@@ -69,10 +69,9 @@ class Samples(Movable):
 
     @cached_property
     def lengths(self) -> torch.Tensor | None:
-        """Length of each sample up to its last token that is no padding, int64 [N].
+        """Return the length of each sample without padding at its end, int64 [N].
 
-        Read off ``attention_mask`` [N, T]; None where there is none, since nothing then says what
-        is padding.
+        From ``attention_mask`` [N, T]; None without one, since padding is then unknown.
         """
         mask = self.inputs.get("attention_mask")
         if mask is None or mask.dim() != 2:
@@ -82,26 +81,26 @@ class Samples(Movable):
 
     @cached_property
     def packed(self) -> torch.Tensor | None:
-        """Conversations in each sample, int64 [N], each of which begins at position 0.
+        """Count the conversations in each sample, int64 [N], each of which begins at position 0.
 
-        Read off ``position_ids`` [N, T]; None where there are none: then a sample is one.
+        From ``position_ids`` [N, T]; None without them: then a sample is one conversation.
         """
         places = self.inputs.get("position_ids")
         return None if places is None else (places == 0).flatten(1).sum(dim=1).clamp(min=1)
 
     @property
     def padded(self) -> int:
-        """Tokens of every sample with its padding; 0 where there is no ``attention_mask``."""
+        """Return the tokens of every sample with padding; 0 without ``attention_mask``."""
         mask = self.inputs.get("attention_mask")
         return 0 if mask is None or mask.dim() != 2 else mask.shape[1]
 
     def trim(self, length: int | None = None) -> Samples:
         """Cut every sample to its first ``length`` tokens (views, nothing is copied).
 
-        None takes the longest of these samples, and waits for the device to know it.
+        None: the length of the longest of these samples, for which the device is waited for.
 
-        What the cut leaves out must be padding, or samples that the caller masks: then it changes
-        no output but by rounding, since attention gives padding a weight of exactly zero.
+        The removed tokens must be padding, or belong to samples that the caller masks: then the cut
+        changes outputs only by rounding, since attention gives padding a weight of exactly zero.
         """
         whole = self.padded
         if length is None:
@@ -117,7 +116,7 @@ class Samples(Movable):
         return Samples(inputs, self.target[:, :length] if tokens else self.target, self.beside)
 
     def clone(self) -> Samples:
-        """Copy into memory of torch's own, whose alignment is always the same.
+        """Copy into memory allocated by torch, whose alignment is always the same.
 
         numpy's is not, and matrix products round by alignment: a metric could differ in its last
         digit from one process to the next.

@@ -1,4 +1,4 @@
-"""Names of clients and classes that are hardly meant as two: refused, or said aloud."""
+"""Refuse names of clients and classes that hardly differ, or warn about them."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ import numpy as np
 from fedraclora.data.dataset import DataSet
 from fedraclora.errors import DataError
 
-SHOWN = 3  # pairs
+SHOWN = 3  # most pairs in a message
 OF = {"data.client": "clients", "data.label": "classes"}
 
 
 def with_clear_names(data: DataSet) -> DataSet:
-    """Check the names of clients and classes; add what is only said aloud to the facts.
+    """Check the names of clients and classes; add warnings to the facts.
 
     Raises:
         DataError: As `check_similar`.
@@ -31,15 +31,15 @@ def with_clear_names(data: DataSet) -> DataSet:
 
 
 def check_similar(key: str, names: Iterable[str]) -> list[str]:
-    """Find names that differ in letter case alone, in words; refuse those that differ in less.
+    """Warn about names that differ only in letter case; refuse those that differ in less.
 
     Args:
-        key: That names the column, a key of `OF`.
-        names: All that occur.
+        key: The key of the column, a key of `OF`.
+        names: All names.
 
     Raises:
-        DataError: If two differ in blanks, in the Unicode form of a letter, in characters that
-            nobody sees, or in the zeros behind the point of a number.
+        DataError: If two differ only in blanks, in the Unicode form of a letter, in invisible
+            characters, or in the zeros after a decimal point.
 
     Example:
         >>> check_similar("data.label", ["Ill", "ill", "well"])
@@ -72,5 +72,5 @@ def _plain(name: str) -> str:
 
 
 def _shown(name: str) -> str:
-    """Show a name; where it is not plain ASCII, with its code points."""
+    """Show a name; with its code points if it is not plain ASCII."""
     return repr(name) if name.isascii() else f"{name!r} ({name!a})"

@@ -1,8 +1,8 @@
-"""Which samples are trained on and which are measured on: every choice of rows is made here.
+"""Choose training and test samples: all splits of rows are here.
 
 A source either names its test samples (``data.test_file``, ``data.test_function``, a column
 ``data.split``), or a `Holdout` draws them from its rows (``data.test_fraction``). Validation
-samples are drawn from what is left (``data.validation``). What single clients hold out besides is
+samples are drawn from the remaining rows (``data.validation``). Samples that clients hold out are
 in `fedraclora.data.client_split`.
 """
 
@@ -20,16 +20,16 @@ from fedraclora.limits import Fraction, limited
 from fedraclora.rng import generator
 
 Split = tuple[RowNumbers, RowNumbers]  # kept rows and held-out rows, both ascending
-TEST_FRACTION = 0.2  # of the samples, held out where there are no test samples
+TEST_FRACTION = 0.2  # default fraction to hold out if there are no test samples
 USES = ("train", "test", "validation")  # values of the column of `data.split`
 
 
 @dataclass(frozen=True)
 class Holdout:
-    """A share of the rows that is held out, and the draw that chooses them.
+    """Define a fraction of rows to hold out, and the seed of the draw.
 
     Attributes:
-        fraction: Of the rows, in [0, 1), rounded to the nearest count; 0 holds none out.
+        fraction: Fraction of the rows, in [0, 1), rounded to the nearest count; 0: none.
         seed: Seed of the draw.
         use: ``test`` or ``validation``.
     """
@@ -45,9 +45,9 @@ class Holdout:
 
         Args:
             rows: Number of rows.
-            labels: One of each row, or None: the same fraction of every label is held out.
-            owners: One of each row, or None: whole owners are held out, in random order, until
-                they fill the fraction; labels are then not looked at.
+            labels: One for each row, or None: the same fraction of every label is held out.
+            owners: One for each row, or None: whole owners are held out, in random order, until
+                they fill the fraction; labels are then ignored.
 
         Returns:
             Kept rows and held-out rows, both ascending; together 0..rows-1.
@@ -80,7 +80,7 @@ class Holdout:
         return kept, held
 
     def split_each(self, parts: Sequence[RowNumbers]) -> Split:
-        """Split the rows of each client; a client that would keep none holds none out.
+        """Split the rows of each client; a client that would keep no row holds none out.
 
         Args:
             parts: The rows of each client.
@@ -93,7 +93,7 @@ class Holdout:
         return np.setdiff1d(np.concatenate(parts), out), out
 
     def split_client(self, rows: int, client: int) -> Split:
-        """Split the rows of one client, whose draw is its own; it keeps some if it has any."""
+        """Split the rows of one client with a draw of its own; it keeps some if it has any."""
         rng = generator(self.seed, "split", self.use, client)
         kept, held = _drawn(rows, self.fraction, rng)
         return (kept, held) if len(kept) else (held, kept)
@@ -105,7 +105,7 @@ NO_HOLDOUT = Holdout(0.0)
 def _drawn(
     rows: int, fraction: float, rng: np.random.Generator, labels: Column | None = None
 ) -> Split:
-    """Draw rows to hold out, the same fraction of every label where there are labels."""
+    """Draw rows to hold out, the same fraction of every label if there are labels."""
     groups = [np.arange(rows)]
     if labels is not None:
         groups = [np.flatnonzero(labels == label) for label in np.unique(labels)]
@@ -116,7 +116,7 @@ def _drawn(
 
 
 def _drawn_owners(owners: Column, fraction: float, rng: np.random.Generator) -> Split:
-    """Draw owners whose rows are held out until they fill the fraction; one at least."""
+    """Draw at least one owner, until the owners' rows fill the fraction."""
     names, sizes = np.unique(owners, return_counts=True)
     order = rng.permutation(len(names))
     filled = int(np.searchsorted(np.cumsum(sizes[order]), fraction * len(owners)))
@@ -125,16 +125,16 @@ def _drawn_owners(owners: Column, fraction: float, rng: np.random.Generator) -> 
 
 
 def holdout_of(fraction: float | None, seed: int, **named: object) -> Holdout | None:
-    """Decide whether test samples are held out: None where a key names them.
+    """Decide whether test samples are held out; None if a key names test samples.
 
     Args:
-        fraction: Of ``data.test_fraction``; None: `TEST_FRACTION` where no key names test samples.
-        seed: Of ``data.split_seed``.
+        fraction: ``data.test_fraction``; None: `TEST_FRACTION` if no key names test samples.
+        seed: ``data.split_seed``.
         **named: The keys that may name test samples (``test_file``, ``test_function``, ``split``),
             and their values.
 
     Raises:
-        ConfigError: If two keys say what the test samples are.
+        ConfigError: If two keys define the test samples.
     """
     said = [f"data.{key}={value}" for key, value in named.items() if value is not None]
     if fraction is not None:
@@ -152,7 +152,7 @@ def rows_by_use(values: Column, where: str) -> dict[str, RowNumbers]:
     """Find the rows that a column marks as train, test and validation.
 
     Args:
-        values: Of each row, one of `USES`.
+        values: The use of each row, one of `USES`.
         where: File and column, for messages.
 
     Raises:
@@ -169,7 +169,7 @@ def rows_by_use(values: Column, where: str) -> dict[str, RowNumbers]:
 
 @limited("data")
 def hold_out(data: DataSet, validation: Fraction, seed: int) -> tuple[DataSet, Samples | None]:
-    """Take validation samples out of the training samples: by class, or by `DataSet.held_out_by`.
+    """Split off validation samples: by class, or by `DataSet.held_out_by`.
 
     Args:
         data: The data set.
@@ -177,8 +177,8 @@ def hold_out(data: DataSet, validation: Fraction, seed: int) -> tuple[DataSet, S
         seed: The seed of the run.
 
     Returns:
-        The data set without the held-out rows (columns and parts follow; ``optimum`` is
-        dropped, for the objective is another one), and the held-out samples or None.
+        The data set without the held-out rows (columns and parts follow; ``optimum`` is dropped,
+        since the objective changes), and the held-out samples or None.
 
     Raises:
         ConfigError: If the fraction (key ``data.validation``) leaves one side empty.
@@ -202,7 +202,7 @@ def hold_out(data: DataSet, validation: Fraction, seed: int) -> tuple[DataSet, S
 
 
 def hold_out_test(data: DataSet, fraction: float) -> DataSet:
-    """Take test samples out of those of each client; out of all rows where none has its own yet.
+    """Hold out test samples from each client; from all rows if rows have no clients yet.
 
     Raises:
         DataError: If the clients have too few.

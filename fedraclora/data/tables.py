@@ -1,4 +1,4 @@
-"""The one reader of tables: CSV, TSV, Parquet and JSON Lines files, and frames of a program."""
+"""Read tables: CSV, TSV, Parquet and JSON Lines files, and frames of a program."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ _OPENERS = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
 
 @dataclass(frozen=True)
 class Table:
-    """Rows with a name for each column.
+    """Hold rows with a name for each column.
 
     Attributes:
         frame: The rows; columns are named by text.
-        path: Where they are from, for messages.
+        path: Their source, for messages.
     """
 
     frame: DataFrame
@@ -40,7 +40,7 @@ class Table:
 
     @classmethod
     def of(cls, found: object, where: str) -> Table:
-        """Take a frame of a program as a table.
+        """Convert a frame of a program to a table.
 
         Raises:
             DataError: If it is no frame, has no rows, or two columns have one name.
@@ -68,14 +68,14 @@ class Table:
         separator: str | None = None,
         header: bool = True,
     ) -> Table:
-        """Read a whole file, packed (.gz, .bz2, .xz, for numbers .zip) or not.
+        """Read a whole file, packed (.gz, .bz2, .xz; .zip for numbers) or not.
 
         Args:
             path: A file whose name ends in .csv, .tsv, .tab, .parquet or .jsonl.
-            words: Columns of a .csv or .tsv that are kept as they are written; the others are
-                numbers where all their cells are. None: all of them, and nothing is stripped; a
-                .tsv is then read with quoting off, for sentences hold lone quotes.
-            separator: What parts the columns of a .csv or .tsv; None: a comma, or a tab.
+            words: Columns of a .csv or .tsv that are kept as text; the others become numbers if all
+                their cells are. None: all columns, and nothing is stripped; a .tsv is then read
+                without quoting, since sentences contain single quotes.
+            separator: Separator of columns in a .csv or .tsv; None: a comma, or a tab.
             header: Whether its first row names the columns; else they are 0, 1, ...
 
         Raises:
@@ -115,7 +115,7 @@ class Table:
         return cls(frame, path)
 
     def column(self, key: str, name: str | int) -> str:
-        """Give the name of a column that a key of the config names, or counts from 0.
+        """Return the name of a column by a key's value: its name, or its number from 0.
 
         Raises:
             ConfigError: If there is none.
@@ -128,7 +128,7 @@ class Table:
         raise ConfigError(f"{key}: {self.path}: {unknown('column', name, names)}")
 
     def texts(self, key: str, name: str | int) -> list[str]:
-        """Give a column as texts; a missing value is the empty one.
+        """Return a column as texts; a missing value becomes an empty text.
 
         Raises:
             ConfigError: If there is no such column.
@@ -137,19 +137,19 @@ class Table:
         return ["" if gap else str(v) for gap, v in zip(values.isna(), values, strict=True)]
 
     def rows(self) -> list[Mapping[str, Any]]:
-        """Give each row by the names of the columns."""
+        """Yield each row as a dict of columns."""
         return [*self.frame.to_dict("records")]
 
 
 def texts_of(column: object) -> list[str]:
-    """Give values as texts; whole numbers without a point, whatever type holds them."""
+    """Convert values to texts; integers have no decimal point, whatever their type."""
     values = np.asarray(column, dtype=object)
     whole = (int(v) if isinstance(v, float) and v.is_integer() else v for v in values)
     return [str(value).strip() for value in whole]
 
 
 def _typed_cells(path: Path, separator: str, words: Sequence[str]) -> DataFrame:
-    """Read a .csv or .tsv as pandas does: columns of numbers are numbers."""
+    """Read a .csv or .tsv with pandas: columns of numbers become numbers."""
     import pandas as pd
 
     read = partial(
@@ -160,15 +160,15 @@ def _typed_cells(path: Path, separator: str, words: Sequence[str]) -> DataFrame:
         skipinitialspace=True,
         low_memory=False,
     )
-    _refuse_twins(read(header=None, nrows=1, dtype=str).iloc[0], path)  # it renames
+    _refuse_twins(read(header=None, nrows=1, dtype=str).iloc[0], path)  # pandas renames duplicates
     frame = read(dtype=dict.fromkeys(words, str))
-    if not isinstance(frame.index, pd.RangeIndex):  # it has made the first column a name of rows
+    if not isinstance(frame.index, pd.RangeIndex):  # pandas used the first column as an index
         raise DataError(f"{path}: its rows have more fields than the first row, which names them")
     return frame
 
 
 def _written_cells(path: Path, separator: str, *, header: bool) -> DataFrame:
-    """Read a .csv or .tsv cell by cell, as it is written."""
+    """Read the cells of a .csv or .tsv as text."""
     import pandas as pd
 
     rows: list[list[str]] = []

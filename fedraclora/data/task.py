@@ -1,7 +1,7 @@
-"""What is learnt: a model, an objective, client data and test data.
+"""Define a learning task: a model, an objective, client data and test data.
 
-The objective gives the loss **per sample**, so that a batch that holds many clients can be
-summed per client, and a padded sample can be masked.
+The objective returns the loss **per sample**, so that losses of a batch with many clients can be
+summed per client, and padded samples can be masked.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from fedraclora.data.samples import Samples
 from fedraclora.errors import unknown
 
 LossFunction = Callable[[torch.Tensor, torch.Tensor], Losses]
-Slopes = tuple[torch.Tensor, torch.Tensor]  # losses [N], and their slopes at the output
+Slopes = tuple[torch.Tensor, torch.Tensor]  # losses [N], and their gradients at the output
 SlopeFunction = Callable[[torch.Tensor, torch.Tensor], Slopes]
 
 
@@ -46,7 +46,7 @@ def logistic(output: torch.Tensor, target: torch.Tensor) -> Losses:
 def multi_label(output: torch.Tensor, target: torch.Tensor) -> Losses:
     """Logistic loss of every output: scores [N, C] (or [N]) against 0 and 1 [N, C].
 
-    The parts of a sample are its outputs, so that a mean is that of torch's
+    The parts of a sample are its outputs, so that the mean equals that of torch's
     ``binary_cross_entropy_with_logits``.
     """
     scores = output.reshape(target.shape)
@@ -72,8 +72,8 @@ def pixel_classes(output: torch.Tensor, target: torch.Tensor) -> Losses:
 
 
 def cross_entropy_slope(output: torch.Tensor, target: torch.Tensor) -> Slopes:
-    """Losses [N] of `cross_entropy` and their slopes [N, classes], softmax less one-hot."""
-    # In elementwise steps: torch's softmax over a few classes is several times as slow.
+    """Compute losses [N] of `cross_entropy` and their gradients [N, classes]."""
+    # Elementwise steps: torch's softmax over a few classes is several times slower.
     shifted = output - output.amax(dim=1, keepdim=True)
     of_target = shifted.gather(1, target[:, None])
     slope = shifted.exp_()
@@ -83,30 +83,30 @@ def cross_entropy_slope(output: torch.Tensor, target: torch.Tensor) -> Slopes:
 
 
 def squared_error_slope(output: torch.Tensor, target: torch.Tensor) -> Slopes:
-    """Losses [N] of `squared_error` and their slopes, shaped like the output."""
+    """Compute losses [N] of `squared_error` and their gradients, shaped like the output."""
     losses, _ = squared_error(output, target)
     return losses, output - target.reshape(output.shape)
 
 
 def logistic_slope(output: torch.Tensor, target: torch.Tensor) -> Slopes:
-    """Losses [N] of `logistic` and their slopes, shaped like the output."""
+    """Compute losses [N] of `logistic` and their gradients, shaped like the output."""
     losses, _ = logistic(output, target)
     return losses, output.sigmoid() - target.reshape(output.shape).to(output.dtype)
 
 
 @dataclass(frozen=True)
 class Loss:
-    """A loss, and how targets and outputs are read that are made for it.
+    """Define a loss, and how its targets and outputs are read.
 
     Attributes:
-        function: Gives loss and number of parts of each sample.
-        meaning: What its targets are, in words.
-        metrics: Those that are usual for it, the headline first.
-        slope: Gives the losses and their slopes at the output, for those who do without autograd.
-        numbers: Whether the model gives one number for each of the target.
-        axis: That of the classes in the outputs of a sample; the others are those of its target.
-            None where there are no classes.
-        each: Where a sample has many targets, whole numbers each: what they are.
+        function: Computes loss and number of parts of each sample.
+        meaning: A description of its targets.
+        metrics: Its usual metrics, the primary one first.
+        slope: Computes the losses and their gradients at the output, for training without autograd.
+        numbers: Whether the model returns one number for each number of the target.
+        axis: Axis of the classes in the outputs of a sample; the other axes are those of its
+            target. None without classes.
+        each: If a sample has many integer targets, a description of them.
     """
 
     function: LossFunction
@@ -118,7 +118,7 @@ class Loss:
     each: str = ""
 
     def __call__(self, output: torch.Tensor, target: torch.Tensor) -> Losses:
-        """Give the loss of each sample, summed over its parts, and how many parts it has."""
+        """Compute the loss of each sample, summed over its parts, and its number of parts."""
         return self.function(output, target)
 
 
@@ -166,7 +166,7 @@ SLOPES = {name: loss.slope for name, loss in LOSSES.items() if loss.slope is not
 
 
 def loss_function(name: str) -> Loss:
-    """Return the loss of a name: a key of `LOSSES`, or that of one of the user's own.
+    """Return the loss with a name: a key of `LOSSES`, or a user's own.
 
     Raises:
         ConfigError: If there is none.
@@ -179,21 +179,21 @@ def loss_function(name: str) -> Loss:
 
 
 def is_binary(target: torch.Tensor) -> bool:
-    """Check whether a target holds nothing but 0 and 1."""
+    """Check whether a target contains only 0 and 1."""
     return bool(((target == 0) | (target == 1)).all())
 
 
 def read_as(loss: str) -> Loss:
-    """Say how targets and outputs of a loss are read; of the user's own nothing is known."""
+    """Return the built-in loss that defines how targets and outputs are read; None if unknown."""
     return LOSSES.get(loss, Loss(squared_error))
 
 
 @dataclass(frozen=True)
 class HeldOut:
-    """What clients measure on, and never train on.
+    """Hold samples that clients measure on and never train on.
 
     Attributes:
-        data: Of each client; some may have none.
+        data: The samples of each client; some may have none.
         batch_size: Samples of a forward pass.
     """
 
@@ -203,29 +203,29 @@ class HeldOut:
 
 @dataclass(frozen=True)
 class Task:
-    """Everything a run learns from and is measured by.
+    """Hold everything that a run trains on and is measured by.
 
     Attributes:
         model: The network; its weights are W^0. Never modified: weights are passed in.
         head: Name prefixes of the final layer (``"fc2"`` or ``"classifier"``).
         loss: A key of `LOSSES`, or the name of one of the user's own.
         metrics: Names of metrics of `fedraclora.evaluation.evaluate.METRICS`; the first is the
-            headline.
+            primary one.
         train: Client data.
         test: Held-out samples.
         validation: Samples held out of the training data, for tuning, or None.
         targets: The default pattern of adapted layers, for example ``"all-linear"``.
-        optimum: The least value of the training objective where it is known (synthetic data).
-        tokenizer: Of transformers, where the answers of texts can be generated; else None.
+        optimum: The minimum of the training objective, if known (synthetic data).
+        tokenizer: A tokenizer of transformers, if answers can be generated; else None.
         info: Facts for the summary (split, partition, sizes).
-        reading: What raw samples become for the model, for exports: see `DataSet`; with ``shape``,
-            that of one input ``"x"``.
-        reader: Reads samples that come later; None: nobody does.
-        brought: Gives what a client brought as an object, by its id; None: samples are tensors.
-        held: What each client measures on; None: none measures.
-        like: The loss of `LOSSES` for which targets and outputs are read, where ``loss`` is the
-            user's own; empty where nothing is known of them.
-        choices: How many questions are answered by the likeliest of their choices; None: none.
+        reading: How raw samples are converted for the model, for exports: see `DataSet`; with
+            ``shape``, that of one input ``"x"``.
+        reader: Reads later samples; None: not supported.
+        brought: Returns a client's own object by its id; None: samples are tensors.
+        held: The samples that clients measure on; None: no client measures.
+        like: The key of `LOSSES` that defines how targets and outputs are read, if ``loss`` is the
+            user's own; empty if unknown.
+        choices: Number of multiple-choice questions to score; None: none.
     """
 
     model: nn.Module
@@ -248,18 +248,18 @@ class Task:
 
     @property
     def measured(self) -> tuple[str, ...]:
-        """The names of its metrics, as ledgers have them."""
+        """Return the names of its metrics, as in the ledger."""
         more = () if self.choices is None else CHOICE_METRICS
         return (*(short_name(name) if is_own(name) else name for name in self.metrics), *more)
 
     @property
     def reads(self) -> str:
-        """The loss for which targets and outputs are read."""
+        """Return the loss that defines how targets and outputs are read."""
         return self.like or self.loss
 
 
 def forward(model: nn.Module, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
-    """Call a plain module (input ``"x"``) or a Hugging Face model; give the output tensor."""
+    """Call a plain module (input ``"x"``) or a Hugging Face model; return the output tensor."""
     output = model(inputs["x"]) if set(inputs) == {"x"} else model(**inputs)
     logits = getattr(output, "logits", output)
     if not isinstance(logits, torch.Tensor):

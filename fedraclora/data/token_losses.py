@@ -1,9 +1,9 @@
-"""Losses of a causal language model, formed at the tokens that have a label alone.
+"""Compute losses of a causal language model only at tokens with a label.
 
 The outputs of all tokens, [N, T, vocabulary], are by far the largest tensor of a step: SmolLM2 has
 49,152 of them a token, which is 25 MB for 128 tokens, and several times that with gradients. The
-hidden states of labelled tokens are picked out before the last layer, and turned into losses a
-piece at a time; the backward pass forms the outputs of a piece again.
+hidden states of labelled tokens are selected before the last layer, and turned into losses piece by
+piece; the backward pass recomputes the outputs of a piece.
 """
 
 from __future__ import annotations
@@ -23,21 +23,21 @@ from fedraclora.data.own_loss import IGNORED_TOKEN
 from fedraclora.data.samples import Samples
 from fedraclora.data.task import forward
 
-MANY_OUTPUTS = 1024  # outputs from which on it pays
-PIECE = 32 << 20  # bytes of outputs that are formed at a time
-PLAIN_MODELS = WeakSet[nn.Module]()  # that leave the outputs of their last layer alone
+MANY_OUTPUTS = 1024  # number of outputs from which it pays
+PIECE = 32 << 20  # bytes of outputs that are computed at a time
+PLAIN_MODELS = WeakSet[nn.Module]()  # models that do not change the outputs of their last layer
 
 
 def output_layer(model: nn.Module, loss: str) -> nn.Linear | None:
-    """Give the last layer of a language model, where its outputs are worth leaving out.
+    """Return the last layer of a language model, if skipping some of its outputs pays.
 
     Args:
         model: Any network.
         loss: A key of `fedraclora.data.task.LOSSES`.
 
     Returns:
-        None for other losses, small vocabularies, and a last layer that is trained per client: its
-        outputs belong to whole samples.
+        None for other losses, small vocabularies, and a last layer that is trained per client,
+        whose outputs belong to whole samples.
     """
     found = getattr(model, "get_output_embeddings", None)
     layer = found() if loss == "next_token" and callable(found) else None
@@ -46,13 +46,13 @@ def output_layer(model: nn.Module, loss: str) -> nn.Linear | None:
 
 @dataclass(frozen=True)
 class Labelled:
-    """The labelled tokens of a batch.
+    """Hold the labelled tokens of a batch.
 
     Attributes:
-        states: What the last layer is given, [tokens, width].
+        states: Inputs of the last layer, [tokens, width].
         wanted: Their labels, int64 [tokens].
-        kept: Where they stand, bool [N, T - 1].
-        outputs: Turns states into outputs [tokens, vocabulary].
+        kept: Mask of labelled tokens, bool [N, T - 1].
+        outputs: Computes outputs [tokens, vocabulary] from states.
     """
 
     states: torch.Tensor
@@ -70,23 +70,24 @@ class Labelled:
             with torch.no_grad():
                 if torch.equal(head(found[:, :1]), outputs) and _hands_on(model, head, samples):
                     PLAIN_MODELS.add(model)
-        else:  # it reads no weight of the last layer, each of which bf16-mixed would cast
+        else:  # this call reads no weight of the last layer, which bf16-mixed would cast
             found = _states(model, head, samples)
         if model in PLAIN_MODELS:
             return cls(found[:, :-1][kept], wanted[kept], kept, head)
-        # The model does something to its outputs (a soft cap, a scale): it does it to these alone.
+        # If the model changes its outputs (a soft cap, a scale), it changes those of labelled
+        # tokens.
         _, outputs = _run(model, head, samples, lambda states: states[:, :-1][kept][None])
         return cls(outputs[0], wanted[kept], kept, lambda given: given)
 
     def pieces(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """Cut states and labels so that the outputs of a piece take `PIECE` bytes at most."""
+        """Split states and labels so that the outputs of a piece take at most `PIECE` bytes."""
         width = getattr(self.outputs, "out_features", self.states.shape[-1])
         rows = max(1, PIECE // (width * self.states.element_size()))
         yield from zip(self.states.split(rows), self.wanted.split(rows), strict=True)
 
 
 def _hands_on(model: nn.Module, head: nn.Linear, samples: Samples) -> bool:
-    """Check that a model hands on outputs of any size: small ones pass a soft cap unchanged."""
+    """Check that a model returns the last layer's outputs unchanged; soft caps keep small ones."""
     made: list[torch.Tensor] = []
 
     def answer(_module: nn.Module, _given: object, outputs: torch.Tensor) -> torch.Tensor:
@@ -104,11 +105,11 @@ def _hands_on(model: nn.Module, head: nn.Linear, samples: Samples) -> bool:
 
 
 class _Reached(Exception):  # noqa: N818 - no error
-    """The last layer was reached."""
+    """Signal that the last layer was reached."""
 
 
 def _states(model: nn.Module, head: nn.Linear, samples: Samples) -> torch.Tensor:
-    """Run a model as far as its last layer; give what that would have been given."""
+    """Run a model up to its last layer; return the layer's input."""
     seen: list[torch.Tensor] = []
 
     def stop(states: torch.Tensor) -> torch.Tensor:
@@ -126,7 +127,7 @@ def _run(
     samples: Samples,
     chosen: Callable[[torch.Tensor], torch.Tensor],
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Run a model whose last layer sees chosen states alone; give all states, and its outputs."""
+    """Run a model whose last layer sees selected states; return all states, and its outputs."""
     seen: list[torch.Tensor] = []
 
     def choose(_module: nn.Module, given: tuple[Any, ...]) -> tuple[torch.Tensor]:
@@ -144,13 +145,13 @@ def _run(
 def token_losses(
     model: nn.Module, head: nn.Linear, samples: Samples, dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Give loss and number of labelled tokens of each sample, as `fedraclora.data.task.next_token`.
+    """Compute loss and number of labelled tokens of each sample, like `next_token`.
 
     Args:
         model: A causal language model.
         head: Its last layer (`output_layer`).
         samples: [N, T] tokens, with labels as target.
-        dtype: In which losses are formed.
+        dtype: Type in which losses are computed.
 
     Returns:
         Sums of losses [N], int64 [N].

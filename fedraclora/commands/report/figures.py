@@ -112,7 +112,7 @@ def by_size(frame: DataFrame, metric: str) -> tuple[list[Values], float]:
 
 
 def measured(row: Row) -> dict[str, Mapping[str, object]]:
-    """Collect the figures of the metrics that clients measured in a row, the headline first."""
+    """Collect the figures of the metrics that clients measured in a row, the primary one first."""
     clients = row.get("clients")
     told = clients.items() if isinstance(clients, Mapping) else ()
     return {str(n): each for n, each in told if isinstance(each, Mapping) and "median" in each}

@@ -1,1 +1,1 @@
-"""Encoders: turn a source's rows into tensors; new rows are encoded in the same way."""
+"""Turn a source's rows into tensors; new rows are encoded in the same way."""

@@ -1,8 +1,8 @@
-"""Samples from a user's arrays: converted if their meaning is clear, else rejected.
+"""Convert a user's arrays to samples if their meaning is clear, else reject them.
 
-Images of bytes become numbers from 0 to 1, labels of any whole type int64, and labels in a column
-[N, 1] a row [N]. What could mean two things (fractions as labels, one-hot rows) is refused, with
-what to write instead.
+Images of bytes become numbers from 0 to 1, integer labels of any type become int64, and a column of
+labels [N, 1] becomes [N]. Ambiguous arrays (fractions as labels, one-hot rows) are refused, with a
+proposal.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from fedraclora.data.samples import Samples
 from fedraclora.data.task import LOSSES, is_binary, read_as
 from fedraclora.errors import DataError
 
-# What torch has little of.
+# Types that torch supports only partly.
 WIDER = {"uint16": "int32", "uint32": "int64", "uint64": "int64", "float16": "float32"}
 LARGEST_INTEGER = 2**63 - 1
 
@@ -32,9 +32,9 @@ class SampleSpec:
     """The required shape and type of samples.
 
     Attributes:
-        shape: Of one input ``"x"``; empty for token ids; None for numbers of any shape.
-        loss: For which they are read (`fedraclora.data.task.Task.reads`).
-        classes: Number of outputs; None where it is to be found.
+        shape: Shape of one input ``"x"``; empty for token ids; None for numbers of any shape.
+        loss: The loss that defines how they are read (`fedraclora.data.task.Task.reads`).
+        classes: Number of outputs; None if it is derived from the targets.
     """
 
     shape: tuple[int, ...] | None
@@ -42,17 +42,17 @@ class SampleSpec:
     classes: int | None = None
 
     def validate(self, samples: Samples, where: str) -> Samples:
-        """Convert samples, and check them.
+        """Convert samples and check them.
 
         Args:
-            samples: As they came.
+            samples: The raw samples.
             where: A file or function and a client, for messages.
 
         Returns:
-            Floating numbers in float32, in memory of torch's own: products round by alignment.
+            Floating numbers in float32, in memory allocated by torch: products round by alignment.
 
         Raises:
-            DataError: Saying where, what came, what was wanted and what to do.
+            DataError: Naming the place, the found and the expected form, and what to do.
         """
         inputs = {n: self._input(n, t, samples, where) for n, t in samples.inputs.items()}
         fitted = Samples(inputs, self._target(samples, where)).clone()
@@ -63,7 +63,7 @@ class SampleSpec:
         return fitted
 
     def nothing(self) -> Samples:
-        """Return an empty table of this form; without token ids."""
+        """Return an empty table of this form, without token ids."""
         inputs = {"x": torch.zeros(0, *self.shape)} if self.shape else {}
         wide = self.loss in {"squared_error", "multi_label"}
         target = torch.zeros(0, self.classes or 1) if wide else torch.zeros(0).long()
@@ -111,7 +111,7 @@ class SampleSpec:
         return numbers
 
     def _labelled(self, samples: Samples, where: str) -> torch.Tensor:
-        """Check targets of which a sample has many; what is not counted holds `IGNORED_TOKEN`."""
+        """Check targets of samples with many targets; ignored ones hold `IGNORED_TOKEN`."""
         target, wanted = samples.target, read_as(self.loss).each
         axes = 3 if self.loss == "pixel_classes" else 2
         if axes == 3 and target.dim() == 4 and target.shape[1] == 1:
@@ -124,7 +124,7 @@ class SampleSpec:
         labels = target.long()
         counted = labels != IGNORED_TOKEN
         if self.loss == "next_token":
-            counted[:, 0] = False  # nothing stands before it that could tell it
+            counted[:, 0] = False  # no token before it could predict it
         if not bool(counted.any()):
             raise DataError(
                 f"{where}: every target is {IGNORED_TOKEN}, which the loss ignores, so nothing "
@@ -193,7 +193,7 @@ def gathered(found: object, where: str) -> Samples:
         where: For messages.
 
     Raises:
-        DataError: If it is something else, or inputs and targets are not equally many.
+        DataError: If it is something else, or the numbers of inputs and targets differ.
     """
     if isinstance(found, Samples):
         return gathered((found.inputs, found.target), where)
@@ -223,7 +223,7 @@ def gathered(found: object, where: str) -> Samples:
 
 
 def as_tensor(value: Any, where: str) -> torch.Tensor:
-    """Make a tensor of an array, a list or a column of a table.
+    """Convert an array, a list or a column of a table to a tensor.
 
     Raises:
         DataError: If it does not hold real numbers, or not all of them.
@@ -257,7 +257,7 @@ def as_tensor(value: Any, where: str) -> torch.Tensor:
 
 
 def is_masked(value: object) -> bool:
-    """Return whether an array, or one in a list or dict, has masked values."""
+    """Return whether an array, or one inside a list or dict, has masked values."""
     if isinstance(value, Mapping):
         value = [*value.values()]
     if isinstance(value, list | tuple):
@@ -266,7 +266,7 @@ def is_masked(value: object) -> bool:
 
 
 def _plain(tensor: torch.Tensor, where: str) -> torch.Tensor:
-    """Bring a tensor into memory as plain numbers, of a type that torch computes with."""
+    """Copy a tensor into memory as plain numbers, of a type that torch supports."""
     kind = tensor.layout if tensor.layout != torch.strided else tensor.device.type
     if tensor.is_meta or tensor.layout != torch.strided or tensor.is_quantized:
         mend = "load its numbers first" if tensor.is_meta else "make it a dense one first"
@@ -332,7 +332,7 @@ def outputs_for(tables: Sequence[Samples], loss: str) -> int | None:
     if read_as(loss).numbers:
         return max(1, tables[0].target[0].numel())
     if loss == "next_token" or any(t.target.is_floating_point() for t in tables):
-        return None  # of the latter the form says what is wrong
+        return None  # for one column, the form reports the error
     return max(2, 1 + max(int(t.target.max()) for t in tables))
 
 

@@ -37,12 +37,12 @@ def channels_first(x: AnyArray) -> AnyArray:
 
 @dataclass(frozen=True)
 class ArrayReader:
-    """Reads arrays as a run's own samples; see `fedraclora.data.dataset.SampleReader`.
+    """Read arrays as a run read its own samples; see `fedraclora.data.dataset.SampleReader`.
 
     Attributes:
-        form: Of the run's samples.
-        numbered: Whether targets are places among the names of classes, as in a program's data;
-            else they are names themselves.
+        form: The form of the run's samples.
+        numbered: Whether targets are indices of class names, as in a program's data; else they are
+            names.
         column: The column to predict of a Hugging Face ``Dataset``, or None.
     """
 
@@ -63,13 +63,13 @@ class ArrayReader:
             samples = table_of(found, where, self.column)
         else:
             samples = _inputs_of(found, where, self.column)
-            form = replace(form, loss=":", classes=None)  # for which every target will do
+            form = replace(form, loss=":", classes=None)  # which accepts any target
         inputs = {n: self._raw(n, t, reading, where) for n, t in samples.inputs.items()}
         fitted = form.validate(Samples(inputs, samples.target), where)
         return Read(fitted, np.arange(len(fitted)), len(fitted))
 
     def _numbered(self, target: Any, names: list[str]) -> Any:
-        """Number targets that are names of classes."""
+        """Convert targets that are names of classes to indices."""
         array = np.asarray(target)
         if not names or array.dtype.kind not in "biuUSO" or array.size != len(array):
             return target
@@ -80,7 +80,7 @@ class ArrayReader:
     def _raw(
         self, name: str, value: torch.Tensor, reading: Mapping[str, Any], where: str
     ) -> torch.Tensor:
-        """Bring inputs to the shape and the scale of the run's, as these were in their source."""
+        """Convert inputs to the shape and scale that the run's inputs had in their source."""
         if name != "x":
             return value
         if self.form.shape and tuple(value.shape[1:]) != self.form.shape:
@@ -103,7 +103,7 @@ class ArrayReader:
 
 
 def _from_file(path: Path, *, target: bool) -> Any:
-    """Take inputs, and the target where one is wanted, from a ``.npz`` file."""
+    """Read inputs, and the target if needed, from a ``.npz`` file."""
     rest = read_arrays(path, "give one with x (or the inputs of the model by name) and target")
     names = [*rest]
     found = taken(rest, path)
@@ -120,7 +120,7 @@ def _from_file(path: Path, *, target: bool) -> Any:
 
 
 def _inputs_of(found: Any, where: str, column: str | None) -> Samples:
-    """Take inputs alone: arrays, the first of a pair, or a data set, whose target is left aside."""
+    """Read inputs only: arrays, the first of a pair, or a data set without its target."""
     if is_columns(found):
         known = [n for n in (column, *TARGET_NAMES) if n in found.column_names]
         found = found if known else found.add_column(TARGET_NAMES[0], [0] * len(found))

@@ -32,9 +32,9 @@ class Choice:
     """A possible last answer of a conversation: its tokens, without the end-of-text token.
 
     Attributes:
-        ids: Of the tokens.
-        characters: Of the text.
-        right: Whether it is the answer.
+        ids: Token ids.
+        characters: Length of the text.
+        right: Whether it is the right answer.
     """
 
     ids: list[int]
@@ -52,7 +52,7 @@ class Chat:
         template: A Jinja template, or a file with one; None: the tokenizer's own.
 
     Attributes:
-        tokenizer: Of transformers.
+        tokenizer: The tokenizer of transformers.
 
     Raises:
         ConfigError: If there is no tokenizer, no template, or no file of its name.
@@ -71,10 +71,10 @@ class Chat:
     def encode(self, conversations: Sequence[Conversation]) -> list[Encoded]:
         """Tokenize conversations; what follows an end-of-text token in an answer has no label.
 
-        Prompts and answers are tokenized apart, as they are where an answer is generated.
+        Prompts and answers are tokenized separately, as when an answer is generated.
 
         Raises:
-            DataError: If the template refuses a conversation, or rewrites what it has written.
+            DataError: If the template refuses a conversation, or changes earlier messages.
         """
         pieces = [self.pieces(conversation) for conversation in conversations]
         texts = [text for whole in pieces for text, _ in whole]
@@ -86,7 +86,7 @@ class Chat:
     def _choices(
         self, conversations: Sequence[Conversation], written: Sequence[str]
     ) -> list[tuple[Choice, ...]]:
-        """Put each choice where the template has written the answer; none where it is not there."""
+        """Locate each choice in the text that the template wrote; none if it is not there."""
         spoken, tokens = [], dict[str, list[int]]()
         for conversation, text in zip(conversations, written, strict=True):
             answer = conversation.messages[-1]["content"].strip()
@@ -106,7 +106,7 @@ class Chat:
         ]
 
     def pieces(self, conversation: Conversation) -> list[Piece]:
-        """Cut the text of a conversation into prompts and answers, in turn."""
+        """Split the text of a conversation into alternating prompts and answers."""
         found: list[Piece] = []
         done = ""
         for place, message in enumerate(conversation.messages):
@@ -155,7 +155,7 @@ class Chat:
 
 
 def _template(template: str) -> str:
-    """Give the template itself, which a file may hold."""
+    """Return the template, reading it from a file if needed."""
     if "{" in template:
         return template
     path = user_path("data.template", template)
@@ -183,7 +183,7 @@ def padded(encoded: Sequence[Encoded], pad: int) -> Samples:
 
 
 def _filled(rows: Sequence[list[int]], fill: int) -> torch.Tensor:
-    """Fill rows up to the longest: int64 [N, T]."""
+    """Pad rows to the longest: int64 [N, T]."""
     numbers = [torch.tensor(row, dtype=torch.int64) for row in rows]
     return pad_sequence(numbers, batch_first=True, padding_value=fill)
 
@@ -209,8 +209,8 @@ def packed(
 ) -> tuple[Samples, list[str | None]]:
     """Pack as many conversations of one owner into each row as fit, in their order.
 
-    They do not see each other: positions begin anew with each, and transformers' attention keeps
-    apart what its positions keep apart where there is no ``attention_mask``.
+    They do not see each other: positions restart at 0 with each, and without ``attention_mask``
+    transformers' attention separates sequences by their positions.
 
     Returns:
         ``input_ids`` and ``position_ids`` int64 [rows, T], T at most ``max_length``; labels int64
@@ -227,7 +227,7 @@ def packed(
             of.append(owner)
         rows[place].append(one)
     ids = _filled([[i for one in together for i in one.ids] for together in rows], pad)
-    # What stands before the first token of each is another conversation.
+    # The tokens before the first token of a conversation belong to another one.
     own = [[i for one in together for i in [IGNORED_TOKEN, *one.labels[1:]]] for together in rows]
     positions = []
     for *before, _ in ([len(one.ids) for one in together] for together in rows):

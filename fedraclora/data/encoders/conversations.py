@@ -1,6 +1,6 @@
 """Read conversations from a file: chat messages, prompts with responses, or Alpaca's columns.
 
-One row is one conversation. Its form is read off the columns: ``messages`` (a list of roles and
+One row is one conversation. The columns determine its form: ``messages`` (a list of roles and
 contents), ``instruction``, ``input`` and ``output`` (Alpaca), or ``prompt`` and ``response``.
 """
 
@@ -26,14 +26,14 @@ _PLACE = re.compile(r"\{([^{}]+)\}")
 
 @dataclass(frozen=True)
 class Conversation:
-    """Messages that end with an answer of the assistant, or before one.
+    """Messages that end with an answer of the assistant, or before it.
 
     Attributes:
         messages: Each with a ``role`` of `ROLES` and a ``content``.
-        where: File and row, for messages of errors.
-        client: Whose it is, or None.
-        answered: Whether the last answer is there; else it is to be generated.
-        choices: The answers that the last could be, itself among them; none where nothing says.
+        where: File and row, for errors.
+        client: Its client, or None.
+        answered: Whether it includes the last answer; else that will be generated.
+        choices: Possible last answers, the right one among them; empty if unknown.
     """
 
     messages: tuple[Message, ...]
@@ -57,17 +57,17 @@ class Conversation:
 
 @dataclass(frozen=True)
 class RowForm:
-    """How a row is read.
+    """Define how a row is read.
 
     Attributes:
-        prompt: A column, or a text with columns in braces (``"Review: {sentence}"``); None: by the
-            columns that there are.
+        prompt: A column, or a text with columns in braces (``"Review: {sentence}"``); None: chosen
+            by the existing columns.
         response: The same for the answer.
-        answers: What the values of ``response`` are written as (``{"0": "negative"}``), or None.
-        client: The column that says whose a row is, or None.
-        answered: Whether the last answer is read; else it need not be there.
-        choices: The answers that it could be, or the column that lists those of a row; None: the
-            texts of ``answers``, if any.
+        answers: Texts for the values of ``response`` (``{"0": "negative"}``), or None.
+        client: The column that names the client, or None.
+        answered: Whether the last answer is read; else it may be missing.
+        choices: Possible answers, or the column that lists those of a row; None: the texts of
+            ``answers``, if any.
     """
 
     prompt: str | None = None
@@ -87,7 +87,7 @@ class RowForm:
             )
 
     def read(self, row: Mapping[str, Any], where: str) -> Conversation:
-        """Make a conversation of a row.
+        """Create a conversation from a row.
 
         Raises:
             ConfigError: If a column that is named does not exist.
@@ -106,7 +106,7 @@ class RowForm:
     def _choices(
         self, row: Mapping[str, Any], answer: Sequence[Message], where: str
     ) -> tuple[str, ...]:
-        """Give the answers that the last one could be, each once, in their order."""
+        """Return the possible last answers, each once, in order."""
         found: Any = (self.answers or {}).values() if self.choices is None else self.choices
         if isinstance(self.choices, str):
             listed = text_of(row, self.choices, "data.choices", where)  # there is such a column
@@ -162,7 +162,7 @@ def _pair(prompt: str, response: str | None) -> list[Message]:
 
 
 def filled_in(text: str, row: Mapping[str, Any], key: str, where: str) -> str:
-    """Fill columns into a text with braces; a text without braces names a column.
+    """Fill columns into a text with braces; a text without braces is a column's name.
 
     Example:
         >>> filled_in("Is this good? {0}", {"0": "a dull film"}, "data.prompt", "row 1")
@@ -194,7 +194,7 @@ def is_missing(value: object) -> bool:
 def read_messages(value: Any, where: str, *, answered: bool = True) -> list[Message]:
     """Check a list of messages (JSON in a CSV file), and drop those after the last answer.
 
-    Where it is to be generated (``answered`` is False), an answer at the end goes.
+    If the answer will be generated (``answered`` is False), one at the end is removed.
 
     Raises:
         DataError: Naming file and row, and what is wrong.
@@ -227,13 +227,13 @@ def read_conversations(found: Any, form: RowForm, *, header: bool = True) -> lis
     """Read every conversation of a file, or of rows in memory.
 
     Args:
-        found: A file of `Table.read`; or what `program_rows` takes.
+        found: A file for `Table.read`, or an input of `program_rows`.
         form: How rows are read.
         header: Whether the first row of a .csv or .tsv names the columns; else they are 0, 1, ...
 
     Raises:
         ConfigError: If the kind of file is not known, or a column does not exist.
-        DataError: If the file cannot be read, or a row cannot be used, which is named.
+        DataError: If the file cannot be read, or a row cannot be used, naming it.
     """
     file = isinstance(found, Path)
     where = str(found) if file else "data"

@@ -25,14 +25,14 @@ SampleLength = Annotated[int, Ge(2)]  # a token to read and one to predict
 
 @dataclass(frozen=True)
 class InstructionReader:
-    """Reads conversations as a run reads its own; see `fedraclora.data.dataset.SampleReader`.
+    """Read conversations as a run reads its own; see `fedraclora.data.dataset.SampleReader`.
 
     Attributes:
         form: How a row is read.
         header: Whether a .csv or .tsv names its columns.
         chat: Turns messages into tokens.
-        max_length: Tokens that are kept.
-        drop: Whether conversations are left out of which no answer is left; else they are refused.
+        max_length: Most tokens to keep.
+        drop: Whether to drop conversations without any answer left; else they are refused.
     """
 
     form: RowForm
@@ -43,7 +43,7 @@ class InstructionReader:
 
     def __call__(self, found: Any, reading: Mapping[str, Any], *, target: bool = True) -> Read:
         """Read a file, a frame, a list of dicts, or a list of prompts."""
-        del reading  # tokenizer and template are those of the run
+        del reading  # tokenizer and template are the run's
         form = replace(self.form, client=None, answered=target)
         conversations = read_conversations(found, form, header=self.header)
         rows, places, cut = self.fit(conversations)
@@ -64,8 +64,8 @@ class InstructionReader:
         Args:
             train: Conversations to train on; either all have a client or none has.
             test: Conversations to measure on; they are never packed.
-            metrics: Names of metrics, the headline first; None: the usual ones.
-            source: Facts for the summary, to which what was cut and left out is added.
+            metrics: Names of metrics, the primary one first; None: the usual ones.
+            source: Facts for the summary; the numbers of cut and dropped conversations are added.
             packing: Whether training samples hold several conversations.
         """
         (rows, places, cut), (held, held_places, held_cut) = self.fit(train), self.fit(test)
@@ -105,11 +105,11 @@ class InstructionReader:
         """Tokenize conversations, and cut them to `max_length`.
 
         Returns:
-            What is left, the places of that among them, and how many were cut.
+            The kept conversations, their indices, and how many were cut.
 
         Raises:
-            DataError: Naming the first conversation of which no answer is left, or in which there
-                is no room for one that is to be generated.
+            DataError: Naming the first conversation without any answer left, or without room for
+                the answer to generate.
         """
         kept, places, cut = [], [], 0
         for place, whole in enumerate(self.chat.encode(conversations)):
@@ -136,7 +136,7 @@ class InstructionReader:
 
 
 def _say_cut(max_length: int, cut: int, total: int, lost: int) -> None:
-    """Warn how many conversations were cut or left out, if any."""
+    """Warn how many conversations were cut or dropped, if any."""
     if cut or lost:
         log.warning(
             "data.max_length=%d: %d of %d conversations were cut, and %d more were left out "

@@ -1,4 +1,4 @@
-"""Labels: the names of classes, targets, and the data set of samples with them."""
+"""Handle labels: names of classes, targets, and the data set of labelled samples."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ from fedraclora.data.task import LOSSES
 from fedraclora.errors import ConfigError, DataError
 from fedraclora.limits import OneOf
 
-OBJECTIVES = {  # the loss of each, and its metrics
+OBJECTIVES = {  # the loss of each task, and its metrics
     "classification": ("cross_entropy", ("accuracy", "loss")),
     "regression": ("squared_error", ("pearson", "spearman", "loss")),
 }
 TaskName = Annotated[str, OneOf(OBJECTIVES)]
-# Of arrays there are those, too, of which a sample has many targets, by the names of their losses.
+# For arrays also the losses with many targets per sample, by name.
 OF_ARRAYS = {name: (name, LOSSES[name].metrics) for name in ("multi_label", "pixel_classes")}
 ArrayTask = Annotated[str, OneOf((*OBJECTIVES, *OF_ARRAYS))]
 
 
 def class_names(labels: Sequence[str], values: Sequence[str] | None = None) -> list[str]:
-    """Return the class names in order: as asked for, else sorted (whole numbers by size).
+    """Return the class names in order: the given ones, else sorted (integers by size).
 
     Raises:
-        ConfigError: If what is asked for does not occur.
+        ConfigError: If a given name does not occur.
 
     Example:
         >>> class_names(["10", "9", "9"]), class_names(["no", "yes", "Yes"])
@@ -50,11 +50,11 @@ def class_names(labels: Sequence[str], values: Sequence[str] | None = None) -> l
 
 
 def as_values(names: Sequence[str], values: object = None) -> list[Any]:
-    """Return classes with the type of their column: whole numbers, booleans or texts.
+    """Return classes with the type of their column: integers, booleans or texts.
 
     Args:
-        names: Of the classes, in their order.
-        values: Those of the column; None: of a file of texts, where whole numbers count as such.
+        names: Names of the classes, in order.
+        values: Values of the column; None: a file of texts, where integers count as integers.
 
     Example:
         >>> as_values(["3", "10"]), as_values(["3", "10"], ["10", "3"]), as_values(["03", "10"])
@@ -74,10 +74,10 @@ def found_classes(
     source: object,
     values: Sequence[str] | None = None,
 ) -> list[str]:
-    """Return the classes of a column of labels; none for a regression.
+    """Return the classes of a column of labels; empty for a regression.
 
     Args:
-        labels: Of each row.
+        labels: The label of each row.
         label: The column, for messages.
         task: A key of `OBJECTIVES`.
         source: The file, for messages.
@@ -112,19 +112,19 @@ def target_of(
     where: object = "test",
     rows: RowNumbers | None = None,
 ) -> torch.Tensor:
-    """Convert labels to class numbers by their place in ``names``, or to scores.
+    """Convert labels to class indices, or to scores.
 
     Args:
-        labels: Of each row.
-        names: Of the classes, in their order; none where numbers are predicted.
-        where: What has the labels, for messages.
-        rows: Its rows that they stand in, from 0; None: all.
+        labels: The label of each row.
+        names: Names of the classes, in order; none for numbers.
+        where: The source of the labels, for messages.
+        rows: Their row numbers in it, from 0; None: all.
 
     Returns:
         int64 [N] (classes), or float32 [N] (scores).
 
     Raises:
-        DataError: If a label is none of the classes, or a score no finite number.
+        DataError: If a label is not one of the classes, or a score is not finite.
     """
     if not names:
         scores = np.zeros(len(labels), dtype=np.float32)
@@ -167,19 +167,18 @@ def supervised(
     reading: dict[str, object],
     **more: Any,
 ) -> DataSet:
-    """Build a data set of samples with classes or with numbers to predict.
+    """Build a data set of samples with class labels or numbers to predict.
 
     Args:
         train: Training samples.
         test: Held-out samples.
-        names: Of the classes, in their order; none for numbers.
+        names: Names of the classes, in order; none for numbers.
         task: A key of `OBJECTIVES` or `OF_ARRAYS`.
-        metrics: Names of metrics, the headline first; None for those usual for the task.
+        metrics: Names of metrics, the primary one first; None: those usual for the task.
         owners: The client of each training row, or None.
         client: The name of that column in the table.
         info: Facts for the summary.
-        reading: See `DataSet`; the classes are added where they are missing, as `as_values` has
-            those of a file.
+        reading: See `DataSet`; missing classes are added, as `as_values` returns those of a file.
         **more: Other fields of `DataSet`.
     """
     loss, usual = (OBJECTIVES | OF_ARRAYS)[task]

@@ -20,14 +20,14 @@ from fedraclora.data.tables import Table
 from fedraclora.errors import ConfigError, DataError
 from fedraclora.imports import failure_of, told_as
 
-TARGET_NAMES = ("label", "labels", "target")  # where the caller names no column
+TARGET_NAMES = ("label", "labels", "target")  # if the caller names no column
 
 
 def table_of(found: object, where: str, target: str | None = None) -> Samples:
     """Read one table.
 
     Raises:
-        DataError: If it is none, or holds something else than numbers.
+        DataError: If it is no table, or holds other values than numbers.
     """
     if is_columns(found):
         return of_columns(found, where, target)
@@ -42,7 +42,7 @@ def table_of(found: object, where: str, target: str | None = None) -> Samples:
 
 
 def of_dataset(found: Any, where: str, target: str | None) -> Samples:
-    """Read a map-style dataset of torch: pairs, or dicts with a target among them."""
+    """Read a map-style torch dataset of pairs, or of dicts with a target."""
     try:
         count = len(found)
     except Exception as error:
@@ -116,16 +116,16 @@ def is_frame(found: object) -> bool:
 
 
 def of_frame(data: Any, test: Any, loss: str | None, how: TableForm) -> DataSet:
-    """Read a frame as `load_table` reads a file: words become classes.
+    """Read a frame as `load_table` reads a file: strings become classes.
 
     Args:
         data: The frame.
-        test: One to measure on, or None.
-        loss: Its name, or None: what the column to predict tells.
-        how: How rows are read; the label may be None, and the task is found here.
+        test: A frame to measure on, or None.
+        loss: Its name, or None: chosen by the target column.
+        how: How rows are read; the label may be None, and the task is set here.
 
     Raises:
-        ConfigError: If a column or the loss is none that there is.
+        ConfigError: If a column or the loss does not exist.
         DataError: If rows cannot be used.
     """
     own, loss = (loss, None) if is_own(loss or "") else (None, loss)
@@ -154,12 +154,12 @@ def of_frame(data: Any, test: Any, loss: str | None, how: TableForm) -> DataSet:
 
 
 def is_columns(found: object) -> bool:
-    """Check whether this is a ``Dataset`` of Hugging Face."""
+    """Check whether this is a Hugging Face ``Dataset``."""
     return hasattr(found, "column_names") and hasattr(found, "with_format")
 
 
 def of_columns(found: Any, where: str, target: str | None) -> Samples:
-    """Read a ``Dataset`` of Hugging Face: the target, and inputs by name or as one ``x``."""
+    """Read a Hugging Face ``Dataset``: the target, and inputs by name or as one ``x``."""
     names = list(found.column_names)
     target_name = found_target(names, target)
     if target_name is None or target_name not in names:
@@ -188,7 +188,7 @@ def of_columns(found: Any, where: str, target: str | None) -> Samples:
 
 
 def column_of(found: Any, name: str, where: str) -> Any:
-    """Read a column of a ``Dataset`` of Hugging Face as an array."""
+    """Read a column of a Hugging Face ``Dataset`` as an array."""
     if name not in found.column_names:
         raise DataError(f"{where}: there is no column {name!r} among {list(found.column_names)}")
     return found.with_format("numpy")[name][:]

@@ -33,8 +33,8 @@ if TYPE_CHECKING:
     from pandas import DataFrame
 
 ColumnNames = str | int | Sequence[str | int]
-USUAL = 0.9  # of the values of a column, by their distance from the median
-MERGED = 10  # different values that become one
+USUAL = 0.9  # relative size below which distances from the median count as equal
+MERGED = 10  # distinct values that become one
 
 
 @dataclass(frozen=True)
@@ -42,8 +42,8 @@ class Mend:
     """Advice to the user about rows that cannot be read.
 
     Attributes:
-        gaps: Where values are missing.
-        cell: Where a cell is no number.
+        gaps: Advice on missing values.
+        cell: Advice on a cell that is not a number.
     """
 
     gaps: str
@@ -61,9 +61,9 @@ LATER = Mend("Fill them in, or leave such rows out", "correct the cell, or leave
 
 @dataclass(frozen=True)
 class TableForm:
-    """How rows become a data set: see `load_table` for each key.
+    """Define how rows become a data set; see `load_table` for each key.
 
-    It reads later rows as those of a run's own table; see `fedraclora.data.dataset.SampleReader`.
+    It also reads later rows like those of the run; see `fedraclora.data.dataset.SampleReader`.
     """
 
     label: str | int | None
@@ -100,15 +100,15 @@ LEARNT = "which the run was trained on"
 
 
 def _later(table: Table, name: str, purpose: str) -> str:
-    """Give a column that rows for a finished run must have.
+    """Return a column that rows for a finished run must have.
 
     Args:
         table: The rows.
-        name: Of the column.
-        purpose: What the run does with it, for the message.
+        name: The column.
+        purpose: Its purpose in the run, for the message.
 
     Raises:
-        ConfigError: If it is missing. Another column is suggested only if it is spelt alike.
+        ConfigError: If it is missing. Another column is suggested only if its spelling is close.
     """
     columns = [*map(str, table.frame.columns)]
     if name in columns:
@@ -122,13 +122,13 @@ def _later(table: Table, name: str, purpose: str) -> str:
 
 
 def of_frames(table: Table, test: Table | None, how: TableForm, source: str = "a frame") -> DataSet:
-    """Build a data set from rows; errors as of `load_table`.
+    """Build a data set from rows; raises like `load_table`.
 
     Args:
         table: The rows.
-        test: Rows to test on, or None to hold some of ``table`` out.
+        test: Test rows, or None to hold out some of ``table``.
         how: How they are read.
-        source: What the summary calls the table.
+        source: The name of the table in the summary.
     """
     tested = None if test is None else test.path
     held = holdout_of(how.test_fraction, how.split_seed, test_file=tested, split=how.split)
@@ -155,7 +155,7 @@ def of_frames(table: Table, test: Table | None, how: TableForm, source: str = "a
         rows, out = held.split(len(train), labels=strata)
         train, held_out = take(train, rows), take(train, out)
         owners = owners if owners is None else owners[rows]
-    texts = bool(SEPARATORS.keys() & {*path.suffixes})  # such a file has no types
+    texts = bool(SEPARATORS.keys() & {*path.suffixes})  # a CSV file has no types
     named_as = as_values(classes, None if texts else frame[named].dropna().tolist())
     reading: dict[str, Any] = {"features": used} | ({"classes": named_as} if classes else {})
     if how.standardize:
@@ -188,7 +188,7 @@ def of_frames(table: Table, test: Table | None, how: TableForm, source: str = "a
 
 
 def _of_splits(table: Table, how: TableForm, source: str) -> DataSet:
-    """Make a data set of rows that say what they are for; arguments as of `of_frames`."""
+    """Build a data set from rows whose use is in a column; arguments as of `of_frames`."""
     plain, column = replace(how, split=None), table.column("data.split", str(how.split))
     values = np.array(texts_of(table.frame[column]))
     rows = rows_by_use(values, f"{table.path}: data.split={column}")
@@ -210,7 +210,7 @@ def _of_splits(table: Table, how: TableForm, source: str) -> DataSet:
 def _features(
     table: Table, asked: ColumnNames | None, label: str, client: str | None
 ) -> tuple[list[str], list[str]]:
-    """Choose the columns to predict from; give those that are left out, too."""
+    """Choose the feature columns; return the ignored columns, too."""
     from pandas.api.types import is_numeric_dtype
 
     numeric = {str(name) for name, kind in table.frame.dtypes.items() if is_numeric_dtype(kind)}
@@ -234,13 +234,13 @@ def _features(
 
 
 def _refuse_spoilt(table: Table, name: str, share: float = 0.5, mend: Mend = OF_RUN) -> None:
-    """Reject a column of numbers with a cell that is none: it would be left out in silence.
+    """Reject a numeric column with a cell that is no number: it would be ignored silently.
 
     Args:
         table: The rows.
-        name: A column that does not hold numbers alone.
-        share: Of its cells that are numbers, above which the others are faults.
-        mend: What a user may do.
+        name: A column with other values than numbers.
+        share: Fraction of numeric cells above which the others are errors.
+        mend: Advice for the user.
 
     Raises:
         DataError: Naming the first such cell.
@@ -270,10 +270,10 @@ def _rows(
     missing: str,
     mend: Mend = OF_RUN,
 ) -> tuple[torch.Tensor, list[str], list[str] | None, RowNumbers]:
-    """Take the columns that are used, and refuse or drop rows that miss something.
+    """Select the used columns, and refuse or drop rows with missing values.
 
     Returns:
-        Features float64 [N, d], labels and clients as they are written, and which rows they are.
+        Features float64 [N, d], labels and clients as written, and their row numbers.
     """
     frame, path = table.frame, table.path
     try:
@@ -305,13 +305,13 @@ def _rows(
 
 
 def _refuse_flat(path: Path, names: list[str], raw: Samples, scaled: Samples) -> None:
-    """Reject a column whose values become alike, beside one that is far larger, or as float32.
+    """Reject a column whose values become equal by scaling or in float32.
 
     Args:
-        path: Of the rows, for messages.
-        names: Of the features, and of the column to predict.
-        raw: Samples as they were read.
-        scaled: The same as they are trained on.
+        path: The source of the rows, for messages.
+        names: The features, and the column to predict.
+        raw: Samples before scaling.
+        scaled: Samples after scaling.
 
     Raises:
         DataError: Naming the column.
@@ -332,7 +332,7 @@ def _refuse_flat(path: Path, names: list[str], raw: Samples, scaled: Samples) ->
 
 
 def _scaled(samples: Samples, reading: Mapping[str, Any]) -> Samples:
-    """Bring features, and a number to predict, to their scale where they have one; float32."""
+    """Scale features, and a number to predict, if they have a scale; float32."""
     x, y = samples.inputs["x"], samples.target
     x = as_scaled(x, reading) if "subtract" in reading else x
     y = as_scaled(y, reading["target"]) if "target" in reading else y
@@ -348,7 +348,7 @@ def _scaled(samples: Samples, reading: Mapping[str, Any]) -> Samples:
 
 
 def _told(scale: Mapping[str, Any]) -> dict[str, object]:
-    """Say in the summary what the scale is."""
+    """Describe the scaling for the summary."""
     info: dict[str, object] = {}
     if len(scale.get("subtract", range(MOST_NAMED + 1))) <= MOST_NAMED:
         info |= {"feature_means": scale["subtract"], "feature_deviations": scale["divide_by"]}

@@ -19,17 +19,17 @@ from fedraclora.data.samples import Samples
 from fedraclora.data.tables import Table
 from fedraclora.errors import DataError
 
-# Rows of a table: one column or two of text, the label and, where it is asked for, the client.
+# Rows of a table: one or two columns of text, the label and, if requested, the client.
 TextRows = npt.NDArray[Any]
 Cleaned = tuple[TextRows, RowNumbers, int]
 
 
 @dataclass(frozen=True)
 class TextReader:
-    """Reads texts as those of a run's own file; see `fedraclora.data.dataset.SampleReader`.
+    """Read texts as a run read its own file; see `fedraclora.data.dataset.SampleReader`.
 
     Attributes:
-        text, label, header, task, values, tokenizer, root, max_length: As of `load_text`.
+        text, label, header, task, values, tokenizer, root, max_length: As in `load_text`.
     """
 
     text: tuple[str | int, ...]
@@ -51,8 +51,8 @@ class TextReader:
         """Return texts, labels if needed, and owners if they have a column.
 
         Returns:
-            All rows; which of them have a text and a label that is asked for; and how many of those
-            that are asked for have no text.
+            All rows; which of them have a text and a requested label; and how many with a requested
+            label have no text.
         """
         count, file = len(self.text), isinstance(found, Path)
         named: list[tuple[str, str | int]] = [("data.text", column) for column in self.text]
@@ -69,7 +69,7 @@ class TextReader:
             raise DataError(
                 f"no usable row among {len(table)}: check data.text, data.label and data.values"
             )
-        # An empty label or owner would be a class, or a client, of its own.
+        # An empty label or owner would become a class, or a client.
         for (_, name), column in zip(named[count:], table[rows, count:].T, strict=True):
             if empty := sum(not value.strip() for value in column):
                 raise DataError(
@@ -85,7 +85,8 @@ class TextReader:
         wanted = torch.zeros(len(table))
         if names is not None:
             wanted = target_of(table[:, count].tolist(), names)
-        texts = table[:, :count].T.tolist() if len(table) else [[""]] * count  # it wants a row
+        # it needs at least one row
+        texts = table[:, :count].T.tolist() if len(table) else [[""]] * count
         batch = self._tokenizer(
             *texts,
             padding="max_length",
@@ -119,7 +120,7 @@ class TextReader:
 def _texts_of(
     found: Any, named: Sequence[tuple[str, str | int]], texts: int, *, header: bool
 ) -> list[list[str]]:
-    """Take columns of a file or a frame, or texts of a list, which has no others."""
+    """Read columns of a file or a frame, or a list of texts."""
     if isinstance(found, Path) or hasattr(found, "iloc"):
         file = isinstance(found, Path)
         table = Table.read(found, words=None, header=header) if file else Table.of(found, "data")

@@ -1,1 +1,1 @@
-"""Data sources: one file each, with a loader that gives a `fedraclora.data.dataset.DataSet`."""
+"""Load data sources, one file each; loaders return a `fedraclora.data.dataset.DataSet`."""

@@ -1,4 +1,4 @@
-"""Arrays of samples, images for one: a ``.npz`` file, or a folder of IDX files like MNIST's."""
+"""Load arrays of samples, such as images: a ``.npz`` file, or a folder of IDX files."""
 
 from __future__ import annotations
 
@@ -57,16 +57,16 @@ def load_arrays(
 
     Args:
         file: A ``.npz`` file with ``x`` and ``target`` (or a usual spelling of them), which may
-            have ``x_test`` and ``target_test``, and ``client``, whose each sample is; or a folder
+            have ``x_test`` and ``target_test``, and ``client``, each sample's client; or a folder
             with IDX files for ``train`` and ``t10k``, packed by gzip or not. A path (also relative
             to ``root``) or ``package:NAME/path``.
         root: The folder that paths may be relative to, or None.
-        test_file: A ``.npz`` file of test samples, where ``file`` has none.
-        test_fraction: Without test samples, the fraction that is held out, per class; None for 0.2.
-        split_seed: Seed of that choice.
+        test_file: A ``.npz`` file of test samples, if ``file`` has none.
+        test_fraction: Without test samples, the fraction to hold out, per class; None: 0.2.
+        split_seed: Seed of that split.
         task: ``classification``, ``regression``, ``multi_label`` (0 or 1 for every output) or
             ``pixel_classes`` (a class for each pixel).
-        metrics: Names of metrics, the headline first; None for those usual for the task.
+        metrics: Names of metrics, the primary one first; None for those usual for the task.
 
     Returns:
         Inputs ``"x"`` float32: images of bytes from 0 to 1, with channels first. Classes are
@@ -74,7 +74,7 @@ def load_arrays(
 
     Raises:
         ConfigError: If a key is wrong, naming it.
-        DataError: If a file is missing, or not what it should be.
+        DataError: If a file is missing or invalid.
     """
     path = resolve(str(file or ""), key="data.file", root=root)
     arrays = read_folder(path) if path.is_dir() else read_file(path)
@@ -133,7 +133,7 @@ def read_file(path: Path) -> dict[str, AnyArray]:
 
 
 def read_folder(folder: Path) -> dict[str, AnyArray]:
-    """Read the IDX files of a folder, by what their names begin with.
+    """Read the IDX files of a folder, selected by the start of their names.
 
     Raises:
         DataError: If there are none, two for one purpose, or one is damaged.
@@ -141,7 +141,7 @@ def read_folder(folder: Path) -> dict[str, AnyArray]:
     found: dict[str, AnyArray] = {}
     names = sorted(file.name for file in folder.iterdir() if "-ubyte" in file.name)
     for name, words in IDX.items():
-        # Raw beside packed is the same file twice.
+        # A raw file beside its packed copy counts once.
         there = {file.removesuffix(".gz"): file for file in names if any(w in file for w in words)}
         if len(there) > 1:
             raise DataError(f"{folder}: each of {sorted(there)} could be {name}: keep one of them")
@@ -162,7 +162,7 @@ def _require_pairs(found: dict[str, AnyArray], path: Path, names: list[str]) -> 
 
 
 def _classes(target: AnyArray, task: str, source: str) -> list[str]:
-    """Name the classes; [] for a regression."""
+    """Name the classes; empty for a regression."""
     if task != "classification" or target.dtype.kind not in "biuUS":
         return []  # the latter are refused where they are fitted, in words
     names = class_names([str(label) for label in np.unique(target)])
@@ -175,7 +175,7 @@ def _classes(target: AnyArray, task: str, source: str) -> list[str]:
 
 
 def _samples(x: AnyArray, target: AnyArray, names: list[str], source: str) -> Samples:
-    """Put channels first, and number the labels."""
+    """Put channels first, and convert labels to class indices."""
     if names and target.ndim == 2 and target.shape[1] == 1:
         target = target[:, 0]
     if names and target.ndim == 1:

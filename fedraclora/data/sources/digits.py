@@ -1,4 +1,4 @@
-"""The digits of scikit-learn: 1,797 images of 8 x 8, always there."""
+"""The digits of scikit-learn: 1,797 images of 8 x 8, always available."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def load_digits(*, test_fraction: Fraction = 0.25, split_seed: int = 0) -> DataS
 
     Args:
         test_fraction: Fraction held out for the test, per class.
-        split_seed: Seed of that split; apart from the seed of the run, so that all runs of a
+        split_seed: Seed of that split; independent of the run's seed, so that all runs of a
             comparison are measured on the same samples.
 
     Returns:
@@ -47,7 +47,7 @@ def load_digits(*, test_fraction: Fraction = 0.25, split_seed: int = 0) -> DataS
 def _read() -> tuple[np.ndarray, np.ndarray]:
     """Read images and labels, once in a process.
 
-    From scikit-learn's file: to import the library for it takes a second.
+    Reads scikit-learn's file: importing the library takes a second.
     """
     file = package_path("sklearn", DIGITS_FILE)
     if file is not None and file.is_file():

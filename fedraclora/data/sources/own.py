@@ -1,4 +1,4 @@
-"""The data set of samples that clients bring: what they look like, and what is measured on."""
+"""Describe the clients' own samples as a data set: their form, and the test samples."""
 
 from __future__ import annotations
 
@@ -54,30 +54,30 @@ def own_samples(
     loss: str | Mapping[str, object] = "cross_entropy",
     metrics: Sequence[str | Mapping[str, object]] | None = None,
 ) -> DataSet:
-    """Describe samples that clients bring; they are the division, too.
+    """Describe the clients' own samples, which are also the division.
 
     Args:
         clients: Number of clients; None: as many as the folder ``samples`` has files.
-        classes: Number of outputs: classes, or 1 for a scalar; None: as the samples have.
-        shape: Shape of one input ``"x"``; empty for token ids; None: as the samples have.
-        samples: Those of the clients: a folder or ``package.module:function``. A node sets it from
+        classes: Number of outputs: classes, or 1 for a scalar; None: derived from the samples.
+        shape: Shape of one input ``"x"``; empty for token ids; None: derived from the samples.
+        samples: The clients' samples: a folder or ``package.module:function``. A node sets it in
             its own configuration; in a simulation it has the samples of every client.
-        parameters: Of the functions that ``samples`` and ``test_function`` name, by name.
-        test_file: Those that the server measures on: a ``.npz`` file.
+        parameters: Arguments of the functions ``samples`` and ``test_function``, by name.
+        test_file: The server's test samples: a ``.npz`` file.
         test_function: The same: ``package.module:function``, which returns them.
-        test_fraction: Without them, the fraction of each client's samples that is held out for
-            it; 0: the server has no sample; None: 0.2, and 0 where it has no samples of clients.
-        split_seed: Seed of that choice.
+        test_fraction: Without these, the fraction of each client's samples to hold out for the
+            test; 0: the server has no sample; None: 0.2, or 0 if the server cannot read them.
+        split_seed: Seed of that split.
         served: Set by a node: its clients. Nothing is measured there.
-        objects: Whether the function ``samples`` gives what only ``local.train`` reads (texts,
-            images, paths): nothing is measured then.
+        objects: Whether the function ``samples`` returns objects that only ``local.train`` reads
+            (texts, images, paths): then nothing is measured.
         loss: A key of `fedraclora.data.task.LOSSES`, or ``package.module:function``; a mapping of
             that as its ``name``, and parameters.
-        metrics: Metrics, the headline first, in the same way; None for those usual for the loss.
+        metrics: Metrics, the primary one first, in the same way; None for those usual for the loss.
 
     Returns:
-        Floating numbers in float32. The clients are `parts` that are looked for on demand; no
-        training table is beside them, and at a node no test table either.
+        Floating numbers in float32. The clients are `parts` that are read on demand, without a
+        training table; at a node there is no test table either.
 
     Raises:
         ConfigError: If a key is wrong or missing.
@@ -139,11 +139,11 @@ def own_samples(
 def _holdout(
     named: Mapping[str, str | None], fraction: float | None, seed: int, samples: str | None
 ) -> Holdout:
-    """Decide how samples of each client are held out.
+    """Decide how test samples are held out from each client.
 
     Raises:
-        ConfigError: If there are two answers to the question what is measured on, or a share of
-            samples that the server does not have.
+        ConfigError: If two keys define the test samples, or the server does not have the samples to
+            hold out.
     """
     found = holdout_of(fraction, seed, **named)
     if samples is None and fraction:
@@ -158,7 +158,7 @@ def _holdout(
 def _measured(
     brought: PerClientSource, file: str | None, function: str | None
 ) -> tuple[PerClientSource, Samples]:
-    """Find what is measured on, and with it what samples look like."""
+    """Find the test samples, which also show the form of samples."""
     named, where = None, f"data.test_file={file}"
     if file is not None:
         named = read_npz(user_path("data.test_file", file), where)
@@ -188,7 +188,7 @@ def _measured(
 
 
 def _completed(form: SampleSpec, tables: Sequence[Samples]) -> SampleSpec:
-    """Read from samples what is not said of them."""
+    """Derive from samples the parts of the form that are not configured."""
     if not tables:
         raise ConfigError(
             "data.classes or data.shape is not set, and the server has no samples to read them "
@@ -216,13 +216,13 @@ def _completed(form: SampleSpec, tables: Sequence[Samples]) -> SampleSpec:
 
 
 def _readable(brought: PerClientSource, served: Sequence[int]) -> Samples:
-    """Read the samples of the first of a node's clients that has some; raises as it does."""
+    """Read the samples of the first of a node's clients that has some; raises as that read does."""
     for client in served[:-1]:
-        with suppress(FedRacLoraError):  # it is refused by name when it is asked
+        with suppress(FedRacLoraError):  # its error is reported when the client is asked
             return brought.client(client)
     return brought.client(served[-1])
 
 
 def _none_of(table: Samples) -> Samples:
-    """Return a table of the same kind without a row."""
+    """Return a table of the same kind without rows."""
     return table.take(torch.zeros(0, dtype=torch.int64))

@@ -1,8 +1,8 @@
-"""Samples that a Python program has in memory: datasets of torch and of Hugging Face, arrays.
+"""Load samples that a Python program has in memory: torch and Hugging Face datasets, arrays.
 
 One *table* is ``(inputs, target)`` (arrays or tensors; inputs may be a dict of them), a
 `torch.utils.data.Dataset` of pairs or of dicts, or a Hugging Face ``Dataset``. Clients are a list
-of tables, or one table with a column that says whose each row is, or one that is divided.
+of tables, one table with a column for the client, or one table that is divided.
 """
 
 from __future__ import annotations
@@ -75,30 +75,30 @@ def data_of(
     frame: Mapping[str, Any] | None = None,
     own: bool = False,
 ) -> DataSet:
-    """Make a data set of what a program, or a function of a module, has.
+    """Build a data set from the data of a program, or from the result of a user's function.
 
     Args:
         data: A list (or a dict, in its order) of tables, one for each client, or of such pairs as
             ``{"train": table, "test": table}``; or one table, which may be a frame of pandas.
-        model: The module, or the name of its choice, which may tell the loss.
-        test: A table to measure on; or the share of each client's samples that is held out, 0 for
+        model: The module, or the name of its choice, which may determine the loss.
+        test: A table to measure on; or the share of each client's samples to hold out, 0 for
             none; None: a fifth.
-        partitioner: Of flwr-datasets, which divides a Hugging Face ``Dataset``.
-        client: Of a Hugging Face ``Dataset``, the column that says whose a row is.
+        partitioner: A partitioner of flwr-datasets, which divides a Hugging Face ``Dataset``.
+        client: The column of a Hugging Face ``Dataset`` that names the client.
         target: The column to predict; None: ``label``, ``labels`` or ``target``.
-        loss: A key of `fedraclora.data.task.LOSSES`; None: what the model or the targets tell
+        loss: A key of `fedraclora.data.task.LOSSES`; None: chosen by the model or the targets
             (`fedraclora.data.objective`).
-        metrics: Names of metrics, the headline first; None: those usual for the loss.
-        classes: Number of outputs; None: as the targets have.
+        metrics: Names of metrics, the primary one first; None: those usual for the loss.
+        classes: Number of outputs; None: derived from the targets.
         frame: How rows of a frame are read: fields of `TableForm`.
-        own: Whether a function of the user's trains: then clients may have what is no table.
+        own: Whether a user's function trains: then clients may have other objects than tables.
 
     Returns:
-        What ``partition`` then divides, if it is not divided already.
+        The data set, which ``partition`` divides if it is not divided already.
 
     Raises:
-        ConfigError: If two things are said that cannot both be.
-        DataError: If samples are not what they should be, naming the client.
+        ConfigError: If two arguments contradict each other.
+        DataError: If samples are invalid, naming the client.
     """
     loss, metrics = check_names(loss, metrics)
     share = TEST_FRACTION
@@ -156,10 +156,10 @@ def data_of(
 
 
 def parted(data: object) -> tuple[object, dict[int, Any]]:
-    """Part what clients bring into what they train on, and tests of their own by number.
+    """Split the clients' entries into training samples and their own tests, by number.
 
     Raises:
-        ConfigError: If it is one such pair, and no list of them.
+        ConfigError: If it is one such pair instead of a list.
     """
     if not is_clients(data):
         return data, {}
@@ -174,10 +174,10 @@ def parted(data: object) -> tuple[object, dict[int, Any]]:
 
 
 def is_share(test: object) -> bool:
-    """Tell whether a share of the samples is to be held out, and none are given to measure on.
+    """Tell whether ``test`` is a share of samples to hold out.
 
     Raises:
-        ConfigError: If it is no share.
+        ConfigError: If it is a number, but no share.
     """
     if isinstance(test, bool) or (isinstance(test, int | float) and not 0 <= test < 1):
         raise ConfigError(
@@ -188,7 +188,7 @@ def is_share(test: object) -> bool:
 
 
 def lend_set(found: DataSet) -> dict[str, object]:
-    """Lend a data set; give the group of the config for it."""
+    """Register a data set; return its config group."""
     digest = register_object(found, data_digest(found))
     return {"digest": digest, "loss": found.loss, "metrics": [*found.metrics]}
 
@@ -200,16 +200,16 @@ def lent_data(
     metrics: Sequence[str] | None = None,
     clients: int | None = None,
 ) -> DataSet:
-    """Take the data set that a program has lent.
+    """Build a data set from one that the program has registered.
 
     Args:
-        digest: Which, by `lend_set`.
-        loss: What it was lent with, for whoever reads the config; other words are refused.
-        metrics: As the loss.
-        clients: Not used: what divides it knows.
+        digest: The digest from `lend_set`.
+        loss: The loss with which it was registered, shown in the config; another one is refused.
+        metrics: Like the loss.
+        clients: Not used: the division determines it.
 
     Raises:
-        ConfigError: If it is not here, or was lent with another loss or other metrics.
+        ConfigError: If it is not registered, or with another loss or other metrics.
     """
     del clients
     found: DataSet = registered_object("data", digest)
@@ -224,7 +224,7 @@ def lent_data(
 
 
 def owners_of(data: object, client: str | None) -> dict[str, Column]:
-    """Take the column that says whose a row is, if there is one, as a column of the data set."""
+    """Return the column that names each row's client, if there is one."""
     if client is None:
         return {}
     if is_clients(data):
@@ -241,14 +241,14 @@ def owners_of(data: object, client: str | None) -> dict[str, Column]:
 
 
 def parts_of_rows(data: object, sizes: Sequence[int], partitioner: Any) -> list[RowNumbers] | None:
-    """Give the rows of each client of a list, or as a partitioner divides; None: undivided."""
+    """Return the rows of each client of a list, or of a partitioner; None if undivided."""
     if is_clients(data):
         return np.split(np.arange(sum(sizes)), np.cumsum(sizes)[:-1])
     return None if partitioner is None else divided_by(data, partitioner)
 
 
 def is_table(found: object, target: str | None) -> bool:
-    """Tell whether samples are rows of numbers, or pairs, which are to be rows of numbers."""
+    """Tell whether samples are rows of numbers, or pairs that should be rows of numbers."""
     if isinstance(found, tuple | list | Samples):
         return True
     with suppress(DataError):
@@ -265,10 +265,10 @@ def unread(
     loss: str | None,
     metrics: Sequence[str] | None,
 ) -> DataSet:
-    """Take objects as they are, which a training function alone reads: texts, images, paths.
+    """Keep objects that only a training function reads: texts, images, paths.
 
-    A stand-in has a row for each of theirs, by which they are divided. The arguments are those of
-    `data_of`; ``held_out`` is its ``test``, read.
+    They are divided by a table with one row per sample and no columns. The arguments are those of
+    `data_of`; ``held_out`` is its converted ``test``.
     """
     if held_out is not None and loss is None:
         raise ConfigError(
@@ -302,10 +302,10 @@ def unread(
 
 
 def stacked(tables: Sequence[Samples], names: Sequence[str]) -> Samples:
-    """Put tables under one another.
+    """Concatenate tables.
 
     Raises:
-        DataError: If they have other inputs, or inputs or targets of other shapes.
+        DataError: If their inputs, or the shapes of inputs or targets, differ.
     """
     forms = [{n: tuple(t.shape[1:]) for n, t in table.tensors.items()} for table in tables]
     for form, name in zip(forms, names, strict=True):
@@ -318,7 +318,7 @@ def stacked(tables: Sequence[Samples], names: Sequence[str]) -> Samples:
 
 
 def data_digest(data: DataSet) -> str:
-    """Hash the samples and their division."""
+    """Hash samples and their division."""
     h = hashlib.sha256()
     for samples in (data.train, data.test):
         h.update(digest(samples.tensors).encode())
@@ -349,28 +349,28 @@ def load_function(
     metrics: Sequence[str | Mapping[str, object]] | None = None,
     classes: Count | None = None,
 ) -> DataSet:
-    """Take the samples that a function of yours returns, in any form that Python takes.
+    """Load the samples that a function of yours returns, in any form that Python accepts.
 
     Args:
         function: ``package.module:function``, which returns what `fedraclora.simulate` takes as
             its ``data``: a list of clients, or one table, which ``partition`` divides.
         parameters: Its arguments, by name.
-        test_fraction: The fraction of each client's samples that is held out; None: 0.2 without
+        test_fraction: The fraction of each client's samples to hold out; None: 0.2 without
             ``test_function``; 0: the server has no sample.
-        test_function: What returns the samples to measure on, with the same arguments.
-        client: The column that says whose a row is, where it returns a table with columns.
+        test_function: A function that returns the test samples, with the same arguments.
+        client: The column that names the client, if it returns a table with columns.
         target: The column to predict; None: label, labels or target.
         loss: A key of `fedraclora.data.task.LOSSES`, or ``package.module:function``; a mapping of
-            its name and its parameters. None: what the targets tell.
-        metrics: Metrics, the headline first, in the same way; None: those usual for the loss.
-        classes: Number of outputs; None: as the targets have.
+            its name and its parameters. None: chosen by the targets.
+        metrics: Metrics, the primary one first, in the same way; None: those usual for the loss.
+        classes: Number of outputs; None: derived from the targets.
 
     Returns:
         The samples, read and checked.
 
     Raises:
-        ConfigError: If a function is not there, or does not take the arguments.
-        DataError: If samples are not what they should be.
+        ConfigError: If a function does not exist, or does not accept the arguments.
+        DataError: If samples are invalid.
     """
 
     def called(key: str, name: str) -> object:

@@ -1,7 +1,7 @@
 """Shakespeare's plays, character by character, with one client for each role.
 
 A role's lines are joined, in the order of the play, and cut into windows that do not overlap. The
-last windows of every role are its test part: what it says later is predicted from what it said.
+last windows of every role are its test part: later speech is predicted from earlier speech.
 """
 
 from __future__ import annotations
@@ -45,16 +45,15 @@ def load_shakespeare(
         path: The folder of plays, Markdown files in folders by genre: a path (also relative to
             ``root``) or ``package:NAME/path``.
         root: The folder that paths may be relative to, or None.
-        length: Characters of a window; what is left over at the end of a role is dropped.
-        least: Characters that a role has at least; smaller roles are left out.
+        length: Characters of a window; the rest at the end of a role is dropped.
+        least: Fewest characters of a role; smaller roles are dropped.
         test_fraction: Fraction of each role's windows, the last ones, that are held out (rounded,
             but at least one window trains and one tests).
         aside: Genres (folders) or plays set aside for pretraining; None for none.
 
     Returns:
-        Inputs ``input_ids`` int64 [N, length], which are the target as well; the columns
-        ``client`` (the role) and ``play``. A character's id is its place among all characters
-        of all plays.
+        Inputs ``input_ids`` int64 [N, length], which are also the target; the columns ``client``
+        (the role) and ``play``. A character's id is its index among all characters of all plays.
 
     Raises:
         ConfigError: If a key is wrong, naming it.
@@ -110,7 +109,7 @@ def load_shakespeare(
 
 
 def read_roles(file: Path) -> dict[str, str]:
-    """Read a play: what each role says, one line of speech a line, by the role's name.
+    """Read a play: the speech of each role, one line per line of speech, by the role's name.
 
     A name in bold starts a speech and a heading ends it; stage directions, in italics, are left
     out, within a line too.
@@ -128,7 +127,7 @@ def read_roles(file: Path) -> dict[str, str]:
 
 
 def _named(plays: dict[str, Path], names: Sequence[str]) -> set[str]:
-    """Find plays by their own name or by that of their folder."""
+    """Find plays by their own name or by their folder's name."""
     genres = {file.parent.name for file in plays.values()}
     for name in names:
         if name not in genres and name not in plays:
@@ -137,7 +136,7 @@ def _named(plays: dict[str, Path], names: Sequence[str]) -> set[str]:
 
 
 def _kept(windows: Windows, fraction: float) -> Windows:
-    """The windows of a role that are trained on."""
+    """Select the training windows of a role."""
     held_out = min(max(1, round(fraction * len(windows))), len(windows) - 1)
     return windows[: len(windows) - held_out]
 

@@ -1,8 +1,8 @@
-"""Convex problems whose optimum is known, for any number of clients.
+"""Draw convex problems with a known optimum, for any number of clients.
 
-The test samples are the training samples: what is measured is the training objective, and
-``loss - optimum`` is the gap that theory bounds. All clients have equally many samples, so the
-mean over samples is the mean over clients. The model is ``linear`` without bias.
+The test samples are the training samples: the metric is the training objective, and
+``loss - optimum`` is the gap that theory bounds. All clients have the same number of samples, so
+the mean over samples is the mean over clients. The model is ``linear`` without bias.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ Matrix = npt.NDArray[np.float64]
 Condition = Annotated[float, Ge(1), Lt(math.inf)]
 
 _GRADIENT = 1e-12  # Newton stops here: about the rounding error of the mean gradient
-_FLAT = 1e-10  # a Hessian this singular has no minimum that float64 can tell
+_FLAT = 1e-10  # the condition of a Hessian without a minimum in float64
 
 
 @limited("data")
@@ -133,7 +133,7 @@ def logistic_regression(
 def _problem(
     name: str, table: Samples, clients: int, loss: str, optimum: float, info: dict[str, float]
 ) -> DataSet:
-    """Build the data set of a problem: clients one after another, equally many samples each."""
+    """Build the data set of a problem: clients one after another, with equal sizes."""
     parts = np.arange(len(table), dtype=np.int64).reshape(clients, -1)
     labels = {"label": table.target.numpy()} if loss == "logistic" else {}
     return DataSet(

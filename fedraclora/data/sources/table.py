@@ -1,4 +1,4 @@
-"""Tables of numbers: CSV, TSV, Parquet or JSON Lines, with a column to predict."""
+"""Load tables of numbers: CSV, TSV, Parquet or JSON Lines, with a column to predict."""
 
 from __future__ import annotations
 
@@ -42,20 +42,20 @@ def load_table(
         file: The rows: a path (also relative to ``root``) or ``package:NAME/path``, of a file whose
             name ends in .csv, .tsv or .tab (with .gz, .bz2, .xz, .zip or not), .parquet or .jsonl.
         label: The column to predict. Classes are numbered in the sorted order of their names.
-        client: The column that says whose a row is, or None.
-        features: The columns to predict from; None for all others that hold numbers.
+        client: The column that names the client, or None.
+        features: The columns to predict from; None: all other numeric columns.
         root: The folder that paths may be relative to, or None.
-        test_file: A file of test rows, or None to hold rows of ``file`` out.
-        test_fraction: The fraction that is held out, per class; None for 0.2.
-        split_seed: Seed of that choice.
+        test_file: A file of test rows, or None to hold out rows of ``file``.
+        test_fraction: The fraction to hold out, per class; None: 0.2.
+        split_seed: Seed of that split.
         task: ``classification`` or ``regression``.
-        metrics: Names of metrics, the headline first; None for those usual for the task.
+        metrics: Names of metrics, the primary one first; None for those usual for the task.
         standardize: Give each feature, and a number to predict, mean 0 and deviation 1 over the
             training rows.
-        missing: What becomes of rows in which something is missing: ``error`` or ``drop``.
-        separator: What parts the columns; None: a comma, in .tsv and .tab a tab.
-        split: The column that says of each row train, test or validation. A client measures on its
-            own test rows (evaluate.clients), the server on those of all.
+        missing: Handling of rows with missing values: ``error`` or ``drop``.
+        separator: Separator of columns; None: a comma, in .tsv and .tab a tab.
+        split: The column that marks each row as train, test or validation. A client measures on its
+            own test rows (evaluate.clients), the server on those of all clients.
 
     Returns:
         Inputs ``"x"`` float32 [N, features]; targets int64 [N] (classes) or float32 [N].

@@ -1,4 +1,4 @@
-"""Tables of texts: sentences, or pairs of them, with a label and a natural client."""
+"""Load tables of texts: sentences, or pairs of them, with a label and a natural client."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def load_text(
         header: Whether the first row holds the names of the columns.
         task: ``classification`` or ``regression``.
         values: The labels to keep, in the order of their classes; None for all, sorted.
-        metrics: Names of metrics, the headline first; None for those usual for the task.
+        metrics: Names of metrics, the primary one first; None for those usual for the task.
         max_length: Tokens per sample: shorter ones are padded, longer ones are cut.
         test_fraction: Fraction of the rows held out, per class; None: 0.2 without ``test_file``.
         test_by_client: Hold out whole clients, not rows (for validation, too).
@@ -68,7 +68,7 @@ def load_text(
         test_sha256: SHA-256 of ``test_file``, or None.
 
     Returns:
-        Inputs ``input_ids``, ``attention_mask`` and what else the tokenizer gives, int64
+        Inputs ``input_ids``, ``attention_mask`` and other outputs of the tokenizer, int64
         [N, max_length]; targets int64 [N] (classes) or float32 [N] (scores).
 
     Raises:

@@ -1,13 +1,13 @@
-"""Clients made on demand, and a classification problem of such: nothing is stored.
+"""Create clients on demand, and a classification problem with such clients.
 
-What a client holds is a function of its id. How many samples it has, its mix of classes and its
-samples are looked up in tables that all clients share, at places named by random words of (seed,
-client, position). So a million clients cost what a thousand cost, a batch is made for all clients
-of a chunk at once, and a look-up gives the same bits in any batch: arithmetic that rounds by its
-place in a vector would not.
+A client's samples are a function of its id; nothing is stored. Its number of samples, its class
+distribution and its samples are looked up in tables that all clients share; random words of (seed,
+client, position) index them. A million clients therefore cost as much as a thousand, a batch is
+created for all clients of a chunk at once, and a look-up gives the same bits in any batch;
+arithmetic whose rounding depends on the position in a vector would not.
 
 In the problem each class is a few Gaussian clouds, so that no linear model separates them. Client k
-sees them through its own shift, in its own mix of classes, in its own number:
+has its own shift, its own class distribution and its own number of samples:
 
     c ~ mix_k,    x = (centre[c, m] + noise e + shift s_k) / norm,    m one of the clouds of c
 
@@ -37,13 +37,13 @@ POOL_NUMBERS = 1 << 21  # in the table of normals, over all features
 
 @dataclass(frozen=True)
 class Mixture(OfLaw):
-    """Clients who draw from a mixture of Gaussian clouds.
+    """Draw clients' samples from a mixture of Gaussian clouds.
 
     Attributes:
-        law: Of sizes and classes.
-        centres: Of the clouds, class by class [classes * clouds, features].
+        law: Law of sizes and classes.
+        centres: Centres of the clouds, class by class [classes * clouds, features].
         clouds: Clouds of each class.
-        pool: Normals [P, features], of which the sum of two rows has variance 1 / norm^2.
+        pool: Normals [P, features]; the sum of two rows has variance 1 / norm^2.
         noise, shift: Standard deviations of samples about their cloud and of clients' shifts.
     """
 
@@ -56,19 +56,19 @@ class Mixture(OfLaw):
 
     @override
     def gather(self, clients: torch.Tensor, positions: torch.Tensor) -> Samples:
-        """Make samples by position in the client: ids [K], positions [K, b] -> K * b rows."""
+        """Create samples by position in the client: ids [K], positions [K, b] -> K * b rows."""
         classes, words, own = self.law.draw(clients, positions)
         cloud = classes * self.clouds + pick(words[..., 2], self.clouds)
         x = self.centres[cloud]
-        # A product and then a sum, each rounded by itself: fused, they would round in another way
-        # at the end of a vector than inside it.
+        # A product and then a sum, each rounded separately: a fused operation rounds differently at
+        # the end of a vector.
         x += self._normals(words[..., :2]).mul_(self.noise)
         x += self._normals(own).mul_(self.shift)[:, None]
         return Samples({"x": x.flatten(0, 1)}, classes.flatten())
 
     @override
     def lengths(self, clients: torch.Tensor, positions: torch.Tensor) -> None:
-        """Samples are not padded."""
+        """Return None: samples are not padded."""
 
     def _normals(self, words: torch.Tensor) -> torch.Tensor:
         """Sum two rows of the pool: words [..., 2] -> [..., features]."""
@@ -93,11 +93,11 @@ def virtual(
     seed: int = 0,
     dtype: Dtype = "float32",
 ) -> DataSet:
-    """Make a population of clients whose samples are a function of (seed, client, position).
+    """Create a population of clients whose samples are a function of (seed, client, position).
 
     Training and test table hold one sample each of further clients, who never train: the test
-    table measures the population, and the training table is set aside for what is done before the
-    first round (pretraining, validation), not for the clients.
+    table measures the population, and the training table is for steps before the first round
+    (pretraining, validation), not for the clients.
 
     Args:
         clients: Number of clients; memory does not depend on it.
@@ -110,7 +110,7 @@ def virtual(
         clouds: Gaussian clouds of each class.
         noise: Standard deviation of a sample about its cloud; centres have 1 in each feature.
         shift: Standard deviation of the clients' shifts.
-        alpha: Concentration of the clients' mixes of classes: small is skewed, large is even;
+        alpha: Concentration of the clients' class distributions: small is skewed, large is even;
             None gives all clients all classes evenly.
         held_out: Samples of the test table; the training table has as many.
         seed: Seed of the problem; apart from the seed of the run.
