@@ -53,7 +53,9 @@ class Pair(Probe):
         return self.chunk
 
 
-def refuse_meeting(trainer: CohortTrainer, base: Tree, downlink: RoundInstructions, chunk: int) -> None:
+def refuse_meeting(
+    trainer: CohortTrainer, base: Tree, downlink: RoundInstructions, chunk: int
+) -> None:
     """Refuse a user's extras that mix the clients of a chunk, or that change between two calls.
 
     Raises:

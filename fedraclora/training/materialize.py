@@ -13,7 +13,9 @@ from fedraclora.protocol.method import Factor, RoundInstructions
 from fedraclora.tree import Tree, wide, widened
 
 
-def materialize(downlink: RoundInstructions, base: Tree, order: torch.Tensor) -> tuple[Tree, Tree, Tree]:
+def materialize(
+    downlink: RoundInstructions, base: Tree, order: torch.Tensor
+) -> tuple[Tree, Tree, Tree]:
     """Create the trained values, their starts and the frozen factors for the clients in ``order``.
 
     Returns:

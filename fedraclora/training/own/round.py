@@ -224,7 +224,9 @@ def _use_peft(places: Found, downlink: RoundInstructions, adapter: str) -> None:
         layer.set_adapter(adapter)
 
 
-def _check_active(model: nn.Module, places: Found, downlink: RoundInstructions, adapter: str) -> None:
+def _check_active(
+    model: nn.Module, places: Found, downlink: RoundInstructions, adapter: str
+) -> None:
     """Refuse an adapter of PEFT that was changed after install, or merged into W."""
     for weight, term in places.terms.items():
         _check_scale(weight, term.scale, downlink)
