@@ -285,17 +285,20 @@ class ClientProgram(Named, Limited, group="local.extras"):
         trained = downlink.trained().items()
         return {f"{kind}/{name}": slot.shape for kind in kinds for name, slot in trained}
 
-    def upload(self, before: Tree, after: Tree) -> Tree:
-        """Return what clients send, by name, [K, ...].
+    def upload(self, chunk: ClientChunk, before: Tree, after: Tree) -> Tree:
+        """Return what clients send, by name, [K, ...]: changed, with noise, or something else.
 
         Args:
+            chunk: Of clients. Draw for each client by its id, the round and the seed, as
+                ``fedraclora.rng.generator(chunk.seed, "my noise", chunk.round_, client)``, so that
+                no draw depends on who else is in the chunk.
             before: The weights from which they went.
-            after: What they trained, [K, ...] by name.
+            after: What they trained, [K, ...] by name, in the order of ``chunk.clients``.
         """
         return after
 
     def sent(self, result: LocalResult) -> LocalResult:
-        """Select what clients send from their result, after they stored their state."""
+        """Return the result that clients send, after they kept theirs; one may leave out losses."""
         return result
 
     # What the server says of it.

@@ -158,7 +158,7 @@ class CohortTrainer:
         if isinstance(optimizer, GradientMean):
             values = optimizer.means(schedule.steps)
         else:
-            values = self._uploads(asked, chunk.program.base, values)
+            values = self._uploads(chunk, asked, values)
         losses[losses == UNSAID] = math.nan  # this call has already computed the result
         moments = optimizer.moments(schedule.steps)
         values = values | {ROW_SLOT + n: row for n, row in plain.rows(schedule.steps).items()}
@@ -170,7 +170,7 @@ class CohortTrainer:
             moments={n: chunk.as_asked(t) for n, t in moments.items()},
         )
 
-    def _uploads(self, asked: RoundInstructions, base: Tree, values: Tree) -> Tree:
+    def _uploads(self, chunk: OpenChunk, asked: RoundInstructions, values: Tree) -> Tree:
         """Return the clients' uploads, computed by the round's client programs.
 
         Raises:
@@ -180,7 +180,7 @@ class CohortTrainer:
         for program in (*self.local.added, asked.program):
             name = f"{self.local.told(program)}: "
             with told_as(ClientError, name, "building what clients send (upload)"):
-                values = program.upload(base, values)
+                values = program.upload(chunk, chunk.program.base, values)
         if lost := asked.uploaded().keys() - values.keys():
             raise ClientError(
                 f"{self.local.told(asked.program)}: upload gives no {', '.join(sorted(lost))}, "

@@ -36,6 +36,7 @@ from typing_extensions import override
 
 from fedraclora.limits import Count, Limited, Positive
 from fedraclora.protocol.method import Draw, Plan, Traits
+from fedraclora.protocol.program import ClientChunk
 from fedraclora.strategies.shared.walking import MOVES, AlongDirections, Walk, Walking
 from fedraclora.tree import Tree
 
@@ -79,7 +80,7 @@ class ProjectUpdate(AlongDirections, group="method"):
     directions: Count
 
     @override
-    def upload(self, before: Tree, after: Tree) -> Tree:
+    def upload(self, chunk: ClientChunk, before: Tree, after: Tree) -> Tree:
         found, shapes = list[torch.Tensor](), {n: tuple(before[n].shape) for n in self.walk.names}
         changes = {n: (after[n] - before[n]).flatten(1) for n in self.walk.names}
         for names, count in blocks(shapes, self.directions):

@@ -201,6 +201,54 @@ def test_so_it_has_on_workers_that_read_messages(method: str, beside: Path) -> N
     assert digest_of(own, "engine=ray", "engine.workers=2") == digest_of(ours)
 
 
+NOISE = """
+from dataclasses import dataclass
+
+import torch
+
+import fedraclora
+from fedraclora.protocol.program import When
+from fedraclora.rng import generator, torch_normal
+from fedraclora.strategies.methods.fed_rac_lora import FedRacLora
+
+
+@dataclass(frozen=True)
+class Noise(fedraclora.ClientProgram, group="method"):
+    name = "outside.noise"
+
+    std: float
+
+    def hooks(self, chunk):
+        return {When.PROGRAM: lambda g, _: {n: 0 * t for n, t in g.items()}}  # noise alone is left
+
+    def upload(self, chunk, before, after):
+        found = {}
+        for name, value in after.items():
+            rngs = [generator(chunk.seed, name, chunk.round_, k) for k in chunk.clients.tolist()]
+            drawn = [torch_normal(rng, *value.shape[1:]) for rng in rngs]
+            found[name] = value + self.std * torch.stack(drawn).to(value)
+        return found
+
+
+@dataclass(frozen=True)
+class Noisy(FedRacLora):
+    std: float = 0.01
+
+    def program(self, plan):
+        return Noise(self.std)
+"""
+
+
+def test_a_program_draws_noise_for_each_client_whoever_is_in_its_chunk(beside: Path) -> None:
+    (beside / "outside_noise.py").write_text(NOISE)
+    noisy = import_module("outside_noise").Noisy
+    alone, together = "engine=inline", "engine=vectorized"
+    found = {digest_of(noisy(rank=2), engine) for engine in (alone, together, together)}
+    assert len(found) == 1
+    assert digest_of(noisy(rank=2, std=0.02), together) not in found
+    assert digest_of(noisy(rank=2), together, "seed=2") not in found
+
+
 MAIN = """
 from dataclasses import dataclass
 
