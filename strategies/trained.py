@@ -26,7 +26,7 @@ from fedraclora.protocol.factor import past_name, weight_of
 from fedraclora.protocol.link import Link, Plan, matrices
 from fedraclora.protocol.method import Draw, Method, State
 from fedraclora.run.folder import provenance
-from fedraclora.run.rebuild import state_at, stored_plan
+from fedraclora.run.rebuild import state_at
 from fedraclora.strategies.methods import METHODS
 from fedraclora.strategies.shared.layerwise import LayerMethod
 from fedraclora.strategies.wrappers import method_of
@@ -78,8 +78,8 @@ def trained_model(
         start = {n: p.detach().cpu().clone() for n, p in held.items()}
         weights = effective()
     else:
-        plan = stored_plan(folder) or plan_of(config, task)
-        state = state_at(folder, round_, plan, method)
+        state = state_at(folder, round_, method)
+        plan = state.plan
         draw = Draw(config.seed)
         weights = method.weights(state, draw)
         start, changes = _from_start(folder, config, method, state, round_)
@@ -115,7 +115,7 @@ def _from_start(
         return {
             n: p.detach().cpu() for n, p in build_task(config).task.model.named_parameters()
         }, {}
-    before = state_at(folder, 0, state.plan, method)
+    before = state_at(folder, 0, method)
     start = method.weights(before, draw)
     ends = _standing(method, before, draw), _standing(method, state, draw)
     if ends[0] is None or ends[1] is None:

@@ -6,13 +6,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from fedraclora.binding import Plain
-from fedraclora.config.builder import TaskBuilder
 from fedraclora.config.run_config import from_plain
 from fedraclora.data.locate import user_path
 from fedraclora.errors import CheckpointError
 from fedraclora.narrow_weight import dense
 from fedraclora.protocol.method import Draw
-from fedraclora.run.rebuild import stored_plan, weights_at
+from fedraclora.run.rebuild import weights_at
 from fedraclora.run.trusted import read_trusted
 from fedraclora.strategies.methods import METHODS
 from fedraclora.strategies.wrappers import method_of
@@ -30,8 +29,7 @@ def load_weights(
     """Read the effective weights after a round, W_t: what the run measured, bit for bit.
 
     They are what a model with the parameters of the run takes (``load_state_dict``): what adapters
-    carry is folded in, whatever the method. Data and model are needed for the folders of older
-    releases alone.
+    carry is folded in, whatever the method.
 
     Args:
         folder: The run folder.
@@ -53,5 +51,4 @@ def load_weights(
     if not folder.is_dir():
         raise CheckpointError(f"{folder} is not a run folder. Name the folder of a run")
     config = from_plain(read_trusted(folder, own), METHODS)
-    plan = stored_plan(folder) or TaskBuilder(config).plan
-    return dense(weights_at(folder, round_, method_of(config), Draw(config.seed), plan))
+    return dense(weights_at(folder, round_, method_of(config), Draw(config.seed)))

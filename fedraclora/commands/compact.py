@@ -105,7 +105,7 @@ def _groups(chain: Path, every: int, done: int) -> Iterator[list[LinkFile]]:
 def _fold(folder: Path, groups: Mapping[int, list[LinkFile]]) -> None:
     """Fold groups of links, each by the round of its last one."""
     start, history, first = State({}, Plan({})), WeightHistory(), dict[str, Any]()
-    for number, state, meta in read_states(folder, None, Counters):
+    for number, state, meta in read_states(folder, Counters):
         if number > max(groups, default=0):
             break
         first = first or meta
@@ -114,8 +114,7 @@ def _fold(folder: Path, groups: Mapping[int, list[LinkFile]]) -> None:
             continue
         if len(files := groups.get(number, [])) > 1:
             tensors, described = _folded(start, state, history)
-            kept = {"counters": meta.get("counters"), "previous": first.get("previous")}
-            described |= {key: value for key, value in kept.items() if value is not None}
+            described |= {"counters": meta["counters"], "previous": first["previous"]}
             fold_links(folder / "chain", files, tensors, described)
         start, history, first = state, WeightHistory(), {}
         history.publish(state.base, 0)

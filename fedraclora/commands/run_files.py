@@ -66,7 +66,7 @@ class RunFiles:
 
     @property
     def begins(self) -> dict[str, str]:
-        """Loss, optimizer and what is trained, in words; none of a run of before they were kept."""
+        """Loss, optimizer and what is trained, in words."""
         found = self.summary.get("begins")
         said = introduction(found) if isinstance(found, dict) else {}
         return {title: said[title] for title in BEGINS if title in said}
@@ -193,14 +193,7 @@ def read_files(folder: Path) -> RunFiles:
     config = dict(read_config(folder))
     if not is_finished(folder):
         return RunFiles(folder, config, rows, {}, divergence(folder))
-    summary, last = read_summary(folder), number(rows[-1], "round")
-    if number(summary, "rounds") != last:
-        raise CheckpointError(
-            f"{folder}: the ledger ends at round {last:g}, the summary at round "
-            f"{summary.get('rounds')}. Restore the file that does not belong to this run from a "
-            "copy."
-        )
-    return RunFiles(folder, config, rows, summary)
+    return RunFiles(folder, config, rows, read_summary(folder))
 
 
 _NAME = "method.name"

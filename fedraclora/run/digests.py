@@ -2,7 +2,6 @@
 
 ``digests.json`` lies beside ``config.yaml``, which stays a plain file to read. It holds a digest of
 itself, as ``summary.json`` does: a digit that changes in any of them is seen by whoever reads it.
-Folders of older releases have no digests, and are read as they are.
 """
 
 from __future__ import annotations
@@ -40,7 +39,7 @@ def opened(found: Mapping[str, object], path: Path) -> dict[str, object]:
         CheckpointError: If the file was changed since it was written.
     """
     rest = {key: value for key, value in found.items() if key != SEAL}
-    if found.get(SEAL, _digest(rest)) != _digest(rest):
+    if found.get(SEAL) != _digest(rest):
         raise CheckpointError(f"{path} is damaged: its checksum does not match; {ADVICE}")
     return rest
 
@@ -88,7 +87,7 @@ def check_config(folder: Path) -> bytes:
     """
     path, digests = folder / "config.yaml", folder / FILE
     text = path.read_bytes()
-    if digests.is_file() and _text_digest(text) not in read_sealed(digests).get("config", ()):
+    if _text_digest(text) not in read_sealed(digests).get("config", ()):
         raise CheckpointError(
             f"{path} is not the config that the run wrote: its checksum is not in {FILE}. "
             "Restore the file from a copy; to change a setting of a resumed run, give it on "
@@ -114,12 +113,10 @@ def check_data(folder: Path, data: Mapping[str, object]) -> None:
         for name, recorded in files.items():
             now = found.get(key, {}).get(name)
             if now is None:
-                began = began_in(folder)
-                there = "" if began is None else f" in {began}"
                 raise DataError(
                     f"data.{key}={data.get(key)}: {name}{_owner(key, name)} is missing since "
-                    f"the run began{there}. Work in that folder, restore the file, or start a "
-                    "new run"
+                    f"the run began in {began_in(folder)}. Work in that folder, "
+                    "restore the file, or start a new run"
                 )
             if now != recorded:
                 raise DataError(
@@ -143,7 +140,7 @@ def check_fixed(
         CheckpointError: Naming the keys, the functions whose code has changed, or the partitioner.
     """
     changed = [x for x in config_difference(stored, now) if not x.startswith(free)]
-    # Checkpoints of before have no digests of code and of rows.
+    # Code and rows that one side alone has came with another key, which is named.
     changed = [x for x in changed if not (x.startswith((CODE, ROWS)) and "(absent)" in x)]
     anew = "or start a new run without resume"
     code = [x.removeprefix(CODE).rpartition(": ")[0] for x in changed if x.startswith(CODE)]
@@ -166,11 +163,9 @@ def check_fixed(
         )
 
 
-def began_in(folder: Path) -> str | None:
-    """Read the working folder in which a run began; None of a run of before it was kept."""
-    path = folder / FILE
-    found = read_sealed(path).get("began_in") if path.is_file() else None
-    return None if found is None else str(found)
+def began_in(folder: Path) -> str:
+    """Read the working folder in which a run began."""
+    return str(read_sealed(folder / FILE)["began_in"])
 
 
 def located(folder: Path, data: Plain) -> dict[str, object]:
@@ -184,10 +179,10 @@ def located(folder: Path, data: Plain) -> dict[str, object]:
         The group; a relative path that leads nowhere from here starts from where the run began.
     """
     began, found = began_in(folder), dict(data)
-    for key, value in data.items() if began is not None else ():
+    for key, value in data.items():
         if key not in PATHS or not isinstance(value, str) or ":" in value:
             continue
-        then = Path(str(began)) / value
+        then = Path(began) / value
         if not any(_paths(key, value, data.get("root"))) and then.exists():
             found[key] = str(then)
     return found
@@ -195,8 +190,7 @@ def located(folder: Path, data: Plain) -> dict[str, object]:
 
 def known_data(folder: Path) -> dict[str, dict[str, str]]:
     """Read the digests of the data's files from a run folder, as `data_files` computed them."""
-    path = folder / FILE
-    return dict(read_sealed(path).get("data", {})) if path.is_file() else {}
+    return dict(read_sealed(folder / FILE)["data"])
 
 
 def data_files(data: Mapping[str, object]) -> dict[str, dict[str, str]]:

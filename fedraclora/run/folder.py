@@ -33,7 +33,7 @@ LEDGER = "ledger_sha256"  # of the summary: the seal of the ledger's last row
 # What a start makes; the lock comes last, so that nobody else begins meanwhile.
 MADE = ("digests.json", "config.yaml", "ledger.jsonl", "chain", "private", "run_id", ".lock")
 GROUPS = ("method", "data", "local", "engine", "output")  # of every config
-SIGNS = (*MADE[:1], *MADE[2:3])  # one of them lies in every run folder, also of older releases
+SIGNS = (*MADE[:1], *MADE[2:3])  # one of them lies in every run folder
 # The safe loader, in C where PyYAML was built with it: ten times as fast, and tables read many.
 LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 PACKAGES = ("fedraclora", "flwr", "torch", "numpy", "hydra-core")
@@ -338,7 +338,7 @@ def read_summary(folder: Path) -> dict[str, object]:
     found = read_sealed(path)
     if "weights_digest" not in found:
         raise CheckpointError(f"{path} is not the summary of a run. Restore it from a copy")
-    if LEDGER in found and found[LEDGER] != ["", *seals(read_ledger(folder / "ledger.jsonl"))][-1]:
+    if found.get(LEDGER) != ["", *seals(read_ledger(folder / "ledger.jsonl"))][-1]:
         raise CheckpointError(
             f"{path} and the ledger.jsonl beside it do not belong together, or one of them "
             "was changed. Restore both from a copy"

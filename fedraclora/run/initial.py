@@ -19,7 +19,6 @@ from fedraclora.data.locate import HUB, PACKAGE
 from fedraclora.errors import CheckpointError, FedRacLoraError
 from fedraclora.models import MODELS
 from fedraclora.protocol.method import Counters, Plan, State, apply_link
-from fedraclora.run.ledger import read_ledger
 from fedraclora.tree import Tree, below, digest
 from fedraclora.weights.chain import read_link, read_plan
 from fedraclora.weights.links import read_links
@@ -112,14 +111,11 @@ def _built(model: str) -> Tree:
     return {n: p.detach() for n, p in network.named_parameters()}
 
 
-def read_states(
-    folder: Path, plan: Plan | None, kind: type[Counters]
-) -> Iterator[tuple[int, State, dict[str, Any]]]:
+def read_states(folder: Path, kind: type[Counters]) -> Iterator[tuple[int, State, dict[str, Any]]]:
     """Follow the chain of a run folder from the initial state on.
 
     Args:
         folder: The run folder.
-        plan: As for `state_at`.
         kind: In which the method keeps what is no tensor.
 
     Yields:
@@ -131,42 +127,23 @@ def read_states(
     """
     chain, last, state = folder / "chain", -1, State({}, Plan({}))
     for number, tensors, meta in read_links(chain):
-        _check_gap(folder, last, meta.get("first", number))
+        if meta.get("first", number) > last + 1:
+            path = chain / f"{last + 1:06d}.safetensors"
+            raise CheckpointError(f"{path} is missing. Restore it from a copy")
         link = None
         if number == 0:
             base = initial_weights(tensors, meta, chain / "000000.safetensors")
-            state = State(base, plan or plan_in(meta, chain))
+            state = State(base, read_plan(meta["plan"]))
         else:
             link = read_link(tensors, meta)
             base = apply_link(state.base, link, state.plan)
         kept = {n: t for n, t in state.carried.items() if n not in meta.get("gone", ())}
-        carried, counters = kept | below(tensors, CARRIED), kind.read(meta.get("counters", {}))
+        carried, counters = kept | below(tensors, CARRIED), kind.read(meta["counters"])
         last, state = number, State(base, state.plan, carried, counters, link)
         yield number, state, meta
 
 
-def _check_gap(folder: Path, last: int, number: int) -> None:
-    """Reject a chain in which a round is missing; older releases left out those of nobody."""
-    for round_ in range(last + 1, number):
-        rows = {row["round"]: row for row in read_ledger(folder / "ledger.jsonl")}
-        if last < 0 or rows.get(round_, {}).get("cohort") != 0:
-            path = folder / "chain" / f"{round_:06d}.safetensors"
-            raise CheckpointError(f"{path} is missing. Restore it from a copy")
-
-
-def plan_in(meta: Mapping[str, Any], path: Path) -> Plan:
-    """Read the plan of a run from what a file of it says; ``path`` names that for messages."""
-    if not isinstance(stored := meta.get("plan"), Mapping):
-        raise CheckpointError(
-            f"{path} was written by an older release, which did not store the plan of the "
-            "run. Pass the plan (plan=...), or resume the run (resume=...)"
-        )
-    return read_plan(stored)
-
-
-def state_after(
-    folder: Path, round_: int, plan: Plan | None, kind: type[Counters]
-) -> tuple[State, dict[str, Any]]:
+def state_after(folder: Path, round_: int, kind: type[Counters]) -> tuple[State, dict[str, Any]]:
     """Follow the chain of a run folder up to a round; arguments as for `read_states`.
 
     Returns:
@@ -177,7 +154,7 @@ def state_after(
     """
     chain, last, state, said = folder / "chain", -1, State({}, Plan({})), dict[str, Any]()
     beyond = False
-    for number, after, meta in read_states(folder, plan, kind):
+    for number, after, meta in read_states(folder, kind):
         if beyond := number > round_:
             break
         last, state, said = number, replace(after, link=None), meta
@@ -196,16 +173,15 @@ def state_after(
     return state, said
 
 
-def checkpoint_base(stored: Tree, meta: Mapping[str, Any], folder: Path, plan: Plan) -> Tree:
+def checkpoint_base(stored: Tree, meta: Mapping[str, Any], folder: Path) -> Tree:
     """Give the base weights of a checkpoint, what it has left to the chain from there.
 
     Args:
         stored: Those that it holds.
         meta: Its meta data.
         folder: Of the run.
-        plan: Of the run.
     """
     if (order := meta.get("base_order")) is None:
         return stored
-    rebuilt = state_after(folder, meta["round"], plan, Counters)[0].base
+    rebuilt = state_after(folder, meta["round"], Counters)[0].base
     return {n: stored[n] if n in stored else rebuilt[n] for n in order}

@@ -3,7 +3,7 @@
 A writer that is killed leaves at most one unfinished last line, which every reader leaves out.
 Each line ends with a digest of its row and of all rows before, which every reader checks: no digit
 can change unseen. The digest of the last row is kept where the run is vouched for (checkpoint and
-summary). Rows of older releases have none, and are read as they are.
+summary).
 
 Columns that no seed can fix (`NONDETERMINISTIC`) are not part of the ledger's digest.
 """
@@ -255,7 +255,7 @@ def headline(rows: Sequence[Mapping[str, object]]) -> str | None:
 
 def _parse(data: bytes, path: Path) -> list[Row]:
     rows: list[Row] = []
-    sealed, seal = False, ""
+    seal = ""
     lines = data.split(b"\n")
     for index, line in enumerate(lines):
         last = index == len(lines) - 1
@@ -266,9 +266,8 @@ def _parse(data: bytes, path: Path) -> list[Row]:
                 raise ValueError(f"a row must be a mapping with a round from {least} on")
             claimed = row.pop(_SEAL, None)
             seal = _seal(seal, json.dumps(row))
-            if claimed != seal and (claimed is not None or sealed):
+            if claimed != seal:
                 raise ValueError("its checksum does not match, or an earlier row is missing")
-            sealed = claimed is not None
         except ValueError as error:
             if last:
                 break  # what follows the last newline: nothing, or the torn line of a killed run

@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-from itertools import islice
 from pathlib import Path
 
 from fedraclora.errors import CheckpointError
-from fedraclora.protocol.method import Counters, Draw, Method, Plan, State
-from fedraclora.run.initial import checkpoint_base, plan_in, state_after
+from fedraclora.protocol.method import Counters, Draw, Method, State
+from fedraclora.run.initial import checkpoint_base, state_after
 from fedraclora.run.recorder import checkpoint_meta, hold_chain, hold_checkpoint
 from fedraclora.tree import Tree, below
 from fedraclora.weights.chain import read_plan
 from fedraclora.weights.files import load_checkpoint
-from fedraclora.weights.links import link_files, read_links
+from fedraclora.weights.links import link_files
 
 
 def state_at(
     folder: Path,
     round_: int | None = None,
-    plan: Plan | None = None,
     method: Method | None = None,
 ) -> State:
     """Rebuild what the server held after a round: base weights, and what the method carried.
@@ -27,7 +25,6 @@ def state_at(
         folder: The run folder, written with ``output.chain=true``; the last checkpoint is enough
             for the round that it stands at.
         round_: 0 gives the initial state; None the last checkpoint.
-        plan: Of the run; None takes the one that was stored.
         method: Of the run. With it, the state has all by which it gives weights; None: what one
             method keeps and another does not is left out.
 
@@ -36,31 +33,19 @@ def state_at(
 
     Raises:
         CheckpointError: If a file is damaged, missing or of another run, or does not reach so far;
-            if the round was folded into a later one; and where an older release has not kept what
-            the method takes.
+            if the round was folded into a later one.
     """
     kind = Counters if method is None else method.counters
     if round_ is None:
         tensors, meta = load_checkpoint(folder / "checkpoint")
-        plan = plan or plan_in(meta, folder / "checkpoint")
         carried = below(tensors, "carried/")
         hold_checkpoint(folder, tensors, meta)
-        base = checkpoint_base(below(tensors, "base/"), meta, folder, plan)
-        return State(base, plan, carried, kind.read(meta["counters"]))
+        base = checkpoint_base(below(tensors, "base/"), meta, folder)
+        return State(base, read_plan(meta["plan"]), carried, kind.read(meta["counters"]))
     chain = folder / "chain"
     _check_kept(chain, round_)
-    state, meta = state_after(folder, round_, plan, kind)
+    state, _ = state_after(folder, round_, kind)
     hold_chain(folder, checkpoint_meta(folder))
-    if (
-        not meta.get("counters")
-        and method is not None
-        and type(method).weights is not Method.weights
-    ):
-        raise CheckpointError(
-            f"{chain} was written by an older release, which stored only the base weights, so "
-            "only the weights of the last checkpoint can be read. "
-            "fedraclora.run.rebuild.state_at gives the base weights of other rounds"
-        )
     return state
 
 
@@ -98,16 +83,7 @@ def _check_kept(chain: Path, round_: int) -> None:
             )
 
 
-def stored_plan(folder: Path) -> Plan | None:
-    """Read the plan of a run from its files; None where they are of an older release."""
-    metas = [meta for number, _, meta in islice(read_links(folder / "chain"), 1) if number == 0]
-    stored = [meta["plan"] for meta in (*metas, checkpoint_meta(folder)) if "plan" in meta]
-    return read_plan(stored[0]) if stored else None
-
-
-def weights_at(
-    folder: Path, round_: int | None, method: Method, draw: Draw, plan: Plan | None = None
-) -> Tree:
+def weights_at(folder: Path, round_: int | None, method: Method, draw: Draw) -> Tree:
     """Rebuild the effective weights after a round: W_t, as the run measured them.
 
     Where clients keep a part of the model to themselves, these are the server's weights.
@@ -117,9 +93,8 @@ def weights_at(
         round_: As for `state_at`.
         method: Of the run.
         draw: Of the run: its seed.
-        plan: As for `state_at`.
 
     Raises:
         CheckpointError: As `state_at`.
     """
-    return method.weights(state_at(folder, round_, plan, method), draw)
+    return method.weights(state_at(folder, round_, method), draw)

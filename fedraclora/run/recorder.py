@@ -267,7 +267,7 @@ class RunRecorder:
                 "a run without a folder cannot be resumed. Run it with folder=..."
             )
         tensors, meta = load_checkpoint(self.folder / "checkpoint")
-        check_fixed(self.folder, meta.get("fixed", {}), self.fixed, self.free)
+        check_fixed(self.folder, meta["fixed"], self.fixed, self.free)
         self.source = None  # a run that goes on has kept its initial weights
         counters = meta["counters"]
         if not isinstance(counters, dict):
@@ -286,23 +286,20 @@ class RunRecorder:
         catch_up.restore(tensors)
         self.store.restore(tensors)
         device = next(iter(start.base.values())).device
-        base = checkpoint_base(below(tensors, "base/"), meta, self.folder, start.plan)
+        base = checkpoint_base(below(tensors, "base/"), meta, self.folder)
         if digest(base) != meta.get("base_digest", digest(base)):
             self.incidents.append("weights were rebuilt from the chain, and round otherwise here")
         base = {n: t.to(device) for n, t in base.items()}
         carried, moments = below(tensors, "carried/"), below(tensors, "moments/")
         if self.chain is not None:
             self._link = link_digest(self.chain)
-            # The links of older releases lack what is carried: the next one has all of it.
-            self._carried = dict(carried) if isinstance(meta.get("chain"), str) else {}
+            self._carried = dict(carried)
         return State(
             base, start.plan, carried, type(start.counters).read(counters), moments=moments
         ), round_
 
     def _verify(self, folder: Path, meta: Mapping[str, Any], round_: int) -> None:
         """Check what the run rests on against the digests in its checkpoint, before any cut.
-
-        Checkpoints of older releases name none.
 
         Raises:
             CheckpointError: Naming the file that is damaged, missing or of another run.
@@ -312,11 +309,11 @@ class RunRecorder:
             raise CheckpointError(
                 f"{path} ends before round {round_}, the round of the checkpoint; {ADVICE}"
             )
-        if meta.get("ledger", self.ledger.seal(round_)) != self.ledger.seal(round_):
+        if meta["ledger"] != self.ledger.seal(round_):
             raise CheckpointError(
                 f"{path} does not belong to the checkpoint of round {round_}; {ADVICE}"
             )
-        if self.chain is not None and meta.get("chain", "") is None:
+        if self.chain is not None and meta["chain"] is None:
             raise CheckpointError(
                 f"{folder} has no chain, and a chain that begins at round {round_ + 1} has no "
                 "initial weights. Resume with output.chain=false"
@@ -324,7 +321,7 @@ class RunRecorder:
         if self.chain is not None:
             hold_chain(folder, meta)
         found = beside(folder)
-        for name, recorded in meta.get("files", {}).items():
+        for name, recorded in meta["files"].items():
             if found.get(name) != recorded:
                 raise CheckpointError(
                     f"{folder / name} is missing, or has changed since the checkpoint was "
@@ -333,7 +330,7 @@ class RunRecorder:
 
 
 def hold_chain(folder: Path, meta: Mapping[str, Any]) -> None:
-    """Check that the checkpoint of a run folder is one of its chain; older ones do not say.
+    """Check that the checkpoint of a run folder is one of its chain, if it has both.
 
     Raises:
         CheckpointError: If its link is missing, or is of another run.
@@ -355,8 +352,7 @@ def hold_checkpoint(folder: Path, tensors: Tree, meta: Mapping[str, Any]) -> Non
     path, ledger = folder / "checkpoint" / CHECKPOINT, folder / "ledger.jsonl"
     if "base_order" not in meta and not below(tensors, "base/"):
         raise CheckpointError(f"{path} is another file of a run, not a checkpoint; {ADVICE}")
-    known = meta.get("ledger")
-    if isinstance(known, str) and ledger.is_file() and known not in seals(read_ledger(ledger)):
+    if ledger.is_file() and meta["ledger"] not in seals(read_ledger(ledger)):
         raise CheckpointError(f"{path} belongs to another run than {ledger}; {ADVICE}")
 
 

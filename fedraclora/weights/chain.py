@@ -201,17 +201,12 @@ class CatchUp(LinkSizes):
         }
 
     def restore(self, tensors: Mapping[str, torch.Tensor]) -> None:
-        """Restore the tensors of `state`; those of older releases have all versions."""
-        self.floor = int(tensors["catch_up/floor"]) if "catch_up/floor" in tensors else 0
+        """Restore the tensors of `state`."""
+        self.floor = int(tensors["catch_up/floor"])
         shape = self.dense.shape
         self.sums = list(tensors["catch_up/sums"].numpy().copy().reshape(-1, *shape))
-        if (dense := tensors.get("catch_up/dense")) is not None:
-            self.dense = dense.numpy().copy().reshape(shape)
-        if (beside := tensors.get("catch_up/beside")) is not None:
-            self.beside = beside.numpy().copy().reshape(shape)
-        for name, i in self.place.items() if dense is None else ():  # of an older release
-            if (now := tensors.get(f"base/{name}")) is not None:
-                self.dense[:, i] = now.nbytes
+        self.dense = tensors["catch_up/dense"].numpy().copy().reshape(shape)
+        self.beside = tensors["catch_up/beside"].numpy().copy().reshape(shape)
         self.versions = np.zeros_like(self.versions)
         self.versions[tensors["catch_up/clients"].numpy()] = tensors["catch_up/versions"].numpy()
 
@@ -234,9 +229,5 @@ def plan_meta(plan: Plan) -> dict[str, object]:
 
 
 def read_plan(meta: Mapping[str, Any]) -> Plan:
-    """Rebuild a plan from `plan_meta`; those of older releases have each target as a list."""
-    targets = {
-        name: {"kind": view[0], "shape": view[1:]} if isinstance(view, list) else view
-        for name, view in meta["targets"].items()
-    }
-    return join(Plan, {}, {**meta, "targets": targets})
+    """Rebuild a plan from `plan_meta`."""
+    return join(Plan, {}, meta)

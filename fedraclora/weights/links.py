@@ -26,7 +26,7 @@ def append_link(
     tensors: Tree,
     meta: dict[str, object],
     *,
-    previous: str | None = None,
+    previous: str,
     sync: bool = True,
 ) -> Path:
     """Write the merge of one round, for example to ``chain/000012.safetensors``.
@@ -36,15 +36,14 @@ def append_link(
         round_: The round that made the link; a link of that round that is there is replaced.
         tensors: The link's tensors.
         meta: JSON values; ``round`` is added.
-        previous: Digest of the link before (`link_digest`), empty for the first; None: not kept.
+        previous: Digest of the link before (`link_digest`), empty for the first.
         sync: Flush to the disk before returning.
 
     Returns:
         The file.
     """
     path = folder / f"{round_:06d}.safetensors"
-    follows = {} if previous is None else {"previous": previous}
-    save_tensors(path, tensors, {**meta, "round": round_, **follows}, sync=sync)
+    save_tensors(path, tensors, {**meta, "round": round_, "previous": previous}, sync=sync)
     return path
 
 
@@ -149,15 +148,14 @@ def stored_digest(path: Path) -> str:
 def _follow(
     file: LinkFile, meta: Mapping[str, object], before: tuple[LinkFile, str] | None
 ) -> tuple[LinkFile, str]:
-    """Check a merge against the one before it; files of older releases do not record it."""
+    """Check a merge against the one before it."""
     path, round_ = file.path, meta.get("round")
     if (meta.get("first", round_), round_) != (file.first, file.last):
         raise CheckpointError(
             f"{path} has the link of round {round_}: the file has been renamed; give it "
             "its name back"
         )
-    previous = meta.get("previous")
-    if previous is not None and previous != (before[1] if before else ""):
+    if meta.get("previous") != (before[1] if before else ""):
         last = before[0].last if before else -1
         if file.first > last + 1:
             gone = path.with_name(f"{file.first - 1:06d}.safetensors")

@@ -598,7 +598,7 @@ def assert_updates_lead_on(folder: Path, coding: str = NONE) -> Tree:
     As they are written, from every version that a client may hold to the last; give its base.
     """
     links = [read_link(t, meta) for round_, t, meta in read_links(folder / "chain") if round_]
-    states = [state for _, state, _ in read_states(folder, None, Counters)]
+    states = [state for _, state, _ in read_states(folder, Counters)]
     start, count, base = states[0], len(links), states[-1].base
     history, counted = WeightHistory(), CatchUp(start.base, count + 1, coding)
     history.coding = coding

@@ -22,7 +22,7 @@ from fedraclora.weights.files import (
     save_checkpoint,
     save_tensors,
 )
-from fedraclora.weights.links import append_link, cut_links, read_links
+from fedraclora.weights.links import append_link, cut_links, link_digest, read_links
 
 META: dict[str, object] = {
     "round": 3,
@@ -149,7 +149,7 @@ def test_the_file_is_flushed_before_it_is_renamed(
     save_checkpoint(tmp_path, {"w": torch.ones(2)}, {})
     assert calls == ["flush", "rename", "flush"]
     calls.clear()
-    append_link(tmp_path, 1, {"w": torch.ones(2)}, {}, sync=False)
+    append_link(tmp_path, 1, {"w": torch.ones(2)}, {}, previous="", sync=False)
     assert calls == ["rename"]
 
 
@@ -161,25 +161,26 @@ def test_meta_data_must_be_json(tmp_path: Path) -> None:
 
 def chain(folder: Path, rounds: list[int]) -> None:
     for round_ in rounds:
-        path = append_link(folder, round_, {"b": torch.full((2, 3), float(round_))}, {"rank": 2})
+        value, before = torch.full((2, 3), float(round_)), link_digest(folder)
+        path = append_link(folder, round_, {"b": value}, {"rank": 2}, previous=before)
         assert path == folder / f"{round_:06d}.safetensors"
 
 
 def test_links_come_back_in_the_order_of_rounds(tmp_path: Path) -> None:
-    rounds = [3, 1, 1_000_001, 999_999, 12]
+    rounds = [1, 3, 12, 999_999, 1_000_001]
     chain(tmp_path, rounds)
     (tmp_path / ".000013.safetensors.partial").write_bytes(b"torn")
     (tmp_path / "notes.safetensors").write_bytes(b"not a link")
     found = list(read_links(tmp_path))
-    assert [r for r, _, _ in found] == sorted(rounds)
+    assert [r for r, _, _ in found] == rounds
     for round_, tree, meta in found:
         assert torch.equal(tree["b"], torch.full((2, 3), float(round_)))
-        assert meta == {"rank": 2, "round": round_}
+        assert (meta["rank"], meta["round"]) == (2, round_)
 
 
 def test_a_link_of_the_same_round_is_replaced(tmp_path: Path) -> None:
     chain(tmp_path, [1])
-    append_link(tmp_path, 1, {"b": torch.zeros(1)}, {})
+    append_link(tmp_path, 1, {"b": torch.zeros(1)}, {}, previous="")
     assert [tree["b"].numel() for _, tree, _ in read_links(tmp_path)] == [1]
 
 

@@ -15,6 +15,8 @@ from fedraclora.commands import compare as comparing
 from fedraclora.commands.compare import compare
 from fedraclora.commands.run_files import find_runs, read_files
 from fedraclora.errors import CheckpointError, ConfigError
+from fedraclora.run.digests import sealed, write_digests
+from fedraclora.run.folder import LEDGER
 from fedraclora.run.ledger import Ledger, Row
 from fedraclora.terminal.tables import TextTable, read_table
 from tests.common import summary_of
@@ -63,6 +65,18 @@ def ledger_rows(
 Make = Callable[..., Path]
 
 
+def put_config(folder: Path, text: str) -> None:
+    """Write a config with its digest."""
+    write_digests(folder, text, {})
+    (folder / "config.yaml").write_text(text)
+
+
+def put_summary(folder: Path, summary: dict[str, object]) -> None:
+    """Write a summary that belongs to the ledger beside it."""
+    seal = Ledger(folder / "ledger.jsonl").seal()
+    (folder / "summary.json").write_text(sealed({**summary, LEDGER: seal}))
+
+
 @pytest.fixture
 def make(tmp_path: Path) -> Make:
     """Write a run folder; more config by keyword, nested keys with two underscores."""
@@ -104,7 +118,7 @@ def make(tmp_path: Path) -> Make:
                 config[section] = {**config[section], inner: value}  # type: ignore[dict-item]
             else:
                 config[section] = value
-        (folder / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
+        put_config(folder, yaml.safe_dump(config, sort_keys=False))
         summary = {
             "rounds": ROUNDS,
             "metrics": ledger.rows[-1]["metrics"],
@@ -115,7 +129,7 @@ def make(tmp_path: Path) -> Make:
             "versions": {"torch": "2"},
             "git": "abc",
         }
-        (folder / "summary.json").write_text(json.dumps(summary))
+        put_summary(folder, summary)
         return folder
 
     return write
@@ -353,7 +367,7 @@ def test_a_diverged_run_is_named_and_not_advised_to_go_on(make: Make, tmp_path: 
         ledger.append(row | {"metrics": {"accuracy": 0.1, "loss": None} if row["metrics"] else {}})
     summary = summary_of(ledger.path.parent)  # type: ignore[union-attr]
     summary["ledger_digest"] = ledger.digest()
-    (tmp_path / "sweep" / "lost1" / "summary.json").write_text(json.dumps(summary))
+    put_summary(tmp_path / "sweep" / "lost1", summary)
     stopped(make("stopped", rac(2)), {"kind": "diverged", "round": ROUNDS, "reason": "loss"})
     table = compare([tmp_path / "sweep"], tmp_path / "out")
     assert [row[:3] for row in table.cells] == [
@@ -470,7 +484,7 @@ def test_a_seed_that_comes_twice_is_told(make: Make, tmp_path: Path) -> None:
 def spoil_nothing_left(folder: Path) -> None:
     for path in folder.iterdir():
         path.unlink()
-    (folder / "config.yaml").write_text("a: 1")
+    put_config(folder, "a: 1")
 
 
 def stopped(folder: Path, found: object) -> None:
@@ -481,14 +495,17 @@ def stopped(folder: Path, found: object) -> None:
 
 BAD: dict[str, tuple[Callable[[Path], object], str]] = {
     "no config": (lambda f: (f / "config.yaml").unlink(), r"no config\.yaml"),
-    "bad yaml": (lambda f: (f / "config.yaml").write_text("a: [1"), r"config\.yaml is damaged"),
-    "no mapping": (lambda f: (f / "config.yaml").write_text("7"), r"config\.yaml does not contain"),
+    "bad yaml": (lambda f: put_config(f, "a: [1"), r"config\.yaml is damaged"),
+    "no mapping": (lambda f: put_config(f, "7"), r"config\.yaml does not contain"),
     "bad json": (lambda f: (f / "summary.json").write_text("{"), r"summary\.json is damaged"),
     "no ledger": (lambda f: (f / "ledger.jsonl").unlink(), r"no ledger .*ledger\.jsonl"),
     "empty ledger": (lambda f: (f / "ledger.jsonl").write_text(""), "has no rounds"),
     "bad ledger": (lambda f: (f / "ledger.jsonl").write_text("x\n{}\n"), "line 1 is damaged"),
     "bad end": (lambda f: stopped(f, 7), r"stopped\.json is damaged.*Remove it"),
-    "longer": (lambda f: Ledger(f / "ledger.jsonl").append({"round": 21}), "ends at round 21"),
+    "longer": (
+        lambda f: Ledger(f / "ledger.jsonl").append({"round": 21}),
+        "not belong together",
+    ),
     "changed": (
         lambda f: (f / "ledger.jsonl").write_text(
             (f / "ledger.jsonl").read_text().replace('"cohort": 5', '"cohort": 6')
@@ -571,7 +588,7 @@ def test_a_run_that_was_never_evaluated_has_nothing_to_compare(make: Make, tmp_p
     (folder / "ledger.jsonl").unlink()
     ledger = Ledger(folder / "ledger.jsonl")
     ledger.append({"round": 1, "metrics": {}})
-    (folder / "summary.json").write_text('{"rounds": 1, "weights_digest": "w"}')
+    put_summary(folder, {"rounds": 1, "weights_digest": "w"})
     with pytest.raises(CheckpointError, match=r"none .*runs was evaluated"):
         compare([folder], tmp_path / "out")
 

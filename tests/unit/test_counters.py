@@ -1,4 +1,4 @@
-"""What a method keeps is stored under the names that older releases gave it, and read from them."""
+"""What a method keeps is stored by the names of its fields, and read from them."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from fedraclora.protocol.method import Counters
 from fedraclora.strategies.wrappers.allocated import Chosen
 from fedraclora.strategies.wrappers.pruned import RanksLeft
 
-OLDER = [
+STORED = [
     (Counters(4, 1), {"sketch": 4, "age": 1}),
     (
         RanksLeft(2, 5, {"a.weight": 3, "b/c": 0}, components=6, rounds=7),
@@ -21,8 +21,8 @@ OLDER = [
 ]
 
 
-@pytest.mark.parametrize(("counters", "stored"), OLDER, ids=["links", "ranks", "layers"])
-def test_numbers_are_stored_and_read_by_the_names_of_older_releases(
+@pytest.mark.parametrize(("counters", "stored"), STORED, ids=["links", "ranks", "layers"])
+def test_numbers_are_stored_and_read_by_the_names_of_their_fields(
     counters: Counters, stored: dict[str, int]
 ) -> None:
     assert counters.stored() == stored

@@ -1,4 +1,4 @@
-"""The chain of a run: any missing, foreign or damaged link is named; older chains are read."""
+"""The chain of a run: any missing, foreign or damaged link is named."""
 
 from __future__ import annotations
 
@@ -11,8 +11,7 @@ from fedraclora.errors import CheckpointError
 from fedraclora.lowrank.layers import LayerView
 from fedraclora.protocol.link import Link, Plan, Term
 from fedraclora.protocol.method import Counters, State
-from fedraclora.run.ledger import Ledger
-from fedraclora.run.rebuild import state_at, stored_plan
+from fedraclora.run.rebuild import state_at
 from fedraclora.run.recorder import RunRecorder
 from fedraclora.tree import Tree, digest
 from fedraclora.weights.chain import CatchUp, link_tensors
@@ -54,7 +53,6 @@ def link(folder: Path, round_: int) -> Path:
 
 def test_every_state_comes_back(tmp_path: Path) -> None:
     folder = written(tmp_path)
-    assert stored_plan(folder) == PLAN
     for round_, wanted in enumerate(states(0.5)):
         found = state_at(folder, round_)
         assert digest(found.base) == digest(wanted.base), round_
@@ -95,47 +93,14 @@ def test_a_run_with_a_missing_link_does_not_go_on(gone: int, tmp_path: Path) -> 
         RunRecorder(folder).restore(states(0.5)[0], CatchUp(states(0.5)[0].base, 3))
 
 
-def older(folder: Path, rounds: list[int], cohort: int) -> Path:
-    """A chain as older releases wrote it: nothing says what comes before."""
-    first, *rest = states(0.5)
-    append_link(folder / "chain", 0, dict(first.base), {"initial": True})
-    for round_ in rounds:
-        append_link(folder / "chain", round_, *link_tensors(rest[round_ - 1].link or Link()))
-    ledger = Ledger(folder / "ledger.jsonl")
-    for round_ in range(ROUNDS + 1):
-        ledger.append({"round": round_, "cohort": cohort}, sync=False)
-    return folder
-
-
-def test_the_chain_of_an_older_release_is_read(tmp_path: Path) -> None:
-    folder = older(tmp_path, [*range(1, ROUNDS + 1)], 3)
-    assert stored_plan(folder) is None
-    for round_, wanted in enumerate(states(0.5)):
-        assert digest(state_at(folder, round_, PLAN).base) == digest(wanted.base)
-    with pytest.raises(CheckpointError, match="older release"):
-        state_at(folder, 2)
-
-
-def test_a_gap_in_an_older_chain_is_a_round_of_nobody_or_an_error(tmp_path: Path) -> None:
-    rounds = [1, 2, 4, 5, 7, 8]
-    found = state_at(older(tmp_path / "nobody", rounds, 0), ROUNDS - 1, PLAN)
-    assert digest(found.base) == digest(states(0.5)[ROUNDS - 1].base)
-    with pytest.raises(CheckpointError, match=r"000003\.safetensors is missing"):
-        state_at(older(tmp_path / "gap", rounds, 3), ROUNDS - 1, PLAN)
-
-
 def test_that_no_chain_was_kept_is_said(tmp_path: Path) -> None:
-    folder = older(tmp_path, [], 3)
-    (folder / "chain" / "000000.safetensors").unlink()
     with pytest.raises(CheckpointError, match=r"round 2 .*output\.chain=false"):
-        state_at(folder, 2, PLAN)
+        state_at(tmp_path, 2)
 
 
-def test_links_that_follow_those_of_an_older_release_name_the_last_of_them(tmp_path: Path) -> None:
-    folder = older(tmp_path, [1, 2], 3)
-    chain, last = folder / "chain", link_digest(folder / "chain")
-    append_link(chain, 3, {}, {"link": {}}, previous=last)
-    assert state_at(folder, 3, PLAN).base["w"][0, 0] == states(0.5)[2].base["w"][0, 0]
-    append_link(chain, 2, {}, {"link": {}, "x": 1})
-    with pytest.raises(CheckpointError, match=r"000003.* does not follow from 000002"):
-        state_at(folder, 3, PLAN)
+def test_a_link_that_follows_no_other_is_named(tmp_path: Path) -> None:
+    chain = written(tmp_path, last=3) / "chain"
+    tensors, meta = link_tensors(states(0.5)[2].link or Link())
+    append_link(chain, 2, tensors, meta, previous=link_digest(chain, 1) + "0")
+    with pytest.raises(CheckpointError, match=r"000002.* does not follow from 000001"):
+        state_at(tmp_path, 3)
