@@ -12,7 +12,6 @@ from fedraclora.config.build import resolved
 from fedraclora.config.run_config import from_plain
 from fedraclora.data.locate import user_path
 from fedraclora.errors import CheckpointError, ConfigError
-from fedraclora.run.callback import method_label
 from fedraclora.run.folder import is_finished, is_running, resume_word
 from fedraclora.run.ledger import reached_round
 from fedraclora.run.trusted import read_trusted
@@ -30,8 +29,8 @@ STARTED = datetime.now()  # one stamp for all jobs of a sweep in this process
 def run_shown(run: RunBuilder) -> RunResult:
     """Run to the end in this process with a progress bar; see `strategies.runner.execute`."""
     config = run.config
-    label, shown = method_label(config.plain), config.output.progress
-    with RunProgress(config.rounds, shown=shown, label=label) as progress:
+    shown = config.output.progress
+    with RunProgress(config.rounds, shown=shown, label=config.label) as progress:
         return execute(run, progress)
 
 

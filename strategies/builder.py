@@ -23,7 +23,7 @@ from fedraclora.errors import ConfigError, unknown
 from fedraclora.evaluation.choices import measure_of
 from fedraclora.evaluation.evaluate import personal_accuracy
 from fedraclora.evaluation.metrics import PERSONAL, lower_of
-from fedraclora.objects import code_digests, object_digest
+from fedraclora.objects import object_digest
 from fedraclora.privacy.client_level import ClientLevel
 from fedraclora.protocol.method import (
     Draw,
@@ -36,7 +36,6 @@ from fedraclora.protocol.method import (
 from fedraclora.protocol.plan import TrainedPart, trained_of
 from fedraclora.protocol.uplinks import SUM_BLOCK
 from fedraclora.run.callback import Callback
-from fedraclora.run.digests import free_keys
 from fedraclora.run.initial import source_of
 from fedraclora.run.ledger import BY_CLIENTS
 from fedraclora.run.recorder import RunRecorder, resolved_setting
@@ -228,7 +227,7 @@ class RunBuilder(TaskBuilder, RoundsBuilder):  # type: ignore[override]
             sync=config.output.sync,
             chain=config.output.chain,
             store=self.store,
-            free=("device", *free_keys(config.plain)),  # the device is in `resolved`
+            free=("device", *config.free_keys),  # the device is in `resolved`
             source=None  # of weights that nobody else has
             if config.pretrain.epochs or config.init_from is not None
             else source_of(config.model, task.head, self.initial_weights),
@@ -237,7 +236,7 @@ class RunBuilder(TaskBuilder, RoundsBuilder):  # type: ignore[override]
     def _code(self) -> dict[str, dict[str, str]]:
         """Hash the code that a user has brought: of what the config names, and of the steps."""
         code = {step_name(step): object_digest(type(step_of(step))) for step in self.own_steps}
-        code |= code_digests(self.config.plain)
+        code |= self.config.code
         return {"code": code} if code else {}
 
     @cached_property
@@ -347,10 +346,3 @@ def watching(
         for k, it in enumerate(config.callbacks)
     ]
     return [*found, *own_callbacks("callbacks", named)]
-
-
-def code_of(config: RunConfig, steps: Sequence[RoundStep]) -> dict[str, dict[str, str]]:
-    """Hash the code that a user has brought: of what the config names, and of the steps."""
-    code = {step_name(step): object_digest(type(step_of(step))) for step in steps}
-    code |= code_digests(config.plain)
-    return {"code": code} if code else {}

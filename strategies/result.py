@@ -18,7 +18,7 @@ from typing_extensions import override
 from fedraclora.binding import section
 from fedraclora.config.build import answering_of, measured_samples
 from fedraclora.config.builder import TaskBuilder
-from fedraclora.config.run_config import RunConfig, from_plain
+from fedraclora.config.run_config import RunConfig
 from fedraclora.data.dataset import Read
 from fedraclora.data.locate import user_path
 from fedraclora.errors import ConfigError, DataError
@@ -26,12 +26,10 @@ from fedraclora.evaluation.choices import measure_of
 from fedraclora.evaluation.evaluate import Prediction, predict
 from fedraclora.models.built import check_fit, dequantize
 from fedraclora.models.outputs import refuse_outputs
-from fedraclora.run.callback import run_title
 from fedraclora.run.folder import refuse_full
 from fedraclora.run.ledger import Row
 from fedraclora.run.recorder import Columns
 from fedraclora.run.trusted import refuse_linked
-from fedraclora.strategies.methods import METHODS
 from fedraclora.strategies.weights import load_weights
 from fedraclora.tree import Tree
 from fedraclora.weights.files import make_folder, save_tensors, write_text
@@ -54,7 +52,7 @@ class RunResult:
             ``metrics`` by name, ``uplink_total`` and ``downlink_total`` so far in bytes,
             ``train_loss``, ``seconds`` by phase, and what the choices of the run add.
         folder: Where its files lie; None where it ran in memory.
-        config: The whole config as plain values; `fedraclora.simulate` takes it for the same run.
+        settings: Its checked settings.
         effective: Gives the weights for `weights`.
         builder: Builds the task: the model, and what it is measured on.
         by_clients: Gives the columns of `clients`.
@@ -63,7 +61,7 @@ class RunResult:
     summary: dict[str, object]
     rows: list[Row]
     folder: Path | None
-    config: dict[str, object]
+    settings: RunConfig
     effective: Callable[[], Tree]
     builder: TaskBuilder
     by_clients: Callable[[], Columns] = dict
@@ -72,6 +70,11 @@ class RunResult:
     def __repr__(self) -> str:
         shown = (f"{key}={self.summary[key]}" for key in ("rounds", "metrics"))
         return f"RunResult({', '.join(shown)}, folder={self.folder})"
+
+    @cached_property
+    def config(self) -> dict[str, object]:
+        """The whole config as plain values; `fedraclora.simulate` takes it for the same run."""
+        return dict(self.settings.plain)
 
     @cached_property
     def clients(self) -> DataFrame:
@@ -266,11 +269,6 @@ class RunResult:
             refuse_outputs(built.task.model, samples, top + 1, built.task.reads)
         return replace(read, samples=samples)
 
-    @cached_property
-    def settings(self) -> RunConfig:
-        """The config, checked."""
-        return from_plain(self.config, METHODS, resuming=True)
-
     def _whole(self, round_: int | None) -> Tree:
         """Give the weights on the run's device; refuse those of which clients have a part."""
         config = self.settings
@@ -294,7 +292,7 @@ class RunResult:
         from fedraclora.plots.axes import write_png
         from fedraclora.plots.run import figure_of
 
-        figure = figure_of(self.rows, run_title(self.config))
+        figure = figure_of(self.rows, self.settings.title)
         if path is not None:
             write_png(figure, user_path("path", path))
         return figure
@@ -332,7 +330,7 @@ class RunResult:
 
         task, facts = self.builder.task, self._facts(round)
         weights = partial(self.weights, round)
-        trained = trained_model(self.config, self.folder, task, weights, facts, round)
+        trained = trained_model(self.settings, self.folder, task, weights, facts, round)
         place = user_path("folder", folder)
         record = export(trained, place, format, rank, check=check)
         return {**record, "folder": str(place)}

@@ -21,7 +21,7 @@ from fedraclora.data.partition import spread_clients
 from fedraclora.evaluation.metrics import lower_of
 from fedraclora.loggers import logging_to
 from fedraclora.protocol.method import Method, Plan
-from fedraclora.run.callback import Begin, Callback, run_title
+from fedraclora.run.callback import Begin, Callback
 from fedraclora.run.digests import check_data, located
 from fedraclora.run.folder import (
     alone,
@@ -61,10 +61,10 @@ def finished(config: RunConfig, folder: Path) -> RunResult:
     """
     rows = read_ledger(folder / "ledger.jsonl")
     effective = partial(load_weights, folder, own=config.plain)
+    by_clients = partial(read_clients, folder)
     summary = read_summary(folder) if is_finished(folder) else {}
-    by_clients, plain = partial(read_clients, folder), dict(config.plain)
     return RunResult(
-        summary, rows, folder, plain, effective, StoredTask(config, folder), by_clients
+        summary, rows, folder, config, effective, StoredTask(config, folder), by_clients
     )
 
 
@@ -99,6 +99,7 @@ def execute(run: RunBuilder, *watching: Callback) -> RunResult:
     """
     began = time.perf_counter()
     config, folder, resume = run.config, run.folder, run.resume
+    plain = config.plain  # to be written
     run.watching = (logging_to(config.output.loggers), *watching, *run.watching)
     with ExitStack() as stack:
         reached = 0
@@ -114,16 +115,16 @@ def execute(run: RunBuilder, *watching: Callback) -> RunResult:
         stack.callback(run.close)
         if folder is not None:
             if resume:
-                run.recorder.incidents += amend(folder, config.plain)
+                run.recorder.incidents += amend(folder, plain)
             else:
-                begin_folder(folder, config.plain)
+                begin_folder(folder, plain)
         if (done := run.strategy.done) < reached:
             again = f"resumed after round {done}: rounds {done + 1} to {reached} were run again"
             run.recorder.incidents.append(f"the run {again}")
         before = math.fsum(map(round_seconds, run.recorder.ledger.rows))
         stack.enter_context(stopping_noted(run, folder))
-        title = run_title(config.plain)
-        run.strategy.callbacks.begin(Begin(title, config.plain, folder, done, facts_of(run)))
+        begin = Begin(config.title, plain, folder, done, facts_of(run))
+        run.strategy.callbacks.begin(begin)
         run.start()
     summary = summarize(run, before + time.perf_counter() - began)
     if folder is not None:
@@ -132,8 +133,8 @@ def execute(run: RunBuilder, *watching: Callback) -> RunResult:
         write_summary(folder, summary)
     run.strategy.callbacks.end(summary)
     rows = list(run.recorder.ledger.rows)
-    columns, plain = together(run.recorder.by_clients), dict(config.plain)
-    return RunResult(summary, rows, folder, plain, run.weights, run, lambda: columns)
+    columns = together(run.recorder.by_clients)
+    return RunResult(summary, rows, folder, config, run.weights, run, lambda: columns)
 
 
 @contextmanager
@@ -215,8 +216,8 @@ def draw(run: RunBuilder, folder: Path) -> None:
     """Draw the curves and, for a task with classes, the labels of up to `SHOWN` clients."""
     from fedraclora.plots.run import label_distribution, run_curves
 
-    rows, plain = run.recorder.ledger.rows, run.config.plain
-    run_curves(rows, folder / "curves.png", run_title(plain), planned=run.config.rounds)
+    rows, config = run.recorder.ledger.rows, run.config
+    run_curves(rows, folder / "curves.png", config.title, planned=config.rounds)
     if run.built.classes:
         counts = run.built.label_counts(spread_clients(run.built.clients, SHOWN))
         label_distribution(counts, folder / "partition.png", population=run.built.clients)

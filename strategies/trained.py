@@ -11,9 +11,8 @@ from pathlib import Path
 
 import torch
 
-from fedraclora.binding import section
 from fedraclora.config.build import build_task, plan_of
-from fedraclora.config.run_config import RunConfig, from_plain
+from fedraclora.config.run_config import RunConfig
 from fedraclora.data.locate import model_source
 from fedraclora.data.task import Task
 from fedraclora.errors import ConfigError
@@ -27,7 +26,6 @@ from fedraclora.protocol.link import Link, Plan, matrices
 from fedraclora.protocol.method import Draw, Method, State
 from fedraclora.run.folder import provenance
 from fedraclora.run.rebuild import state_at
-from fedraclora.strategies.methods import METHODS
 from fedraclora.strategies.shared.layerwise import LayerMethod
 from fedraclora.strategies.wrappers import method_of
 from fedraclora.strategies.wrappers.around import Around
@@ -40,7 +38,7 @@ Known = dict[str, Product | None]  # None: a weight whose change is not known by
 
 
 def trained_model(
-    plain: Mapping[str, object],
+    config: RunConfig,
     folder: Path | None,
     task: Task,
     effective: Callable[[], Tree],
@@ -50,7 +48,7 @@ def trained_model(
     """Collect what a run trained.
 
     Args:
-        plain: The config of the run.
+        config: Of the run.
         folder: Its folder; None: it ran in memory.
         task: Its task, the model at W_0.
         effective: Gives the weights, for a run in memory.
@@ -62,7 +60,6 @@ def trained_model(
             whole model, or a run in memory is asked for an earlier round.
         CheckpointError: If a file is missing or damaged, or does not reach so far.
     """
-    config = from_plain(plain, METHODS, resuming=True)
     method = method_of(config)
     if method.client_state:
         raise ConfigError(
@@ -89,7 +86,7 @@ def trained_model(
     model.to(next(iter(weights.values())).dtype)  # a narrow base widens with what is added to it
     put_weights(model, weights)
     name_classes(model, task.reading.get("classes"))
-    source, tokenizer = _sources(plain)
+    source, tokenizer = _sources(config)
     return TrainedModel(
         model,
         start,
@@ -99,7 +96,7 @@ def trained_model(
         magnitudes,
         source=source,
         tokenizer=tokenizer,
-        config=plain,
+        config=config.plain,
         facts={**facts, "weights_digest": digest(weights), **provenance()},
         warnings=_warnings(plan, held),
     )
@@ -181,9 +178,9 @@ def _bounded(change: Product) -> Product:
     return u * s, vt
 
 
-def _sources(plain: Mapping[str, object]) -> tuple[str | None, str | None]:
+def _sources(config: RunConfig) -> tuple[str | None, str | None]:
     """Give where the pretrained model and its tokenizer are, for ``from_pretrained``."""
-    path, data = section(plain, "model").get("path"), section(plain, "data")
+    path, data = config.model.get("path"), config.data
     name, root = data.get("tokenizer"), data.get("root")
     source = model_source(str(path), key="model.path", root=None)[0] if path else None
     if not name:

@@ -97,13 +97,13 @@ class Looks:
 
 def check_run(run: RunBuilder, connection: Connection | None, file: str | None) -> int:
     """Check what an operator can: a run that is composed, and who is connected; write ``file``."""
-    look, plain = Looks(), run.config.plain
+    look, config = Looks(), run.config
     versions = look.versions({})
     with look("run") as say:
         if file is not None:
-            text = yaml.safe_dump({"versions": versions, "config": plain})
+            text = yaml.safe_dump({"versions": versions, "config": config.plain})
             Path(file).write_text(text, encoding="utf-8")
-        built, rounds = run.built, plain["rounds"]
+        built, rounds = run.built, config.rounds
         say(f"clients={built.clients}, clients_per_round={built.cohort}, rounds={rounds}")
     with look("metrics") as say:
         known = measured_samples(built.task, run.config.evaluate.split)

@@ -25,7 +25,9 @@ from fedraclora.commands.simulate import print_outcome, shows_composed
 from fedraclora.compose.overrides import composed, is_override, key_of, searched
 from fedraclora.compose.resume import is_done, told_how_to_go_on
 from fedraclora.compose.words import check_word, part
+from fedraclora.config.resuming import PATHS
 from fedraclora.config.settings import DeployConfig
+from fedraclora.config.titles import run_title
 from fedraclora.engines import flower_patches
 from fedraclora.engines.deploy.control import PAUSE, Connection
 from fedraclora.engines.deploy.local import LocalDeployment
@@ -33,8 +35,6 @@ from fedraclora.engines.flower_patches import ALL, UNPATCHED
 from fedraclora.engines.programs import command_line
 from fedraclora.errors import ConfigError, EngineError
 from fedraclora.launch import choose
-from fedraclora.run.callback import method_label, run_title
-from fedraclora.run.digests import PATHS
 from fedraclora.run.events import ROW, SUMMARY, Event
 from fedraclora.run.folder import alone, amend, begin_folder, refuse_existing, write_summary
 from fedraclora.run.ledger import Ledger
@@ -177,8 +177,8 @@ def follow(run: ServerRun, connection: Connection, record: Record | None) -> Non
         if record is not None:
             record.withdraw()
         raise
-    label, shown = method_label(run.plain), run.config.output.progress
-    with RunProgress(run.config.rounds, shown=shown, label=label) as progress:
+    shown = run.config.output.progress
+    with RunProgress(run.config.rounds, shown=shown, label=run.config.label) as progress:
         progress.say(f"run {number} at connection {connection.name}")
         try:
             for line in lines_of(connection, number):

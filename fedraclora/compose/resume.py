@@ -9,9 +9,10 @@ from pathlib import Path
 
 from fedraclora.binding import PlainDict, section
 from fedraclora.config.build import pick_device
+from fedraclora.config.resuming import free_keys, plans_rounds
 from fedraclora.config.run_config import ENGINE_IN_DIGEST, digested
 from fedraclora.errors import CheckpointError, ConfigError, EngineError, FedRacLoraError
-from fedraclora.run.digests import free_keys, known_data, plans_rounds
+from fedraclora.run.digests import known_data
 from fedraclora.run.folder import (
     has_begun,
     is_finished,

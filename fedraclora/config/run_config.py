@@ -21,6 +21,7 @@ from fedraclora.allocation import ALLOCATIONS, Uniform
 from fedraclora.attacks import ATTACKS, Attack
 from fedraclora.binding import Plain, bind, build, row_of, section, without
 from fedraclora.compatibility import Feature, Features, refuse
+from fedraclora.config.resuming import free_keys
 from fedraclora.config.settings import (
     ENGINES,
     CompressionConfig,
@@ -31,6 +32,7 @@ from fedraclora.config.settings import (
     PretrainConfig,
     StopConfig,
 )
+from fedraclora.config.titles import method_label, run_title
 from fedraclora.config.unread import refuse_misfits, refuse_unknown, refuse_unread
 from fedraclora.data import DATASETS, PARTITIONS, make_partition
 from fedraclora.devices.system import SystemConfig
@@ -38,7 +40,7 @@ from fedraclora.errors import MissingKeysError
 from fedraclora.limits import Count, Fraction, Limit, Limited, OneOf, Whole, later_keys
 from fedraclora.lowrank.dora import DORA
 from fedraclora.models import MODELS
-from fedraclora.objects import NAME, is_named, named_by, registered_object
+from fedraclora.objects import NAME, code_digests, is_named, named_by, registered_object
 from fedraclora.privacy.client_level import PRIVACIES, ClientLevel, Privacy
 from fedraclora.privacy.secagg import SECURES, Open, SecAgg
 from fedraclora.protocol.cohorts import WEIGHTINGS, share_of
@@ -125,7 +127,8 @@ class TaskConfig(Limited):
     """Settings that every training process needs: data, model and local training.
 
     Attributes:
-        plain: The dict this was read from, for ``config.yaml``, digests and titles alone.
+        plain: The dict this was read from, to write it again: ``config.yaml``, and what is given
+            to other processes and to programs. All else reads the settings.
         data, partition, model: Tables' rows and their arguments.
         local, engine, pretrain: Settings.
         attack: What malicious clients do, in a simulation.
@@ -278,6 +281,26 @@ class RunConfig(TaskConfig):
     def digested(self) -> dict[str, object]:
         """The part of the config that decides the result."""
         return digested(self.plain, {self.choices["method"]: type(self.method)})
+
+    @property
+    def free_keys(self) -> tuple[str, ...]:
+        """The dotted keys that may change when the run is resumed."""
+        return free_keys(self.plain)
+
+    @property
+    def code(self) -> dict[str, str]:
+        """Digests of the code of a user's that the config names, by its name there."""
+        return code_digests(self.plain)
+
+    @property
+    def label(self) -> str:
+        """The run in one or two words."""
+        return method_label(self.plain)
+
+    @property
+    def title(self) -> str:
+        """The run in a line: method, data and division, step size, seed."""
+        return run_title(self.plain)
 
     @DORA
     def _trains_lengths(self) -> bool:

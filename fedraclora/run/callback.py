@@ -1,4 +1,4 @@
-"""The interface of callbacks, which watch a run or end it early; and the title of a run."""
+"""The interface of callbacks, which watch a run or end it early."""
 
 # ruff: noqa: ARG002
 from __future__ import annotations
@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from fedraclora.binding import Plain, section
 from fedraclora.run.ledger import Row
 from fedraclora.tree import Tree
 
@@ -77,20 +76,3 @@ class Callback:
             summary: The final figures; empty where there are none.
             failed: Whether the run stopped before its end.
         """
-
-
-def method_label(plain: Plain) -> str:
-    """Name a run in one or two words."""
-    method = section(plain, "method")
-    rank = f" r={method['rank']}" if "rank" in method else ""
-    return f"{method['name']}{rank}"
-
-
-def run_title(plain: Plain) -> str:
-    """Name a run as the title of a picture does: method, data and division, step size, seed."""
-    data, partition, local = (section(plain, key) for key in ("data", "partition", "local"))
-    division = "" if partition.get("name") == "given" else f" ({partition.get('name')})"
-    named = f"{method_label(plain)} on {data['name']}{division}"
-    train = local.get("train")  # of the user's: no step size of ours is read
-    steps = f"lr={local.get('lr')}" if train is None else str(train).partition("@")[0]
-    return f"{named}, {local.get('name', 'lr')} {steps}, seed {plain.get('seed')}"

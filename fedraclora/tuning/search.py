@@ -25,12 +25,13 @@ from typing_extensions import override
 
 from fedraclora.binding import PlainDict, section
 from fedraclora.compose.resume import laid_over
+from fedraclora.config.resuming import plans_rounds
 from fedraclora.config.run_config import digested, from_plain
 from fedraclora.errors import CheckpointError, ClientError, ConfigError, ModelError
 from fedraclora.plots.axes import MEGABYTE
 from fedraclora.rng import generator
 from fedraclora.run.callback import Callback
-from fedraclora.run.digests import data_files, plans_rounds
+from fedraclora.run.digests import data_files
 from fedraclora.run.folder import alone
 from fedraclora.run.ledger import Row, number
 from fedraclora.run.statistics import (

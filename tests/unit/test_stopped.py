@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 
 from fedraclora.commands.deploy import Record
+from fedraclora.config.titles import run_title
 from fedraclora.errors import ClientError, DivergenceError
 from fedraclora.protocol.uplinks import Refusal, too_many
-from fedraclora.run.callback import run_title
 from fedraclora.run.stopped import STOPPED, divergence
 from fedraclora.strategies import runner
 from fedraclora.strategies.runner import stopping_noted

@@ -20,12 +20,12 @@ from plotly.offline import get_plotlyjs
 from fedraclora.binding import section
 from fedraclora.commands.report.figures import as_html, colour_of, figures_of, spread_figures
 from fedraclora.commands.run_files import ROUNDING_ERRORS, RunFiles, read_files
+from fedraclora.config.titles import method_label, run_title
 from fedraclora.config.unread import as_read
 from fedraclora.errors import CheckpointError, ConfigError
 from fedraclora.evaluation.metrics import higher_is_better
 from fedraclora.objects import NAME
 from fedraclora.plots.axes import MEGABYTE, Values
-from fedraclora.run.callback import method_label, run_title
 from fedraclora.run.folder import is_running
 from fedraclora.run.ledger import (
     Row,
