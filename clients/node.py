@@ -29,7 +29,7 @@ from fedraclora.engines.asks import read_ask
 from fedraclora.engines.records import clients_of, read_weight_update, write_answer
 from fedraclora.engines.replies import FORMAT, STALE
 from fedraclora.errors import ConfigError, WireError
-from fedraclora.objects import is_named, named_object
+from fedraclora.object_registry import is_named, named_object
 from fedraclora.privacy.secagg import SecAggTerms
 from fedraclora.privacy.secret import KEY_BYTES
 from fedraclora.run.client_state import ClientStore

@@ -15,7 +15,7 @@ import torch
 from fedraclora.clients.cache import on_disk
 from fedraclora.data.task import Task
 from fedraclora.errors import DataError
-from fedraclora.objects import object_digest
+from fedraclora.object_registry import object_digest
 from fedraclora.run.digests import read_sealed, sealed
 from fedraclora.tree import digest
 from fedraclora.weights.files import write_text

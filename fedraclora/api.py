@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from fedraclora.binding import OWN_GROUPS, PlainDict, section
-from fedraclora.compose.lending import lend_all, trained_by
+from fedraclora.compose.program_objects import register_all, trained_by
 from fedraclora.compose.resume import is_done
 from fedraclora.compose.values import config_of, is_whole
 from fedraclora.config.build import resolved
@@ -248,20 +248,18 @@ class Asked(NamedTuple):
 
 
 def _asked(choices: tuple[str | Mapping[str, object], ...], given: Mapping[str, Any]) -> Asked:
-    """Compose what is asked for by arguments of `simulate`, its objects lent."""
+    """Compose what is asked for by arguments of `simulate`, its objects registered."""
     keys = dict(given)
     model, data, train = (keys.pop(name, None) for name in ("model", "data", "train"))
     steps, callbacks, on_round = (keys.pop(name, ()) for name in ("steps", "callbacks", "on_round"))
     beside = {name: keys.pop(name, None) for name in ("test", "client", "target", *JUDGES)}
     whole = len(choices) == 1 and isinstance(choices[0], Mapping) and is_whole(choices[0])
     groups = {group: keys.pop(group, None) for group in OWN_GROUPS}
-    registered_object = lend_all(model, data, groups, beside, whole=whole, own=train is not None)
+    objects = register_all(model, data, groups, beside, whole=whole, own=train is not None)
     if train is not None:
-        registered_object.words.append("local=own")
-    plain, typed = config_of(
-        choices if whole else (*registered_object.words, *choices), keys | registered_object.keys
-    )
-    plain = trained_by(train, registered_object.put_into(plain, typed))
+        objects.words.append("local=own")
+    plain, typed = config_of(choices if whole else (*objects.words, *choices), keys | objects.keys)
+    plain = trained_by(train, objects.put_into(plain, typed))
     words = {"steps": [*each_of(steps)], "callbacks": [*each_of(callbacks)]}
     own, named = own_steps(steps), (str, Mapping)
     if words["steps"]:

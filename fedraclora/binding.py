@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 
 from fedraclora.errors import ConfigError, DataError, unknown
 from fedraclora.imports import told_as
-from fedraclora.objects import is_named, named_object
+from fedraclora.object_registry import is_named, named_object
 from fedraclora.schema import bound, hints, kind_text, place_of
 from fedraclora.trust import is_function
 
@@ -111,9 +111,8 @@ def object_of(
 
     Args:
         key: Of the config, for messages.
-        value: ``module:name``, or what `fedraclora.objects.register_object` gave; or a mapping
-            with that as its ``name``, whose other keys are parameters, by name. Or the object
-            itself.
+        value: ``module:name``, or a name of `fedraclora.object_registry`; or a mapping with that
+            as its ``name``, whose other keys are parameters, by name. Or the object itself.
         kind: The class of what is wanted: an instance of it stands for itself, a class or a
             function is called with the parameters. None: what can be called is wanted: a class is
             called with the parameters, a function gets them beside those that it is called with.

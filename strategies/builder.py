@@ -23,7 +23,7 @@ from fedraclora.errors import ConfigError, unknown
 from fedraclora.evaluation.choices import measure_of
 from fedraclora.evaluation.evaluate import personal_accuracy
 from fedraclora.evaluation.metrics import PERSONAL, lower_of
-from fedraclora.objects import object_digest
+from fedraclora.object_registry import object_digest
 from fedraclora.privacy.client_level import ClientLevel
 from fedraclora.protocol.method import (
     Draw,

@@ -24,7 +24,7 @@ from fedraclora.config.build import BuiltTask, plan_of
 from fedraclora.config.builder import TaskBuilder
 from fedraclora.config.run_config import RunConfig, from_plain
 from fedraclora.errors import ConfigError
-from fedraclora.objects import is_named
+from fedraclora.object_registry import is_named
 from fedraclora.protocol.method import Draw, RoundInstructions, first_instructions
 from fedraclora.strategies.methods import METHODS
 from fedraclora.strategies.wrappers import method_of

@@ -16,7 +16,7 @@ from fedraclora.engines import programs
 from fedraclora.engines.deploy.control import Status
 from fedraclora.engines.private_ray import RayFolder
 from fedraclora.errors import EngineError
-from fedraclora.temporary import PrivateFolder
+from fedraclora.private_folder import PrivateFolder
 
 Options = Mapping[str, str | int | float | bool]
 

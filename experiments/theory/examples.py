@@ -31,7 +31,7 @@ from fedraclora.data.samples import Samples
 from fedraclora.data.task import Task
 from fedraclora.errors import ClientError
 from fedraclora.experiments.theory.problems import federate
-from fedraclora.objects import register_object
+from fedraclora.object_registry import register_object
 from fedraclora.protocol.method import Method
 from fedraclora.strategies.methods.fed_rac_lora import FedRacLora
 from fedraclora.strategies.methods.fedavg import FedAvg

@@ -35,10 +35,10 @@ from fedraclora.engines.flower_patches import ALL, UNPATCHED
 from fedraclora.engines.programs import command_line
 from fedraclora.errors import ConfigError, EngineError
 from fedraclora.launch import choose
+from fedraclora.private_folder import PrivateFolder
 from fedraclora.run.events import ROW, SUMMARY, Event
 from fedraclora.run.folder import alone, amend, begin_folder, refuse_existing, write_summary
 from fedraclora.run.ledger import Ledger
-from fedraclora.temporary import PrivateFolder
 from fedraclora.terminal.progress import RunProgress
 from fedraclora.trust import is_function
 

@@ -16,7 +16,7 @@ from fedraclora.compose.resume import laid_over
 from fedraclora.config.run_config import RunConfig, targets_of
 from fedraclora.errors import ConfigError, unknown
 from fedraclora.limits import TakesObject, later_keys
-from fedraclora.objects import register_object
+from fedraclora.object_registry import register_object
 from fedraclora.schema import hints
 from fedraclora.strategies.methods import METHODS
 
@@ -116,7 +116,7 @@ def takes_objects(key: str) -> bool:
 def plain_value(key: str, value: object) -> object:
     """Turn a value into plain ones: dicts, lists, strings, numbers, None.
 
-    An object of the program is lent, where the key takes one.
+    An object of the program is registered, where the key takes one.
 
     Raises:
         ConfigError: If it is something else.

@@ -21,7 +21,7 @@ from fedraclora.config.build import (
 from fedraclora.config.run_config import TaskConfig
 from fedraclora.config.settings import PretrainConfig
 from fedraclora.data.task import Task
-from fedraclora.objects import register_object
+from fedraclora.object_registry import register_object
 from fedraclora.privacy.secagg import SecAggTerms
 from fedraclora.protocol.method import Plan
 from fedraclora.protocol.named import Named, of_main
@@ -80,8 +80,8 @@ class TaskBuilder:
     def __reduce__(self) -> tuple[Callable[..., TaskBuilder], tuple[object, ...]]:
         """Give what another process makes its builder of."""
         config = self.config
-        registered_object = config.lent_to_clients
-        return _arrived, (config, self.built, self.plan, registered_object, trusted(), of_main())
+        objects = config.registered_for_clients
+        return _arrived, (config, self.built, self.plan, objects, trusted(), of_main())
 
 
 def _arrived(

@@ -22,7 +22,7 @@ from fedraclora.config.run_config import (
     targets_of,
 )
 from fedraclora.limits import Composed, OneOf, Part
-from fedraclora.objects import NAME
+from fedraclora.object_registry import NAME
 from fedraclora.protocol.method import Method
 from fedraclora.schema import hints, nested_rows
 from fedraclora.training.extras.settings import OWN_KEYS

@@ -40,7 +40,7 @@ from fedraclora.errors import MissingKeysError
 from fedraclora.limits import Count, Fraction, Limit, Limited, OneOf, Whole, later_keys
 from fedraclora.lowrank.dora import DORA
 from fedraclora.models import MODELS
-from fedraclora.objects import NAME, code_digests, is_named, named_by, registered_object
+from fedraclora.object_registry import NAME, code_digests, is_named, named_by, registered_object
 from fedraclora.privacy.client_level import PRIVACIES, ClientLevel, Privacy
 from fedraclora.privacy.secagg import SECURES, Open, SecAgg
 from fedraclora.protocol.cohorts import WEIGHTINGS, share_of
@@ -183,7 +183,7 @@ class TaskConfig(Limited):
         return {key: str(group["name"]) for key, group in groups.items() if "name" in group}
 
     @property
-    def lent_to_clients(self) -> dict[str, Any]:
+    def registered_for_clients(self) -> dict[str, Any]:
         """Return the Python program's objects for clients, by their names in the config."""
         judges = {key: self.data.get(key) for key in ("loss", "metrics")}
         return named_by({"local": self.plain.get("local"), **judges})

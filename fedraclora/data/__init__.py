@@ -30,7 +30,7 @@ from fedraclora.data.sources.glue_instructions import load_glue_instructions
 from fedraclora.data.sources.instructions import load_instructions
 from fedraclora.data.sources.mnist import load_mnist, load_mnist_5k
 from fedraclora.data.sources.own import own_samples
-from fedraclora.data.sources.program import lent_data, load_function
+from fedraclora.data.sources.program import load_function, registered_data
 from fedraclora.data.sources.shakespeare import load_shakespeare
 from fedraclora.data.sources.synthetic import least_squares, logistic_regression
 from fedraclora.data.sources.table import load_table
@@ -53,7 +53,7 @@ DATASETS: dict[str, Callable[..., DataSet]] = {
     "shakespeare": load_shakespeare,
     "virtual": virtual,
     "own": own_samples,
-    "object": lent_data,
+    "object": registered_data,
     "function": load_function,
     "instructions": load_instructions,
     "glue_instructions": load_glue_instructions,

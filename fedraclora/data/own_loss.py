@@ -17,7 +17,7 @@ from torch import nn
 from fedraclora.binding import object_of
 from fedraclora.errors import ConfigError, FedRacLoraError
 from fedraclora.imports import told_as
-from fedraclora.objects import is_named
+from fedraclora.object_registry import is_named
 
 # For each sample, [N]: its loss, summed over its parts, and its number of parts.
 Losses = tuple[torch.Tensor, torch.Tensor]

@@ -28,7 +28,7 @@ from fedraclora.data.partitioners import (
 from fedraclora.errors import ConfigError, FedRacLoraError, unknown
 from fedraclora.imports import check_call, failure_of
 from fedraclora.limits import Count, OneOf, limited
-from fedraclora.objects import is_named
+from fedraclora.object_registry import is_named
 
 log = logging.getLogger(__name__)
 SIZES_SEEN = 1000  # most clients on demand whose sizes go into the summary

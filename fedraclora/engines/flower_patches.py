@@ -733,7 +733,7 @@ def own_api() -> Iterator[None]:
     """Give the own API of a node a socket in a private folder, inside, if it has none."""
     with ExitStack() as stack:
         if not sockets() and why_without(AT_SOCKETS) is None:
-            folder = runpy.run_path(str(Path(__file__).parents[1] / "temporary.py"))
+            folder = runpy.run_path(str(Path(__file__).parents[1] / "private_folder.py"))
             made = stack.enter_context(folder["PrivateFolder"](longest=LONGEST_PATH))
             os.environ[SOCKETS] = json.dumps({":".join(ADDRESS): f"{made}/api"})
             sys.argv += ["--host", ADDRESS[0], "--port", ADDRESS[1]]

@@ -20,7 +20,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 
-from fedraclora.temporary import PrivateFolder
+from fedraclora.private_folder import PrivateFolder
 
 log = logging.getLogger(__name__)
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from fedraclora.models.built import Built, check_fit
+from fedraclora.models.custom import build_function, build_object
 from fedraclora.models.hf import build_causal_lm, build_gpt, build_hf, build_transformer
 from fedraclora.models.networks import build_cnn, build_linear, build_mlp
-from fedraclora.models.objects import build_function, build_object
 
 __all__ = ["MODELS", "Built", "check_fit"]
 

@@ -18,7 +18,7 @@ from typing_extensions import override
 from fedraclora.errors import ConfigError, FedRacLoraError, ModelError
 from fedraclora.imports import failure_of
 from fedraclora.models.outputs import nothing_drawn
-from fedraclora.objects import held, refuse_changed
+from fedraclora.object_registry import held, refuse_changed
 from fedraclora.protocol.instructions import RoundInstructions
 from fedraclora.protocol.program import ClientProgram
 from fedraclora.protocol.uplinks import SUM_BLOCK

@@ -19,7 +19,7 @@ from fedraclora.compose.choices import groups
 from fedraclora.compose.overrides import composed
 from fedraclora.compose.resume import laid_over
 from fedraclora.errors import ClientError
-from fedraclora.objects import NAME, REGISTERED
+from fedraclora.object_registry import NAME, REGISTERED
 from fedraclora.plots.frontier import frontier_figure
 from fedraclora.run.statistics import (
     Spread,
@@ -133,7 +133,10 @@ def how_to_run(
             "every setting diverged on a test seed. Tune again with a smaller tune.lr in "
             "another folder (output.dir)"
         )
-    title, registered_object = f"experiment=at_{max(stable):g}MB", lent_in(configs[max(stable)])
+    title, registered_object = (
+        f"experiment=at_{max(stable):g}MB",
+        registered_in(configs[max(stable)]),
+    )
     if not registered_object:
         trust = trust_word(names_in(configs[max(configs)]).values())
         return f"to run it: fedraclora simulate --config-dir {folder} {title} {trust}".rstrip()
@@ -221,7 +224,7 @@ def config_of(search: Search, study: Study, point: Point) -> PlainDict:
     return laid_over(config, {**search.final, "rounds": point.round})
 
 
-def lent_in(config: PlainDict) -> list[str]:
+def registered_in(config: PlainDict) -> list[str]:
     """List the groups of a config that stand for objects of a Python program."""
     named = [(k, str(v["name"])) for k, v in config.items() if isinstance(v, dict) and "name" in v]
     return [key for key, name in named if name == NAME or REGISTERED.fullmatch(name)]
@@ -235,7 +238,7 @@ def write_preset(search: Search, config: PlainDict, found: PlainDict, size: floa
     """
     drop = {*NOT_WRITTEN, *(("steps", "callbacks") if search.steps or search.callbacks else ())}
     named = {k: str(v["name"]) for k, v in config.items() if isinstance(v, Mapping) and "name" in v}
-    drop |= {*(registered_object := lent_in(config))}
+    drop |= {*(registered_object := registered_in(config))}
     chosen = {group: named[group] for group in sorted(groups().keys() & named.keys() - drop)}
     base = composed([f"{group}={name}" for group, name in chosen.items()])
     tuned = search.space.told()

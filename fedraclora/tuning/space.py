@@ -18,7 +18,7 @@ from fedraclora.compose.resume import laid_over
 from fedraclora.config.build import BuiltTask
 from fedraclora.errors import ConfigError, unknown
 from fedraclora.limits import Chance, Count, Inner, Limit, Limited, OneOf, Positive, Whole
-from fedraclora.objects import is_named
+from fedraclora.object_registry import is_named
 from fedraclora.protocol.quantized import FULL, ROUNDED
 from fedraclora.strategies.methods import METHODS
 from fedraclora.tuning.rates import RATE_KEY, TIMES, RateRange

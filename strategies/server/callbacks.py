@@ -21,7 +21,7 @@ from fedraclora.evaluation.generate import Answering
 from fedraclora.evaluation.metrics import higher_is_better
 from fedraclora.limits import COLUMNS
 from fedraclora.narrow_weight import dense
-from fedraclora.objects import held, refuse_changed
+from fedraclora.object_registry import held, refuse_changed
 from fedraclora.run.callback import Begin, Callback
 from fedraclora.run.ledger import BY_CLIENTS, Row, ledger_value, metrics_of, number
 from fedraclora.schema import of_project

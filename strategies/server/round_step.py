@@ -19,7 +19,7 @@ from fedraclora.aggregation.base import AggregationContext
 from fedraclora.binding import object_of
 from fedraclora.compatibility import Feature, declared_by
 from fedraclora.errors import ConfigError
-from fedraclora.objects import is_named
+from fedraclora.object_registry import is_named
 from fedraclora.protocol.method import Draw, Method, RoundInstructions, State
 from fedraclora.protocol.uplinks import Uplinks
 from fedraclora.run.callback import Callback

@@ -17,7 +17,13 @@ import torch
 
 from fedraclora.binding import bind, object_of
 from fedraclora.errors import ConfigError
-from fedraclora.objects import code_digests, is_named, named_by, object_digest, register_object
+from fedraclora.object_registry import (
+    code_digests,
+    is_named,
+    named_by,
+    object_digest,
+    register_object,
+)
 
 MODULE = """
 from dataclasses import dataclass
@@ -112,7 +118,8 @@ def test_another_process_has_the_same_digests_and_loads_no_entry_points(
     module: Any, tmp_path: Path
 ) -> None:
     """The bundle of a deployment has none, and a module of the user's takes its classes here."""
-    line = "import sys, fedraclora, brought as b; from fedraclora.objects import object_digest as f"
+    line = "import sys, fedraclora, brought as b\n"
+    line += "from fedraclora.object_registry import object_digest as f"
     line += "\nfedraclora.RoundStep, fedraclora.Callback\nprint(f(b.twice), f(b.made), *(name for "
     line += "name in sys.modules if name.split('.')[1:2] in (['commands'], ['compose'])))"
     env = {"PYTHONHASHSEED": "7", "PYTHONPATH": f"{tmp_path}:{':'.join(sys.path)}"}
@@ -308,7 +315,8 @@ def test_what_a_run_changes_in_a_module_does_not_count(seen: Any) -> None:
 
 
 def test_another_process_digests_the_same_of_what_is_named(seen: Any, tmp_path: Path) -> None:
-    line = "import seen; from fedraclora.objects import object_digest as f; print(f(seen.train))"
+    line = "import seen; from fedraclora.object_registry import object_digest as f\n"
+    line += "print(f(seen.train))"
     env = {"PYTHONHASHSEED": "7", "PYTHONPATH": f"{tmp_path}:{':'.join(sys.path)}"}
     before = seen()
     done = subprocess.run(

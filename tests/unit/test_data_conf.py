@@ -38,4 +38,4 @@ def test_keys_are_the_arguments(group, name):
 @pytest.mark.parametrize("group", GROUPS)
 def test_every_name_has_a_file(group):
     names = {group_of(g, name)["name"] for g, name in CHOICES if g == group}
-    assert names == set(GROUPS[group][0]) - {"object"}  # what a Python program lends has no file
+    assert names == set(GROUPS[group][0]) - {"object"}  # an object of a program has no file

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from fedraclora.errors import ModelError
-from fedraclora.models.objects import build_function
+from fedraclora.models.custom import build_function
 from fedraclora.training.program import refuse_mixing
 
 Make = Callable[[nn.Module], nn.Module]

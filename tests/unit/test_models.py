@@ -403,7 +403,7 @@ def net(shape, classes):
 
 @pytest.mark.parametrize("head", ["classifier", "drop", "hea", ""])
 def test_a_head_that_names_no_layer_with_weights_is_refused(head, monkeypatch):
-    monkeypatch.setattr("fedraclora.models.objects.object_of", lambda *_, **__: net)
+    monkeypatch.setattr("fedraclora.models.custom.object_of", lambda *_, **__: net)
     arguments = {"function": "mine:net", "shape": (4,), "classes": 3, "seed": 0}
     with pytest.raises(ConfigError, match=r"layer as model.head .* There are: body, head"):
         MODELS["function"](**arguments, head=["head", head])

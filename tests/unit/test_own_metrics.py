@@ -15,7 +15,7 @@ from torchmetrics.classification import BinaryAveragePrecision, MultilabelAUROC
 from fedraclora.errors import ConfigError
 from fedraclora.evaluation.metrics import Measure, Owners, higher_is_better
 from fedraclora.evaluation.own_metrics import Metric
-from fedraclora.objects import register_object
+from fedraclora.object_registry import register_object
 from fedraclora.rng import generator, torch_normal
 
 torch.set_num_threads(1)

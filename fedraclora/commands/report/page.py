@@ -24,7 +24,7 @@ from fedraclora.config.titles import method_label, run_title
 from fedraclora.config.unread import as_read
 from fedraclora.errors import CheckpointError, ConfigError
 from fedraclora.evaluation.metrics import higher_is_better
-from fedraclora.objects import NAME
+from fedraclora.object_registry import NAME
 from fedraclora.plots.axes import MEGABYTE, Values
 from fedraclora.run.folder import is_running
 from fedraclora.run.ledger import (

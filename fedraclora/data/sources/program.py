@@ -57,7 +57,7 @@ from fedraclora.data.similar_names import check_similar
 from fedraclora.data.split import TEST_FRACTION, hold_out_test, holdout_of
 from fedraclora.errors import ConfigError, DataError
 from fedraclora.limits import Count, Fraction, limited
-from fedraclora.objects import object_digest, register_object, registered_object
+from fedraclora.object_registry import object_digest, register_object, registered_object
 from fedraclora.tree import digest
 
 
@@ -187,13 +187,13 @@ def is_share(test: object) -> bool:
     return isinstance(test, int | float)
 
 
-def lend_set(found: DataSet) -> dict[str, object]:
+def register_data(found: DataSet) -> dict[str, object]:
     """Register a data set; return its config group."""
     digest = register_object(found, data_digest(found))
     return {"digest": digest, "loss": found.loss, "metrics": [*found.metrics]}
 
 
-def lent_data(
+def registered_data(
     *,
     digest: str | None,
     loss: str | None = None,
@@ -203,7 +203,7 @@ def lent_data(
     """Build a data set from one that the program has registered.
 
     Args:
-        digest: The digest from `lend_set`.
+        digest: The digest from `register_data`.
         loss: The loss with which it was registered, shown in the config; another one is refused.
         metrics: Like the loss.
         clients: Not used: the division determines it.

@@ -37,7 +37,7 @@ from fedraclora.engines.programs import (
     superlink,
 )
 from fedraclora.errors import EngineError
-from fedraclora.temporary import PrivateFolder
+from fedraclora.private_folder import PrivateFolder
 
 DAYS = 7  # for which a certificate is good
 

@@ -66,7 +66,7 @@ class OwnTrainer(CohortTrainer):
         self.folded: tuple[object, Tree] = None, {}  # what is folded into it, and the base with it
         self.warned = False  # that clients say more samples than they have
         self.came = Came()
-        self.name = name.partition("@")[0]  # of one that a program lends, without its digest
+        self.name = name.partition("@")[0]  # of an object of a program, without its digest
 
     @override
     def check(self, precision: str) -> None:

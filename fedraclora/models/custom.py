@@ -15,13 +15,13 @@ from fedraclora.errors import ConfigError, ModelError, unknown
 from fedraclora.imports import check_call, told_as
 from fedraclora.lowrank.layers import is_head
 from fedraclora.models.built import Built, found_head, require_numbers, seeded, take_module
-from fedraclora.objects import register_object, registered_object
+from fedraclora.object_registry import register_object, registered_object
 from fedraclora.tree import digest
 
 QUICK = 2.0  # seconds; a faster builder is called a second time, to detect random draws
 
 
-def lend_model(model: nn.Module) -> str:
+def register_model(model: nn.Module) -> str:
     """Register a module; return the digest of its weights and structure.
 
     Raises:
@@ -73,7 +73,7 @@ def build_object(
     """Build a model from a registered module, with its weights as initial weights.
 
     Args:
-        digest: The digest that `lend_model` returned.
+        digest: The digest that `register_model` returned.
         head: As in `build_function`.
         shape: Not used: the module is as it is.
         classes: Not used.

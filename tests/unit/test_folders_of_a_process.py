@@ -12,11 +12,11 @@ from pathlib import Path
 import pytest
 
 from fedraclora.engines.private_ray import RayFolder
-from fedraclora.temporary import MARKER, PREFIX, PrivateFolder
+from fedraclora.private_folder import MARKER, PREFIX, PrivateFolder
 
 HOLDER = """
 import sys, time
-from fedraclora.temporary import PrivateFolder
+from fedraclora.private_folder import PrivateFolder
 made = PrivateFolder(sys.argv[1])
 (made.path / "key").write_text("secret")
 print(made.name, flush=True)
@@ -73,7 +73,7 @@ def test_all_that_a_run_makes_there_is_of_this_kind(
 ) -> None:
     monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    monkeypatch.setattr("fedraclora.temporary.SHORT", str(tmp_path))
+    monkeypatch.setattr("fedraclora.private_folder.SHORT", str(tmp_path))
     ray = RayFolder()
     assert (ray.path / MARKER).is_file()
     assert left(tmp_path) == {ray.path.name}

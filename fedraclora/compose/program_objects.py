@@ -18,12 +18,12 @@ from fedraclora.data.dataset import DataSet
 from fedraclora.data.encoders.program import is_columns, is_frame
 from fedraclora.data.own_loss import short_name
 from fedraclora.data.partitioners import by_partitioner
-from fedraclora.data.sources.program import data_of, is_share, lend_set
+from fedraclora.data.sources.program import data_of, is_share, register_data
 from fedraclora.data.sources.table import load_table
 from fedraclora.errors import ConfigError
 from fedraclora.evaluation.own_metrics import Metric
-from fedraclora.models.objects import lend_model, require_module
-from fedraclora.objects import NAME, object_digest, register_object
+from fedraclora.models.custom import register_model, require_module
+from fedraclora.object_registry import NAME, object_digest, register_object
 from fedraclora.protocol.method import check_method
 from fedraclora.schema import checked_values
 from fedraclora.strategies.methods import METHODS
@@ -39,8 +39,8 @@ KEPT = {"data": ("labels", "validation", "duplicates"), "model": ("head", "targe
 
 
 @dataclass
-class Lent:
-    """What is lent for a run.
+class ProgramObjects:
+    """The objects of a program that a run uses, and what they change in its config.
 
     Attributes:
         words: Words of the config that objects bring, before those of the caller.
@@ -75,7 +75,7 @@ class Lent:
                 "one out"
             )
         if self.data is not None:
-            groups["data"] = lend_set(self.data(**self._read(plain, typed) | self.options))
+            groups["data"] = register_data(self.data(**self._read(plain, typed) | self.options))
         for name, group in groups.items():
             if name in OWN_GROUPS and (said := [k for k in typed if k.partition(".")[0] == name]):
                 raise ConfigError(
@@ -111,7 +111,7 @@ class Lent:
         return found | {"frame": frame, "model": model}
 
 
-def lend_all(
+def register_all(
     model: object,
     data: object,
     choices: dict[str, object],
@@ -119,8 +119,8 @@ def lend_all(
     *,
     whole: bool,
     own: bool = False,
-) -> Lent:
-    """Lend what is an object; leave names and mappings to the config.
+) -> ProgramObjects:
+    """Register what is an object; leave names and mappings to the config.
 
     Args:
         model: As `fedraclora.api.simulate` was given it, and so are the others.
@@ -134,13 +134,16 @@ def lend_all(
         ConfigError: If something is of no kind that is known, or is said of data that are a choice.
         DataError: If samples are not what they should be.
     """
-    registered_object, judged = Lent(), lent_judges(beside.get("loss"), beside.get("metrics"))
+    objects, judged = (
+        ProgramObjects(),
+        register_loss_and_metrics(beside.get("loss"), beside.get("metrics")),
+    )
     options = {key: value for key, value in beside.items() if value is not None} | judged
     divider = _divider(choices, data, options)
     for group, given in {"model": model, **choices}.items():
-        _lend_choice(registered_object, group, given)
+        _register_choice(objects, group, given)
     if isinstance(data, str | Path) and str(data).endswith(TABLES):
-        registered_object.words.append("data=table")
+        objects.words.append("data=table")
         held_out = "test_fraction" if is_share(options.get("test")) else "test_file"
         names = {"client": "client", "target": "label", "test": held_out}
         names |= {key: key for key in judged}
@@ -148,9 +151,7 @@ def lend_all(
             raise ConfigError(
                 f"{unknown[0]}=... does not apply to a file of rows: set data.task instead"
             )
-        registered_object.keys["data"] = {"file": str(data)} | {
-            names[k]: v for k, v in options.items()
-        }
+        objects.keys["data"] = {"file": str(data)} | {names[k]: v for k, v in options.items()}
     elif isinstance(data, Mapping) and hasattr(data, "column_names"):
         raise ConfigError(
             f"data is a {type(data).__name__} with the splits {list(data)}; give one as data=... "
@@ -168,36 +169,32 @@ def lend_all(
                 f"{', '.join(beyond)}: these apply to data of your program, but data is "
                 f"{'not given' if data is None else data!r}"
             )
-        if data is None and "model" in registered_object.groups and not whole:
+        if data is None and "model" in objects.groups and not whole:
             raise ConfigError(
                 "model is an object of your program, but there are no data: give the samples of "
                 "the clients as data=..."
             )
         said = data if isinstance(data, Mapping) else {} if data is None else {"name": data}
-        registered_object.keys |= (
-            {"data": {**said, **judged}} if judged else {"data": data} if said else {}
-        )
+        objects.keys |= {"data": {**said, **judged}} if judged else {"data": data} if said else {}
     else:
         words = OF_FRAME if is_frame(data) else OF_DATA
-        registered_object.words += [
-            word for word in words if key_of(word) not in registered_object.groups
-        ]
-        registered_object.data = partial(data_of, data, partitioner=divider, own=own)
-        registered_object.options = options
-    return registered_object
+        objects.words += [word for word in words if key_of(word) not in objects.groups]
+        objects.data = partial(data_of, data, partitioner=divider, own=own)
+        objects.options = options
+    return objects
 
 
-def lent_judges(loss: object, metrics: object) -> dict[str, Any]:
-    """Lend losses and metrics that are objects; give the names of all that were said."""
+def register_loss_and_metrics(loss: object, metrics: object) -> dict[str, Any]:
+    """Register losses and metrics that are objects; give the names of all that were said."""
     found = {"loss": register_object(loss) if callable(loss) else loss, "metrics": metrics}
     if callable(metrics) or isinstance(metrics, str | Mapping | list | tuple):
         listed = metrics if isinstance(metrics, list | tuple) else [metrics]
-        found["metrics"] = [lent_metric(each) if callable(each) else each for each in listed]
+        found["metrics"] = [register_metric(each) if callable(each) else each for each in listed]
     return {key: value for key, value in found.items() if value is not None}
 
 
-def lent_metric(metric: Any) -> str:
-    """Lend a metric under the name that the ledger is to have."""
+def register_metric(metric: Any) -> str:
+    """Register a metric under the name that the ledger is to have."""
     if not isinstance(metric, Metric):
         return register_object(metric)
     name = metric.name or short_name(register_object(metric.function))
@@ -222,15 +219,15 @@ def _divider(choices: dict[str, object], data: object, options: Mapping[str, obj
     return choices.pop("partition") if divides else None
 
 
-def _lend_choice(registered_object: Lent, group: str, given: object) -> None:
+def _register_choice(objects: ProgramObjects, group: str, given: object) -> None:
     """Write an object of a known class by its fields; register any other."""
     if given is None or isinstance(given, str | Mapping):
-        registered_object.keys |= {} if given is None else {group: given}
+        objects.keys |= {} if given is None else {group: given}
         return
     if group == "model":
-        registered_object.model = given
-        registered_object.words += OF_MODEL
-        registered_object.groups[group] = {"digest": lend_model(require_module(given))}
+        objects.model = given
+        objects.words += OF_MODEL
+        objects.groups[group] = {"digest": register_model(require_module(given))}
         return
     if isinstance(given, type):
         raise ConfigError(
@@ -238,7 +235,7 @@ def _lend_choice(registered_object: Lent, group: str, given: object) -> None:
         )
     if group == "partition":
         divide = partial(by_partitioner, given) if hasattr(given, "load_partition") else given
-        registered_object.groups[group] = {"name": register_object(divide)}
+        objects.groups[group] = {"name": register_object(divide)}
         return
     if not dataclasses.is_dataclass(given):
         raise ConfigError(
@@ -250,7 +247,7 @@ def _lend_choice(registered_object: Lent, group: str, given: object) -> None:
     if group == "method" and not known:
         check_method(given)
         digest = hashlib.sha256(repr(given).encode()).hexdigest()[:32]
-        registered_object.groups[group] = {"name": NAME, "digest": register_object(given, digest)}
+        objects.groups[group] = {"name": NAME, "digest": register_object(given, digest)}
         return
     fields = {f.name: getattr(given, f.name) for f in dataclasses.fields(given) if f.init}
     keys = {key: plain_value(f"{group}.{key}", value) for key, value in fields.items()}
@@ -258,9 +255,7 @@ def _lend_choice(registered_object: Lent, group: str, given: object) -> None:
     name = (
         register_object(type(given)) if not known else fields["optimizer"] if is_local else known[0]
     )
-    where: dict[str, Any] = (
-        registered_object.keys if known and not is_local else registered_object.groups
-    )
+    where: dict[str, Any] = objects.keys if known and not is_local else objects.groups
     where[group] = {"name": name, **keys}
 
 

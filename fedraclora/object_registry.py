@@ -1,10 +1,10 @@
 """Objects that a user brings: of a module that a config names, or of a Python program.
 
 A config is plain text, and a module, an array or a function is not. In its place stands
-``module:name``, which any process imports; or the name by which the program has lent the object to
-this process (`register_object`), with a digest: the same object gives the same config, hence the
-same run, and a run that goes on wants the same object again. `fedraclora.binding.object_of` gives
-the object.
+``module:name``, which any process imports; or the name under which the program has registered the
+object in this process (`register_object`), with a digest: the same object gives the same config,
+hence the same run, and a resumed run needs the same object again. `fedraclora.binding.object_of`
+returns the object.
 """
 
 from __future__ import annotations
@@ -26,7 +26,9 @@ import torch
 
 from fedraclora.errors import ConfigError
 from fedraclora.imports import import_object
-from fedraclora.sources import (
+from fedraclora.tree import digest as digest_of
+from fedraclora.trust import is_function
+from fedraclora.used_names import (
     file_of,
     imports_of,
     is_state,
@@ -35,8 +37,6 @@ from fedraclora.sources import (
     text_of,
     used_in,
 )
-from fedraclora.tree import digest as digest_of
-from fedraclora.trust import is_function
 
 NAME = "object"  # what a group is called that stands for one
 REGISTERED = re.compile(r"[\w.<>]+@[0-9a-f]{16}")
@@ -83,7 +83,7 @@ def registered_object(group: str, digest: object) -> Any:
 
 
 def is_named(value: object) -> bool:
-    """Check whether a value of a config stands for an object: imported, or lent."""
+    """Check whether a value of a config stands for an object: imported, or registered."""
     return isinstance(value, str) and (is_function(value) or bool(REGISTERED.fullmatch(value)))
 
 
@@ -112,19 +112,20 @@ def words_in(config: object) -> Iterator[str]:
 
 
 def named_by(config: Mapping[str, object]) -> dict[str, Any]:
-    """Find the objects that a config names and that were lent to this process."""
+    """Find the objects that a config names and that are registered in this process."""
     return {word: _REGISTERED[word] for word in words_in(config) if word in _REGISTERED}
 
 
 def code_digests(config: Mapping[str, object]) -> dict[str, str]:
     """Hash the code of what a config names, as far as its name does not tell it.
 
-    That is ``module:name``, as far as it was imported, and what was lent under a digest of its own.
+    That is ``module:name``, as far as it was imported, and what was registered under a digest of
+    its own.
     """
-    lent_ = [
+    registered = [
         type(thing) for word, thing in named_by(config).items() if not REGISTERED.fullmatch(word)
     ]
-    found = {kind.__qualname__: object_digest(kind) for kind in lent_}
+    found = {kind.__qualname__: object_digest(kind) for kind in registered}
     for word in filter(is_function, words_in(config)):
         module, _, name = word.partition(":")
         if (thing := getattr(sys.modules.get(module), name, None)) is not None:
