@@ -26,11 +26,16 @@ def records_to_bytes(records: RecordDict) -> bytes:
     """Serialize records, as Flower does where they are not split into objects."""
     from flwr.common.serde import recorddict_to_proto
 
-    return recorddict_to_proto(records).SerializeToString()
+    data: bytes = recorddict_to_proto(records).SerializeToString()
+    return data
 
 
-def records_from_bytes(data: bytes) -> RecordDict:
-    """Read what `records_to_bytes` wrote."""
+def records_from_bytes(data: Any) -> RecordDict:
+    """Read what `records_to_bytes` wrote.
+
+    Raises:
+        Exception: Of several kinds, if ``data`` are no such bytes.
+    """
     from flwr.common.serde import recorddict_from_proto
     from flwr.proto.recorddict_pb2 import RecordDict as Proto
 
@@ -132,7 +137,7 @@ def key_state(refusal: str) -> str | None:
     from flwr.supercore.error import ApiErrorCode, FlowerError
 
     error = FlowerError.from_json(refusal)
-    states = {
+    states: dict[int, str] = {
         ApiErrorCode.FLEET_INVALID_HEARTBEAT_INTERVAL: KNOWN,
         ApiErrorCode.FLEET_NODE_ACTIVATION_FAILED: UNKNOWN,
     }

@@ -38,7 +38,7 @@ def assembled(rows: list[dict[str, object]]) -> Any:
     return SimpleNamespace(
         recorder=recorder,
         strategy=SimpleNamespace(done=len(rows) - 1, callbacks=Callbacks([])),
-        config=SimpleNamespace(plain=PLAIN, output=output, rounds=9),
+        config=SimpleNamespace(title=run_title(PLAIN), output=output, rounds=9),
         built=SimpleNamespace(classes=0),
     )
 
