@@ -2,15 +2,16 @@
 
 The pages lie where a reader of the repository looks for them, and link to each other, to results
 and to code as files do. Here each gets its place on the site, and each link the place of its file.
-The table of contents is that of `docs/README.md`.
+The groups of the site are the headings of `docs/README.md`.
 """
 
 from __future__ import annotations
 
+import ast
 import posixpath
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import griffe
 from mkdocs.structure.files import File, Files, InclusionLevel
@@ -22,14 +23,30 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).resolve().parents[1]
 MOVED = {"README.md": "index.md", "docs/README.md": "contents.md"}
 LINK = re.compile(r"(?<=\]\()(?!https?:|#)([^)#\s]+)(?=[)#])")
+ROW = re.compile(r"^\| \[.*?\]\((.*?)\) \|", re.MULTILINE)  # of a table of contents: a page
+HEADED = re.compile(r"^## ([^\n]+)\n(.*?)(?=^## |\Z)", re.MULTILINE | re.DOTALL)
+SUBHEADED = re.compile(r"^### ([^\n]+)\n(.*?)(?=^### |\Z)", re.MULTILINE | re.DOTALL)
 METHOD = re.compile(r"strategies/methods/(\w+)\.py")
-# A page of the reference -> the modules and names whose docstrings it shows.
+# A page of the reference -> its title, and the modules whose public names it shows (`__all__`), or
+# single names.
 REFERENCE = {
-    "python": ("From Python", ["fedraclora.simulate", "fedraclora.RunResult"]),
+    "python": ("fedraclora", ["fedraclora"]),
+    "client": ("fedraclora.client", ["fedraclora.client"]),
+    "flower": ("fedraclora.flower", ["fedraclora.flower"]),
+    "parts": (
+        "Base classes of your own parts",
+        [
+            "fedraclora.attacks.Attack",
+            "fedraclora.protocol.method.Traits",
+            "fedraclora.protocol.program.ClientChunk",
+            "fedraclora.protocol.program.When",
+            "fedraclora.strategies.shared.layerwise.LayerMethod",
+            "fedraclora.strategies.shared.layerwise.LayerUpdate",
+            "fedraclora.strategies.weights.load_weights",
+        ],
+    ),
     "methods": ("Methods", []),  # those that docs/methods.md links to
-    "lowrank": ("Low-rank algebra", ["fedraclora.lowrank"]),
-    "sketch": ("Sketches", ["fedraclora.sketch"]),
-    "bounds": ("Bounds of the theory", ["fedraclora.experiments.theory.bounds"]),
+    "errors": ("fedraclora.errors", ["fedraclora.errors"]),
 }
 
 
@@ -82,23 +99,67 @@ def text_of(path: str) -> str:
     return file.read_text() if path.endswith(".md") else ""
 
 
+Nav = list[dict[str, Any]]
+
+
 def listed(folder: str) -> list[str]:
     """List the pages of a folder in the order of its README.md, which has a row for each."""
     index = (ROOT / "docs" / folder / "README.md").read_text()
-    return [folder + page for page in re.findall(r"^\| \[.*?\]\((.*?)\)", index, re.MULTILINE)]
+    return [folder + page for page in ROW.findall(index)]
+
+
+def grouped(index: str) -> Nav:
+    r"""Read the groups of a table of contents: a heading, and a row for each page below it.
+
+    A heading without pages is no group; one of the next level is a group inside.
+
+    Example:
+        >>> grouped("## Guides\n### Data\n| [A](a.md) | x |\n## Start\n| [B](b.md) | y |")
+        [{'Guides': [{'Data': ['a.md']}]}, {'Start': ['b.md']}]
+    """
+    found: Nav = []
+    for title, text in HEADED.findall(index):
+        pages: list[Any] = ROW.findall(f"\n{text}".partition("\n### ")[0])
+        pages += [
+            {name: rows} for name, part in SUBHEADED.findall(text) if (rows := ROW.findall(part))
+        ]
+        if pages:
+            found.append({title: pages})
+    return found
 
 
 def on_config(config: MkDocsConfig) -> None:
-    """List all pages in the order of the three indices."""
-    pages, records, decisions = map(listed, ("", "records/", "adr/"))
+    """List all pages by the groups of docs/README.md, the records and decisions by their own."""
     reference = [{title: f"reference/{name}.md"} for name, (title, _) in REFERENCE.items()]
-    config.nav = [
-        {"Fed-RAC-LoRA": [{"What it is": "index.md"}, *pages, {"All pages": "contents.md"}]},
-        {"Reference": reference},
-        {"Records": ["records/README.md", *records]},
-        {"Decisions": ["adr/README.md", *decisions]},
-        {"Changing it": [place_of("CONTRIBUTING.md"), place_of("CHANGELOG.md")]},
+    nav = grouped((ROOT / "docs" / "README.md").read_text())
+    groups = {title: pages for group in nav for title, pages in group.items()}
+    groups["Start"] = [{"What it is": "index.md"}, *groups["Start"], {"All pages": "contents.md"}]
+    groups["Reference"] = [*groups["Reference"], {"Python API": reference}]
+    groups["Records"] = ["records/README.md", *listed("records/")]
+    groups["Maintainers"] = [
+        place_of("CONTRIBUTING.md"),
+        place_of("CHANGELOG.md"),
+        {"Decisions": ["adr/README.md", *listed("adr/")]},
     ]
+    config.nav = [{title: pages} for title, pages in groups.items()]
+
+
+def names_of(places: list[str]) -> list[str]:
+    """List the public names of modules, and the names that are none."""
+    found = []
+    for place in places:
+        file = ROOT.joinpath(*place.split("."))
+        path = file / "__init__.py" if file.is_dir() else file.with_suffix(".py")
+        tree = ast.parse(path.read_text()) if path.is_file() else ast.Module([], [])
+        public = [
+            ast.literal_eval(node.value)
+            for node in tree.body
+            if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__"
+        ]
+        defined = [n.name for n in tree.body if isinstance(n, ast.ClassDef) and n.name[0] != "_"]
+        names = public[0] if public else defined
+        found += [f"{place}.{name}" for name in names] if path.is_file() else [place]
+    return found
 
 
 def on_files(files: Files, config: MkDocsConfig) -> None:
@@ -123,7 +184,7 @@ def on_files(files: Files, config: MkDocsConfig) -> None:
         files.append(File.generated(config, place, inclusion=level, **what))
     methods = METHOD.findall((ROOT / "docs" / "methods.md").read_text())
     for name, (title, names) in REFERENCE.items():
-        of = names or [
+        of = names_of(names) or [
             f"fedraclora.strategies.methods.{method}" for method in dict.fromkeys(methods)
         ]
         text = f"# {title}\n\n" + "".join(f"::: {each}\n\n" for each in of)

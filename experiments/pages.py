@@ -7,7 +7,7 @@ where NAME is a folder of ``experiments/results``, or, for one column of several
 side, ``<!-- beside FILE: COLUMN: TITLE=NAME, TITLE=NAME -->``. ``<!-- board NAME -->`` is the
 leaderboard of a study, with its figure, ``<!-- methods -->`` what the docstrings of the methods
 say, with their traits, ``<!-- features -->`` what parts of a run declare that they do not go with,
-``<!-- patches -->`` what is changed in Flower,
+``<!-- patches -->`` what is changed in Flower, ``<!-- configuration -->`` all keys of the config,
 ``<!-- bench -->`` all tables of the benchmark,
 ``<!-- bench WORKLOAD, WORKLOAD -->`` some, and ``<!-- bench WORKLOAD, WORKLOAD: ROW, ROW -->`` some
 of their rows side by side. What stands between such a line and the next ``<!-- end -->`` is made
@@ -34,6 +34,7 @@ from fedraclora.compose.choices import choice, groups, sections
 from fedraclora.engines.flower_patches import PATCHES
 from fedraclora.errors import ConfigError
 from fedraclora.experiments.bench.table import side_by_side, tables
+from fedraclora.experiments.configuration_page import configuration
 from fedraclora.protocol.method import Method
 from fedraclora.strategies.methods import METHODS
 from fedraclora.strategies.shared.factors import Factored
@@ -50,7 +51,8 @@ TITLE = re.compile(r"\*[^*]+\*, ")  # of a paper, which the docstring has, too
 ARXIV = re.compile(r"(?:arXiv )?(\d{4}\.\d{5})")
 BLOCK = re.compile(
     r"(?P<head><!-- "
-    r"(?P<kind>table|beside|board|methods|features|bench|patches)(?P<words>.*?) -->\n)"
+    r"(?P<kind>table|beside|board|methods|features|bench|patches|configuration)"
+    r"(?P<words>.*?) -->\n)"
     r"(?P<body>.*?)(?P<end><!-- end -->)",
     re.DOTALL,
 )
@@ -71,7 +73,12 @@ def filled(text: str, results: Path = RESULTS) -> str:
 
 def _made(found: re.Match[str], results: Path) -> str:
     head, *rest = [part.strip() for part in found["words"].split(": ")]
-    derived = {"methods": methods, "features": features, "patches": patches}
+    derived = {
+        "methods": methods,
+        "features": features,
+        "patches": patches,
+        "configuration": configuration,
+    }
     if found["kind"] in derived:
         return derived[found["kind"]]()
     if found["kind"] == "board":

@@ -10,10 +10,10 @@ from torch import nn
 from torchmetrics import AUROC
 
 import fedraclora
-from fedraclora import RoundStep
+from fedraclora import ClientProgram, RoundStep
 from fedraclora.attacks import Attack
 from fedraclora.protocol.method import Traits
-from fedraclora.protocol.program import ClientProgram, When
+from fedraclora.protocol.program import When
 from fedraclora.strategies.shared.layerwise import LayerMethod, LayerUpdate
 
 
