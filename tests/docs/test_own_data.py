@@ -12,7 +12,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -23,11 +22,9 @@ PROGRAM = [sys.executable, "-P", "-c", "from fedraclora.commands.cli import main
 QUICK = ("rounds=40", "output.plots=false")  # the defaults, 150 and curves, take seconds more
 
 
-def block(language: str) -> str:
-    """The first block of a language on the page."""
-    found = re.search(rf"```{language}[^\n]*\n(.*?)```", PAGE, re.DOTALL)
-    assert found
-    return found[1]
+BLOCKS = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
+TABLE = next(block for block in BLOCKS if "to_csv" in block)
+MODULE = next(block for block in BLOCKS if "def samples" in block)
 
 
 def command(beginning: str) -> list[str]:
@@ -54,34 +51,26 @@ def summary(folder: Path) -> dict[str, object]:
     return loaded
 
 
-def write_table(folder: Path) -> None:
-    """A table as in the page: words for the label and the client."""
-    draw = np.random.default_rng(7)
-    lines = ["age,marker,hospital,outcome"]
-    for row in range(200):
-        age, marker = draw.integers(20, 90), draw.normal()
-        ill = "ill" if age / 50 + marker > 1 else "well"
-        lines.append(f"{age},{marker:.3f},hospital {row % 5},{ill}")
-    (folder / "patients.csv").write_text("\n".join(lines) + "\n")
-
-
-def test_a_table_of_ones_own_runs_at_the_first_try(tmp_path: Path) -> None:
+def test_a_table_of_ones_own_runs_at_the_first_try(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     words = command("simulate data=table")
     assert sum("=" in word for word in words) <= 5
-    write_table(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    exec(compile(TABLE, "data.md", "exec"), {})
     done = run(tmp_path, *words, *QUICK)
     assert done.returncode == 0, done.stdout + done.stderr
     found = summary(tmp_path)
     assert found["clients"] == 5
-    assert found["metrics"]["accuracy"] > 0.7  # type: ignore[index]
-    (split,) = re.findall("^data: .*samples.*$", PAGE, re.MULTILINE)
+    assert found["metrics"]["accuracy"] > 0.9  # type: ignore[index]
+    (split,) = re.findall(r"\d+ training samples of \d+ clients, \d+ test samples", PAGE)
     assert split in done.stdout + done.stderr  # what was held out is not known otherwise
 
 
 def test_a_module_of_ones_own_runs_at_the_first_try(tmp_path: Path) -> None:
     words = command("simulate data=own")
     assert sum("=" in word for word in words) <= 5
-    (tmp_path / "mine.py").write_text(block("python"))
+    (tmp_path / "mine.py").write_text(MODULE)
     done = run(tmp_path, *words, *QUICK)
     assert done.returncode == 0, done.stdout + done.stderr
     assert summary(tmp_path)["clients"] == 3
@@ -115,7 +104,7 @@ def test_node_data_are_checked_before_anything_is_started(
 
 @pytest.mark.slow
 def test_the_working_folder_is_importable_where_clients_run(tmp_path: Path) -> None:
-    (tmp_path / "mine.py").write_text(block("python"))
+    (tmp_path / "mine.py").write_text(MODULE)
     words = command("simulate data=own")
     done = run(tmp_path, *words, "engine=ray", "engine.workers=1", "rounds=1")
     assert done.returncode == 0, done.stdout + done.stderr
