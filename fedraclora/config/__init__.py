@@ -1,1 +1,1 @@
-"""From a plain nested dict to checked, frozen settings, and from those to a task."""
+"""Build checked, frozen settings from a plain nested dict, and a task from these."""

@@ -49,26 +49,26 @@ from fedraclora.training.cohort import CohortTrainer
 from fedraclora.training.memory import keep_freed_memory
 from fedraclora.training.own.trainer import OwnTrainer
 
-# What trains, with attackers and without: the project's loop, and a function of the user's.
+# Trainer classes with and without attackers: the project's loop, and a user's function.
 KINDS: tuple[tuple[type[AttackedTrainer], type[CohortTrainer]], ...] = (
     (AttackedTrainer, CohortTrainer),
     (AttackedOwnTrainer, OwnTrainer),
 )
 
 
-# Keys of data that say where samples are from.
+# Keys of data that name the source of samples.
 SOURCES = ("file", "test_file", "test_function", "samples", "function")
 
 
 @dataclass(frozen=True)
 class BuiltTask:
-    """A task on its device, with what the training loop needs to know.
+    """Hold a task on its device, with the numbers that the training loop needs.
 
     Attributes:
         task: The task.
         clients: Size of the population, after empty clients are dropped.
         cohort: Clients per round.
-        classes: Number of labels that samples have; 0 where they have none.
+        classes: Number of labels of the samples; 0 if they have none.
         device: Where training runs.
     """
 
@@ -84,7 +84,7 @@ class BuiltTask:
 
 
 def resolved(plain: Plain) -> dict[str, object]:
-    """Fill in settings found in the clients' data, for processes that have one client's only.
+    """Fill in settings derived from the clients' data, for processes that have only one client's.
 
     Args:
         plain: The config of a new run.
@@ -93,7 +93,7 @@ def resolved(plain: Plain) -> dict[str, object]:
         The config, with the number of clients, and the shape and classes of their samples.
 
     Raises:
-        FedRacLoraError: If the samples are missing or wrong, or do not say it.
+        FedRacLoraError: If the samples are missing or wrong, or do not determine these.
     """
     data = section(plain, "data")
     if data.get("name") != "own":
@@ -110,7 +110,7 @@ def resolved(plain: Plain) -> dict[str, object]:
 
 
 def trainer_of(config: TaskConfig, built: BuiltTask, plan: Plan) -> CohortTrainer:
-    """Build the trainer of a run's clients, the same in every process."""
+    """Create the trainer of a run's clients, the same in every process."""
     task, attack = built.task, config.attack
     task = replace(task, train=attack.poisoned(task.train, built.classes, config.seed))
     local = config.local
@@ -131,11 +131,12 @@ def trainer_of(config: TaskConfig, built: BuiltTask, plan: Plan) -> CohortTraine
 
 
 def terms_of(config: TaskConfig, built: BuiltTask) -> SecAggTerms | None:
-    """Build the conditions of clients for secure aggregation; None without it."""
+    """Create the conditions of clients for secure aggregation; None without it."""
     if not isinstance(config.secure, SecAgg):
         return None
     if config.system.enabled or isinstance(config.privacy, ClientLevel):
-        fewest = LEAST_CLIENTS  # how many are asked is a matter of devices, or of coins
+        # the number of asked clients depends on devices, or on random sampling
+        fewest = LEAST_CLIENTS
     else:
         fewest = config.engine.fewest(built.cohort, config.max_failures)
     return SecAggTerms(
@@ -161,9 +162,9 @@ def pick_device(name: str) -> torch.device:
 
 
 def fix_bits(threads: int, device: torch.device) -> None:
-    """Make results reproducible: fix threads of torch and BLAS, and the kernels of a GPU.
+    """Make results reproducible: fix the threads of torch and BLAS, and the kernels of a GPU.
 
-    A process that trains calls this once, so that it keeps freed memory from here on, too.
+    Every process that trains calls this once; from then on it also keeps freed memory.
     """
     keep_freed_memory()
     torch.set_num_threads(threads)
@@ -210,7 +211,7 @@ def build_task(config: TaskConfig) -> BuiltTask:
         The task and its sizes.
 
     Raises:
-        FedRacLoraError: Whatever is wrong with data, partition, model or cohort.
+        FedRacLoraError: If data, partition, model or number of clients are wrong.
     """
     device = pick_device(config.device)
     own, beside = parted("data", config.data)
@@ -227,7 +228,7 @@ def build_task(config: TaskConfig) -> BuiltTask:
     division: dict[str, Any] = dict(config.partition)
     parts, info = make_partition(data, **division, clients=config.clients, seed=config.seed)
     train = _clients(data, parts)
-    if train.elsewhere:  # how many they are is not known
+    if train.elsewhere:  # their number is not known
         info = {key: fact for key, fact in info.items() if not key.startswith("samples_")}
     built = bind(
         "model",
@@ -281,7 +282,7 @@ def build_task(config: TaskConfig) -> BuiltTask:
         test=data.test.clone().to(device),
         validation=None if validation is None else validation.clone().to(device),
         targets=built.targets,
-        optimum=data.optimum if held is None else None,  # it is of all samples
+        optimum=data.optimum if held is None else None,  # its optimum is over all samples
         tokenizer=data.tokenizer,
         info=facts,
         reading=({"shape": [*data.sample_shape]} if data.sample_shape else {}) | data.reading,
@@ -302,11 +303,11 @@ def _duplicates(
     held: ClientData | None,
     asked: str,
 ) -> dict[str, object]:
-    """Count samples in both training and evaluation data; errors as of `check_duplicates`."""
+    """Count samples in both training and evaluation data; raises like `check_duplicates`."""
     named = {k: v for k, v in config.data.items() if isinstance(v, str) and k in SOURCES}
     source = ", ".join(f"data.{key}={value}" for key, value in named.items())
     tests = {
-        # Else the figure of merit is the training objective.
+        # Otherwise the metric is the training objective.
         "test samples": [] if data.test is data.train else [SomeRows(data.test)],
         "validation samples": [] if validation is None else [SomeRows(validation)],
         "samples that clients are evaluated on": SomeRows.of(held),
@@ -317,7 +318,7 @@ def _duplicates(
 
 
 def _clients(data: DataSet, parts: Division) -> ClientData:
-    """Give the rows of clients their table, with what clients brought beside it."""
+    """Combine the rows of clients with their table, and with the clients' objects."""
     if not isinstance(parts, list):
         return parts
     return Partitioned.of(data.train, parts, entries=data.entries, own_tests=data.tests)
@@ -326,11 +327,11 @@ def _clients(data: DataSet, parts: Division) -> ClientData:
 def _said_of_loss(
     config: TaskConfig, data: DataSet, model: torch.nn.Module, tables: Sequence[Samples]
 ) -> dict[str, object]:
-    """Describe the loss and where it comes from; nothing for the project's own data sets."""
+    """Describe the loss and its source; empty for the project's own data sets."""
     said = {key: config.data.get(key) for key in ("loss", "task")}
     told = [f"data.{key}={value}" for key, value in said.items() if value is not None]
     source = data.info.get("loss_from") or [*told, f"of data={config.data['name']}"][0]
-    learnt = tables or config.local.train is None  # else the user's function knows its loss
+    learnt = tables or config.local.train is None  # otherwise the user's function has its own loss
     warnings = [refuse_contradiction(model, data.loss)] if config.own_model and learnt else []
     logits = config.own_model and data.loss in LOSSES and tables
     if logits and is_softmax(model, tables[-1], data.loss):
@@ -350,14 +351,15 @@ def _said_of_loss(
 
 
 def _array_reader(config: TaskConfig, data: DataSet) -> ArrayReader:
-    """Make what reads new samples of data that are arrays."""
-    classes = data.classes if "label" in data.columns else None  # else the model says what fits
+    """Create the reader of new samples for data that are arrays."""
+    # otherwise the model decides what fits
+    classes = data.classes if "label" in data.columns else None
     form = SampleSpec(tuple(data.sample_shape), data.like or data.loss, classes)
     return ArrayReader(form, numbered=config.data.get("name") == "object")
 
 
 def _check_sizes(cohort: int, clients: int, buffer: int | None) -> None:
-    """Reject a buffer of replies that so many clients cannot fill."""
+    """Reject a reply buffer that is larger than the number of clients."""
     check_cohort(cohort, clients)
     if buffer is not None and buffer > clients:
         raise ConfigError(
@@ -377,7 +379,7 @@ def _said_of_weights(config: TaskConfig) -> dict[str, object]:
 
 
 def _converted(built: Built, dtype: torch.dtype) -> tuple[torch.nn.Module, dict[str, object]]:
-    """Convert a model to the run's number format, and note which weights had another."""
+    """Convert a model to the run's number format, and note weights that had another."""
     if built.narrow:
         return built.model, {}
     others = sorted({str(p.dtype)[6:] for p in built.model.parameters() if p.dtype != dtype})
@@ -387,7 +389,7 @@ def _converted(built: Built, dtype: torch.dtype) -> tuple[torch.nn.Module, dict[
 
 
 def answering_of(asked: EvaluateConfig, task: Task, samples: Samples) -> Answering | None:
-    """Build what lets a language model answer prompts; None if evaluate.generate is not set."""
+    """Create the generator of answers of a language model; None if evaluate.generate is not set."""
     if asked.generate is None:
         return None
     return Answering(

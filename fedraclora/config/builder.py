@@ -1,4 +1,4 @@
-"""What every training process builds from a config: task, plan, trainer, terms."""
+"""Build the parts of a run that every training process needs: task, plan, trainer, terms."""
 
 from __future__ import annotations
 
@@ -30,18 +30,18 @@ from fedraclora.trust import trust, trusted
 
 
 class TaskBuilder:
-    """Builds a task and its trainer; each part is built once, when it is first used.
+    """Build a task and its trainer; each part is built once, when it is first used.
 
-    A server, its workers and nodes build the same from the same config. A pickled builder takes
-    task and plan along, with the objects and the trust of the program; the other process builds its
-    own trainer.
+    A server, its workers and nodes build the same parts from the same config. A pickled builder
+    includes task and plan, with the program's objects and trusted modules; the other process builds
+    its own trainer.
 
     Args:
         config: Checked settings.
-        pretrain: Whether the model is pretrained; not where its weights come from elsewhere.
+        pretrain: Whether to pretrain the model; not if its weights come from elsewhere.
 
     Raises:
-        FedRacLoraError: Where a part is read: whatever is wrong with data, partition or model.
+        FedRacLoraError: When a part is read, if data, partition or model are wrong.
     """
 
     def __init__(self, config: TaskConfig, *, pretrain: bool = True) -> None:
@@ -64,7 +64,7 @@ class TaskBuilder:
 
     @cached_property
     def trainer(self) -> CohortTrainer:
-        """Return the trainer of clients in this process."""
+        """Return the trainer of this process's clients."""
         return trainer_of(self.config, self.built, self.plan)
 
     @cached_property
@@ -73,12 +73,12 @@ class TaskBuilder:
         return terms_of(self.config, self.built)
 
     def fix_bits(self) -> None:
-        """Make torch compute in this process as in every process of the run."""
+        """Configure torch in this process as in every process of the run."""
         fix_bits(self.config.engine.threads, pick_device(self.config.device))
 
     @override
     def __reduce__(self) -> tuple[Callable[..., TaskBuilder], tuple[object, ...]]:
-        """Give what another process makes its builder of."""
+        """Return the arguments from which another process rebuilds its builder."""
         config = self.config
         objects = config.registered_for_clients
         return _arrived, (config, self.built, self.plan, objects, trusted(), of_main())

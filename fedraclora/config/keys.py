@@ -1,7 +1,7 @@
-"""The keys of the config, taken from the classes and functions that read them.
+"""Read the keys of the config from the classes and functions that use them.
 
-A key has one home: a field, or an argument, with its type and limits, its default, and its line in
-the docstring. What ``conf`` composes, and what ``--help`` prints, is read from there.
+Each key is defined once: as a field or an argument, with its type and limits, its default, and its
+line in the docstring. The files in ``conf`` and the output of ``--help`` are derived from these.
 """
 
 from __future__ import annotations
@@ -31,7 +31,8 @@ from fedraclora.training.localconfig import ADAPTIVE_KEYS
 Target = Callable[..., object]
 SECTION = re.compile(r"(Attributes|Args):")
 REFERENCE = re.compile(r" \(`[\w.]+`\)")
-WORDS = (("None", "null"), ("False", "false"), ("True", "true"), ("`", ""))  # as a config has them
+# as plain values of a config
+WORDS = (("None", "null"), ("False", "false"), ("True", "true"), ("`", ""))
 ENTRY = re.compile(r" {4}(\w+(?:, \w+)*): (.*)")
 
 
@@ -42,15 +43,15 @@ def nodes(methods: Mapping[str, type[Method]]) -> dict[str, dict[str, object]]:
         methods: The METHODS table of `strategies`.
 
     Returns:
-        ``group/choice`` for each row of a table, and for the choice of each group of one kind that
-        changes nothing; ``group/key/name`` for what a key may be that is a group itself;
-        ``local/adaptive``, ``local/own`` for the keys that only some choices list; ``run`` for
-        those of no group.
+        ``group/choice`` for each row of a table, and for the neutral choice of each group with one
+        class; ``group/key/name`` for the options of a key that is a group itself;
+        ``local/adaptive``, ``local/own`` for keys that only some choices list; ``run`` for keys
+        without a group.
     """
     found: dict[str, dict[str, object]] = {}
     for group, table in targets_of(methods).items():
         for name, target in table.items():
-            if name == NAME:  # an object of a program, which nobody chooses
+            if name == NAME:  # an object of a program, which cannot be chosen by name
                 continue
             node = node_of(target, given=GIVEN.get(group, ()))
             home, keys = BESIDE.get(group, (target, ()))
@@ -67,14 +68,14 @@ def nodes(methods: Mapping[str, type[Method]]) -> dict[str, dict[str, object]]:
 
 
 def choices_with(key: str, methods: Mapping[str, type[Method]]) -> list[str]:
-    """Name the choices of a group that have a key, such as the methods with ``method.rank``.
+    """List the choices of a group that have a key, such as the methods with ``method.rank``.
 
     Args:
-        key: A path, of one dot.
+        key: A path with one dot.
         methods: The METHODS table of `strategies`.
 
     Returns:
-        Names of rows; the group itself where it is of one kind.
+        Names of rows; the group itself if it has one class.
     """
     group, _, inner = key.partition(".")
     table = targets_of(methods).get(group, {})
@@ -84,16 +85,15 @@ def choices_with(key: str, methods: Mapping[str, type[Method]]) -> list[str]:
 
 
 def node_of(target: Target, *, part: str = "", given: tuple[str, ...] = ()) -> dict[str, object]:
-    """Return the keys that a class or a function reads, at their defaults.
+    """Return the keys of a class or a function, at their defaults.
 
     Args:
         target: The class or the function.
-        part: Of its keys, those of a `Part` of this name.
+        part: Select the keys of a `Part` with this name.
         given: Arguments that are no keys of the config, unless they have a default.
 
     Returns:
-        Plain values; ``???``, which stands for a value that is still to be given, where a key has
-        none.
+        Plain values; ``???`` for keys without a default.
     """
     node: dict[str, object] = {}
     made = {f.name: f.default_factory for f in fields(target)} if is_dataclass(target) else {}
@@ -113,15 +113,15 @@ def node_of(target: Target, *, part: str = "", given: tuple[str, ...] = ()) -> d
 
 
 def help_of(target: Target, path: str, node: object) -> str:
-    """Return the meaning of a key, from its docstring.
+    """Return the description of a key, from its docstring.
 
     Args:
         target: The class or the function that reads it.
-        path: Of the key: its name, or several with dots, down into groups of its own.
+        path: The key: its name, or several names with dots for nested groups.
         node: The group that the target reads.
 
     Returns:
-        Its line, with the words that it may be; empty where nobody says anything.
+        Its line, with its possible values; empty if it has no description.
     """
     key, _, inner = path.partition(".")
     if not (kind := hints(target).get(key)):
@@ -146,7 +146,7 @@ def summary(target: Target) -> str:
 
 
 def tables_of(target: Target) -> Iterator[tuple[str, tuple[str, Target]]]:
-    """List the options of each key that is a group itself: key -> name, class."""
+    """List the classes of each key that is a group itself: key -> name, class."""
     for key in inspect.signature(target).parameters:
         for name, row in nested_rows(hints(target).get(key)).items():
             yield key, (name, row)

@@ -1,4 +1,4 @@
-"""Central pretraining of the model that a run starts from."""
+"""Pretrain the initial model of a run centrally."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _MADE: dict[str, tuple[dict[str, torch.Tensor], dict[str, float]]] = {}
 def pretrain_model(config: TaskConfig, whole: DataSet, model: torch.nn.Module) -> dict[str, float]:
     """Pretrain on chosen labels or on samples set aside; return the test metrics.
 
-    The newest results are kept in this process: the runs of a study begin from few of them.
+    The newest results are kept in this process, since the runs of a study share few of them.
     """
     asked = config.pretrain
     if any(isinstance(weight, QuantisedWeight) for weight in model.parameters()):

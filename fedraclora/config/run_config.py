@@ -59,18 +59,18 @@ ClientsPerRound = Annotated[
     ),
 ]
 NOT_IN_DIGEST = ("output", "resume", "callbacks")
-# Of an engine, what decides bits: neither where its workers are nor how many.
+# Settings of an engine that influence the result: not the place or number of its workers.
 ENGINE_IN_DIGEST = ("chunk", "threads")
 
 
 def digested(plain: Plain, methods: Mapping[str, type[Method]]) -> dict[str, object]:
-    """Return the part of a config that decides the result, without data paths and output.
+    """Return the part of a config that determines the result, without data paths and output.
 
-    Keys that configs of before lack (`limits.Later`) are left out at their defaults.
+    Keys that older configs lack (`limits.Later`) are left out at their defaults.
     """
     kept = {k: v for k, v in plain.items() if k not in NOT_IN_DIGEST}
     if isinstance(data := kept.get("data"), Mapping):
-        # The digest of samples of a program is of loss and metrics, too.
+        # The digest of a program's samples includes loss and metrics, too.
         beside = ("loss", "metrics") if data.get("name") == NAME else ()
         kept["data"] = without(data, "root", *beside)
     if isinstance(engine := kept.get("engine"), Mapping):
@@ -127,8 +127,7 @@ class TaskConfig(Limited):
     """Settings that every training process needs: data, model and local training.
 
     Attributes:
-        plain: The dict this was read from, to write it again: ``config.yaml``, and what is given
-            to other processes and to programs. All else reads the settings.
+        plain: The dict from which it was read; only for ``config.yaml``, digests and titles.
         data, partition, model: Tables' rows and their arguments.
         local, engine, pretrain: Settings.
         attack: What malicious clients do, in a simulation.
@@ -190,7 +189,7 @@ class TaskConfig(Limited):
 
     @property
     def veiled(self) -> bool:
-        """Return whether secure aggregation or noise hides single clients' metrics."""
+        """Return whether secure aggregation or noise hides the metrics of single clients."""
         return isinstance(self.secure, SecAgg) or isinstance(self.privacy, ClientLevel)
 
     @property
@@ -307,7 +306,7 @@ class RunConfig(TaskConfig):
         return self.dora
 
 
-# Groups that choose a row of a table: those that are called at once, and those that wait for data.
+# Groups that choose a row of a table: functions called at once, and functions that wait for data.
 ROWS: dict[str, Mapping[str, Callable[..., object]]] = {
     "allocation": ALLOCATIONS,
     "engine": ENGINES,
@@ -317,13 +316,13 @@ ROWS: dict[str, Mapping[str, Callable[..., object]]] = {
     "secure": SECURES,
     "attack": ATTACKS,
 }
-# Groups of one kind each: the other dataclasses; a name says which of the files it is.
+# Groups with one class each (the other dataclasses); a name selects a file.
 KINDS: dict[str, Callable[..., object]] = {
     key: kind
     for key, kind in typing.get_type_hints(RunConfig).items()
     if isinstance(kind, type) and is_dataclass(kind) and key not in ROWS
 }
-# Those that are groups, and the choice that changes nothing.
+# Those that are groups, and their neutral choice.
 NAMED = {"local": "sgd", "pretrain": "none", "output": "run", "system": "none"}
 SECTIONS = {key: kind for key, kind in KINDS.items() if key not in {*NAMED, "method"}}
 TABLES: dict[str, Mapping[str, Callable[..., object]]] = {
@@ -331,7 +330,7 @@ TABLES: dict[str, Mapping[str, Callable[..., object]]] = {
     "model": MODELS,
     "partition": PARTITIONS,
 }
-# Keys of a group beside those of its row, and what reads them; arguments that are no keys.
+# Keys of a group beside those of its row, and their readers; arguments that are no keys.
 BESIDE: dict[str, tuple[Callable[..., object], tuple[str, ...]]] = {
     "data": (Selection, ("labels", "validation", "loss", "metrics", "duplicates")),
     "partition": (make_partition, ("empty",)),
@@ -347,7 +346,7 @@ def task_from_plain(plain: Plain) -> TaskConfig:
     """Build checked settings from the part of a config that clients need.
 
     Raises:
-        ConfigError: Naming the key, what came and what was wanted.
+        ConfigError: Naming the key, its value and the expected one.
     """
     return TaskConfig(**_fields(TaskConfig, plain))  # type: ignore[arg-type]
 
@@ -359,7 +358,7 @@ def from_plain(
 
     Args:
         plain: Nested dict of plain values (`fedraclora simulate --cfg job` prints all).
-        methods: The METHODS table of `strategies`, handed in since it lies above this module.
+        methods: The METHODS table of `strategies`, passed in since this module cannot import it.
         resuming: Whether it is the config of a resumed run, which an earlier version may have
             started: unused keys are then kept.
 
@@ -387,7 +386,7 @@ def from_plain(
 
 
 def _fields(kind: type[TaskConfig], plain: Plain) -> dict[str, object]:
-    """Read the fields of a config class, the method left out, from the keys of their names.
+    """Read the fields of a config class, except the method, from the keys of their names.
 
     Raises:
         MissingKeysError: Naming all keys that are missing.
@@ -410,7 +409,7 @@ def _fields(kind: type[TaskConfig], plain: Plain) -> dict[str, object]:
             elif key in ROWS:
                 found[key] = bind(key, ROWS[key], section(plain, key))()
             elif key in TABLES:
-                # Called once it is known what else it is given; checked here.
+                # Called once its other arguments are known; checked here.
                 found[key] = group = section(plain, key)
                 bind(key, TABLES[key], parted(key, group)[0], **dict.fromkeys(GIVEN[key]))
         except MissingKeysError as error:
@@ -423,7 +422,7 @@ def _fields(kind: type[TaskConfig], plain: Plain) -> dict[str, object]:
 
 
 def parted(key: str, group: Plain) -> tuple[dict[str, object], dict[str, object]]:
-    """Part the keys of a table's row from those that are read beside it (`BESIDE`)."""
+    """Separate the keys of a table's row from those that are read beside it (`BESIDE`)."""
     row = TABLES[key].get(str(group.get("name"))) if key in TABLES else None
     has = inspect.signature(row).parameters if row else ()  # a key that the row reads itself
     beside = [k for k in BESIDE[key][1] if k not in has] if key in BESIDE else []

@@ -40,7 +40,8 @@ DEPLOYED = Feature(
         "head=personal that the server measures": "such heads stay at the clients",
     },
 )
-MOST_THREADS = 1024  # of torch: where the system refuses one, the process ends without a word
+# most threads of torch: if the system refuses one, the process ends without a message
+MOST_THREADS = 1024
 Threads = Annotated[int, Ge(1), Le(MOST_THREADS)]
 Chunk = Annotated[
     int | str,

@@ -1,7 +1,7 @@
-"""Checks across groups of the config: keys without effect, and values that do not fit together.
+"""Check across groups of the config: keys without effect, and values that contradict each other.
 
-A key at its default may stand anywhere: the files of `conf` list the keys of their group. A key
-with another value was set by somebody who expects something of it.
+A key at its default is always allowed: the files of `conf` list the keys of their group. A user who
+set a key to another value expects an effect.
 """
 
 from __future__ import annotations
@@ -37,12 +37,12 @@ TABLES: Mapping[str, Mapping[str, Callable[..., object]]] = {
 
 @dataclass(frozen=True)
 class Rule:
-    """Keys of a group, and what they apply to.
+    """Define keys of a group, and the condition under which they have an effect.
 
     Attributes:
         keys: Their paths.
-        read: Whether something reads them.
-        reader: What does, for messages.
+        read: Whether they have an effect.
+        reader: What reads them, for messages.
     """
 
     keys: Collection[str]
@@ -50,7 +50,7 @@ class Rule:
     reader: str
 
 
-# What is told to a user's training function, the step sizes' scale over rounds among it.
+# Keys passed to a user's training function, among them the step sizes' scale over rounds.
 READ_BY_OWN = {"train", "parameters", "timeout", "schedule", "warmup", "restart_every", "final"} | {
     "step_every",
     "step_factor",
@@ -136,7 +136,7 @@ RULES = (
 
 
 def as_read(plain: Plain) -> dict[str, object]:
-    """Leave out of a config the keys that have no effect with local=own."""
+    """Remove from a config the keys that have no effect with local=own."""
     local, engine = (plain.get(key) for key in ("local", "engine"))
     if not isinstance(local, Mapping) or local.get("train") is None:
         return dict(plain)
@@ -146,13 +146,13 @@ def as_read(plain: Plain) -> dict[str, object]:
 
 
 def unequal(group: Mapping[str, object]) -> bool:
-    """Return whether clients made on demand differ in their numbers of samples."""
+    """Return whether clients on demand have different numbers of samples."""
     return group.get("sizes") != "constant"
 
 
 def links_end(method: Method, allocation: Uniform) -> bool:
     """Return whether a method ever merges its update and starts new factors."""
-    if type(allocation) is not Uniform:  # components are cut, and those that stay are other ones
+    if type(allocation) is not Uniform:  # components are cut, so that the remaining ones differ
         return True
     return method.link_rounds is not None
 

@@ -1,1 +1,1 @@
-"""Low-rank algebra on matrices, and the one matrix view of every kind of layer."""
+"""Compute low-rank algebra on matrices, and view every kind of layer as a matrix."""

@@ -1,6 +1,6 @@
-"""Low-rank algebra: products of factors, truncated sums of products, norms, effective rank.
+"""Compute products of factors, truncated sums of products, norms and effective rank.
 
-Nothing here forms an m x n matrix where the factors are enough.
+No function forms an m x n matrix if the factors are enough.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import torch
 
 from fedraclora.errors import ShapeError
 
-Product = tuple[torch.Tensor, torch.Tensor]  # [m, q] and [q, n], standing for their product
+Product = tuple[torch.Tensor, torch.Tensor]  # [m, q] and [q, n], representing their product
 
 
 def stack_products(
@@ -47,10 +47,10 @@ def stack_products(
 def truncated_product(
     left: torch.Tensor, right: torch.Tensor, rank: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Best rank-``rank`` approximation of ``left @ right`` from two QRs and one small SVD.
+    """Compute the best rank-``rank`` approximation of ``left @ right`` by two QRs and a small SVD.
 
-    Costs O((m + n) q^2 + q^3) for inner dimension q, and never forms the m x n product. Signs are
-    fixed (`fix_signs`): those of a singular pair are the library's choice.
+    It costs O((m + n) q^2 + q^3) for inner dimension q, and never forms the m x n product. Signs
+    are fixed (`fix_signs`), since libraries choose those of a singular pair freely.
 
     Args:
         left: [m, q].
@@ -83,7 +83,7 @@ def truncated_product(
 
 
 def fix_signs(left: torch.Tensor, right: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Turn each pair (column of ``left``, row of ``right``) to one sign; the product stays.
+    """Normalize the sign of each pair (column of ``left``, row of ``right``); the product stays.
 
     The entry of largest magnitude in each column of ``left`` becomes positive (the first of them
     in a tie).
@@ -141,7 +141,7 @@ def padded_to(
 
 
 def sum_products(*terms: Product) -> Product:
-    """Write a sum of products ``L_i R_i`` as one product; a negative one has its left negated.
+    """Write a sum of products ``L_i R_i`` as one product.
 
     Args:
         terms: Pairs of [m, q_i] and [q_i, n], at least one.
@@ -175,7 +175,7 @@ def product_norm(left: torch.Tensor, right: torch.Tensor) -> float:
 
 
 def sylvester(left: torch.Tensor, right: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    """Solve ``left X + X right = target`` for symmetric matrices without negative eigenvalues.
+    """Solve ``left X + X right = target`` for symmetric positive semidefinite matrices.
 
     Args:
         left: [..., r, r].
@@ -183,7 +183,7 @@ def sylvester(left: torch.Tensor, right: torch.Tensor, target: torch.Tensor) -> 
         target: [..., r, r].
 
     Returns:
-        X, [..., r, r]; zero in directions that neither side has, where any X would do.
+        X, [..., r, r]; zero in the null directions of both sides, where X is arbitrary.
     """
     (a, U), (b, V) = torch.linalg.eigh(left), torch.linalg.eigh(right)
     sums = a[..., :, None] + b[..., None, :]

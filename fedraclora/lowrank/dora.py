@@ -1,10 +1,10 @@
-"""DoRA: every row of an adapted matrix has a trained length, and the adapter turns its direction.
+"""DoRA: train the length of every row of an adapted matrix, and its direction by an adapter.
 
     V = W + s F_1 F_2 ...        W [m, n]: a row for each output
     W' = diag(M / ||V||) V       M [m]: the magnitudes; ||V||: the lengths of the rows of V
 
-M starts as the lengths of the rows of W, so that W' = W. The lengths of V are taken as constants in
-the gradient (section 4.3 of the paper). Then, with G the gradient of W',
+M starts as the lengths of the rows of W, so that W' = W. The gradient treats the lengths of V as
+constants (section 4.3 of the paper). Then, with G the gradient of W',
 
     g_M = rowsum(G * V) / ||V||        the gradient of V is diag(M / ||V||) G
 
@@ -47,11 +47,11 @@ def magnitude_of(weight: str) -> str:
 
 
 def magnitudes(adapted: Iterable[str], dense: Container[str]) -> dict[str, str]:
-    """Name the magnitudes among what is trained in full, by the weight whose rows they scale.
+    """List the magnitudes among fully trained tensors, by the weight whose rows they scale.
 
     Args:
         adapted: Names of adapted weights.
-        dense: Names of what is trained in full.
+        dense: Names of fully trained tensors.
     """
     return {w: name for w in adapted if (name := magnitude_of(w)) in dense}
 
@@ -76,8 +76,8 @@ def row_lengths(
 ) -> torch.Tensor:
     """Compute the lengths of the rows of ``matrix + scale F_1 F_2 ...`` without forming the sum.
 
-    The squares are summed from products with the factors, so that a row which the term all but
-    cancels has a length of few digits.
+    The squares are summed from products with the factors. If the term almost cancels a row, its
+    length has few correct digits.
 
     Args:
         matrix: [m, n].

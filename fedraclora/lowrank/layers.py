@@ -1,4 +1,4 @@
-"""Layer kinds and their one canonical view, a matrix (out, in).
+"""View the weight of every kind of layer as a matrix (out, in).
 
 torch.nn.Linear stores (out, in); Hugging Face's Conv1D stores (in, out); a convolution stores
 (out, in / groups, k, k), viewed as out x (in k k); an embedding stores (tokens, width), viewed
@@ -20,7 +20,7 @@ from fedraclora.errors import ConfigError, ModelError, unknown
 
 @dataclass(frozen=True)
 class LayerView:
-    """How a stored weight is seen as a matrix of shape (out, in)."""
+    """View a stored weight as a matrix of shape (out, in)."""
 
     kind: str  # linear | conv1d | conv | embedding
     shape: tuple[int, int]
@@ -39,14 +39,14 @@ class LayerView:
 
 
 def layer_kind(module: nn.Module) -> str | None:
-    """Name the kind of a module whose weight can be adapted, or None."""
+    """Return the kind of a module whose weight can be adapted, or None."""
     if isinstance(module, nn.Linear):
         return "linear"
     if isinstance(module, nn.Conv2d):
         return "conv"
     if isinstance(module, nn.Embedding):
         return "embedding"
-    # transformers' Conv1D, known by name: the core must work without transformers installed.
+    # transformers' Conv1D, recognized by name: the core must work without transformers.
     return "conv1d" if type(module).__name__ == "Conv1D" and hasattr(module, "nf") else None
 
 
@@ -164,7 +164,7 @@ def find_targets(
 
 
 def weight_name(module: str) -> str:
-    """Name the weight of a module; the model itself may be one layer, with the empty name."""
+    """Return the name of a module's weight; for a model of one layer, whose name is empty, too."""
     return f"{module}.weight" if module else "weight"
 
 

@@ -1,4 +1,4 @@
-"""Random sketches: frozen factors that server and clients draw from a seed.
+"""Draw random sketches: frozen factors that server and clients draw from a seed.
 
 A right sketch is A [rank, dim] with dim = in features, a left sketch B [dim, rank] with dim =
 out features. A round that trains the other factor moves the weights inside the range of the
@@ -10,9 +10,9 @@ The scale of a sketch sets the step: plain SGD with step size ``lr`` on B, under
 step of size ``lr s^2``; else ``A A^T`` is about ``gram_scale`` times I, and the step inside the
 sketch is about ``lr s^2 gram_scale``.
 
-Kinds that are drawn from raw integers have the same bits on every machine, so that a digest can
-prove them: all but ``gaussian`` and ``orthonormal``, and ``srht`` where dim is a power of two. A
-block of a cover that takes rows from two bases goes through a QR, and has not.
+Kinds that are drawn from raw integers have the same bits on every machine, so that a checksum can
+verify them: all except ``gaussian`` and ``orthonormal``, and ``srht`` only if dim is a power of
+two. A block of a cover with rows from two bases is computed by a QR, whose bits differ.
 """
 
 from __future__ import annotations
@@ -38,13 +38,13 @@ BLOCKS = ("independent", "cover")
 
 @dataclass(frozen=True)
 class Kind:
-    """One law of A [rank, dim], float64.
+    """Define a distribution of A [rank, dim], float64.
 
     Attributes:
         draw: (leaf of the seed tree, spec) -> A as drawn, before any normalization.
         gram: spec -> c of ``E[A A^T] = c I`` for A as drawn (its mean diagonal).
         mean_rank: spec -> E[rank A].
-        basis: The basis behind the kind, or None where rows are not orthonormal.
+        basis: The basis of the kind, or None if rows are not orthonormal.
     """
 
     draw: Callable[[Leaf, SketchSpec], torch.Tensor]
@@ -54,7 +54,7 @@ class Kind:
 
 
 def frame(basis: Basis) -> Kind:
-    """Build the kind of a basis: A is its first ``rank`` rows, so ``A A^T = I``."""
+    """Build the kind of a basis: A is its first ``rank`` rows, so that ``A A^T = I``."""
     return Kind(
         draw=lambda leaf, spec: basis.rows(leaf, spec.dim, 0, spec.rank),
         gram=lambda spec: 1.0,  # noqa: ARG005
@@ -119,9 +119,9 @@ def count_rank(spec: SketchSpec) -> float:
 def sign_rank(rank: int, dim: int, density: float) -> float:
     """Mean rank of independent random signs, 1 with probability ``density``, up to pairs.
 
-    Counts rows that vanish and pairs of rows that are equal up to sign. Left out: three and
-    more rows that depend on one another without such a pair, and the correction for several
-    equal pairs at once; both vanish exponentially in ``dim``. At most min(rank, dim).
+    It counts zero rows and pairs of rows that are equal up to sign. It neglects three or more
+    dependent rows without such a pair, and the correction for several equal pairs at once; both
+    vanish exponentially in ``dim``. At most min(rank, dim).
 
     Example:
         >>> sign_rank(rank=2, dim=1, density=1.0), sign_rank(rank=1, dim=2, density=0.5)
@@ -153,7 +153,7 @@ Blocks = Annotated[str, OneOf(BLOCKS)]
 
 @dataclass(frozen=True)
 class SketchSpec:
-    """A sketch by its seed: equal specs give equal drawings, in any process.
+    """Define a sketch by its seed: equal specs give equal sketches, in any process.
 
     Attributes:
         kind: A key of `SKETCHES`.
@@ -165,7 +165,7 @@ class SketchSpec:
         blocks: ``independent`` draws, or ``cover``: consecutive blocks of rows of an endless
             sequence of independent orthonormal bases, so that dim / rank rounds reach every
             direction once. A block that ends one basis and begins the next is orthonormalized
-            and its span holds both parts. Above dim 1024, ``srht`` is much the faster cover.
+            and its span contains both parts. Above dim 1024, ``srht`` is a much faster cover.
         normalize: ``rows``: unit rows in expectation, ``E[A A^T] = I`` on the diagonal (exact
             for orthonormal kinds); ``identity``: ``E[A^T A] = I``, larger by sqrt(dim / rank);
             ``none``: as drawn.
@@ -216,8 +216,8 @@ class SketchSpec:
         """Draw the sketch.
 
         Returns:
-            float64, [rank, dim] (right) or [dim, rank] (left), on the CPU. The tensor is
-            remembered and handed out again: do not modify it.
+            float64, [rank, dim] (right) or [dim, rank] (left), on the CPU. The tensor is cached: do
+            not modify it.
 
         Example:
             >>> SketchSpec("coordinate", "left", rank=1, dim=3, seed=7, index=0).draw().shape
@@ -227,12 +227,12 @@ class SketchSpec:
 
     @property
     def shape(self) -> tuple[int, int]:
-        """Rows and columns of the drawing."""
+        """Return the shape of the sketch."""
         return (self.rank, self.dim) if self.side == "right" else (self.dim, self.rank)
 
     @property
     def gram_scale(self) -> float:
-        """The c of ``E[A A^T] = c I`` (its mean diagonal): the effective step is lr s^2 c.
+        """Return c of ``E[A A^T] = c I`` (its mean diagonal): the effective step is lr s^2 c.
 
         Example:
             >>> SketchSpec("gaussian", "right", 2, 8, 0, 0, normalize="identity").gram_scale
@@ -246,7 +246,7 @@ class SketchSpec:
 
 
 def _drawn(spec: SketchSpec) -> torch.Tensor:
-    """Draw, normalize and turn a sketch."""
+    """Draw, normalize and transpose a sketch."""
     kind = SKETCHES[spec.kind]
     if spec.blocks == "cover" and kind.basis is not None:
         rows = kind.basis.block(spec.seed, spec.dim, spec.rank, spec.index)
@@ -257,8 +257,8 @@ def _drawn(spec: SketchSpec) -> torch.Tensor:
     return (rows if spec.side == "right" else rows.mT).contiguous()
 
 
-# A model has many small sketches, which a round draws several times, or a few large ones. What is
-# remembered by numbers of a drawing: 128 MiB up to the first two sizes, four of any other.
+# A model has many small sketches, which a round draws several times, or a few large ones. The cache
+# holds up to 128 MiB for the first two sizes, and four sketches of larger ones.
 _MEMORIES = (
     (1 << 14, lru_cache(maxsize=1024)(_drawn)),
     (1 << 17, lru_cache(maxsize=128)(_drawn)),
@@ -268,22 +268,22 @@ _MEMORIES = (
 
 @dataclass(frozen=True)
 class Constants:
-    """Extreme eigenvalues of E[H], H the projection onto the row space of a sketch."""
+    """Hold the extreme eigenvalues of E[H], H the projection onto the row space of a sketch."""
 
     lambda_min: float
     lambda_max: float
 
 
 def constants(spec: SketchSpec) -> Constants:
-    """Compute the constants of the theory for a sketch, by formula.
+    """Compute the constants of the theory for a sketch by formula.
 
     Independent draws: every kind here is invariant in law under signed permutations of the
     coordinates, or is a uniform subset of an orthonormal basis, so ``E[H] = (E[rank] / dim) I``.
     The mean rank of random signs is taken up to pairs of rows (`sign_rank`).
 
-    A cover: given the blocks before it, a block misses directions for certain and may hit others
-    for certain, so the constants are 0 and 1 and the theorems of arXiv 2410.08305 (which need
-    ``lambda_min > 0``) say nothing; only with rank = dim are both 1.
+    A cover: given the previous blocks, a block certainly misses some directions and may certainly
+    hit others. So the constants are 0 and 1, and the theorems of arXiv 2410.08305 (which need
+    ``lambda_min > 0``) do not apply; only with rank = dim are both 1.
 
     Args:
         spec: The sketch; seed and index do not matter.

@@ -1,8 +1,8 @@
-"""Random orthonormal bases whose rows are made a few at a time, and their cutting into blocks.
+"""Draw random orthonormal bases, a few rows at a time, and cut them into blocks.
 
-What is drawn from raw integers uses the words of the bit generator directly (`words`): numpy
-keeps those stable over releases, and what is done with them is integer arithmetic or correctly
-rounded, so the bits are the same on every machine. Normals, matrix decompositions and cosines
+Draws from raw integers use the words of the bit generator directly (`words`): numpy keeps those
+stable over releases, and all further steps are integer arithmetic or correctly rounded, so the bits
+are the same on every machine. Normals, matrix decompositions and cosines
 differ in the last bit between processors and builds.
 """
 
@@ -23,19 +23,19 @@ Words = npt.NDArray[np.uint64]
 Integers = npt.NDArray[np.int64]
 Leaf = tuple[int, str, int]  # seed, purpose and number: the arguments of `rng.generator`
 Rows = Callable[[Leaf, int, int, int], torch.Tensor]
-_STORED = 1024  # largest dim of which a whole Haar basis is remembered (8 MiB)
+_STORED = 1024  # largest dim for which a whole Haar basis is cached (8 MiB)
 
 
 @dataclass(frozen=True)
 class Basis:
-    """A law of orthonormal bases of R^dim.
+    """Define a distribution of orthonormal bases of R^dim.
 
     Attributes:
-        rows: (leaf, dim, start, stop) -> rows start..stop-1 of the basis that the leaf of the
-            seed tree gives, [stop - start, dim].
+        rows: (leaf of the seed tree, dim, start, stop) -> rows start..stop-1 of its basis,
+            [stop - start, dim].
         join: (leaf, leaf of the next basis, dim, start, rank) -> ``rank`` orthonormal rows
-            whose span holds rows start..dim-1 of the first basis and the first rows of the
-            second, as many as are missing to ``rank``.
+            whose span contains rows start..dim-1 of the first basis and the first rows of the
+            second, as many as needed.
     """
 
     rows: Rows
@@ -51,7 +51,7 @@ class Basis:
             index: Rows index * rank and on are taken.
 
         Returns:
-            [rank, dim], orthonormal rows. No earlier block or basis is needed to make it.
+            [rank, dim], orthonormal rows, computed without earlier blocks or bases.
         """
         number, start = divmod(index * rank, dim)
         leaf = (seed, "basis", number)
@@ -61,17 +61,17 @@ class Basis:
 
 
 def words(rng: np.random.Generator, *shape: int) -> Words:
-    """Take raw 64-bit words of the bit generator, uint64 of the given shape."""
+    """Draw raw 64-bit words of the bit generator, uint64 of the given shape."""
     return np.asarray(rng.bit_generator.random_raw(shape), dtype=np.uint64)
 
 
 def signs(drawn: Words) -> npt.NDArray[np.float64]:
-    """Turn the top bit of each word into +1 or -1."""
+    """Map the top bit of each word to +1 or -1."""
     return 1.0 - 2.0 * (drawn >> np.uint64(63)).astype(np.float64)
 
 
 def permutation(rng: np.random.Generator, dim: int) -> Integers:
-    """Draw a permutation of 0..dim-1: the order of ``dim`` words (equal words keep their order).
+    """Draw a permutation of 0..dim-1: the sorting order of ``dim`` words (stable for equal words).
 
     Example:
         >>> sorted(permutation(generator(0, "doctest"), 4).tolist())
@@ -81,13 +81,13 @@ def permutation(rng: np.random.Generator, dim: int) -> Integers:
 
 
 def haar_rows(leaf: Leaf, dim: int, start: int, stop: int) -> torch.Tensor:
-    """Make rows of a uniformly distributed (Haar) orthogonal matrix, [stop - start, dim].
+    """Draw rows of a uniformly distributed (Haar) orthogonal matrix, [stop - start, dim].
 
-    The QR decomposition of a square Gaussian matrix, signs fixed so that R has a positive
-    diagonal, without the matrix: the part of a column that a Householder step sees is again
-    Gaussian and independent of the steps before, so it is drawn when it is needed. Rows
-    0..r-1 cost what the reduced QR of a [dim, r] matrix costs; later ones need the reflections
-    before them, so up to dim 1024 the whole basis is made and remembered.
+    This is the QR decomposition of a square Gaussian matrix, with signs such that R has a positive
+    diagonal, but without the matrix: the part of a column that a Householder step uses is again
+    Gaussian and independent of earlier steps, so it is drawn when needed. Rows 0..r-1 cost as
+    much as the reduced QR of a [dim, r] matrix; later rows need all earlier reflections, so up to
+    dim 1024 the whole basis is computed and cached.
 
     References:
         Stewart, *The efficient generation of random orthogonal matrices*, SIAM J. Numer. Anal.
@@ -121,12 +121,12 @@ def _haar(leaf: Leaf, dim: int, start: int, stop: int) -> torch.Tensor:
 
 @lru_cache(maxsize=128)
 def _haar_basis(leaf: Leaf, dim: int) -> torch.Tensor:
-    """Make a whole basis; one per layer is in use at a time."""
+    """Draw a whole basis, cached, since one per layer is in use at a time."""
     return _haar(leaf, dim, 0, dim).contiguous()
 
 
 def coordinate_rows(leaf: Leaf, dim: int, start: int, stop: int) -> torch.Tensor:
-    """Make unit rows e_i, i from ``start`` to ``stop`` of a random permutation.
+    """Draw unit rows e_i, i from ``start`` to ``stop`` of a random permutation.
 
     Example:
         >>> coordinate_rows((0, "doctest", 0), 5, 1, 4).sum(dim=1)
@@ -136,9 +136,9 @@ def coordinate_rows(leaf: Leaf, dim: int, start: int, stop: int) -> torch.Tensor
 
 
 def srht_rows(leaf: Leaf, dim: int, start: int, stop: int) -> torch.Tensor:
-    """Make rows, in random order, of F D: F a fixed orthonormal transform, D random signs.
+    """Draw rows, in random order, of F D: F a fixed orthonormal transform, D random signs.
 
-    F is Sylvester's Hadamard matrix over sqrt(dim) where dim is a power of two (a subsampled
+    F is Sylvester's Hadamard matrix over sqrt(dim) if dim is a power of two (a subsampled
     randomized Hadamard transform), else the orthonormal DCT-II.
 
     References:
@@ -157,14 +157,14 @@ def srht_rows(leaf: Leaf, dim: int, start: int, stop: int) -> torch.Tensor:
     if dim & (dim - 1) == 0:  # a power of two
         transform = (1.0 - 2.0 * _parity(row & column)) * (1.0 / sqrt(dim))
     else:
-        # The angle is reduced in integers (a full turn is 4 dim), where nothing is rounded.
+        # The angle is reduced in integers (a full turn is 4 dim), without rounding.
         angle = (pi / (2 * dim)) * (((2 * column + 1) * row) % (4 * dim))
         transform = np.cos(angle) * np.sqrt(np.where(row == 0, 1.0, 2.0) / dim)
     return torch.from_numpy(transform * flips)
 
 
 def _parity(values: Integers) -> Integers:
-    """Parity of the number of ones in each value."""
+    """Compute the parity of the number of ones in each value."""
     for shift in (32, 16, 8, 4, 2, 1):
         values = values ^ (values >> shift)
     return values & 1
@@ -178,17 +178,17 @@ def _unit_rows(chosen: Integers, dim: int) -> torch.Tensor:
 
 
 def coordinate_join(old: Leaf, new: Leaf, dim: int, start: int, rank: int) -> torch.Tensor:
-    """Join two permutations: the rest of the old, then the first of the new that are not in it."""
+    """Join two permutations: the rest of the old, then the first entries of the new not in it."""
     rest, fresh = permutation(generator(*old), dim)[start:], permutation(generator(*new), dim)
     chosen = np.concatenate([rest, fresh[~np.isin(fresh, rest)]])
     return _unit_rows(chosen[:rank], dim)
 
 
 def qr_join(rows: Rows, old: Leaf, new: Leaf, dim: int, start: int, rank: int) -> torch.Tensor:
-    """Join two bases: the rest of the old, then the head of the new made orthogonal to it.
+    """Join two bases: the rest of the old, then the first rows of the new, orthogonalized.
 
-    By Householder QR: Q is orthonormal and its range holds all the rows even where they depend
-    on one another (the columns in excess are then some completion).
+    By Householder QR: Q is orthonormal, and its range contains all rows, even if they are linearly
+    dependent (additional columns are then some completion).
     """
     rest = rows(old, dim, start, dim)
     q, r = torch.linalg.qr(torch.cat([rest, rows(new, dim, 0, rank - len(rest))]).mT)
