@@ -1,6 +1,6 @@
-"""Fed-RAC-LoRA: federated fine-tuning by a chain of randomized low-rank links.
+"""Fed-RAC-LoRA: federated fine-tuning by a sequence of merged random low-rank updates.
 
-``fedraclora.simulate(...)`` runs a method on a task in this process and gives a `RunResult`;
+``fedraclora.simulate(...)`` runs a method on a task in this process and returns a `RunResult`;
 ``fedraclora.read_run(folder)`` reads one, and ``fedraclora.tune(...)`` finds settings. See
 `fedraclora.api`.
 """
@@ -39,7 +39,7 @@ __all__ = [
     "tune",
 ]
 
-# What a node of a deployment, which has no entry points, may take from here.
+# Names that a node of a deployment, which has no entry points, may import from here.
 HOMES = {
     "Callback": "fedraclora.run.callback",
     "ClientProgram": "fedraclora.protocol.program",
@@ -47,19 +47,18 @@ HOMES = {
     "RoundStep": "fedraclora.strategies.server.round_step",
 }
 
-# Nothing leaves the machine unless its user says so. Flower and Ray read these when imported.
+# No data leave the machine unless the user says so. Flower and Ray read these when imported.
 for _name in ("FLWR_TELEMETRY_ENABLED", "RAY_USAGE_STATS_ENABLED"):
     os.environ.setdefault(_name, "0")
 
-# `strategies`, `clients`, `conf` and, in a checkout, `experiments` stand beside this folder, which
-# links to them.
-# Flower's bundle holds no links, and some file systems none (docs/adr/0001).
+# `strategies`, `clients`, `conf` and, in a checkout, `experiments` are beside this folder, which
+# links to them. Flower's bundle has no links, and some file systems have none (docs/adr/0001).
 if not Path(__file__).with_name("strategies").is_dir():
     __path__.append(str(Path(__file__).parents[1]))
 
 
 def __getattr__(name: str) -> object:
-    """Fetch what is public when it is used first: to import this package must cost nothing."""
+    """Import a public name at its first use, so that importing this package costs nothing."""
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(HOMES.get(name, "fedraclora.api")), name)

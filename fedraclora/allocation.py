@@ -1,15 +1,15 @@
-"""Which layers have which rank: rules that look at what clients send (config group ``allocation``).
+"""Allocate ranks to layers by what clients send (config group ``allocation``).
 
-A rule scores and chooses; `strategies.wrappers.allocated` asks clients and hands the choice to the
-method.
+A rule scores and chooses layers; `strategies.wrappers.allocated` asks clients and passes the choice
+to the method.
 
-SYNFLOW asks how much of what flows through a network goes through each adapter, and no data:
+SYNFLOW measures how much of a network's flow passes through each adapter, without data:
 
     R = 1^T f(1), f the network with every parameter by its magnitude: effective weights are then
     |W| + s |B| |A|;  score of a layer: sum |theta dR/dtheta| over its trained factors
 
-Where one factor is at zero every score is 0. The network is taken as it is, in evaluation: its
-activations stay, where the paper has linear ones in mind.
+If one factor is zero, every score is 0. The network is used unchanged, in evaluation mode: its
+activations stay, while the paper assumes linear ones.
 
 References:
     Zhang et al., *Unlocking the global synergies in low-rank adapters* (HeteroLoRA), 2024, arXiv
@@ -51,8 +51,8 @@ def gradient_norm(_values: Tree, gradients: Tree) -> float:
 def snip(values: Tree, gradients: Tree) -> float:
     """SNIP of one layer: ``sum |theta g|`` over the entries of its trained factors.
 
-    A factor at zero adds nothing, and beside it the other has no gradient: where one factor begins
-    at zero every score is 0.
+    A factor of zero adds nothing, and its partner has no gradient: if one factor begins at zero,
+    every score is 0.
     """
     pairs = [(values[n].double(), g.double()) for n, g in gradients.items()]
     return sum(float((value * g).abs().sum()) for value, g in pairs)
@@ -81,7 +81,7 @@ CHOOSES_LAYERS = Feature(
 
 @dataclass(frozen=True)
 class Uniform(Limited, group="allocation"):
-    """Every adapted layer has the rank that the method says."""
+    """Give every adapted layer the method's rank."""
 
     name: ClassVar[str] = "none"
 
@@ -90,13 +90,13 @@ class Uniform(Limited, group="allocation"):
 @CHOOSES_LAYERS
 @dataclass(frozen=True)
 class HeteroLora(Uniform):
-    """HeteroLoRA: clients send gradients, and the layers of highest score alone are adapted.
+    """HeteroLoRA: clients send gradients, and only the layers with the highest scores are adapted.
 
     Attributes:
         proxy: The score, a key of `PROXIES`, or ``synflow``.
-        share: Of the layers that are adapted, (0, 1]; rounded down, at least one.
-        every: Rounds after which the layers are chosen anew (dynamic); None: once, in the first
-            round (static).
+        share: Share of layers to adapt, (0, 1]; rounded down, at least one.
+        every: Rounds between two choices of layers (dynamic); None: once, in the first round
+            (static).
     """
 
     name: ClassVar[str] = "heterolora"
@@ -110,20 +110,20 @@ class HeteroLora(Uniform):
         return round_ == 1 if self.every is None else (round_ - 1) % self.every == 0
 
     def scores(self, values: Mapping[str, Tree], gradients: Mapping[str, Tree]) -> dict[str, float]:
-        """Score layers by what clients send.
+        """Score layers by the clients' gradients.
 
         Args:
-            values: Trained factors of each layer where clients start.
-            gradients: Of the same, of the mean loss of the cohort.
+            values: Trained factors of each layer at the clients' start.
+            gradients: Their gradients of the mean loss over the round's clients.
         """
         score = PROXIES[self.proxy]
         return {name: score(values[name], g) for name, g in gradients.items()}
 
     def chosen(self, scores: Mapping[str, float]) -> list[str]:
-        """Choose the layers that are adapted, in their order; of equal ones the first.
+        """Choose the layers to adapt, in model order; among equal scores the first.
 
         Raises:
-            ConfigError: If all scores are zero, which say nothing.
+            ConfigError: If all scores are zero.
 
         Example:
             >>> HeteroLora(share=0.5).chosen({"a": 1.0, "b": 3.0, "c": 2.0, "d": 3.0})
@@ -142,7 +142,7 @@ class HeteroLora(Uniform):
 @ALLOCATED
 @dataclass(frozen=True)
 class AdaLora(Uniform):
-    """AdaLoRA: components are cut by importance, under a budget that falls with the rounds.
+    """AdaLoRA: cut components by importance, under a budget that falls with the rounds.
 
     With b_0 components over all layers at the start and b_T = ``target`` times the layers:
 
@@ -151,7 +151,7 @@ class AdaLora(Uniform):
         b(t) = b_T                                            t >= end
 
     Attributes:
-        target: Mean rank of a layer at the end; a layer may have less, also none.
+        target: Mean rank of a layer at the end; a layer may have fewer components, or none.
         begin: Last round with all components.
         end: First round with the final budget.
         every: Rounds between two cuts.
@@ -183,7 +183,7 @@ class AdaLora(Uniform):
             )
 
     def budget(self, round_: int, first: int, layers: int) -> int | None:
-        """Compute the number of components left after a round, b(t); None where nothing is cut.
+        """Compute the number of components after a round, b(t); None if the round cuts none.
 
         Args:
             round_: From 1.
@@ -215,7 +215,7 @@ class AdaLora(Uniform):
             U_bar <- beta2 U_bar + (1 - beta2) |I - I_bar|
 
         Args:
-            old: Both before; None: zero.
+            old: Both previous values; None: zero.
             value: theta.
             slope: g, of the same shape.
         """
@@ -239,9 +239,9 @@ def component_scores(B: torch.Tensor, A: torch.Tensor) -> torch.Tensor:
 
 
 def kept_components(scores: Mapping[str, torch.Tensor], budget: int) -> dict[str, torch.Tensor]:
-    """Keep the components of highest score over all layers: their places, in order, by layer.
+    """Choose the components with the highest scores over all layers: ordered indices by layer.
 
-    Of equal ones the first layer's stay.
+    Among equal scores, the first layer's are kept.
 
     Example:
         >>> scores = {"a": torch.tensor([3.0, 1.0]), "b": torch.tensor([2.0, 0.5, 4.0])}
@@ -261,20 +261,20 @@ ALLOCATIONS: dict[str, type[Uniform]] = {kind.name: kind for kind in (Uniform, H
 def flows(
     model: nn.Module, like: Samples, base: Tree, sent: RoundInstructions, plan: Plan
 ) -> dict[str, float]:
-    """Score every adapter of a downlink.
+    """Score every adapter of a downlink by SYNFLOW.
 
     Args:
         model: The network. Not modified.
         like: Samples of the task, for the shape of an input.
         base: The base weights.
-        sent: Where clients would start; of starts of their own the first client's counts.
+        sent: The downlink of the clients' start; for personal starts the first client's is used.
         plan: Views of the adapted matrices.
 
     Returns:
         Scores by weight, in the order of the downlink.
 
     Raises:
-        ConfigError: If an input is not one tensor of numbers, so that none can be all ones.
+        ConfigError: If an input is not one tensor of floating-point numbers, to be set to ones.
     """
     x = like.inputs.get("x")
     if set(like.inputs) != {"x"} or x is None or not x.is_floating_point():

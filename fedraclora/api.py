@@ -1,4 +1,4 @@
-"""The Python interface: ``import fedraclora; fedraclora.simulate(...)``."""
+"""Run federated learning from Python: ``import fedraclora; fedraclora.simulate(...)``."""
 
 from __future__ import annotations
 
@@ -60,58 +60,58 @@ def simulate(
 ) -> RunResult:
     """Run federated learning on a task in this process, to its end.
 
-    What is not said has its default, so that the same words give the same bits as
-    ``fedraclora simulate``. The engine is one of the config, too: ``engine=vectorized`` (many
-    clients as one batch), ``inline`` or ``ray``. Model, data and method may be objects
-    of the program.
+    Other settings have their defaults, so that the same arguments give the same bits as
+    ``fedraclora simulate``. The config also chooses the engine: ``engine=vectorized`` (many clients
+    as one batch), ``inline`` or ``ray``. Model, data and method may be objects of the program.
 
     Args:
-        choices: Words of the command line (``"rounds=5"``, ``"local.lr=0.1"``), or nested
-            mappings that say the same (``{"rounds": 5, "local": {"lr": 0.1}}``; in a
-            group ``name`` chooses its file). A mapping with every key of the config, such as
-            `RunResult.config`, stands alone: it is taken as it is, but for ``resume`` and
-            ``output.dir``, which say where its run was, and ``keys`` are laid over it.
-        model: A `torch.nn.Module`, also of Hugging Face; it is copied, and its weights are where
-            the run begins. The last layer is the head; ``"model.head=[name]"`` says otherwise. Or
+        choices: Arguments of the command line (``"rounds=5"``, ``"local.lr=0.1"``), or equivalent
+            nested mappings (``{"rounds": 5, "local": {"lr": 0.1}}``; in a group ``name`` chooses
+            its file). A mapping with every key of the config, such as `RunResult.config`, must be
+            the only one: it is used unchanged, except ``resume`` and ``output.dir``, which belong
+            to its run, and ``keys`` override it.
+        model: A `torch.nn.Module`, also of Hugging Face; it is copied, and its weights are the
+            initial weights. The last layer is the head, unless you set ``"model.head=[name]"``. Or
             the name of a choice, or a mapping of its keys.
-        data: The samples of the clients: a list with one entry for each, which is ``(inputs,
-            target)`` (arrays, tensors; inputs may be a dict of them by the names of the model's
-            arguments) or a map-style `torch.utils.data.Dataset`, or ``{"train": ..., "test": ...}``
-            of these, of which the client measures on the latter (``evaluate.clients``); or one
-            such entry, which ``partition`` and ``clients`` divide; a Hugging Face ``Dataset``; a
-            pandas frame or the path of a table (``.csv``, ``.tsv``, ``.parquet``). Or the name of a
-            choice, or a mapping of its keys.
-        method: An instance of a method's class (``FedRacLora(rank=8)``), also of one of your own;
-            or the name of a choice, or a mapping of its keys.
+        data: The samples of the clients: a list with one entry per client. An entry is ``(inputs,
+            target)`` (arrays or tensors; inputs may be a dict by the names of the model's
+            arguments), a map-style `torch.utils.data.Dataset`, or ``{"train": ..., "test": ...}``
+            of these, where the client measures on ``test`` (``evaluate.clients``). Or one entry,
+            which ``partition`` and ``clients`` divide; a Hugging Face ``Dataset``; a pandas frame
+            or the path of a table (``.csv``, ``.tsv``, ``.parquet``). Or the name of a choice, or a
+            mapping of its keys.
+        method: An instance of a method's class (``FedRacLora(rank=8)``), also of your own class; or
+            the name of a choice, or a mapping of its keys.
         partition: A partitioner of flwr-datasets for a Hugging Face ``Dataset``; or the name of a
             choice, or a mapping of its keys.
-        test: Beside data of the program: samples to measure on, in any of the forms of one entry;
-            or the share of each client's samples that is held out (0: the server has none, and
-            measures nothing); None: a fifth.
+        test: With data from the program: samples to measure on, in any form of an entry; or the
+            share of each client's samples to hold out (0: the server has none, and measures
+            nothing); None: a fifth.
         train: Your own training: a function that is called for each client and round with a
-            `fedraclora.client.Round`, and returns what its ``read`` gives; or
+            `fedraclora.client.Round`, and returns the result of its ``read``; or
             ``"module:function"``. None: the project's own loop (``local``).
-        client: The column of a table that says whose each row is.
+        client: The column of a table that names the client.
         target: The column of a table to predict; None: ``label``, ``labels`` or ``target``.
-        loss: Your own: ``loss(output, target)``, a function or a module, that gives one loss a
-            sample, [N]; or its ``"module:function"``. Or beside data of the program
+        loss: Your own: ``loss(output, target)``, a function or a module, that returns one loss per
+            sample, [N]; or its ``"module:function"``. Or, with data from the program,
             ``cross_entropy``, ``squared_error``, ``logistic``, ``multi_label``, ``token_classes``,
-            ``pixel_classes`` or ``next_token``; None: what the model or the targets tell, and an
-            error where these could mean several things.
+            ``pixel_classes`` or ``next_token``; None: chosen by the model or the targets, and an
+            error if these are ambiguous.
         metrics: A list of names, of metrics of torchmetrics, and of your own
             (`fedraclora.Metric`), the primary one first; None: those usual for the loss.
-        folder: Where the run leaves its files, as ``output.dir``; None with ``output.dir=null``:
-            it runs in memory and leaves nothing behind.
-        resume: Go on with the run in the folder; where there is none, begin it. A run that has
-            come to its end is read, and not run again.
-        steps: What happens to a round besides, between clients and method: a list of
-            `fedraclora.RoundStep`. What one raises stops the run, which can be resumed.
-        callbacks: What watches the run, or ends it early: a list of `fedraclora.Callback`. A
-            function among them is called with a copy of each new row of the history, a dict (see
-            `RunResult.rows`), and returns None. What one raises stops the run; it can be resumed.
-        on_round: The same, an older word.
-        trust: Modules whose code may run although it is installed, or a file of others names it
-            (docs/security.md): for the rest of this process. What the arguments name is yours.
+        folder: The folder for the run's files, like ``output.dir``; None with ``output.dir=null``:
+            the run stays in memory and writes no files.
+        resume: Resume the run in the folder; if there is none, start it. A finished run is read,
+            not run again.
+        steps: Additional steps of a round, between clients and method: a list of
+            `fedraclora.RoundStep`. An exception in one stops the run, which can be resumed.
+        callbacks: Callbacks that watch the run, or end it early: a list of `fedraclora.Callback`. A
+            function in the list is called with a copy of each new row of the history, a dict (see
+            `RunResult.rows`), and returns None. An exception in one stops the run, which can be
+            resumed.
+        on_round: The older name of ``callbacks``.
+        trust: Modules whose code may run although it is installed, or named in a file of others
+            (docs/security.md), for the rest of this process. Names in the arguments are trusted.
         keys: Further choices: a value (``rounds=5``), the name of a choice (``local="momentum"``),
             or a mapping of a group's keys (``local={"lr": 0.1}``).
 
@@ -123,9 +123,9 @@ def simulate(
     Raises:
         ConfigError: If a key, a choice or a value is wrong, or the parts do not go together: the
             same error as on the command line.
-        DataError: If samples are not what they should be, naming the client.
+        DataError: If samples are invalid, naming the client.
         CheckpointError: If the folder holds a run already, or one of another config.
-        FedRacLoraError: Whatever goes wrong in the run, as ClientError where clients fail.
+        FedRacLoraError: If the run fails; ClientError if clients fail.
 
     Note:
         As in every run, torch is set to ``engine.threads`` threads in this process.
@@ -203,20 +203,21 @@ def tune(
     """Find the Pareto-optimal settings of a task in metric and bytes.
 
     Args:
-        choices: As for `simulate`, and ``"tune.KEY=VALUE"`` (``fedraclora tune``). What is said
-            for the run is not tuned.
+        choices: As for `simulate`, and ``"tune.KEY=VALUE"`` (``fedraclora tune``). Settings given
+            for the run are not tuned.
         tune: Keys of ``conf/tune.yaml``, such as ``{"runs": 20, "lr": [1e-3, 1]}``.
-        folder: Where all is kept; the same call with the same objects goes on. None: ``runs/tune``.
+        folder: The folder of all runs; the same call with the same objects resumes. None:
+            ``runs/tune``.
         trust: As for `simulate`.
         given: Model, data and further arguments of `simulate`.
 
     Returns:
-        ``frontier`` (a pandas frame), ``configs`` (what `simulate` takes, by MB a client),
+        ``frontier`` (a pandas frame), ``configs`` (arguments of `simulate`, by MB per client),
         ``test``, ``folder``.
 
     Raises:
-        FedRacLoraError: As `simulate`; ConfigError where Optuna is not installed
-            (``fedraclora[tune]``), or the task has nothing to tune on but its test.
+        FedRacLoraError: As `simulate`; ConfigError if Optuna is not installed
+            (``fedraclora[tune]``), or the task has only test samples to tune on.
     """
     refuse_run()
     trust_all(trust)
@@ -230,7 +231,8 @@ def tune(
     plain["output"] = {**output, "dir": None if place is None else str(place)}
     said = {*typed}
     for group in OWN_GROUPS:
-        if not isinstance(given.get(group), str | Mapping | None):  # an object has all its keys
+        # an object already has all its keys
+        if not isinstance(given.get(group), str | Mapping | None):
             said |= {group, *(f"{group}.{key}" for key in section(plain, group))}
     return tune_task(plain, said, own, tune, steps=steps, callbacks=watching)
 
@@ -239,7 +241,7 @@ JUDGES = ("loss", "metrics")
 
 
 class Asked(NamedTuple):
-    """What the arguments of `simulate` say: the config, the keys typed, who watches, own steps."""
+    """Hold the parsed arguments of `simulate`: config, typed keys, callbacks and steps."""
 
     plain: PlainDict
     typed: list[str]
@@ -248,7 +250,7 @@ class Asked(NamedTuple):
 
 
 def _asked(choices: tuple[str | Mapping[str, object], ...], given: Mapping[str, Any]) -> Asked:
-    """Compose what is asked for by arguments of `simulate`, its objects registered."""
+    """Compose the config from arguments of `simulate`, and register its objects."""
     keys = dict(given)
     model, data, train = (keys.pop(name, None) for name in ("model", "data", "train"))
     steps, callbacks, on_round = (keys.pop(name, ()) for name in ("steps", "callbacks", "on_round"))
@@ -273,20 +275,19 @@ def _asked(choices: tuple[str | Mapping[str, object], ...], given: Mapping[str, 
 
 
 def read_run(folder: str | Path, *, trust: Sequence[str] = ()) -> RunResult:
-    """Read a run from its folder: its history, its model, and what it measures and predicts.
+    """Read a run from its folder: its history and its model, to measure and predict.
 
     Args:
-        folder: The run folder. Data or model that a program brought are not in it: for such a run
-            call `simulate` with the same objects, ``folder=..., resume=True``.
-        trust: Modules that the run may name, as for `simulate`; code that it names of others is
-            not run.
+        folder: The run folder. It does not contain data or models of a program: for such a run call
+            `simulate` with the same objects and ``folder=..., resume=True``.
+        trust: Modules that the run may name, as for `simulate`; other code is not run.
 
     Returns:
-        The run; ``summary`` is empty where it has not come to its end.
+        The run; ``summary`` is empty if it has not finished.
 
     Raises:
         CheckpointError: If it is no run folder, or a file is missing or damaged.
-        ConfigError: If it names code that is not trusted, with all that would be run.
+        ConfigError: If it names code that is not trusted, listing all of it.
     """
     trust_all(trust)
     return measuring_run(user_path("folder", folder), 0)
@@ -294,10 +295,10 @@ def read_run(folder: str | Path, *, trust: Sequence[str] = ()) -> RunResult:
 
 @contextmanager
 def usable(place: Path) -> Iterator[None]:
-    """Turn what the system says of a file in the run folder into an error of this project.
+    """Turn errors of the system on a file in the run folder into errors of this project.
 
     Raises:
-        ConfigError: Naming the file. Other errors, such as those of callbacks, are let through.
+        ConfigError: Naming the file. Other errors, such as those of callbacks, are not changed.
     """
     try:
         yield
@@ -308,10 +309,10 @@ def usable(place: Path) -> Iterator[None]:
 
 
 def place_of(plain: PlainDict, output: PlainDict, folder: str | Path | None) -> Path | None:
-    """Return the run folder that is asked for; None: the run is in memory.
+    """Return the requested run folder; None: the run is in memory.
 
     Raises:
-        ConfigError: If two folders are named, or one by a key that is for the command line.
+        ConfigError: If two folders are given, or one by a key of the command line.
     """
     if plain.get("resume") is not None:
         raise ConfigError(

@@ -1,11 +1,11 @@
-"""Attacks to test with: what clients that want to do harm send in a simulation.
+"""Simulate attacks by malicious clients, for testing.
 
-Who attacks is one seeded draw for the whole run. A label flip lies in the attackers' data, a sign
-flip and noise in what they send; those who collude know each other's updates, so in a simulation
-they act where all of them are known: on the uplinks, before the aggregator.
+The attackers are one seeded draw for the whole run. A label flip changes the attackers' data; a
+sign flip and noise change their updates. Colluding attackers know each other's updates, so the
+simulation changes them where all are known: on the uplinks, before the aggregator.
 """
 
-# A hook has arguments that an override uses.
+# Hooks have arguments that only some overrides use.
 # ruff: noqa: ARG002
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class Attack(Limited, group="attack"):
     Attributes:
         name: Its key in the config.
         colludes: Whether attackers know each other's updates.
-        share: Of the population that attacks, rounded to a whole number of clients.
+        share: Share of the population that attacks, rounded to a number of clients.
     """
 
     name: ClassVar[str] = "none"
@@ -52,7 +52,7 @@ class Attack(Limited, group="attack"):
         cls.name = vars(cls).get("name", cls.__name__)
 
     def poisoned(self, data: ClientData, classes: int, seed: int) -> ClientData:
-        """Change the data of the attackers among those of all clients; ``classes`` is 0 without.
+        """Change the attackers' data among all clients' data; ``classes`` is 0 without classes.
 
         Raises:
             DataError: If it does not fit them.
@@ -60,23 +60,23 @@ class Attack(Limited, group="attack"):
         return data
 
     def attackers(self, seed: int, population: int) -> torch.Tensor:
-        """Draw who attacks: ids in ascending order, int64."""
+        """Draw the attackers: ids in ascending order, int64."""
         count = round(self.share * population)
         drawn = generator(seed, "attackers").choice(population, count, replace=False)
         return torch.from_numpy(drawn).sort().values
 
     def sent(self, updates: torch.Tensor, clients: torch.Tensor, key: int) -> torch.Tensor:
-        """Compute what attackers send in the place of their updates.
+        """Compute the updates that attackers send in place of their own.
 
         Args:
-            updates: What they trained, float64 [k, P], less where it started.
+            updates: Their updates, float64 [k, P]: trained values less the start.
             clients: Ids, int64 [k].
-            key: Of the draws of a round, by `fedraclora.rng.hash_key`.
+            key: Key of the round's draws, by `fedraclora.rng.hash_key`.
         """
         return updates
 
     def colluded(self, rows: torch.Tensor, attackers: torch.Tensor) -> torch.Tensor:
-        """Replace attackers' rows once they have agreed: float64 [K, P]; attackers are bool [K]."""
+        """Replace the rows of colluding attackers: float64 [K, P]; attackers are bool [K]."""
         return rows
 
     @Feature("an attack", instead="attack=none")
@@ -90,10 +90,10 @@ class Attack(Limited, group="attack"):
 
 @dataclass(frozen=True)
 class SignFlip(Attack):
-    """Attackers send their update the other way round.
+    """Attackers send the negative of their update.
 
     Attributes:
-        scale: Times its length.
+        scale: Factor of its length.
     """
 
     name: ClassVar[str] = "sign_flip"
@@ -111,7 +111,7 @@ class ScaledNoise(Attack):
     """Attackers send Gaussian noise.
 
     Attributes:
-        scale: Its norm, in norms of the client's own update (in expectation of the square).
+        scale: Its norm relative to the client's own update (in mean square).
     """
 
     name: ClassVar[str] = "scaled_noise"
@@ -147,15 +147,15 @@ class LabelFlip(Attack):
 
 @dataclass(frozen=True)
 class ALittleIsEnough(Attack):
-    """Attackers agree on an update just within the spread of the others.
+    """Attackers agree on an update just within the spread of the honest ones.
 
     Attributes:
-        z: Standard deviations; None: the most that leaves the attackers' value, in each
-            coordinate, nearer to the mean than those of enough honest clients for a majority.
+        z: Standard deviations; None: the largest for which, in each coordinate, the attackers'
+            value is closer to the mean than those of enough honest clients for a majority.
 
     References:
         Baruch et al., *A little is enough*, arXiv 1902.06156. Departures: mean and deviation are
-        those of the attackers in the cohort alone, so a single one of them does nothing.
+        those of the round's attackers only, so a single attacker does nothing.
     """
 
     name: ClassVar[str] = "a_little_is_enough"
@@ -165,9 +165,9 @@ class ALittleIsEnough(Attack):
     z: float | None = None
 
     def deviations(self, cohort: int, attackers: int) -> float:
-        """Compute z for a cohort of K = ``cohort`` clients: the quantile (h - s) / h of the normal.
+        """Compute z for K = ``cohort`` clients: the normal quantile of (h - s) / h.
 
-        h clients are honest, and s of them, the attackers and no more make a majority.
+        h clients are honest; s of them together with the attackers make a majority.
         """
         if self.z is not None:
             return self.z
@@ -193,7 +193,7 @@ class ALittleIsEnough(Attack):
 
 @dataclass(frozen=True)
 class Flipped(ChangedClients):
-    """Client data in which some clients' labels are flipped; the rest is as it was.
+    """Flip the labels of some clients' data, and leave the rest unchanged.
 
     Attributes:
         attackers: Their ids, int64.
@@ -218,7 +218,7 @@ ATTACKS: dict[str, type[Attack]] = {
 
 
 def same_shape(attack: Attack, found: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
-    """Check what an attack gives, which may be the user's own.
+    """Check the result of an attack, which may be the user's own.
 
     Raises:
         ConfigError: Naming the shapes.
@@ -230,10 +230,10 @@ def same_shape(attack: Attack, found: torch.Tensor, wanted: torch.Tensor) -> tor
 
 
 class AttackedTrainer(CohortTrainer):
-    """A trainer whose attackers do not hand over what they trained.
+    """Train clients, and replace the results of attackers.
 
     Args:
-        attack: What they do.
+        attack: The attack.
 
     The others are those of `CohortTrainer`.
     """
@@ -270,4 +270,4 @@ class AttackedTrainer(CohortTrainer):
 
 
 class AttackedOwnTrainer(AttackedTrainer, OwnTrainer):
-    """The same, where a function of the user's trains."""
+    """Train clients with a user's function, and replace the results of attackers."""

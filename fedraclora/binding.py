@@ -1,6 +1,6 @@
-"""Signatures as the schema of the config: names, keys and types are held against them.
+"""Check config groups against signatures, which define names, keys and types.
 
-So it is with what a user brings: `object_of` gives the object that a value stands for.
+`object_of` returns the user's object that a value names.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from fedraclora.schema import bound, hints, kind_text, place_of
 from fedraclora.trust import is_function
 
 Plain = Mapping[str, object]  # a config, or a part of it, as nested values
-PlainDict = dict[str, object]  # one that may be written into
-# Groups whose choice may be an object of the user's.
+PlainDict = dict[str, object]  # a mutable one
+# Groups whose choice may be a user's object.
 OWN_GROUPS = ("method", "local", "partition", "aggregator", "server_optimizer", "attack")
 EMPTY: Plain = types.MappingProxyType({})
 
@@ -53,7 +53,7 @@ def bind(
         kind: The group's key, for messages.
         table: Callables by name.
         group: The group.
-        **given: Arguments that the config does not set; they win over nothing in the group.
+        **given: Arguments that the config does not set; keys of the group override them.
 
     Returns:
         The call, ready to be made.
@@ -66,10 +66,10 @@ def bind(
 
 
 def row_of(kind: str, table: Mapping[str, T], name: object) -> T:
-    """Look a name up in a table; one that stands for an object of the user's is a row, too.
+    """Return a table's row by name; the name of a user's object is a row, too.
 
     Raises:
-        ConfigError: With the names that exist; a name that is no text is none of them.
+        ConfigError: Naming the rows, if the name does not exist or is no text.
     """
     if is_named(name) and kind in OWN_GROUPS:
         return typing.cast(T, _own_row(kind, table, name))
@@ -79,7 +79,7 @@ def row_of(kind: str, table: Mapping[str, T], name: object) -> T:
 
 
 def _own_row(kind: str, table: Mapping[str, object], name: object) -> Callable[..., object]:
-    """Take an object of the user's as a row: a function, or what is of the class of the others."""
+    """Return a user's object as a row: a function, or a class like the other rows."""
     found = named_object(kind, name)
     lineages = [getattr(row, "__mro__", (object,)) for row in table.values()]
     base = next(each for each in lineages[0] if all(each in lineage for lineage in lineages))
@@ -92,7 +92,7 @@ def _own_row(kind: str, table: Mapping[str, object], name: object) -> Callable[.
 
 
 def _divides(found: object) -> bool:
-    """Check for a function, or a class of what is like the partitioners of flwr-datasets."""
+    """Check for a function, or a class like the partitioners of flwr-datasets."""
     return callable(found) and (not inspect.isclass(found) or hasattr(found, "load_partition"))
 
 
@@ -107,21 +107,21 @@ def object_of(
 ) -> typing.Any:
     """Return the object that a value of the config stands for, with its parameters applied.
 
-    Nothing is called whose kind is another than the one wanted.
+    An object of another kind is not called.
 
     Args:
-        key: Of the config, for messages.
-        value: ``module:name``, or a name of `fedraclora.object_registry`; or a mapping with that
-            as its ``name``, whose other keys are parameters, by name. Or the object itself.
-        kind: The class of what is wanted: an instance of it stands for itself, a class or a
-            function is called with the parameters. None: what can be called is wanted: a class is
-            called with the parameters, a function gets them beside those that it is called with.
-        parameters: Those of a key of their own.
-        at: That key; empty: there is none.
+        key: The key of the config, for messages.
+        value: ``module:name``, or a name from `fedraclora.objects.register_object`; or a mapping
+            with that as its ``name``, whose other keys are parameters. Or the object itself.
+        kind: The wanted class: an instance is returned, a class or a function is called with the
+            parameters. None: a callable is wanted: a class is called with the parameters, a
+            function receives them beside its other arguments.
+        parameters: Parameters from a key of their own.
+        at: That key; empty: none.
         called: Whether a callable is accepted as well as an instance of ``kind``.
 
     Raises:
-        ConfigError: If it is not here, is something else, or does not take the parameters.
+        ConfigError: If it does not exist, is of another kind, or does not accept the parameters.
     """
     group = value if isinstance(value, Mapping) else {"name": value}
     name, own = group.get("name"), {**without(group, "name"), **parameters}
@@ -155,14 +155,14 @@ def _makes(found: typing.Any, kind: type | None, *, called: bool) -> bool:
     Args:
         found: A class, a function or an object.
         kind: As for `object_of`.
-        called: Whether what can be called is wanted.
+        called: Whether a callable is wanted.
     """
     if inspect.isclass(found):
         calls = any("__call__" in vars(each) for each in found.__mro__)
         return (called and calls) or (kind is not None and issubclass(found, kind))
     if called or not inspect.isroutine(found):
         return False
-    given = hints(found).get("return", kind)  # a function of the user's need not say it
+    given = hints(found).get("return", kind)  # a user's function need not have annotations
     return (
         kind is None
         or not inspect.isclass(given)
@@ -174,14 +174,14 @@ def _makes(found: typing.Any, kind: type | None, *, called: bool) -> bool:
 def call_function(
     key: str, name: str, *arguments: object, parameters: Plain | None = None, at: str = ""
 ) -> typing.Any:
-    """Call what a config names; what it raises is told with its place.
+    """Call a function that the config names; an exception is reported with its place.
 
     Args:
-        key: Of the config that names it, for messages.
+        key: The key that names it, for messages.
         name: ``package.module:function``.
-        *arguments: Those that it is called with.
-        parameters: Those of the config, by name.
-        at: By which key these are said.
+        *arguments: Its positional arguments.
+        parameters: Its parameters from the config, by name.
+        at: The key of these parameters.
 
     Raises:
         ConfigError: As `object_of`.

@@ -1,4 +1,4 @@
-"""The argument and the result of your own training function: `Round` and `Trained`.
+"""Import `Round` and `Trained`, argument and result of your own training function.
 
 def train(round: Round) -> Trained:
     model = round.install(my_model())

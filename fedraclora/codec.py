@@ -1,17 +1,18 @@
-"""A dataclass of tensors and plain fields as named tensors and JSON, and back: one form for all.
+"""Split a dataclass of tensors and plain fields into named tensors and JSON, and join them again.
 
-What goes to disk, into a message or to another process is split into these two; whoever writes them
-(`fedraclora.weights.files`, a message) knows no more of what is inside. The JSON follows the type
-hints, which check it when it is read:
+Files, messages and data for other processes consist of these two parts; writers
+(`fedraclora.weights.files`, a message) need not know the content. The JSON follows the type hints,
+which check it when it is read:
 
-- A dataclass is an object of its fields, without those that have their defaults: what older files
-  lack has them. Where several may stand, the names of the fields tell which it is; of a family
-  (`fedraclora.protocol.named`) it is the name under `IS`.
-- A tensor is an empty list, and one of the tensors by its path: ``terms/fc1.weight/factors/0``. Of
-  numbers in few bits the list is their kind, shape and type. A dict of tensors names these alone.
+- A dataclass is an object of its fields, except those at their defaults: fields that older files
+lack
+  get their defaults. If several dataclasses are possible, the names of the fields decide; in a
+  family (`fedraclora.protocol.named`) the name under `IS` decides.
+- A tensor is an empty list, and one of the tensors by its path: ``terms/fc1.weight/factors/0``. For
+  quantized numbers the list has their kind, shape and type. A dict of tensors lists only these.
 
-A field with ``metadata={"kind": NAME}`` has numbers of the kind that the field ``NAME`` says (or by
-name, where that is a dict); with `OUTER` for ``NAME``, of that of the field which it is in. One
+A field with ``metadata={"kind": NAME}`` has numbers of the kind in the field ``NAME`` (by name, if
+that is a dict); with `OUTER` as ``NAME``, the kind of the field that contains it. One
 with ``metadata={"written": False}`` is left at its default.
 """
 
@@ -40,7 +41,8 @@ from fedraclora.tree import Tree, below
 T = TypeVar("T")
 IS = "is"  # the key of the name of a class, beside its fields
 PLAIN = (bool, int, float, str)
-NUMBERS = {str(dtype)[6:]: dtype for dtype in (torch.float32, torch.float64)}  # of few bits, read
+# decoded quantized numbers
+NUMBERS = {str(dtype)[6:]: dtype for dtype in (torch.float32, torch.float64)}
 KINDS = NUMBERS | {"bfloat16": torch.bfloat16, "float16": torch.float16}
 INTEGERS = ("int8", "int16", "int32", "int64", "uint8", "uint32", "bool")
 KINDS |= {k: getattr(torch, k) for k in INTEGERS}
@@ -50,12 +52,12 @@ def split(value: object, path: str = "", *, coding: str = NONE) -> tuple[Tree, A
     """Split a dataclass, or a list or a dict of such, into tensors and plain JSON.
 
     Args:
-        value: What is written. Its tensors are not copied.
-        path: In front of the names of the tensors.
-        coding: Of those in few bits (`fedraclora.protocol.coding`).
+        value: The value. Its tensors are not copied.
+        path: Prefix of the names of the tensors.
+        coding: Coding of quantized numbers (`fedraclora.protocol.coding`).
 
     Returns:
-        The tensors by path, with codes and scales in the place of narrow weights, and the JSON.
+        The tensors by path, with codes and scales in place of narrow weights, and the JSON.
 
     Example:
         >>> from fedraclora.protocol.link import Link, Term
@@ -70,36 +72,36 @@ def split(value: object, path: str = "", *, coding: str = NONE) -> tuple[Tree, A
 
 
 def join(kind: type[T], tensors: Mapping[str, torch.Tensor], plain: object, path: str = "") -> T:
-    """Build what `split` has split.
+    """Rebuild a value from the parts of `split`.
 
     Args:
         kind: A dataclass.
-        tensors: Those that it was split into, and perhaps others.
-        plain: The JSON; it may come from another machine.
-        path: In front of the names of the tensors.
+        tensors: Its tensors, and perhaps others.
+        plain: The JSON, possibly from another machine.
+        path: Prefix of the names of the tensors.
 
     Raises:
-        ValueError: Naming the path, what came and what was wanted. What the dataclass itself
-            refuses it says in its own way.
+        ValueError: Naming the path, the found and the expected value. Checks of the dataclass raise
+            their own errors.
     """
     found: T = _join(kind, rejoined(tensors), plain, path)
     return found
 
 
 def to_bytes(tensors: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, list[list[Any]]]:
-    """Lay tensors one after another: bytes [n], and of each its name, type and shape."""
+    """Concatenate the bytes of tensors, [n]; return the name, type and shape of each, too."""
     raw = [t.detach().cpu().contiguous().reshape(-1).view(torch.uint8) for t in tensors.values()]
     table = [[name, str(t.dtype)[6:], list(t.shape)] for name, t in tensors.items()]
     return torch.cat([torch.zeros(0, dtype=torch.uint8), *raw]), table
 
 
 def from_bytes(raw: torch.Tensor, table: object) -> Tree:
-    """Cut out the tensors that `to_bytes` has laid, into memory of torch's own.
+    """Copy the tensors of `to_bytes` into memory allocated by torch.
 
-    Matrix products round by where a matrix lies.
+    Matrix products round by the alignment of a matrix.
 
     Raises:
-        ValueError: If they do not take just these bytes, or the table is none.
+        ValueError: If they do not take exactly these bytes, or the table is invalid.
     """
     if raw.dim() != 1 or raw.dtype != torch.uint8:
         raise ValueError(f"{tuple(raw.shape)} numbers of {raw.dtype} came, expected a row of bytes")
@@ -120,7 +122,7 @@ def from_bytes(raw: torch.Tensor, table: object) -> Tree:
 
 
 def _split(value: object, path: str, kind: Any, tensors: Tree, coding: str) -> Any:
-    """Write a value: its tensors among ``tensors``, the rest as the result."""
+    """Write a value: add its tensors to ``tensors``, return the rest."""
     if isinstance(value, torch.Tensor):
         if path in tensors:
             raise ValueError(f"two tensors have the path {path}")
@@ -193,7 +195,7 @@ def _dataclass(
 def _member(
     family: type[Named], plain: Mapping[str, Any], path: str
 ) -> tuple[type[Any], dict[str, Any]]:
-    """Find the member of a family by its name; return it, and its fields."""
+    """Find a member of a family by its name; return it, and its fields."""
     name, said = str(plain.get(IS)), {key: v for key, v in plain.items() if key != IS}
     kind = family.known.get(name)
     if kind is None:
@@ -211,7 +213,7 @@ def _dict(
     parts: Sequence[Any], tensors: Mapping[str, torch.Tensor], plain: Mapping[str, Any], path: str
 ) -> dict[Any, Any]:
     key_of, inner = parts
-    if inner is torch.Tensor:  # of each only what is in few bits is told
+    if inner is torch.Tensor:  # for each, only quantized fields have a kind
         plain = {**{key: [] for key in below(tensors, f"{path}/" if path else "")}, **plain}
     keys = [_number(key, path) if key_of is int else key for key in plain]
     values = (_join(inner, tensors, value, _at(path, key)) for key, value in plain.items())
@@ -219,7 +221,7 @@ def _dict(
 
 
 def _number(key: str, path: str) -> int:
-    """Take a key for the whole number that it writes, in the one way to write it."""
+    """Parse a key as an integer, which must be in its canonical form."""
     number = int(key) if key.isdecimal() and len(key) < 20 else -1
     if str(number) != key:
         raise ValueError(f"{path} names {key!r:.60}, expected a number of at least 0")
@@ -227,7 +229,7 @@ def _number(key: str, path: str) -> int:
 
 
 def _tensor(tensors: Mapping[str, torch.Tensor], told: list[Any], path: str) -> torch.Tensor:
-    """Take a tensor, read from few bits where its kind, shape and type are told."""
+    """Return a tensor, decoded if its kind, shape and type are given."""
     if path not in tensors:
         raise ValueError(f"there are no numbers of {path}")
     if not told:
@@ -242,7 +244,7 @@ def _tensor(tensors: Mapping[str, torch.Tensor], told: list[Any], path: str) -> 
 
 
 def _plain(kind: type, value: object) -> Any:
-    """Take a plain value of a type, a whole number for a fraction; None for any other."""
+    """Return a plain value of a type, an integer as a float if needed; None for any other."""
     whole = type(value) is int and -(2**63) <= value < 2**64
     if kind is int or whole:
         return value if whole and kind in {int, float} else None
@@ -255,14 +257,14 @@ def _is_family(option: Any) -> bool:
 
 
 def _is_object(option: Any, plain: object) -> bool:
-    """Tell whether an object may stand for a dataclass, or for a member of a family."""
+    """Tell whether an object may be a dataclass, or a member of a family."""
     if _is_family(option):
         return isinstance(plain, dict)
     return dataclasses.is_dataclass(option) and _fits(option, plain)
 
 
 def _fits(kind: Any, plain: object) -> bool:
-    """Tell whether the names of an object are those of the fields of a dataclass."""
+    """Tell whether the keys of an object are the fields of a dataclass."""
     if not isinstance(plain, dict):
         return False
     missing = [f for name, f in _fields(kind).items() if name not in plain]
@@ -272,7 +274,7 @@ def _fits(kind: Any, plain: object) -> bool:
 
 
 def _is_default(field: dataclasses.Field[Any], value: object) -> bool:
-    """Tell whether a field has its default, and is left out."""
+    """Tell whether a field has its default, and is omitted."""
     if field.default_factory is not dataclasses.MISSING:
         return not value and value == field.default_factory()
     if isinstance(value, Named):
@@ -301,7 +303,7 @@ def _hints(kind: Any) -> dict[str, Any]:
 
 @functools.cache
 def _options(hint: Any) -> tuple[Any, ...]:
-    """List what may stand where a hint does."""
+    """List the types that a hint allows."""
     if typing.get_origin(hint) in {typing.Union, types.UnionType}:
         return tuple(option for inner in typing.get_args(hint) for option in _options(inner))
     return (hint,)

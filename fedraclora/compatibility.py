@@ -1,14 +1,14 @@
 """Check that the features of a run are compatible, as each feature declares.
 
 A feature is something that a run may have: a setting, a step of its rounds, a trait of its method,
-what is sent. Declare it where it comes from:
+or a part of its messages. Declare it where it is defined:
 
     @Feature("a log of updates", instead="steps without it", avoids={"secure=secagg": "..."})
     class LogUpdates(RoundStep): ...
 
 On a class, each object of it has the feature. On a method of a class, an object has it if that
-method returns something true; a text tells the value that was met. A method that takes an argument
-is asked with what is sent to the clients (`RoundInstructions`), once that is known. Names of
+method returns a true value; a text is shown as the value. A method with an argument is called with
+the message to the clients (`RoundInstructions`), once that is known. Names of
 features that exist are in `KNOWN`; docs/compatibility.md lists them.
 """
 

@@ -1,7 +1,7 @@
-"""Every error this project raises on purpose, under one base.
+"""Define all errors that this project raises on purpose, under one base.
 
-A message says what came, what was wanted and what to do. `commands.cli` prints it without
-a traceback and exits with status 1, so the words must be enough for the reader.
+A message says what is wrong, why, and what to do. `commands.cli` prints it without a traceback and
+exits with status 1, so the text must be enough for the user.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from fedraclora.renamed import instead_of
 
 FULL = {errno.ENOSPC, errno.EDQUOT}
 CLOSED = {errno.EACCES, errno.EPERM, errno.EROFS}
-LISTED = 40  # names that a message lists where it knows a near one
+LISTED = 40  # most names in a message that already has a near one
 
 
 class FedRacLoraError(Exception):
@@ -39,11 +39,11 @@ class KeysError(ConfigError):
 
 
 class UnreadKeysError(KeysError):
-    """Keys that do not exist, or that nothing reads in this configuration."""
+    """Keys that do not exist, or have no effect in this configuration."""
 
 
 class MissingKeysError(KeysError):
-    """Keys that are not there and have no default."""
+    """Keys that are missing and have no default."""
 
 
 class ShapeError(FedRacLoraError):
@@ -51,19 +51,19 @@ class ShapeError(FedRacLoraError):
 
 
 class DataError(FedRacLoraError):
-    """A data file is missing or is not the file it should be; the message has the command."""
+    """A data file is missing or has a wrong checksum; the message has the command that gets it."""
 
 
 class ModelError(FedRacLoraError):
-    """A model has a layer or a target that cannot be trained the way that is asked."""
+    """A model has a layer or a target that cannot be trained as requested."""
 
 
 class WireError(FedRacLoraError):
-    """A message does not hold what its header says."""
+    """A message does not contain what its header says."""
 
 
 class StaleError(WireError):
-    """Base weights cannot be brought to a version by links: they are needed whole."""
+    """Base weights cannot be updated to a version by merges: the full weights are needed."""
 
 
 class CheckpointError(FedRacLoraError):
@@ -71,7 +71,7 @@ class CheckpointError(FedRacLoraError):
 
 
 class EngineError(FedRacLoraError):
-    """Where clients run did not start, or broke; the message says why."""
+    """The engine did not start, or failed; the message says why."""
 
 
 class ClientError(FedRacLoraError):
@@ -79,25 +79,26 @@ class ClientError(FedRacLoraError):
 
 
 class RoundLostError(ClientError):
-    """A round cannot be run, not a second time either; the message says why."""
+    """A round cannot be run, even after a retry; the message says why."""
 
 
 class DivergenceError(ClientError):
-    """Clients' losses or updates are not finite any more: the run cannot go on as it is."""
+    """Clients' losses or updates are not finite: the run cannot continue."""
 
 
-# Raised where clients train, these are no client's fault: every client of the run would raise them.
+# Raised where clients train, these are no fault of a client: every client of the run would raise
+# them.
 OF_THE_RUN = (ConfigError, ModelError)
 
 
 def unknown(kind: str, name: object, known: Iterable[str]) -> ConfigError:
-    """Build the error for a name that is not in a table: the nearest one, and all names.
+    """Build the error for a name that is not in a table, with the nearest name and all names.
 
-    Where there are more than `LISTED`, the nearest is enough.
+    If there are more than `LISTED`, only the nearest is named.
 
     Args:
         kind: What the name should be, for example ``"method"``.
-        name: What came.
+        name: The unknown name.
         known: The names that exist.
 
     Returns:
@@ -117,16 +118,15 @@ def unknown(kind: str, name: object, known: Iterable[str]) -> ConfigError:
 
 
 def nearest(name: str, known: Iterable[str], count: int = 1) -> list[str]:
-    """Find the names that are most like one that does not exist; none where no name is like it.
+    """Find the names that are most similar to one that does not exist; empty if none is similar.
 
-    Of dotted names the last part decides: the same, its initials, its beginning, or most of its
-    letters. Among equals, those of the likest group come first, then those that stand first in
-    ``known``.
+    For dotted names the last part decides: equal, its initials, its beginning, or most of its
+    letters. Among equals, names of the most similar group come first, then the order of ``known``.
 
     Args:
-        name: What came.
+        name: The unknown name.
         known: The names that exist.
-        count: The most that are given, where several are alike.
+        count: Most names to return if several are similar.
 
     Example:
         >>> nearest("local.learning_rate", ["local.epochs", "local.lr", "pretrain.lr"])
@@ -146,7 +146,7 @@ def nearest(name: str, known: Iterable[str], count: int = 1) -> list[str]:
 
 
 def _alike(one: str, other: str) -> float:
-    """How alike two words are, from 0 to 1."""
+    """Return the similarity of two words, from 0 to 1."""
     if one == other:
         return 1.0
     one, other = one.casefold(), other.casefold()
@@ -159,19 +159,19 @@ def _alike(one: str, other: str) -> float:
 
 
 def _initials(words: str) -> str | None:
-    """The initials of words that underscores join; None for one word."""
+    """Return the initials of words that underscores join; None for one word."""
     parts = words.split("_")
     return "".join(part[:1] for part in parts) if len(parts) > 1 else None
 
 
 def of_system(error: OSError) -> str:
-    """Say what the operating system refuses: a full disk, a folder that may not be written."""
+    """Describe an error of the operating system: a full disk, a folder without write permission."""
     where = f"{error.filename}: " if error.filename is not None else ""
     what = f"{where}{error.strerror or error}"
     if error.errno in FULL:
         return f"{what}; make room there before you run this again"
     if error.errno in CLOSED:
-        user = f"user {os.geteuid()}"  # of a service, it may not be whom one thinks
+        user = f"user {os.geteuid()}"  # a service's user may not be the one at the terminal
         return f"{what}; have its owner let {user} read or write it, or choose another output.dir"
     if error.errno == errno.ENAMETOOLONG:
         return f"{what}; choose a shorter name"

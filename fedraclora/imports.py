@@ -1,6 +1,6 @@
 """Import user code that a config names as ``package.module:function``.
 
-The module lies on Python's path or in the working folder, and is the user's own or trusted
+The module is on Python's path or in the working folder, and is the user's own or trusted
 (`fedraclora.trust`).
 """
 
@@ -27,11 +27,11 @@ GUARD = 'if __name__ == "__main__":'
 def importing(what: str) -> Iterator[None]:
     """Forbid starting a run while user modules are being imported (`refuse_run`).
 
-    A script that starts a run and is named in its config is imported by the run, and by each of
-    its workers: it would start another run there, and so on, and wait for workers without end.
+    If a script starts a run and its config names the script, the run and each of its workers import
+    it: each import would start another run, and wait for workers without end.
 
     Args:
-        what: What imports them, for the message.
+        what: The importer, for the message.
     """
     token = _BRINGS_IN.set(what)
     try:
@@ -44,7 +44,7 @@ def refuse_run() -> None:
     """Reject a run that a module starts while another run imports it.
 
     Raises:
-        ConfigError: If this is so.
+        ConfigError: If a run starts inside `importing`.
     """
     if (what := _BRINGS_IN.get()) is not None:
         raise ConfigError(
@@ -54,11 +54,11 @@ def refuse_run() -> None:
 
 
 def import_object(key: str, name: str) -> Any:
-    """Import what a config names.
+    """Import the object that a config names.
 
     Args:
-        key: Of the config, for messages.
-        name: ``package.module:function``; it is wherever it is asked for.
+        key: The key of the config, for messages.
+        name: ``package.module:function``.
 
     Raises:
         ConfigError: If it is not of that form, cannot be imported, or is not trusted, in which
@@ -72,7 +72,7 @@ def import_object(key: str, name: str) -> Any:
     if not (module and mark and attribute and MODULE.fullmatch(name)):
         raise ConfigError(f"{key}={name!r}: give package.module:function")
     if (here := str(Path.cwd())) not in sys.path:
-        sys.path.append(here)  # last: a file here hides no package
+        sys.path.append(here)  # last, so that a file here does not hide a package
     try:
         refuse_place(key, name)
         with importing(f"{key}={name}"):
@@ -102,8 +102,8 @@ def import_extra(package: str, purpose: str) -> Any:
     """Import a package of the extra ``export``, which need not be installed.
 
     Args:
-        package: As it is imported.
-        purpose: What needs it, for the message.
+        package: Its import name.
+        purpose: The feature that needs it, for the message.
 
     Raises:
         ConfigError: Saying how to install it.
@@ -118,20 +118,20 @@ def import_extra(package: str, purpose: str) -> Any:
 
 
 def check_call(key: str, function: Callable[..., object], *given: str, **named: object) -> None:
-    """Reject a function that does not take these arguments, before it is called.
+    """Reject a function that does not accept these arguments, before it is called.
 
     Args:
-        key: Of the config that names it, for messages.
-        function: What is named.
-        *given: What it is going to be called with, in words.
-        **named: What it is going to be called with by name.
+        key: The key that names it, for messages.
+        function: The function.
+        *given: Descriptions of its positional arguments.
+        **named: Descriptions of its keyword arguments.
 
     Raises:
-        ConfigError: Naming the arguments that are handed over, and those that it takes.
+        ConfigError: Naming the arguments that it will receive, and those that it accepts.
     """
     try:
         signature = inspect.signature(function)
-    except ValueError:  # of some functions of C nobody knows
+    except ValueError:  # some functions in C have no signature
         return
     try:
         signature.bind(*given, **named)
@@ -153,11 +153,11 @@ def told_as(
     """Turn an exception of user code into an error of this project.
 
     Args:
-        kind: What to raise.
-        before: What its text begins with.
-        what: Is done inside, for `failure_of`.
-        after: What its text ends with.
-        passing: What passes as it is.
+        kind: The error to raise.
+        before: Start of its text.
+        what: A description of the code inside, for `failure_of`.
+        after: End of its text.
+        passing: Exceptions that are not changed.
     """
     try:
         yield
@@ -168,7 +168,7 @@ def told_as(
 
 
 def failure_of(error: BaseException, what: str) -> str:
-    """Describe what was raised, and in which line: the last one that is no library's."""
+    """Describe an exception and its line: the last one outside of libraries."""
     if isinstance(error, SyntaxError):
         return f"{what} raises SyntaxError: {error}"
     frames = traceback.extract_tb(error.__traceback__)

@@ -37,13 +37,13 @@ def run_shown(run: RunBuilder) -> RunResult:
 def choose(
     plain: PlainDict, typed: list[str], sweep_job: str | None
 ) -> tuple[PlainDict, Path, bool]:
-    """Decide on folder and config: a new run, or one to go on with.
+    """Decide on folder and config: a new run, or one to resume.
 
     Returns:
         The config, the folder, and whether to resume.
 
     Raises:
-        CheckpointError: If a run is in the way, or differs from what is asked for.
+        CheckpointError: If the folder has another run, or one with another config.
     """
     resume = plain.get("resume")
     if not isinstance(resume, str | None):
@@ -66,7 +66,7 @@ def run_folder(output: Mapping[str, object], sweep_job: str | None) -> Path:
         sweep_job: The overrides of this job of a sweep, or None outside a sweep.
 
     Returns:
-        ``output.dir``, or a dated folder; a job of a sweep has a folder of its own in it.
+        ``output.dir``, or a dated folder; each job of a sweep has a subfolder.
     """
     named = output.get("dir")
     kind = "runs" if sweep_job is None else "multirun"
@@ -80,10 +80,10 @@ def stored_run(folder: Path, round_: int | None) -> RunResult:
 
     Args:
         folder: The run folder.
-        round_: Which of its weights are wanted; None: those of its end, which it must have.
+        round_: The round of the weights; None: the end, which the run must have reached.
 
     Raises:
-        CheckpointError: If it is no run folder, or not at its end.
+        CheckpointError: If it is no run folder, or the run is not finished.
     """
     folder = folder.expanduser()
     if not folder.is_dir():
@@ -102,7 +102,7 @@ def stored_run(folder: Path, round_: int | None) -> RunResult:
 
 
 def measuring_run(folder: Path, round_: int | None) -> RunResult:
-    """Read a run as `stored_run` does, and have torch round as it did in the run."""
+    """Read a run as `stored_run` does, and configure torch to round as in the run."""
     run = stored_run(folder, round_)
     run.builder.fix_bits()
     return run

@@ -1,7 +1,7 @@
-"""Limits of settings, written once, beside the type: ``lr: Positive``, ``epochs: Count | None``.
+"""Define limits of settings beside their types: ``lr: Positive``, ``epochs: Count | None``.
 
-A dataclass that inherits `Limited`, and a function under `limited`, refuse values beyond them, with
-one sentence that names the key, what came and what is wanted. None, where a type allows it, passes.
+A dataclass that inherits `Limited`, and a function decorated with `limited`, refuse values beyond
+them; the message names the key, the value and the limit. None passes if the type allows it.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 P = ParamSpec("P")
 T = TypeVar("T")
-# Columns of a ledger's rows, whose names nothing of the user's may have.
+# Columns of a ledger's rows, whose names are reserved.
 COLUMNS = frozenset(
     {"round", "metrics", "validation", "generations", "clients", "train_loss", "train_metrics"}
     | {"cohort", "asked", "dropped", "local_steps", "failures", "attackers", "report", "notes"}
@@ -39,11 +39,11 @@ COLUMNS = frozenset(
 
 @dataclass(frozen=True)
 class Limit:
-    """A mark beside a type: what values it may have, where no bound of a number says so.
+    """Restrict the values of a type by a condition, if no bound of a number describes it.
 
     Attributes:
-        description: What they are, for messages.
-        holds: Whether a value is within; it is asked about values of the annotated type.
+        description: The allowed values, for messages.
+        holds: Whether a value is allowed; it is called with values of the annotated type.
     """
 
     description: str
@@ -67,11 +67,11 @@ class Limit:
 
 @dataclass(frozen=True)
 class OneOf:
-    """A mark beside a text: the words that it may be.
+    """Restrict a text to some choices.
 
     Attributes:
-        choices: The words.
-        others: Whether these are those that are usual, and others may come.
+        choices: The choices.
+        others: Whether other texts are also allowed.
     """
 
     choices: Collection[str]
@@ -86,7 +86,7 @@ class OneOf:
 
 @dataclass(frozen=True)
 class Called:
-    """A mark beside a type: the key of the config that a user sets, where it is another one."""
+    """Name the config key of a parameter, if it differs from the parameter's name."""
 
     key: str
 
@@ -97,24 +97,24 @@ class Called:
 
 @dataclass(frozen=True)
 class Composed:
-    """What Hydra composes in place of a default: what it resolves, or null, to be said yet."""
+    """Replace a default in Hydra's composition: a value that Hydra resolves, or null."""
 
     value: str | None = None
 
 
 @dataclass(frozen=True)
 class Later:
-    """A key that configs of earlier versions lack: at its default, runs are the same as theirs."""
+    """Mark a key added after the first release; its default keeps old runs reproducible."""
 
 
 @dataclass(frozen=True)
 class TakesObject:
-    """A key whose value may be an object of the user's: ``module:name``, in Python the object."""
+    """Mark a key whose value may be a user's object: ``module:name``, in Python the object."""
 
 
 @dataclass(frozen=True)
 class Part:
-    """The part of the keys of a group that only some of its choices list."""
+    """Mark keys of a group that only some of its choices list."""
 
     name: str
 
@@ -131,17 +131,17 @@ Inner = Annotated[float, Gt(0), Lt(1)]
 
 
 class Limited:
-    """Base of dataclasses whose fields keep to the limits of their types.
+    """Base of dataclasses whose fields check the limits of their types.
 
     Attributes:
-        group: What stands before a field's name in messages; empty where another puts it there.
+        group: Prefix of a field's name in messages; empty if the caller adds it.
     """
 
     group = ""
 
     @override
     def __init_subclass__(cls, *, group: str | None = None) -> None:
-        """Take the group; reject a field that would stand in the place of an inherited method.
+        """Set the group; reject a field that would replace an inherited method.
 
         Raises:
             ConfigError: Naming both.
@@ -161,10 +161,10 @@ class Limited:
 
 
 def limited(group: str) -> Callable[[Callable[P, T]], Callable[P, T]]:
-    """Make a function refuse arguments beyond the limits of their types.
+    """Decorate a function to refuse arguments beyond the limits of their types.
 
     Args:
-        group: What stands before an argument's name in messages.
+        group: Prefix of an argument's name in messages.
 
     Example:
         >>> @limited("local")
@@ -191,8 +191,8 @@ def limited(group: str) -> Callable[[Callable[P, T]], Callable[P, T]]:
 def check_limits(group: str, target: Callable[..., object], values: Mapping[str, object]) -> None:
     """Reject values beyond the limits of the hints of a class or a function.
 
-    Types without a limit are not checked, and a number may be one of numpy's: the values are of
-    Python. A default of the class is within them.
+    Types without a limit are not checked, and numbers may be of numpy, since values may come from
+    Python code. Defaults of the class are not checked.
 
     Raises:
         ConfigError: Naming the first key, after its group.
@@ -204,14 +204,14 @@ def check_limits(group: str, target: Callable[..., object], values: Mapping[str,
 
 @functools.cache
 def _limited(target: Callable[..., object]) -> tuple[str, ...]:
-    """Name the parameters whose types have limits."""
+    """List the parameters whose types have limits."""
     marks = (Limit, OneOf, BaseMetadata)
     kinds = hints(target).items()
     return tuple(k for k, kind in kinds if any(isinstance(x, marks) for x in parts_of_type(kind)))
 
 
 def _number(value: object) -> object:
-    """Turn numbers of other libraries into Python's."""
+    """Convert numbers of other libraries to Python's."""
     if isinstance(value, bool) or not isinstance(value, Real):
         return value
     return int(value) if isinstance(value, Integral) else float(value)
@@ -219,7 +219,7 @@ def _number(value: object) -> object:
 
 @functools.cache
 def later_keys(target: Callable[..., object]) -> dict[str, object]:
-    """List the keys that earlier versions lack (`Later`), each with its default."""
+    """List the keys that earlier versions lack (`Later`), with their defaults."""
     made = {f.name: f.default_factory for f in fields(target)} if is_dataclass(target) else {}
     found = {}
     for key, hint in hints(target).items():

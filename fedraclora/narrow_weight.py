@@ -1,11 +1,12 @@
-"""Frozen matrices held as whole numbers of 8 or 4 bits, which every product dequantizes anew.
+"""Hold frozen matrices as integers of 8 or 4 bits, which every product dequantizes again.
 
     int8   W_ij = c_ij s_i,   one scale a row
     int4   W_ij = c_ij s_ig,  one scale for 32 numbers of a row, two numbers in a byte
 
-The scales are those of torchao's symmetric affine quantization. The tensor is our own: torchao's
-have no int4 that trains on a CPU, none goes through cohort layers, `torch.func.vmap` and files, and
-where torchao is installed transformers imports it, two seconds in every process.
+The scales are those of torchao's symmetric affine quantization. The tensor class is our own:
+torchao has no int4 for training on a CPU, and its tensors do not work in cohort layers,
+`torch.func.vmap` and files. If torchao is installed, transformers imports it, which costs two
+seconds in every process.
 """
 
 from __future__ import annotations
@@ -20,15 +21,15 @@ from typing_extensions import override
 from fedraclora.errors import ConfigError
 
 BITS = {"int8": 8, "int4": 4}
-GROUP = 32  # numbers of a row that have a scale of their own, with 4 bits
+GROUP = 32  # numbers of a row that share a scale, with 4 bits
 _aten = torch.ops.aten
 
 
 class QuantisedWeight(torch.Tensor):
-    """A matrix [m, n] of codes and scales that computes like the dense one, and cannot be written.
+    """Hold a matrix [m, n] of codes and scales that computes like the dense one; read-only.
 
-    Any operator dequantizes it for as long as it runs. What autograd keeps for the way back is the
-    codes: so no step holds the dense weights of two layers.
+    Every operator dequantizes it while it runs. Autograd keeps the codes for the backward pass, so
+    that no step holds the dense weights of two layers.
 
     Attributes:
         codes: int8 [m, n]; or uint8 [m, n / 2]: the first half of a row in the low bits.
@@ -49,7 +50,7 @@ class QuantisedWeight(torch.Tensor):
         *,
         turned: bool = False,
     ) -> Self:
-        """Make a tensor whose numbers are of ``dtype``, as a product sees them."""
+        """Create a tensor that appears to have the type ``dtype``."""
         m, n = codes.shape[0], codes.shape[1] * (1 + (codes.dtype == torch.uint8))
         made: Self = torch.Tensor._make_wrapper_subclass(  # noqa: SLF001
             cls,
@@ -77,18 +78,18 @@ class QuantisedWeight(torch.Tensor):
         return self.codes.nbytes + self.scale.nbytes
 
     def __tensor_flatten__(self) -> tuple[list[str], tuple[torch.dtype, bool]]:
-        """Name the tensors inside, for torch."""
+        """List the inner tensors, for torch."""
         return ["codes", "scale"], (self.dtype, self.turned)
 
     @classmethod
     def __tensor_unflatten__(
         cls, inner: Mapping[str, torch.Tensor], meta: tuple[torch.dtype, bool], *_: object
     ) -> Self:
-        """Make a tensor of those inside, for torch."""
+        """Rebuild the tensor from the inner tensors, for torch."""
         return cls(inner["codes"], inner["scale"], meta[0], turned=meta[1])
 
     def remade(self, *, dtype: torch.dtype | None = None, turn: bool = False, **to: Any) -> Self:
-        """Make a tensor of these codes: of another precision, turned, or moved ``to`` a place."""
+        """Copy the tensor with another type, transposed, or moved by ``to``."""
         codes, scale = self.codes.to(**to), self.scale.to(**to)
         return type(self)(codes, scale, dtype or self.dtype, turned=self.turned != turn)
 
@@ -122,14 +123,14 @@ class QuantisedWeight(torch.Tensor):
 
 
 def base_name(weight: torch.Tensor) -> str:
-    """Name the precision in which a weight is held, as ``model.base`` does."""
+    """Return the precision of a weight, as in ``model.base``."""
     if isinstance(weight, QuantisedWeight):
         return "int4" if weight.codes.dtype == torch.uint8 else "int8"
     return str(weight.dtype)[6:]
 
 
 def is_narrow(weight: torch.Tensor) -> bool:
-    """Tell whether a weight is held in fewer bits than float32: nothing is merged into it."""
+    """Tell whether a weight has fewer bits than float32: nothing is merged into it."""
     return isinstance(weight, QuantisedWeight) or weight.dtype.itemsize < 4
 
 
@@ -137,9 +138,9 @@ def quantized(weight: torch.Tensor, base: str, name: str) -> QuantisedWeight:
     """Round a matrix [m, n] to the nearest codes, symmetric about zero.
 
     Args:
-        weight: Of any float precision, which products see; codes and scales are of float32.
+        weight: A matrix of any float type, which products see; codes and scales use float32.
         base: A key of `BITS`.
-        name: Of the weight, for messages.
+        name: The weight's name, for messages.
 
     Raises:
         ConfigError: If rows do not divide into groups.
@@ -153,7 +154,7 @@ def quantized(weight: torch.Tensor, base: str, name: str) -> QuantisedWeight:
     rows = exact.reshape(m, -1, GROUP if bits == 4 else n)
     half = 1 << bits - 1  # codes are -half to half - 1, as in torchao
     scale = rows.abs().amax(dim=2, keepdim=True) / (half - 0.5)
-    scale = scale.clamp(min=torch.finfo(exact.dtype).tiny)  # of a row of zeros
+    scale = scale.clamp(min=torch.finfo(exact.dtype).tiny)  # scale of a row of zeros
     codes = (rows / scale).round().clamp(-half, half - 1).to(torch.int8).reshape(m, n)
     if bits == 4:
         halves = (codes + 8).to(torch.uint8).chunk(2, dim=1)
@@ -162,17 +163,17 @@ def quantized(weight: torch.Tensor, base: str, name: str) -> QuantisedWeight:
 
 
 def dense(tree: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Dequantize named weights; those that are dense are not copied."""
+    """Dequantize named weights; dense ones are not copied."""
     quantized = QuantisedWeight
     return {n: t.dequantized() if isinstance(t, quantized) else t for n, t in tree.items()}
 
 
-MARK = "|codes"  # behind the name of a weight; what follows says how it lies
+MARK = "|codes"  # suffix of a weight's name; the rest describes its layout
 SCALE = "|scale"
 
 
 def in_parts(tree: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Give named tensors with codes and scales in the place of quantized weights.
+    """Replace quantized weights by their codes and scales.
 
     Example:
         >>> w = QuantisedWeight(torch.ones(2, 3, dtype=torch.int8), torch.ones(2, 1))
@@ -193,7 +194,7 @@ def in_parts(tree: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 def rejoined(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Put quantized weights together again; the inverse of `in_parts`."""
+    """Rebuild quantized weights; the inverse of `in_parts`."""
     found: dict[str, torch.Tensor] = {}
     for name, tensor in tensors.items():
         stem = name.removesuffix(MARK)
