@@ -45,7 +45,7 @@ if TYPE_CHECKING:
 SETUP = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8"))
 FAMILIES: dict[str, str] = SETUP["families"]
 OTHER = "other rivals"
-ORDER = (*dict.fromkeys(FAMILIES.values()), OTHER)  # so that a family has one colour everywhere
+ORDER = (*dict.fromkeys(FAMILIES.values()), OTHER)  # so that a family has one color everywhere
 OURS = ORDER[0]
 BUDGETS = (0.01, 0.02, 0.05, 0.1, 0.25, 0.5, 1.0)  # of the reference's traffic
 FREE = "evaluate.every"  # of the groups that rows share: when they are measured

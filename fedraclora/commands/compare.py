@@ -106,7 +106,8 @@ def compare(
     out.mkdir(parents=True, exist_ok=True)
     table.write(out, "table")
     curves = {printable(g.title): mean_curve(_of_group(rounds, g), g.title) for g, _ in ranked}
-    compare_figure(curves, metric, out / "compare.png")
+    methods = {printable(group.title): group.method for group in groups}
+    compare_figure(curves, metric, out / "compare.png", methods=methods)
     return table
 
 

@@ -209,6 +209,11 @@ class Group:
     runs: list[RunFiles]
 
     @property
+    def method(self) -> str:
+        """Name of their method."""
+        return self.runs[0].method
+
+    @property
     def unfinished(self) -> bool:
         """Return whether the runs go on, or can."""
         return self.runs[0].unfinished

@@ -21,14 +21,16 @@ from matplotlib.text import Text
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 from typing_extensions import override
 
+from fedraclora.plots.palette import DASHES
 from fedraclora.weights.files import keep_private, make_folder
 
 Values = npt.NDArray[np.float64]
 
 MEGABYTE = 1e6
-# Okabe and Ito's colours, told apart by all kinds of colour vision; yellow is too pale for a line.
+# Of series that are no methods (`palette` has theirs): Okabe and Ito's colours, told apart by all
+# kinds of colour vision; yellow is too pale for a line.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
-DASHES = ("-", "--", ":", "-.")
+FEW = (1, 1.5, 2, 3, 4, 5, 7)  # of a decade, the ticks of an axis that is no longer than one
 
 
 class NotebookFigure(Figure):
@@ -80,7 +82,8 @@ def make_logarithmic(panel: Axes, which: str) -> None:
         axis = panel.xaxis if which == "x" else panel.yaxis
         panel.set(**{f"{which}scale": "log"})
         decades = math.log10(max(values) / min(values))
-        axis.set_major_locator(LogLocator(subs=(1, 2, 5) if decades < 2.5 else (1,), numticks=9))
+        steps = FEW if decades < 1 else (1, 2, 5) if decades < 2.5 else (1,)
+        axis.set_major_locator(LogLocator(subs=steps, numticks=9))
         axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
         axis.set_minor_formatter(NullFormatter())
 

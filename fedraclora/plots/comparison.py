@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -15,7 +15,6 @@ from matplotlib.lines import Line2D
 
 from fedraclora.plots.axes import (
     COLOURS,
-    DASHES,
     MEGABYTE,
     Values,
     label_axes,
@@ -25,6 +24,7 @@ from fedraclora.plots.axes import (
     new_panels,
     write_png,
 )
+from fedraclora.plots.palette import Look, looks
 
 _POSITIONS = {  # of a curve: column, title, and what one unit of it is
     "round": ("round", 1.0),
@@ -37,9 +37,17 @@ BELOW = 4.5  # height of the metric against uplink, inches
 LABEL_HEIGHT = 0.14  # of the number beside a point, inches
 WILD = 20  # times the median spread: of a method of which a seed broke down
 CARETDOWN = 7  # a marker of matplotlib
+SHAPES = {True: "o", False: "s"}  # of a method on a leaderboard: whether its aggregation is exact
 
 
-def compare_figure(curves: Mapping[str, Mapping[str, Values]], metric: str, path: Path) -> None:
+def compare_figure(
+    curves: Mapping[str, Mapping[str, Values]],
+    metric: str,
+    path: Path,
+    *,
+    methods: Mapping[str, str],
+    against: Collection[str] = tuple(_POSITIONS),
+) -> None:
     """Draw a metric against rounds, uplink, all traffic and time, one line per group of runs.
 
     Time is that of the wall, that of a virtual clock, or both: what any of the runs has.
@@ -54,11 +62,15 @@ def compare_figure(curves: Mapping[str, Mapping[str, Values]], metric: str, path
             `_POSITIONS`, ``value``, ``least``, ``greatest`` and ``runs``.
         metric: Its name.
         path: The PNG to write.
+        methods: Name of the method of each curve, by label: it decides the color.
+        against: Of `_POSITIONS`, what gets a panel, if a run has it.
     """
     labels = [fill(label, 75) for label in curves]
     legend_columns = max(1, min(len(curves), 85 // (max(map(len, labels), default=0) + 8)))
     legend_rows = math.ceil(len("\n".join(labels).splitlines()) / legend_columns)
-    known = [k for k in _POSITIONS if any(np.isfinite(curve[k]).any() for curve in curves.values())]
+    drawn = [key for key in _POSITIONS if key in against]
+    known = [k for k in drawn if any(np.isfinite(curve[k]).any() for curve in curves.values())]
+    styles = looks([methods[label] for label in curves])
     columns = 2  # of a page that may be narrow: the texts of more would be too small there
     lines_of_panels = math.ceil(len(known) / columns)
     figure = new_figure(7.5, 3.0 * lines_of_panels + 0.24 * legend_rows + 0.1)
@@ -66,8 +78,8 @@ def compare_figure(curves: Mapping[str, Mapping[str, Values]], metric: str, path
     panels = new_panels(figure, lines_of_panels, columns, len(known), sharey=True)
     for place, (panel, key) in enumerate(zip(panels, known, strict=True)):
         title, unit = _POSITIONS[key]
-        for index, curve in enumerate(curves.values()):
-            _draw_mean(panel, np.asarray(curve[key]) / unit, curve, index, log=unit == MEGABYTE)
+        for look, curve in zip(styles, curves.values(), strict=True):
+            _draw_mean(panel, np.asarray(curve[key]) / unit, curve, look, log=unit == MEGABYTE)
         label_axes(panel, title, "" if place % columns else metric)
         if unit == MEGABYTE:
             make_logarithmic(panel, "x")
@@ -79,14 +91,14 @@ def compare_figure(curves: Mapping[str, Mapping[str, Values]], metric: str, path
 
 
 def _draw_mean(
-    panel: Axes, x: Values, curve: Mapping[str, Values], index: int, *, log: bool
+    panel: Axes, x: Values, curve: Mapping[str, Values], look: Look, *, log: bool
 ) -> None:
-    colour, dash = COLOURS[index % len(COLOURS)], DASHES[index // len(COLOURS) % len(DASHES)]
+    color, dash = look
     x = np.where(log & (x <= 0), np.nan, x)  # no place on a logarithmic axis
-    panel.plot(x, curve["value"], dash, color=colour, marker=marker(x), markersize=4)
+    panel.plot(x, curve["value"], dash, color=color, marker=marker(x), markersize=4)
     if max(curve["runs"], default=1) > 1:
         band = curve["least"], curve["greatest"]
-        panel.fill_between(x, *band, color=colour, alpha=0.18, linewidth=0)
+        panel.fill_between(x, *band, color=color, alpha=0.18, linewidth=0)
 
 
 def _span(curves: Sequence[tuple[Values, Values]]) -> tuple[float | None, float | None]:
@@ -212,6 +224,7 @@ class Entrant:
         mean, spread: The metric over the seeds; a spread of NaN is not drawn.
         uplink: MB that all clients sent.
         exact: Whether its aggregation is exact.
+        method: Whose color it has.
     """
 
     label: str
@@ -219,6 +232,7 @@ class Entrant:
     spread: float
     uplink: float
     exact: bool
+    method: str
 
 
 def leaderboard_figure(entrants: Sequence[Entrant], metric: str, path: Path) -> None:
@@ -240,17 +254,16 @@ def leaderboard_figure(entrants: Sequence[Entrant], metric: str, path: Path) -> 
     low, high = spanned(entrants)
     upper.set_xlim(low, high)
     lower.set_ylim(low, high)
-    for place, entrant in enumerate(entrants):
+    styles = looks([entrant.method for entrant in entrants])
+    for place, (entrant, style) in enumerate(zip(entrants, styles, strict=True)):
         spread = entrant.spread if math.isfinite(entrant.spread) else 0.0
-        # Shape and colour, so that the kinds are told apart without colours too.
-        look = {"color": COLOURS[0 if entrant.exact else 1], "fmt": "o" if entrant.exact else "s"}
-        kind = "exact" if entrant.exact else "not exact"
+        look = {"color": style.color, "fmt": SHAPES[entrant.exact]}
         if entrant.mean < low:
             text = {"va": "center", "fontsize": 9, "color": look["color"]}
             upper.annotate(f" ← {entrant.mean:.3g} ± {spread:.2g}", (low, place), **text)
             lower.plot(entrant.uplink, low, marker=CARETDOWN, color=look["color"], clip_on=False)
             continue
-        upper.errorbar(entrant.mean, place, xerr=spread, capsize=3, label=kind, **look)
+        upper.errorbar(entrant.mean, place, xerr=spread, capsize=3, **look)
         lower.errorbar(entrant.uplink, entrant.mean, yerr=spread, capsize=3, **look)
     near = (high - low) * LABEL_HEIGHT / (BELOW - 0.8)
     for entrant, places in clusters(entrants, near):
@@ -263,10 +276,13 @@ def leaderboard_figure(entrants: Sequence[Entrant], metric: str, path: Path) -> 
         )
     names = [f"{entrant.label}  {place + 1}" for place, entrant in enumerate(entrants)]
     upper.set_yticks(range(len(entrants)), names, fontsize=9)
-    upper.invert_yaxis()
+    upper.set_ylim(len(entrants) - 0.4, -0.6)  # the best above
     label_axes(upper, metric, "")
-    kinds = dict(zip(*reversed(upper.get_legend_handles_labels()), strict=True))
-    figure.legend(kinds.values(), kinds.keys(), loc="outside lower center", ncols=2, frameon=False)
+    kinds = [
+        Line2D([], [], color="#444444", linestyle="", marker=SHAPES[exact], label=text)
+        for exact, text in ((True, "exact aggregation"), (False, "not exact"))
+    ]
+    figure.legend(handles=kinds, loc="outside lower center", ncols=2, frameon=False)
     label_axes(lower, "uplink of all clients (MB)", metric)
     make_logarithmic(lower, "x")
     write_png(figure, path)

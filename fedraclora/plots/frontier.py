@@ -7,10 +7,14 @@ from pathlib import Path
 
 from matplotlib.ticker import FuncFormatter
 
-from fedraclora.plots.axes import COLOURS, label_axes, make_logarithmic, new_figure, write_png
+from fedraclora.plots.axes import label_axes, make_logarithmic, new_figure, write_png
+from fedraclora.plots.palette import looks
 
 MARKS = ("o", "s", "^", "D", "v", "P")
-GOOD, LESS = 0.1, 0.5  # the share that is marked; part of the metric's range that is drawn
+GOOD = 0.1  # the share that is marked
+REACH, SHARE = 2.0, 0.4  # see `of_use`
+
+ROOM = 1.15  # beside the first and the last point, as a factor
 
 Points = Sequence[tuple[float, float]]
 
@@ -22,54 +26,90 @@ def frontier_figure(
     *,
     marks: Sequence[float] = (),
     level: float | None = None,
+    higher: bool = True,
 ) -> None:
     """Draw a metric against bytes: every row, thin, and over those of a group what none beats.
 
-    A row's end is a dot: one that was measured at its end alone is that.
+    A row's end is a dot: one that was measured at its end alone is that. The axis of the metric is
+    that of the rows that are of use: one that stays outside is a triangle at its edge.
 
     Args:
-        groups: By name, of each row the MB and the metric after each measured round, and those of
-            these points that none of the group beats; its place is its colour.
+        groups: By method, or by a name like it, of each row the MB and the metric after each
+            measured round, and those of these points that none of the group beats.
         labels: Of the axes.
         path: The PNG to write.
         marks: MB that are marked, where they lie among the points.
-        level: Of the metric: it is marked, and what lies far below it is not shown.
+        level: Of the metric: it is marked.
+        higher: Whether more of the metric is better.
     """
     figure = new_figure(7.5, 4.5)
     panel = figure.subplots()
-    for index, (family, (rows, best)) in enumerate(groups.items()):
+    best_of = max if higher else min
+    finals = [best_of(y for _, y in row) for rows, _ in groups.values() for row in rows]
+    edge, other = of_use(finals, [] if level is None else [level], higher=higher)
+    for (name, (rows, best)), (color, _) in zip(groups.items(), looks([*groups]), strict=True):
         if not rows:
             continue
-        colour = COLOURS[index % len(COLOURS)]
         for row in rows:
             panel.plot(
                 *zip(*row, strict=True),
-                color=colour,
+                color=color,
                 linewidth=0.7,
                 alpha=0.35,
                 marker=".",
                 markevery=[-1],
             )
+            if (final := best_of(y for _, y in row)) < edge if higher else final > edge:
+                panel.plot(row[-1][0], edge, "v" if higher else "^", color=color, clip_on=False)
         ends = max(point[0] for row in rows for point in row)
         panel.plot(
             *zip(*best, (ends, best[-1][1]), strict=True),
-            color=colour,
+            color=color,
             linewidth=2,
             drawstyle="steps-post",
-            label=family,
+            label=name,
         )
     label_axes(panel, *labels, legend=True)
     make_logarithmic(panel, "x")
+    panel.set_ylim(min(edge, other), max(edge, other))
     if level is not None:
-        finals = [level, *(max(y for _, y in row) for rows, _ in groups.values() for row in rows)]
-        low, high = min(finals), max(finals)
-        panel.set_ylim(low - LESS * (high - low), high + 0.1 * (high - low))
         panel.axhline(level, color="#555555", linestyle="--", linewidth=1)
-    least, most = panel.get_xlim()
+    seen = [x for x, y in _points(groups) if (y >= edge if higher else y <= edge)]
+    least, most = min(seen) / ROOM, max(x for x, _ in _points(groups)) * ROOM
+    panel.set_xlim(least, most)
     for mark in marks:
         if least < mark < most:
             panel.axvline(mark, color="#555555", linestyle=":", linewidth=1)
     write_png(figure, path)
+
+
+def _points(groups: Mapping[str, tuple[Sequence[Points], Points]]) -> list[tuple[float, float]]:
+    return [point for rows, _ in groups.values() for row in rows for point in row]
+
+
+def of_use(
+    finals: Sequence[float], kept: Sequence[float] = (), *, higher: bool = True
+) -> tuple[float, float]:
+    """Choose the part of the axis of a metric where rows differ that one would take.
+
+    Below the best it reaches `REACH` times as far as the best `SHARE` of the rows does, and no
+    farther than the worst.
+
+    Args:
+        finals: What each row came to.
+        kept: Further values that are in it.
+        higher: Whether more of the metric is better.
+
+    Returns:
+        The end of the worse values, and that of the better ones.
+    """
+    sign = 1 if higher else -1
+    good, held = ([sign * value for value in values] for values in (finals, kept))
+    best, last = max(good), sorted(good, reverse=True)[int(SHARE * len(good))]
+    least = min([max(min(good), best - REACH * (best - last)), *held])
+    best = max([best, *held])
+    margin = 0.08 * (best - least) or 0.05
+    return sign * (least - margin), sign * (best + margin)
 
 
 def shares_figure(
@@ -78,7 +118,7 @@ def shares_figure(
     """Draw how much of the reference's traffic each family needs, by task, if it gets there.
 
     Args:
-        found: By family and task, the share; the place of a family is its colour.
+        found: By family and task, the share.
         tasks: Their names, from above.
         reference: What it is called.
         path: The PNG to write.
@@ -86,10 +126,11 @@ def shares_figure(
     figure = new_figure(7.5, 1.2 + 0.5 * len(tasks))
     panel = figure.subplots()
     for index, (family, shares) in enumerate(found.items()):
+        color, _ = looks([*found])[index]
         panel.plot(
             [*shares.values()],
             [-tasks.index(task) for task in shares],
-            color=COLOURS[index % len(COLOURS)],
+            color=color,
             linestyle="",
             marker=MARKS[index % len(MARKS)],
             markersize=9 if not index else 7,

@@ -17,6 +17,7 @@ from fedraclora.weights.files import keep_private
 from fedraclora.wire.fields import printable
 
 Cells = list[dict[str, str]]
+Column = tuple[str, Sequence[str]]  # its title, and its cells
 TAG = re.compile(r"<(?=[A-Za-z/!?])")  # what a browser, and so Markdown, may take for HTML
 LONGEST_CELL = 2000  # characters
 UNKNOWN_WIDTH = 100  # where a table leads into a pipe or a file; the folder has it whole
@@ -83,26 +84,54 @@ class TextTable:
             keep_private(folder / f"{name}.{suffix}")
 
     def print(self) -> None:
-        """Show the table and its notes; of the columns that say something, the first that fit."""
+        """Show the table and its notes, without columns that say nothing.
+
+        Where the columns do not fit side by side, each becomes a line. Where the rows do not fit
+        so, either, the first columns are shown, which matter most.
+        """
         console = console_for_tables(UNKNOWN_WIDTH)
         told = [i for i, column in enumerate(zip(*self.cells, strict=True)) if any(column)]
         columns = [(self.header[i], [row[i] for row in self.cells]) for i in told]
         widths = self._widths(columns, console.width) if columns else []
-        table = RichTable()
-        for index, (width, (title, _)) in enumerate(zip(widths, columns, strict=False)):
-            justify: JustifyMethod = "left" if index < self.texts else "right"
-            table.add_column(title, justify=justify, width=width, overflow="fold")
-        for row in zip(*(cells for _, cells in columns[: len(widths)]), strict=True):
-            table.add_row(*row)
-        if widths:
+        hidden = len(columns) - len(widths)
+        if hidden and (turned := self._turned(columns, console.width)):
+            console.print(turned)
+        elif widths:
+            table = RichTable()
+            for index, (width, (title, _)) in enumerate(zip(widths, columns, strict=False)):
+                justify: JustifyMethod = "left" if index < self.texts else "right"
+                table.add_column(title, justify=justify, width=width, overflow="fold")
+            for row in zip(*(cells for _, cells in columns[: len(widths)]), strict=True):
+                table.add_row(*row)
             console.print(table)
-        if left := columns[len(widths) :]:
-            titles = ", ".join(title for title, _ in left)
-            console.print(f"no room here for: {titles}", soft_wrap=True)
+            if hidden:
+                console.print(f"(further columns, in its file: {hidden})", soft_wrap=True)
         for note in self.notes:
             console.print(note, soft_wrap=True)
 
-    def _widths(self, columns: Sequence[tuple[str, Sequence[str]]], room: int) -> list[int]:
+    def _turned(self, columns: Sequence[Column], room: int) -> RichTable | None:
+        """Make the table with a line for each column; None where that does not fit, either.
+
+        No cell is broken, and titles are where there is a blank.
+        """
+        label = [title for title, _ in columns].index(self.header[self.texts - 1])
+        rest = [column for place, column in enumerate(columns) if place != label]
+        needed = max(len(word) for title, _ in columns for word in title.split())
+        longest = [max(map(len, cells)) for cells in zip(*(c for _, c in columns), strict=True)]
+        # A line before every column and behind the last, and a blank on either side of a text.
+        spare = room - 1 - sum(length + 3 for length in longest) - (needed + 3)
+        if spare < 0 or not rest:
+            return None
+        table = RichTable()
+        whole = max(len(title) for title, _ in columns)
+        table.add_column(columns[label][0], width=min(whole, needed + spare), overflow="fold")
+        for text, length in zip(columns[label][1], longest, strict=True):
+            table.add_column(text, justify="right", width=length)
+        for title, cells in rest:
+            table.add_row(title, *cells)
+        return table
+
+    def _widths(self, columns: Sequence[Column], room: int) -> list[int]:
         """Divide the room among the first columns that fit.
 
         A column needs the width of its longest number or word, but the label no more than half

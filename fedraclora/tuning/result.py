@@ -109,11 +109,7 @@ def outcome(search: Search, *, over: bool, has_test: bool) -> Tuned:
     TextTable.of(DataFrame(rows, dtype=object).fillna("").to_dict("records"), [said]).print()
     TextTable.of(records).write(folder, "frontier")
     if best:
-        runs = [xy(points(curve), unit) for _, curve in curves.groupby("run", sort=False)]
-        sizes = search.config.sizes
-        labels = "MB a client, both ways", f"{search.metric}, validation"
-        groups = {"frontier": (runs, xy(best, unit))}
-        frontier_figure(groups, labels, folder / "frontier.png", marks=sizes)
+        draw(search, study, curves)
     search.say(f"written to {folder}: frontier.csv, frontier.png, experiment/at_...MB.yaml")
     if configs:
         most = float(curves["traffic"].max())
@@ -121,6 +117,19 @@ def outcome(search: Search, *, over: bool, has_test: bool) -> Tuned:
             search.say(f"no run took over {most / unit:.3g} MB a client: name smaller tune.sizes")
     tests = test_chosen(search, study, chosen, configs, over=over, has_test=has_test)
     return Tuned(folder, DataFrame(records), configs, tests)
+
+
+def draw(search: Search, study: Study, curves: DataFrame) -> None:
+    """Draw all runs, and what none of the same method beats."""
+    methods = curves["run"].map(lambda run: str(study.trials[run].params["method"]))
+    groups = {}
+    for method, own in curves[curves["round"] > 0].groupby(methods, sort=True):
+        runs = [xy(points(curve), search.unit) for _, curve in own.groupby("run", sort=False)]
+        best = xy(points(frontier(own, higher=search.higher)), search.unit)
+        groups[str(method)] = runs, best
+    labels = "MB a client, both ways", f"{search.metric}, validation"
+    path, sizes = search.folder / "frontier.png", search.config.sizes
+    frontier_figure(groups, labels, path, marks=sizes, higher=search.higher)
 
 
 def how_to_run(

@@ -366,7 +366,7 @@ def test_a_loss_says_for_which_its_outputs_are_read() -> None:
 def test_who_chooses_by_a_metric_of_ones_own_knows_its_direction(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mine: str
 ) -> None:
-    monkeypatch.setattr(comparing, "compare_figure", lambda *_: None)
+    monkeypatch.setattr(comparing, "compare_figure", lambda *_, **__: None)
     words = (*QUIET, "engine=inline", "data.validation=0.2", "output.plots=false")
     keys: dict[str, Any] = {"metrics": [wrong, "loss"], "loss": focal, "rounds": 9}
     stop = {"metric": "wrong", "patience": 2}

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 import math
 import struct
 import subprocess
@@ -12,8 +13,9 @@ import pytest
 from matplotlib.figure import Figure
 from pandas import DataFrame
 
+from fedraclora.commands.report.figures import lines_of
 from fedraclora.errors import ShapeError
-from fedraclora.plots import comparison, run
+from fedraclora.plots import comparison, frontier, run
 from fedraclora.plots.comparison import (
     Entrant,
     clusters,
@@ -21,10 +23,13 @@ from fedraclora.plots.comparison import (
     leaderboard_figure,
     spanned,
 )
+from fedraclora.plots.frontier import frontier_figure, of_use
+from fedraclora.plots.palette import PALETTE, looks
 from fedraclora.plots.run import label_distribution, run_curves
 from fedraclora.rng import generator
 from fedraclora.run.ledger import Row
 from fedraclora.run.statistics import mean_curve, rounds_of
+from fedraclora.strategies.methods import METHODS
 
 
 def rows(rounds: int, every: int = 1, *, up: int = 4000, error: float | None = None) -> list[Row]:
@@ -140,6 +145,12 @@ def means(groups: dict[str, list[list[Row]]], metric: str = "accuracy") -> dict[
     }
 
 
+def drawn(curves: dict[str, DataFrame], metric: str, path: Path) -> None:
+    """Draw curves, the first word of whose label is their method."""
+    methods = {label: label.partition(" ")[0] for label in curves}
+    compare_figure(curves, metric, path, methods=methods)
+
+
 def test_compare_draws_groups_of_seeds(tmp_path: Path) -> None:
     groups = {
         "fed_rac_lora rank=4": [rows(20), rows(20), rows(14)],
@@ -147,7 +158,7 @@ def test_compare_draws_groups_of_seeds(tmp_path: Path) -> None:
         "diverged": [[{"round": 1, "metrics": {"accuracy": None}}]],
         "a long label " * 30: [rows(20)],
     }
-    compare_figure(means(groups), "accuracy", tmp_path / "compare.png")
+    drawn(means(groups), "accuracy", tmp_path / "compare.png")
     assert_picture(tmp_path / "compare.png")
 
 
@@ -159,7 +170,7 @@ def test_compare_leaves_the_first_rounds_out_of_its_axis(
     late = rows(20)
     for row, value in zip(late[1:], np.r_[[0.05] * 3, np.linspace(0.8, 0.9, 17)], strict=True):
         row["metrics"] = {"accuracy": float(value)}
-    compare_figure(means({"late": [late]}), "accuracy", tmp_path / "compare.png")
+    drawn(means({"late": [late]}), "accuracy", tmp_path / "compare.png")
     assert all(panel.get_ylim()[0] > 0.7 for panel in figures[0].axes)
 
 
@@ -169,7 +180,7 @@ def test_compare_draws_runs_on_devices_beside_others(tmp_path: Path) -> None:
         "one lost its clock": [on_devices(rows(20)), rows(20)],
         "none": [rows(20, 5), rows(20, 5)],
     }
-    compare_figure(means(groups), "accuracy", tmp_path / "compare.png")
+    drawn(means(groups), "accuracy", tmp_path / "compare.png")
     assert_picture(tmp_path / "compare.png")
 
 
@@ -193,7 +204,7 @@ def test_the_first_rounds_do_not_squeeze_the_others(
 
 def test_many_groups_fit_into_the_legend(tmp_path: Path) -> None:
     groups = {f"fed_rac_lora rank={i} local.lr=0.1": [rows(4)] for i in range(40)}
-    compare_figure(means(groups, "loss"), "loss", tmp_path / "compare.png")
+    drawn(means(groups, "loss"), "loss", tmp_path / "compare.png")
     assert_picture(tmp_path / "compare.png")
 
 
@@ -214,7 +225,7 @@ def test_metrics_are_drawn_against_virtual_time_where_there_is_one(
         monkeypatch.setattr(module, "write_png", lambda figure, path: figures.append(figure))
     found = on_devices(rows(6, 2)) if devices else rows(6, 2)
     run_curves(found, tmp_path / "curves.png", "one")
-    compare_figure(means({"a": [found], "b": [rows(6)]}), "accuracy", tmp_path / "compare.png")
+    drawn(means({"a": [found], "b": [rows(6)]}), "accuracy", tmp_path / "compare.png")
     for figure in figures:
         panels = {str(panel.get_xlabel()): panel for panel in figure.axes}
         assert ("virtual seconds so far" in panels) == devices
@@ -230,7 +241,7 @@ def test_a_study_without_clocks_has_no_panel_of_seconds(
     figures: list[Figure] = []
     monkeypatch.setattr(comparison, "write_png", lambda figure, path: figures.append(figure))
     untimed = [{k: v for k, v in row.items() if k != "seconds"} for row in rows(6)]
-    compare_figure(means({"a": [untimed], "b": [untimed]}), "accuracy", tmp_path / "compare.png")
+    drawn(means({"a": [untimed], "b": [untimed]}), "accuracy", tmp_path / "compare.png")
     assert [str(panel.get_xlabel()).partition(" ")[0] for panel in figures[0].axes] == [
         "round",
         "uplink",
@@ -272,6 +283,91 @@ def test_counts_must_be_a_matrix(tmp_path: Path, shape: tuple[int, ...]) -> None
         label_distribution(np.zeros(shape, dtype=np.int64), tmp_path / "partition.png")
 
 
+def test_a_method_has_one_color_in_every_figure() -> None:
+    """Whatever is beside it, in whichever order, as long as there are colors for all."""
+    names = [*METHODS]
+    own = {name: looks([name])[0].color for name in names}
+    for name, other in itertools.permutations(names, 2):
+        one, two = looks([name, other])
+        assert one.color != two.color
+        if own[name] != own[other]:
+            assert (one.color, two.color) == (own[name], own[other])
+        else:
+            assert (one if name < other else two).color == own[name]
+    few = names[: len(PALETTE)]
+    shown = dict(zip(few, looks(few), strict=True))
+    assert len({look.color for look in shown.values()}) == len(few)
+    assert [*map(shown.get, few[::-1])] == looks(few[::-1])
+    assert len({*looks(names)}) == len(names)  # more than there are colors: dashes help
+
+
+def test_rows_of_one_method_are_told_apart() -> None:
+    color = looks(["ffa_lora"])[0].color
+    both = looks(["ffa_lora", "fedavg", "ffa_lora"])
+    assert (both[0].color, both[2].color) == (color, color)
+    assert both[0].dash != both[2].dash
+    alone = looks(["ffa_lora"] * 3)
+    assert alone[0].color == color
+    assert len({look.color for look in alone}) == 3
+
+
+def test_every_figure_draws_a_method_in_its_color(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    figures: list[Figure] = []
+    for module in (comparison, frontier):
+        monkeypatch.setattr(module, "write_png", lambda figure, _: figures.append(figure))
+    names = ["fed_rac_lora", "fedavg_lora"]
+    path = tmp_path / "a.png"
+    drawn(means({name: [rows(6)] for name in names}), "accuracy", path)
+    points = [(1.0, 0.5), (10.0, 0.9)]
+    frontier_figure({name: ([points], points) for name in names}, ("MB", "accuracy"), path)
+    board = [Entrant(name, 0.9, 0.01, 10.0, exact=True, method=name) for name in names]
+    leaderboard_figure(board, "accuracy", path)
+    colors = {name: look.color for name, look in zip(names, looks(names), strict=True)}
+    assert {k: line["color"] for k, line in lines_of(names, names).items()} == colors
+    for figure in figures:
+        used = {line.get_color() for panel in figure.axes for line in panel.get_lines()}
+        assert {*colors.values()} <= used
+
+
+def test_the_axis_of_a_frontier_is_that_of_the_rows_of_use(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that is far below is a mark at the edge; a loss has it the other way round."""
+    low, high = of_use([0.9, 0.89, 0.88, 0.85, 0.1])
+    assert 0.8 < low < 0.88
+    assert 0.9 < high < 0.95
+    worse, better = of_use([0.2, 0.21, 0.22, 0.25, 5.0], higher=False)
+    assert 0.22 < worse < 0.4
+    assert 0.1 < better < 0.2
+    assert of_use([0.9, 0.89, 0.88, 0.1], [0.5])[0] < 0.5
+    assert of_use([0.5, 0.5]) == pytest.approx((0.45, 0.55))
+    figures: list[Figure] = []
+    monkeypatch.setattr(frontier, "write_png", lambda figure, _: figures.append(figure))
+    good = [[(1.0, 0.2), (10.0, 0.9 - 0.01 * i)] for i in range(4)]
+    lost = [(2.0, 0.1), (20.0, 0.11)]
+    groups = {"ours": (good, good[0]), "theirs": ([lost], lost)}
+    frontier_figure(groups, ("MB", "accuracy"), tmp_path / "a.png")
+    (panel,) = figures[0].axes
+    marks = [line for line in panel.get_lines() if line.get_marker() == "v"]
+    assert [tuple(line.get_xydata()[0]) for line in marks] == [(20.0, panel.get_ylim()[0])]  # type: ignore[index, arg-type]
+    assert panel.get_ylim()[0] > 0.8
+
+
+@pytest.mark.parametrize("uplinks", [(31.0, 66.0), (1.0, 9.0), (0.1, 20.0), (0.01, 4000.0)])
+def test_the_axis_of_a_leaderboard_has_ticks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, uplinks: tuple[float, float]
+) -> None:
+    figures: list[Figure] = []
+    monkeypatch.setattr(comparison, "write_png", lambda figure, _: figures.append(figure))
+    board = [Entrant(f"m{u}", 0.9, 0.01, u, exact=True, method=f"m{u}") for u in uplinks]
+    leaderboard_figure(board, "accuracy", tmp_path / "a.png")
+    lower = figures[0].axes[1]
+    least, most = lower.get_xlim()
+    assert len([tick for tick in lower.get_xticks() if least <= tick <= most]) >= 2
+
+
 def test_a_dollar_in_a_name_begins_no_formula(tmp_path: Path) -> None:
     run_curves(
         [{"round": 1, "metrics": {"$\\foo$": 0.5}, "train_loss": 2.0}],
@@ -298,7 +394,7 @@ def test_points_of_a_leaderboard_that_touch_share_a_label() -> None:
     means = [0.95, 0.91, 0.909, 0.905, 0.902, 0.5]
     uplinks = [400.0, 34.0, 33.0, 35.0, 80.0, 34.0]
     board = [
-        Entrant(label=f"m{i}", mean=mean, spread=0.0, uplink=uplink, exact=True)
+        Entrant(label=f"m{i}", mean=mean, spread=0.0, uplink=uplink, exact=True, method="m")
         for i, (mean, uplink) in enumerate(zip(means, uplinks, strict=True))
     ]
     found = [(first.label, places) for first, places in clusters(board, near=0.01)]
@@ -314,8 +410,11 @@ def test_points_of_a_leaderboard_that_touch_share_a_label() -> None:
 def test_a_method_that_broke_down_does_not_stretch_the_axes_of_a_leaderboard(
     tmp_path: Path,
 ) -> None:
-    sound = [Entrant(f"m{i}", 0.85 - 0.01 * i, 0.004, 10.0 * (i + 1), exact=True) for i in range(5)]
-    wild = Entrant("wild", 0.45, 0.5, 30.0, exact=False)
+    sound = [
+        Entrant(f"m{i}", 0.85 - 0.01 * i, 0.004, 10.0 * (i + 1), exact=True, method=f"m{i}")
+        for i in range(5)
+    ]
+    wild = Entrant("wild", 0.45, 0.5, 30.0, exact=False, method="wild")
     low, high = spanned([*sound, wild])
     assert (low, high) == pytest.approx(spanned(sound))
     assert 0.8 < low < 0.81 - 0.004

@@ -16,7 +16,7 @@ import yaml
 
 import fedraclora
 from fedraclora.commands import cli
-from fedraclora.commands.report.figures import last_measured, spread_figures
+from fedraclora.commands.report.figures import last_measured, lines_of, spread_figures
 from fedraclora.commands.report.page import (
     Shown,
     differences,
@@ -44,6 +44,9 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, fedraclora.RunRe
     }
 
 
+LINES = lines_of([""], ["fedavg"])
+
+
 def measured(shown: Shown, folder: Path, shift: float) -> Shown:
     """The same run, as if 30 clients had measured after rounds 0 and 4; written to a folder."""
     n = np.arange(30) * 7 % 30 + 1
@@ -69,18 +72,18 @@ def test_the_spread_over_clients_is_drawn(
     """Of sums alone, without the clients' own numbers, by round and no more."""
     assert runs["fed_rac_lora"].folder is not None
     shown = read_shown(runs["fed_rac_lora"].folder)
-    assert spread_figures({"": (shown.folder, shown.rows)}) == {}
+    assert spread_figures({"": (shown.folder, shown.rows)}, LINES) == {}
     run = measured(shown, tmp_path / "a", 0.0)
-    assert [*spread_figures({"": (run.folder, run.rows)})] == [
+    assert [*spread_figures({"": (run.folder, run.rows)}, LINES)] == [
         "accuracy of the clients",
         "accuracy of each client, sorted",
         "accuracy of clients by their number of samples",
     ]
-    assert [*spread_figures({"": (tmp_path, run.rows)})] == ["accuracy of the clients"]
+    assert [*spread_figures({"": (tmp_path, run.rows)}, LINES)] == ["accuracy of the clients"]
     frame = last_measured(run.folder, "accuracy")
     assert frame is not None
     assert (len(frame), {*frame["round"]}) == (30, {4})
-    text = spread_figures({"": (run.folder, run.rows)})[
+    text = spread_figures({"": (run.folder, run.rows)}, LINES)[
         "accuracy of clients by their number of samples"
     ]
     assert "rank correlation 1.00" in text

@@ -450,7 +450,8 @@ def test_the_figure_keeps_the_reference_and_the_table_the_rounding(
     }
     drawn: list[list[str]] = []
     monkeypatch.setattr(
-        "fedraclora.plots.comparison.compare_figure", lambda groups, *_: drawn.append([*groups])
+        "fedraclora.plots.comparison.compare_figure",
+        lambda groups, *_, **__: drawn.append([*groups]),
     )
     write_results(plan, done, tmp_path, {})
     assert drawn == [["worst", "best"]]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import plotly.graph_objects as go
 
-from fedraclora.plots.axes import COLOURS, Values
+from fedraclora.plots.axes import Values
+from fedraclora.plots.palette import looks
 from fedraclora.run.ledger import Row, column, number
 from fedraclora.run.recorder import read_clients
 
@@ -19,12 +20,14 @@ if TYPE_CHECKING:
     from pandas import DataFrame
 
 POINTS = 5000  # clients of a scatter; beyond, as many spread over the population
+PLOTLY = {"-": "solid", "--": "dash", ":": "dot", "-.": "dashdot"}  # its name of a dash
 QUARTERS = 4  # of clients, by how many samples they have
 
 
-def colour_of(place: int) -> str:
-    """Choose the colour of a curve; the last of them is black, which is lost on a dark page."""
-    return COLOURS[place % (len(COLOURS) - 1)]
+def lines_of(labels: Iterable[str], methods: Sequence[str]) -> dict[str, dict[str, object]]:
+    """Give by label of a run how its curve is drawn: in the color of its method (`looks`)."""
+    found = zip(labels, looks(methods), strict=True)
+    return {k: {"color": look.color, "width": 2, "dash": PLOTLY[look.dash]} for k, look in found}
 
 
 def as_html(figure: go.Figure, x_name: str, y_name: str, *, legend: bool, log: bool = False) -> str:
@@ -45,11 +48,14 @@ def as_html(figure: go.Figure, x_name: str, y_name: str, *, legend: bool, log: b
     return text
 
 
-def spread_figures(runs: Mapping[str, tuple[Path, list[Row]]]) -> dict[str, str]:
+def spread_figures(
+    runs: Mapping[str, tuple[Path, list[Row]]], lines: Mapping[str, dict[str, object]]
+) -> dict[str, str]:
     """Draw how a metric is spread over the clients that measured it on samples of their own.
 
     Args:
         runs: Folder and rows of the ledger, by the label of the run.
+        lines: By the same label, of `lines_of`.
 
     Returns:
         Title -> an HTML element: by round; of each client in the last round, sorted, and against
@@ -60,16 +66,17 @@ def spread_figures(runs: Mapping[str, tuple[Path, list[Row]]]) -> dict[str, str]
         return {}
     metric, several = names[0], len(runs) > 1
     by_round, places, sizes = go.Figure(), go.Figure(), go.Figure()
-    for place, (label, (folder, rows)) in enumerate(runs.items()):
+    for label, (folder, rows) in runs.items():
+        color = str(lines[label]["color"])
         name = f"{escape(label, quote=False)}, " if several else ""
-        _add_band(by_round, rows, metric, name, colour_of(place))
+        _add_band(by_round, rows, metric, name, color)
         if (frame := last_measured(folder, metric)) is not None:
-            line = {"color": colour_of(place), "width": 2}
+            line = lines[label]
             own = np.sort(frame[metric].to_numpy(dtype=float))
             share = 100 * (np.arange(len(own)) + 0.5) / len(own)
             said = f"{name}round {frame['round'].iloc[0]}"
             places.add_scatter(x=share, y=own, name=said, mode="lines", line=line)
-            _add_sizes(sizes, frame, metric, name, colour_of(place))
+            _add_sizes(sizes, frame, metric, name, color)
     drawn = {f"{metric} of the clients": (by_round, "round", False)}
     if places.data:
         drawn[f"{metric} of each client, sorted"] = places, "clients, %", False
@@ -130,12 +137,12 @@ def last_measured(folder: Path, metric: str) -> DataFrame | None:
     return frame if len(frame) > 1 else None
 
 
-def _add_band(figure: go.Figure, rows: list[Row], metric: str, name: str, colour: str) -> None:
+def _add_band(figure: go.Figure, rows: list[Row], metric: str, name: str, color: str) -> None:
     """Draw the tenth to the ninetieth percentile as a band, the median, and the worst tenth."""
     shown = [row for row in rows if math.isfinite(number(row, "clients", metric, "median"))]
     x = column(shown, "round").tolist()
-    pale = f"rgba({','.join(str(int(colour[i : i + 2], 16)) for i in (1, 3, 5))},0.22)"
-    edge = {"mode": "lines", "line": {"width": 0, "color": colour}}
+    pale = f"rgba({','.join(str(int(color[i : i + 2], 16)) for i in (1, 3, 5))},0.22)"
+    edge = {"mode": "lines", "line": {"width": 0, "color": color}}
     filled = {"fill": "tonexty", "fillcolor": pale, "name": f"{name}10th to 90th percentile"}
     curves: dict[str, dict[str, Any]] = {
         "p10": edge | {"showlegend": False, "hoverinfo": "skip"},
@@ -143,21 +150,21 @@ def _add_band(figure: go.Figure, rows: list[Row], metric: str, name: str, colour
     }
     for key, words, dash in (("median", "median", "solid"), ("worst10", "worst tenth", "dot")):
         curves[key] = {"mode": "lines" if len(x) > 1 else "markers", "name": f"{name}{words}"}
-        curves[key]["line"] = {"color": colour, "width": 2, "dash": dash}
+        curves[key]["line"] = {"color": color, "width": 2, "dash": dash}
     for key, style in curves.items():
         figure.add_scatter(x=x, y=column(shown, "clients", metric, key).tolist(), **style)
 
 
-def _add_sizes(figure: go.Figure, frame: DataFrame, metric: str, name: str, colour: str) -> None:
+def _add_sizes(figure: go.Figure, frame: DataFrame, metric: str, name: str, color: str) -> None:
     """Draw each client by its number of samples, and the mean of each quarter of them."""
     frame = frame.sort_values("samples", kind="stable")
     some = np.unique(np.linspace(0, len(frame) - 1, min(len(frame), POINTS)).astype(int))
     shown = frame.iloc[some]
-    dots = {"color": colour, "size": 6, "opacity": 0.55}
+    dots = {"color": color, "size": 6, "opacity": 0.55}
     words = [f"client {client}" for client in shown["client"]]
     figure.add_scatter(x=shown["samples"].tolist(), y=shown[metric].tolist(), mode="markers",
                        marker=dots, text=words, name=f"{name}a client")  # fmt: skip
     means, correlation = by_size(frame, metric)
     said = f"{name}mean of a quarter (rank correlation {correlation:.2f})"
     figure.add_scatter(x=[m[0] for m in means], y=[m[1] for m in means], mode="lines+markers",
-                       line={"color": colour}, name=said)  # fmt: skip
+                       line={"color": color}, name=said)  # fmt: skip

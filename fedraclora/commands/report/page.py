@@ -18,7 +18,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from plotly.offline import get_plotlyjs
 
 from fedraclora.binding import section
-from fedraclora.commands.report.figures import as_html, colour_of, figures_of, spread_figures
+from fedraclora.commands.report.figures import as_html, figures_of, lines_of, spread_figures
 from fedraclora.commands.run_files import ROUNDING_ERRORS, RunFiles, read_files
 from fedraclora.config.titles import method_label, run_title
 from fedraclora.config.unread import as_read
@@ -234,6 +234,7 @@ def page_of(runs: Sequence[Shown], title: str | None = None) -> str:
         title: Of the page; None: that of the run, or what the runs have in common.
     """
     labels = labels_of(runs)
+    lines = lines_of(labels, [run.method for run in runs])
     environment = Environment(
         loader=PackageLoader("fedraclora.commands.report", "."),
         autoescape=True,
@@ -245,9 +246,9 @@ def page_of(runs: Sequence[Shown], title: str | None = None) -> str:
     return environment.get_template("report.html.j2").render(
         title=title or (runs[0].title if len(runs) == 1 else f"{len(runs)} runs"),
         runs=list(zip(labels, runs, strict=True)),
-        curves=curves({label: run.rows for label, run in zip(labels, runs, strict=True)}),
+        curves=curves({label: run.rows for label, run in zip(labels, runs, strict=True)}, lines),
         spread=spread_figures(
-            {k: (run.folder, run.rows) for k, run in zip(labels, runs, strict=True)}
+            {k: (run.folder, run.rows) for k, run in zip(labels, runs, strict=True)}, lines
         ),
         facts=side_by_side(runs),
         results=results(labels, runs),
@@ -317,11 +318,14 @@ def figure(value: object) -> str:
     return f"{value:.4f}" if isinstance(value, float) else str(value)
 
 
-def curves(runs: Mapping[str, Sequence[Row]]) -> dict[str, str]:
+def curves(
+    runs: Mapping[str, Sequence[Row]], styles: Mapping[str, dict[str, object]]
+) -> dict[str, str]:
     """Draw the curves of some runs.
 
     Args:
         runs: Rows of the ledger, by the label of the run.
+        styles: By the same label, how its curve is drawn (`lines_of`).
 
     Returns:
         Title -> an HTML element with the curve; only what was recorded of at least one run.
@@ -359,7 +363,7 @@ def curves(runs: Mapping[str, Sequence[Row]]) -> dict[str, str]:
                 unit = MEGABYTE if y_name == "MB" else 1.0
                 lines[label] = x[kept].tolist(), (y[kept] / unit).tolist()
         if lines and not (metric == "loss" and title.startswith("loss")):
-            found[title] = drawn(lines, x_name, y_name)
+            found[title] = drawn(lines, x_name, y_name, styles)
     return found
 
 
@@ -368,17 +372,17 @@ def seconds(rows: Sequence[Row]) -> Values:
     return np.array([round_seconds(row) if "seconds" in row else np.nan for row in rows])
 
 
-def drawn(lines: Lines, x_name: str, y_name: str) -> str:
+def drawn(lines: Lines, x_name: str, y_name: str, styles: Mapping[str, dict[str, object]]) -> str:
     """Draw lines."""
     figure = go.Figure()
-    for place, (label, (x, y)) in enumerate(lines.items()):
+    for label, (x, y) in lines.items():
         # Plotly takes tags in a name for markup.
         figure.add_scatter(
             x=x,
             y=y,
             name=escape(label, quote=False),
             mode="lines",
-            line={"color": colour_of(place), "width": 2},
+            line=styles[label],
         )
     return as_html(figure, x_name, y_name, legend=len(lines) > 1)
 

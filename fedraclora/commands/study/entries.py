@@ -296,6 +296,11 @@ class Entry:
         """The method, as the runs had it."""
         return bind("method", METHODS, self.lines[0]["config"]["method"])()
 
+    @property
+    def method_name(self) -> str:
+        """The name of the method."""
+        return str(self.lines[0]["config"]["method"]["name"])
+
     @cached_property
     def exact(self) -> bool:
         """Return whether the new weights are the mean of the clients'; see `is_exact`."""

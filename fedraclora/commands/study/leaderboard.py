@@ -89,8 +89,9 @@ def write_leaderboard(
             number(record, "std"),
             number(record, "uplink") / MEGABYTE,
             bool(record["exact"]),
+            entry.method_name,
         )
-        for record in made.records
+        for entry, record in zip(entries(study, done), made.records, strict=True)
     ]
     leaderboard_figure(entrants, study.metric, out / "leaderboard.png")
     return made

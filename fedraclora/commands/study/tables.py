@@ -184,4 +184,5 @@ def draw(study: Study, found: Sequence[Entry], out: Path) -> None:
         shown = len(best) - bool(beside)
         print(f"compare.png shows the {shown} best of {len(found)} rows{beside}")
     if curves:
-        compare_figure(curves, study.metric, out / "compare.png")
+        methods = {printable(entry.row): entry.method_name for entry in found}
+        compare_figure(curves, study.metric, out / "compare.png", methods=methods)
