@@ -1,12 +1,12 @@
 """Convert trained factors from one frozen factor to another.
 
-A change of the trained factor B under A stands for the change s B A of the weight. Beside another
-factor it is written as the nearest change that can be:
+A change of the trained factor B under A represents the change s B A of the weight. Under another
+factor it becomes the nearest possible change:
 
     B_new = B A_old A_new^T (A_new A_new^T)^+          for orthonormal rows: B A_old A_new^T
-    A_new = (B_new^T B_new)^+ B_new^T B_old A          where A is trained under B
+    A_new = (B_new^T B_new)^+ B_new^T B_old A          if A is trained under B
 
-What lies outside the span of the new factor is lost: all but a share r/n of the energy for a fresh
+The part outside the span of the new factor is lost: all but a share r/n of the energy for a fresh
 sketch of r rows in n dimensions.
 """
 
@@ -19,11 +19,11 @@ from fedraclora.protocol.instructions import Adapter
 
 
 def held_beside(adapter: Adapter) -> tuple[str, torch.Tensor] | None:
-    """Return the trained factor of an adapter of two factors, and the frozen factor beside it.
+    """Return the trained factor of an adapter of two factors, and its frozen partner.
 
     Returns:
-        The label of the trained one and the other as a float64 matrix on the CPU; None where both
-        are trained, there are three, or each client has a frozen one of its own.
+        The label of the trained factor, and the other as a float64 matrix on the CPU; None if both
+        are trained, there are three, or each client has its own frozen factor.
     """
     if not adapter.trains_beside_shared:
         return None
@@ -43,10 +43,10 @@ def transported(
     """Convert a change of a trained factor beside ``old`` to one beside ``new``.
 
     Args:
-        label: ``B`` or ``A``: which of them is trained.
+        label: The trained factor, ``B`` or ``A``.
         trained: [m, r] or [r, n], float64. Not modified.
-        old: The frozen factor that it belongs to, [r, n] or [m, r].
-        new: The one that it is to belong to; its rank may be another.
+        old: The old frozen factor, [r, n] or [m, r].
+        new: The new frozen factor; its rank may differ.
 
     Returns:
         A new tensor.

@@ -1,13 +1,12 @@
-"""Lossless entropy coding of quantized numbers: one zstd frame for each client.
+"""Compress quantized numbers losslessly by entropy coding: one zstd frame for each client.
 
-Up, that is what each client sends; down, what all that are asked share, and each tensor of links
-and of weights, whose bytes are counted one by one.
+On the uplink each client's message is one frame; on the downlink the shared part is one, and so is
+each tensor of merges and weights, whose bytes are counted one by one.
 
-No number changes. A frame that is not shorter is not sent, but the bytes themselves: so whoever
-reads tells them by their length, since he knows how many bytes there are without coding. A frame
-says that size, which is compared before memory is taken for it, and ends in a checksum, since one
-wrong bit would change all numbers after it. Its size depends on the version of the library; nothing
-is decided by it.
+No number changes. If a frame is not shorter than the bytes, the bytes are sent; the reader knows
+the uncoded size, and recognizes them by their length. A frame states that size, which is checked
+before memory is allocated, and ends in a checksum, since one wrong bit would change all numbers
+after it. Its size depends on the version of the library; no decision depends on it.
 
 References:
     Collet and Kucherawy, *Zstandard Compression and the application/zstd Media Type*, RFC 8878.
@@ -24,7 +23,7 @@ import zstandard
 from fedraclora.errors import WireError
 
 NONE, ZSTD = "none", "zstd"
-LEVEL = 1  # higher ones look for longer repeats, of which such codes have none
+LEVEL = 1  # higher levels search for longer repeats, which such codes do not have
 
 
 def compressed(parts: Sequence[torch.Tensor]) -> list[torch.Tensor]:
@@ -44,13 +43,13 @@ def decompressed(
 
     Args:
         raw: uint8 [bytes].
-        lengths: How many of them are whose, int64 [k].
+        lengths: Bytes of each client, int64 [k].
         clients: Their ids, int64 [k].
-        sizes: How many bytes each has without coding.
+        sizes: Bytes of each client without coding.
 
     Raises:
-        WireError: If lengths are not those of the bytes; or, with the client's name, if a frame is
-            damaged, or is one of another size.
+        WireError: If lengths do not match the bytes; or, naming the client, if a frame is damaged
+            or of another size.
     """
     each = lengths.tolist()
     if raw.dtype != torch.uint8 or raw.dim() != 1 or min(each, default=0) < 0:
@@ -67,7 +66,7 @@ def decompressed(
 
 
 def unframed(raw: torch.Tensor, size: int) -> torch.Tensor:
-    """Decompress a frame to ``size`` bytes, uint8 [size]; bytes of that length come back as is.
+    """Decompress a frame to ``size`` bytes, uint8 [size]; return bytes of that length unchanged.
 
     Raises:
         WireError: If it is neither, or the frame is damaged.

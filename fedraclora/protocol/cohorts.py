@@ -39,7 +39,7 @@ def cohort_size(clients_per_round: int | str, clients: int) -> int:
 
 
 def check_cohort(cohort: int, clients: int) -> None:
-    """Check that so many clients can be sampled.
+    """Check that this number of clients can be sampled.
 
     Raises:
         ConfigError: If ``cohort`` is not in 1..clients.

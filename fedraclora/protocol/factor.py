@@ -1,16 +1,16 @@
-"""A factor of an adapter: what the server sends, whether clients train it, and its value.
+"""Describe a factor of an adapter: its value, and whether clients train it.
 
-A frozen factor, or where a trained one starts, is one of
+A frozen factor, or the start of a trained one, is one of
 
     numbers     that are sent: a matrix, or [K, rows, cols] with one for each client
     a drawing   from a seed, of which 8 bytes are sent
     computed    F = C [T; D]: T the factor that the last link trained, D a drawing; rows of F, T, D
 
-C is small, r x (p + r) for a T of p rows: it is sent where F would be r d numbers. Whoever follows
-the base weights has T, since it stood in the link that led there: `Term.keep` says which factor
-stays beside the weight, and whoever fetches the weight whole is sent it, too. So a basis that the
-server takes from the chain costs clients C, and what a singular value decomposition rounds
-differently elsewhere is decided in one place.
+C is small, r x (p + r) for a T of p rows; F would be r d numbers. Every copy of the base weights
+has T from the last merge: `Term.keep` says which factor stays beside the weight, and a copy that
+fetches the whole weight receives T, too. So a basis that the server computes from earlier merges
+costs only C, and a singular value decomposition, which rounds differently on other machines, is
+computed once.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from fedraclora.errors import ConfigError, WireError
 from fedraclora.sketch import SketchSpec
 from fedraclora.tree import Tree
 
-LABELS = ("B", "R", "A")  # of factors, in the order of their product
+LABELS = ("B", "R", "A")  # factors in the order of their product
 SEED_BYTES = 8
-OUTER = "outer"  # of the metadata of a field: its numbers are of the kind of what it is in
+OUTER = "outer"  # metadata of a field: its numbers have the kind of the object that contains it
 PAST = "/past"
-FROZEN = "frozen/"  # of the names of what is carried; the rest is the name of the factor
+FROZEN = "frozen/"  # prefix of kept factors; the rest is the name of the factor
 
 
 @dataclass(frozen=True)
@@ -36,18 +36,18 @@ class Factor:
     """Describe one factor of a product, or another trained tensor; see `of` and `to_train`.
 
     Attributes:
-        numbers: What is sent: [*shape], or [K, *shape].
-        sketch: The drawing; of a computed factor D, whose side is that of the factor.
+        numbers: The sent numbers: [*shape], or [K, *shape].
+        sketch: The drawing; for a computed factor D, with the factor's side.
         count: Consecutive drawings from that one on, rows below rows (left: columns by columns).
         coefficients: C, float64 [r, p + rank of the drawing].
-        past: T, [p, n] of a right factor or [m, p] of a left one; None in what was read from a
-            message or a file, until base weights give it (`beside`).
-        shape: Without the axis of clients.
-        trained: Whether clients train it from there; without a start from zero, and a parameter
-            from the replica's value.
-        main: True for what the method is about (step size ``local.lr``), False for the head
-            and biases beside it (``local.full_lr``).
-        upload: False for what stays at the client (personalized methods).
+        past: T, [p, n] of a right factor or [m, p] of a left one; None after reading from a message
+            or a file, until base weights provide it (`beside`).
+        shape: Shape without the axis of clients.
+        trained: Whether clients train it; without a given start, a factor starts at zero and a
+            parameter at the replica's value.
+        main: True for the method's own tensors (step size ``local.lr``), False for the head and
+            biases beside them (``local.full_lr``).
+        upload: False for personal tensors, which stay at the client.
     """
 
     numbers: torch.Tensor | None = field(default=None, metadata={"kind": OUTER})
@@ -61,7 +61,7 @@ class Factor:
     upload: bool = True
 
     def __post_init__(self) -> None:
-        """Set the shape of a frozen factor; that of a trained one is given."""
+        """Set the shape of a frozen factor; trained ones have it already."""
         if self.trained or self.shape:
             return
         shape: tuple[int, ...] = ()
@@ -75,10 +75,10 @@ class Factor:
 
     @classmethod
     def of(cls, given: FactorLike) -> Factor:
-        """Build a factor from what a method gives: a tensor is sent, a sketch as its seed.
+        """Build a factor from a tensor, which is sent, or a sketch, which is sent as its seed.
 
         Raises:
-            ConfigError: If it is nothing of the kind.
+            ConfigError: If it is neither.
 
         Example:
             >>> Factor.of(torch.ones(2, 3)).floats, Factor.of(torch.ones(2, 3)).exact_bytes
@@ -111,12 +111,12 @@ class Factor:
 
     @property
     def drawing(self) -> SketchSpec | None:
-        """Return the sketch of a frozen factor; None if it is not drawn from a seed only."""
+        """Return the sketch of a frozen factor; None if it is not only drawn from a seed."""
         return None if self.trained or self.coefficients is not None else self.sketch
 
     @property
     def floats(self) -> int:
-        """Return the number of floats that are sent for it; a seed has none."""
+        """Return the number of floats sent for it; a seed has none."""
         sent = self.numbers if self.coefficients is None else self.coefficients
         return 0 if sent is None else sent.numel()
 
@@ -143,10 +143,10 @@ class Factor:
         """Compute the value, which you must not modify.
 
         Returns:
-            Numbers as they are; else float64 on the CPU.
+            Given numbers unchanged; else float64 on the CPU.
 
         Raises:
-            WireError: If T is not there, or has another shape than the coefficients ask for.
+            WireError: If T is missing, or its shape does not fit the coefficients.
         """
         if self.numbers is not None:
             return self.numbers
@@ -187,7 +187,7 @@ def to_train(
     main: bool = True,
     upload: bool = True,
 ) -> Factor:
-    """Ask clients to train a tensor.
+    """Describe a tensor that clients train.
 
     Args:
         shape: Its shape, without the axis of clients.
@@ -200,9 +200,9 @@ def to_train(
 
 
 def combined(rows: torch.Tensor, past: torch.Tensor, drawing: SketchSpec) -> Factor:
-    """Write rows [r, d], float64, in the span of T and D as a combination of theirs.
+    """Write rows [r, d], float64, in the span of T and D as their linear combination.
 
-    Where they depend on one another the least C is taken.
+    If T and D are linearly dependent, C is the solution of least norm.
     """
     basis = torch.cat(_rows(past, drawing)).mT
     found: torch.Tensor = torch.linalg.lstsq(basis, rows.mT, driver="gelsd").solution

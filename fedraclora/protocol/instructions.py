@@ -1,7 +1,7 @@
-"""Instructions of one exchange to the clients of a round: factors, adapters and the downlink.
+"""Define the server's instructions to the clients of a round: factors, adapters, tensors.
 
 Effective weight of an adapted matrix: ``W + scale * F_1 F_2 (F_3)``, with factors that are frozen
-or trained (`fedraclora.protocol.factor`), shared by the cohort or one per client.
+or trained (`fedraclora.protocol.factor`), shared by the clients or one per client.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ PARTS_OF_WEIGHTS = Feature(
 
 @dataclass(frozen=True)
 class Adapter:
-    """A low-rank term on one matrix: ``scale * product of factors``, left to right.
+    """Define a low-rank term on one matrix: ``scale * product of factors``, left to right.
 
-    The names of the factors ("B", "A") become part of the names of what is trained:
+    The names of the factors ("B", "A") become part of the names of trained tensors:
     ``"<weight>/B"``.
     """
 
@@ -36,7 +36,7 @@ class Adapter:
 
     @classmethod
     def of(cls, factors: Mapping[str, FactorLike], scale: float) -> Adapter:
-        """Build an adapter from the factors that a method gives, in the order of their product."""
+        """Build an adapter from factors in the order of their product."""
         return cls({label: Factor.of(given) for label, given in factors.items()}, scale)
 
     @property
@@ -52,16 +52,16 @@ class RoundInstructions:
 
     Attributes:
         adapters: Low-rank terms by weight name.
-        dense: Tensors trained in full, by parameter name. A name that no parameter has is of an
-            extra, which says where the tensor starts and what it does to the weights.
-        program: What clients do besides plain local steps, with its payload.
-        ranks: Which components of every adapter each client trains; the others stay as they start
-            (`fedraclora.protocol.rank_budgets`). Int64 [K]: the first r_k (all of an adapter of
-            lower rank); int64 [K, 2]: part g of G equal ones. None: all.
-        link: Number of the link in progress: as long as it stays, frozen factors do and trained
-            ones live on, so that a client's moments may, too (`fedraclora.training.moments`).
-        extras: What clients add to gradients beside, by the name of the extra that sends it: by
-            trained name, in its shape, or [K, *shape] at the clients.
+        dense: Tensors trained in full, by parameter name. A name that is no parameter belongs to an
+            extra, which defines the tensor's start and its effect on the weights.
+        program: The clients' program, with its payload.
+        ranks: Components of every adapter that each client trains; the others keep their starting
+            values (`fedraclora.protocol.rank_budgets`). Int64 [K]: the first r_k (all of an
+            adapter of lower rank); int64 [K, 2]: part g of G equal parts. None: all.
+        link: Number of merges so far. As long as it stays, frozen factors stay and trained ones are
+            continued, so that a client may keep its moments (`fedraclora.training.moments`).
+        extras: Further tensors that clients add to gradients, by the name of the extra that sends
+            them: by trained name, in its shape, or [K, *shape] at the clients.
     """
 
     adapters: dict[str, Adapter] = field(default_factory=dict)
@@ -80,7 +80,7 @@ class RoundInstructions:
         """All factors of all adapters, by ``"<weight>/<label>"``."""
         return self._factors
 
-    @cached_property  # asked for some thirty times in a round
+    @cached_property  # called some thirty times in a round
     def _factors(self) -> dict[str, Factor]:
         return {
             f"{weight}/{label}": factor
@@ -97,7 +97,7 @@ class RoundInstructions:
         """Replace every factor and dense tensor by ``change(name, value)``."""
         found = {name: change(name, factor) for name, factor in self.named.items()}
         if all(found[name] is factor for name, factor in self.named.items()):
-            return self  # as where seeds are sent, and nothing else
+            return self  # as if only seeds are sent
         adapters = {
             w: replace(a, factors={k: found[f"{w}/{k}"] for k in a.factors})
             for w, a in self.adapters.items()
@@ -114,10 +114,10 @@ class RoundInstructions:
     def to(self, dtype: torch.dtype) -> RoundInstructions:
         """Convert tensors for sending: on the CPU, in one precision, row by row.
 
-        Coefficients stay as they are, in float64.
+        Coefficients stay in float64.
 
-        A tensor that was read back from a message is contiguous, and products of one that is not
-        may differ in their last bits.
+        A tensor read from a message is contiguous; products of one that is not may differ in their
+        last bits.
         """
 
         def sent(tensor: torch.Tensor) -> torch.Tensor:
@@ -151,7 +151,7 @@ class RoundInstructions:
 
     @cached_property
     def apart(self) -> bool:
-        """Return whether the same place in two uplinks may stand for different parameters."""
+        """Return whether the same position in two uplinks may belong to different parameters."""
         own = (f.per_client for f in self.named.values() if f.upload)
         return self.ranks is not None or any(own)
 
@@ -262,13 +262,13 @@ def opening_rows(
     """Compute the starting values of what clients upload, as rows.
 
     Args:
-        sent: What is asked.
-        base: What they train from: where dense tensors start, unless ``sent`` says.
-        layout: Of the uplink.
+        sent: The instructions.
+        base: The base weights: the start of dense tensors, unless ``sent`` has one.
+        layout: Layout of the uplink.
         places: The clients' places among those that ``sent`` is for, int64 [K].
 
     Returns:
-        float64 [P] on the CPU; or [K, P] where clients start apart.
+        float64 [P] on the CPU; or [K, P] if clients start at different values.
     """
     slots = sent.uploaded()
     apart = any(slot.per_client for slot in slots.values())

@@ -19,13 +19,13 @@ from fedraclora.tree import Tree
 
 @dataclass(frozen=True)
 class Plan:
-    """Which parameters are adapted, which are trained in full beside them: one for all methods.
+    """Define which parameters are adapted, and which are trained in full; the same for all methods.
 
     Attributes:
         targets: Adapted matrices: weight name -> its (out, in) view.
-        dense: Parameters trained in full and averaged (biases, an averaged head, `dense`).
-        local: Parameters trained in full that stay at each client (a local head).
-        weights: Every weight that full fine-tuning trains, in model order, biases left out.
+        dense: Parameters trained in full and averaged (biases, an averaged head, modules_to_save).
+        local: Parameters trained in full that stay at each client (a personal head).
+        weights: Every weight that full fine-tuning trains, in model order, without biases.
         shapes: Stored shape of every parameter.
     """
 
@@ -41,14 +41,15 @@ class Term:
     """Add a product of factors to a weight.
 
     Attributes:
-        factors: In order; one alone is a change in the shape in which the weight is stored.
-        scale: Of their product.
-        kind: In which its numbers travel (`fedraclora.protocol.quantized`): they are such numbers.
-        keep: Place of the factor that stays beside the weight until the next such term, which may
-            be computed from it (`fedraclora.protocol.factor`): a matrix; None: none does.
+        factors: Factors in order; a single one is a change in the weight's stored shape.
+        scale: Scale of their product.
+        kind: Number format in which they are sent (`fedraclora.protocol.quantized`); they have
+            already been rounded to it.
+        keep: Index of the factor, a matrix, that stays beside the weight until the next such term,
+            which may be computed from it (`fedraclora.protocol.factor`); None: none.
 
     Raises:
-        ConfigError: If the factor that stays is none of its matrices.
+        ConfigError: If the factor to keep is not one of its matrices.
     """
 
     factors: tuple[Factor, ...] = field(metadata={"kind": "kind"})
@@ -68,7 +69,7 @@ class Term:
     def of(
         cls, factors: Iterable[FactorLike], scale: float, kind: str = FULL, keep: int | None = None
     ) -> Term:
-        """Build a term from the factors that a method gives."""
+        """Build a term from a method's factors."""
         return cls(tuple(map(Factor.of, factors)), scale, kind, keep)
 
     def beside(self, past: torch.Tensor | None) -> Term:
@@ -87,7 +88,7 @@ Terms = dict[str, Term]
 
 @dataclass(frozen=True)
 class Move(Named):
-    """A change of some weights together that is computed from a few numbers in it.
+    """Change some weights together by a few numbers.
 
     Attributes:
         names: The weights.
@@ -97,16 +98,16 @@ class Move(Named):
 
     @property
     def payload_bytes(self) -> int:
-        """Bytes of its numbers, and 8 for each seed."""
+        """Return the bytes of its numbers, and 8 for each seed."""
         raise NotImplementedError
 
     @property
     def keeps_direction(self) -> bool:
-        """Return whether a tensor as large as each weight is kept beside it (momentum)."""
+        """Return whether a tensor of the size of each weight is kept beside it (momentum)."""
         return False
 
     def taken(self, base: Mapping[str, torch.Tensor]) -> Tree:
-        """Compute the new weights, and what is kept beside them; ``base`` is not changed."""
+        """Compute the new weights, and the tensors kept beside them; ``base`` is not changed."""
         raise NotImplementedError
 
 
@@ -114,15 +115,15 @@ class Move(Named):
 class Link:
     """Hold how one round changed the base: low-rank terms to add, dense values to replace.
 
-    The chain of links is the log from which a client that was away catches up.
+    The sequence of merges is the log from which an absent client catches up.
 
     Attributes:
         terms: Low-rank terms by weight.
-        dense: New values by name. A name with a "/" is of no parameter, but of what replicas
-            keep beside them (`fedraclora.protocol.factor`, or a method of its own).
+        dense: New values by name. A name with a "/" is not a parameter, but a tensor that replicas
+            keep beside the parameters (`fedraclora.protocol.factor`, or a method).
         rest: Further changes of the same round, in order: a weight may have a term in each.
-        kind: In which the new values travel, as in `Term`; that of `rest` is its own.
-        moves: Changes of whole weights that few numbers say, each of other weights.
+        kind: Number format of the new values, as in `Term`; `rest` has its own.
+        moves: Changes of whole weights by few numbers, each of different weights.
     """
 
     terms: dict[str, Term] = field(default_factory=dict)
@@ -150,14 +151,14 @@ def matrices(term: Term) -> tuple[torch.Tensor, ...]:
 def apply_link(base: Mapping[str, torch.Tensor], link: Link, plan: Plan) -> Tree:
     """Merge a round's change into base weights: ``W + scale * product``, dense values replaced.
 
-    Server and replicas call this one function, so that they stay equal to the bit on one build.
-    The product is formed in float64, on the CPU, where sketches are drawn, and rounded once, to
-    the dtype of the base. The factor that a term keeps is put beside its weight.
+    The server and all replicas call this function, so that they stay equal to the bit on one build.
+    The product is computed in float64 on the CPU, where sketches are drawn, and rounded once to the
+    type of the base. The factor that a term keeps is stored beside its weight.
 
     Args:
         base: Weights in their stored layout. Not modified.
-        link: What to fold in.
-        plan: Gives each target's (out, in) view.
+        link: The change to merge.
+        plan: Has each target's (out, in) view.
 
     Raises:
         ConfigError: If there is a term for a quantized weight.
@@ -172,7 +173,8 @@ def apply_link(base: Mapping[str, torch.Tensor], link: Link, plan: Plan) -> Tree
                 f"{name} is held in {base_name(base[name])}, and nothing can be merged into it: "
                 "set model.base=float32"
             )
-        # Of one layout each: how a library multiplies, and the last bit, may depend on it.
+        # Each in one memory layout: how a library multiplies, and so the last bit, may depend on
+        # it.
         known = term.beside(out.get(past_name(name)))
         first, *others = (matrix.contiguous() for matrix in matrices(known))
         old = base[name]

@@ -1,11 +1,11 @@
-"""The interface of a federated method.
+"""Define the interface of a federated method.
 
 A method is a frozen dataclass of hyperparameters with a few pure functions. It never sees a
-client, a message or a data set: it says what the cohort trains (`RoundInstructions`), is handed
-what came back (`Uplinks`), and says what the server holds next (`State`).
+client, a message or a data set: it returns the clients' instructions (`RoundInstructions`),
+receives their updates (`Uplinks`), and returns the server's next state (`State`).
 """
 
-# A hook has arguments that an override uses.
+# Hooks have arguments that only some overrides use.
 # ruff: noqa: ARG002
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ __all__ = [
 ]
 
 
-# What a round shows of a method while it is computed.
+# Shows the method's progress while a round is computed.
 ASKS_TWICE = Feature("a method that asks twice in a round")
 BEGINS_ANEW = Feature("a method whose trained factors begin anew")
 FROZEN_CHANGED = Feature("a method whose frozen factors have changed")
@@ -62,15 +62,15 @@ class Traits:
 
     Attributes:
         exact: The new effective weights are old + step (mean - old), where mean is the weighted
-            mean of the clients' own; with a step of 1 they are that mean. Of what was sent: where
-            numbers travel in fewer bits, a client's weights are those that came, and what the
-            server's rounding adds is a column of the ledger.
-        linear: Weighted sums of what clients send are enough (secure aggregation can serve it).
-        merges: Updates are folded into the base weights, so absent clients must catch up.
-        ranks: What it promises holds under rank budgets (`Cohort.ranks`), which it hands on.
+            mean of the clients' effective weights; with a step of 1 they are that mean. With
+            quantized updates, a client's weights are those received; the server's rounding error is
+            a column of the ledger.
+        linear: Weighted sums of the updates are enough, as in secure aggregation.
+        merges: Updates are merged into the base weights, so that absent clients must catch up.
+        ranks: The properties hold under rank budgets (`Cohort.ranks`), which it passes on.
         step: The server's step, in `exact`.
-        varies: What clients train differs from round to round, so nothing of it lives on there.
-            What comes back in one round may decide it for the next.
+        varies: The trained tensors change from round to round, so clients keep none of them. One
+            round's updates may determine the next round's tensors.
     """
 
     exact: bool
@@ -87,10 +87,10 @@ class Cohort:
 
     Attributes:
         clients: Ids, int64 [K].
-        weights: Aggregation weights, float64 [K], not normalized; ones where the server cannot
-            know them.
-        ranks: Rank budgets, int64 [K], each 1 or more (`fedraclora.devices.system` draws no
-            other); None: no budgets.
+        weights: Aggregation weights, float64 [K], not normalized; ones if the server does not know
+            them.
+        ranks: Rank budgets, int64 [K], each 1 or more (as `fedraclora.devices.system` draws them);
+            None: no budgets.
     """
 
     clients: torch.Tensor
@@ -110,12 +110,12 @@ class Cohort:
 class Counters:
     """Hold counters of a method between rounds; files use the field names.
 
-    A method that keeps more names a subclass in `Method.counters`, whose fields have defaults: each
-    is a number, or numbers by weight.
+    A method with further counters sets a subclass in `Method.counters`, whose fields have defaults:
+    each is a number, or numbers by weight.
 
     Attributes:
-        sketch: Number of the link in progress, from 0: each has sketches of its own.
-        age: Rounds that this link has lived.
+        sketch: Number of merges so far; sketches differ after each merge.
+        age: Rounds since the last merge.
     """
 
     sketch: int = 0
@@ -145,15 +145,15 @@ class State:
     """Hold the server's state between rounds.
 
     Attributes:
-        base: The master weights, float32 or wider, and under names with a "/" what replicas keep
-            beside them.
-        plan: The plan of the run (static; not part of a checkpoint).
-        carried: The method's own tensors (factors that live on, moments).
-        counters: The method's own whole numbers.
-        link: How the last close changed `base`, or None.
-        report: Figures of the last round for the ledger.
+        base: The master weights, float32 or wider, and, under names with a "/", the tensors that
+            replicas keep beside them.
+        plan: The plan of the run (constant; not part of a checkpoint).
+        carried: The method's own tensors (continued factors, moments).
+        counters: The method's own counters.
+        link: The last round's change of `base`, or None.
+        report: The last round's figures for the ledger.
         notes: Sentences for the ledger (a rank that was capped).
-        moments: What the server keeps beside the method: moments of its optimizer.
+        moments: The moments of the server's optimizer.
     """
 
     base: Tree
@@ -188,15 +188,15 @@ def _sketch_seed(seed: int, weight: str) -> int:
 
 
 class Method(Protocol):
-    """A federated method. Subclass it explicitly to take the defaults."""
+    """Base of federated methods. Subclass it explicitly to take the defaults."""
 
     counters: ClassVar[type[Counters]] = Counters
-    """What the method keeps in `State.counters`."""
+    """The class of `State.counters`."""
     cuts_components: ClassVar[bool] = False
-    """Whether components of factors that live on may be cut while the others go on."""
+    """Whether components of continued factors may be cut while the others are kept."""
     gradient_figures: ClassVar[tuple[str, ...]] = ()
-    """Figures of its report that take a local step to be a multiple of the gradient. They are left
-    out where it is not, as under an adaptive optimizer."""
+    """Figures of its report that assume local steps to be multiples of the gradient. They are left
+    out otherwise, as under an adaptive optimizer."""
 
     @property
     def traits(self) -> Traits:
@@ -214,15 +214,15 @@ class Method(Protocol):
 
     @property
     def link_rounds(self) -> int | None:
-        """Return how many rounds trained factors keep their coordinates; None: for ever."""
+        """Return for how many rounds trained factors keep their coordinates; None: for all."""
         return None
 
     @property
     def recurs(self) -> bool:
-        """Return whether frozen factors recur in later links.
+        """Return whether frozen factors return after later merges.
 
-        Then what was trained under each stands beside its weight, under a name of its own, and a
-        merge is a new value of it.
+        Then the factor trained under each is kept beside its weight, under its own name, and a
+        merge replaces its value.
         """
         return False
 
@@ -233,17 +233,17 @@ class Method(Protocol):
 
     @property
     def rank(self) -> Any:
-        """Return the rank of all adapters, of which rank budgets are shares; None: it has none."""
+        """Return the rank of all adapters, the base of rank budgets; None: it has none."""
         return None
 
     @property
     def most_steps(self) -> int | None:
-        """Return the most local steps, if a client sends a number for each of them."""
+        """Return the most local steps of a client if it sends a number for each; None: no limit."""
         return None
 
     @property
     def unread(self) -> Mapping[str, str]:
-        """Name hyperparameters that the settings ignore, and the setting that would use them."""
+        """Name hyperparameters that have no effect, and the setting that would use them."""
         return {}
 
     def initial_state(self, base: Tree, plan: Plan, draw: Draw) -> State:
@@ -252,19 +252,19 @@ class Method(Protocol):
     def open_round(
         self, state: State, round_: int, cohort: Cohort, draw: Draw
     ) -> RoundInstructions:
-        """Build the downlink of round ``round_`` (from 1)."""
+        """Build the instructions of round ``round_`` (from 1)."""
 
     def next_exchange(
         self, state: State, sent: RoundInstructions, got: Uplinks
     ) -> RoundInstructions | None:
-        """Return the downlink of another exchange in the same round, or None to close it."""
+        """Return the instructions of another exchange in the same round, or None to close it."""
         return None
 
     def close_round(self, state: State, sent: RoundInstructions, got: Uplinks) -> State:
-        """Return the next state from the clients' updates; it holds the merge of the round."""
+        """Return the next state from the clients' updates; it contains the round's merge."""
 
     def in_force(self, state: State) -> tuple[Method, State]:
-        """Return the method and the state in effect; a wrapper may leave layers out."""
+        """Return the method and the state in effect; a wrapper may omit layers."""
         return self, state
 
     def weights(self, state: State, draw: Draw, own: Tree | None = None) -> Tree:
@@ -274,10 +274,10 @@ class Method(Protocol):
     def floats(self, plan: Plan, round_: int = 1) -> tuple[int, int]:
         """Return the numbers (up, down) per client and round, by the formula in the docstring.
 
-        Catch-up of an absent client and the bytes of seeds and headers are not in it.
+        Catch-up of absent clients and the bytes of seeds and headers are not included.
         """
 
-    # What a run with this method does not go with; a method of your own may declare more.
+    # Features that this method is incompatible with; a method of your own may declare more.
 
     @Feature(
         "a method whose links last one round",
@@ -350,20 +350,20 @@ class Method(Protocol):
 
 
 def _named(kind: type) -> str:
-    """Return the class name of a method as a config writes it."""
+    """Return the config name of a method's class."""
     package, _, module = kind.__module__.rpartition(".")
     inside = package.endswith("strategies.methods")
     return module if inside else f"{kind.__module__}:{kind.__qualname__}"
 
 
 def first_instructions(method: Method, state: State, draw: Draw, clients: int) -> RoundInstructions:
-    """Build the downlink of round 1, to read its shapes before a run.
+    """Build the instructions of round 1, to read its shapes before a run.
 
     Args:
         method: The algorithm.
-        state: Before round 1. Not modified, as by no round that is opened.
-        draw: Of the run.
-        clients: Size of the cohort, of which each client has the same weight.
+        state: The state before round 1. Not modified.
+        draw: The run's sketches.
+        clients: Number of clients, with equal weights.
     """
     cohort = Cohort(torch.arange(clients), torch.ones(clients, dtype=torch.float64))
     return method.open_round(state, 1, cohort, draw)
@@ -373,8 +373,8 @@ def check_method(method: Any) -> None:
     """Check a method whose class the user's program defines.
 
     Raises:
-        ConfigError: If it is no method, or keeps what its fields do not show: by these a run that
-            goes on knows that it has the same method.
+        ConfigError: If it is no method, or has state outside its fields, by which a resumed run
+            recognizes its method.
     """
     kind = type(method).__name__
     if Method not in type(method).__mro__:
@@ -387,7 +387,7 @@ def check_method(method: Any) -> None:
             f"method is a {kind}, which does not say what it promises: give the class "
             "`traits = Traits(...)` (CONTRIBUTING.md, A new method)"
         )
-    check_limits("method", type(method), vars(method))  # also of a class that is not `Limited`
+    check_limits("method", type(method), vars(method))  # also for a class that is not `Limited`
     shown = {f.name for f in fields(method) if f.repr}
     for name in getattr(method, "__dict__", {}):
         cached = isinstance(getattr_static(type(method), name, None), cached_property)

@@ -1,4 +1,4 @@
-"""Dataclasses that files and messages identify by name."""
+"""Identify dataclasses by name in files and messages."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from fedraclora.errors import ConfigError
 class Named:
     """Register subclasses under a name, by which files and messages identify them.
 
-    A class that derives from it directly begins a family; those that derive from that one and have
-    a ``name`` are its members. A name is looked up among the classes that this process has
-    imported: reading a message never imports anything.
+    A direct subclass begins a family; its subclasses with a ``name`` are the members. A name is
+    looked up among the classes that this process has imported: reading a message never imports
+    anything.
 
     Attributes:
-        name: What files and messages call the class; empty: none of them can hold it.
+        name: Its name in files and messages; empty: it cannot be in one.
         known: The members of the family by name.
     """
 
@@ -70,8 +70,8 @@ class Named:
 def of_main() -> list[type[Named]]:
     """Return the members that the main program defines; other processes cannot import them.
 
-    Python makes a class that is sent to another process before it has its name, so that
-    process calls `Named.register`.
+    Python creates a class in another process before it sets its name, so that the process calls
+    `Named.register`.
     """
     every = (kind for family in Named.__subclasses__() for kind in family.known.values())
     return [kind for kind in every if kind.__module__ == "__main__"]

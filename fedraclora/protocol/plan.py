@@ -1,7 +1,7 @@
 """Choose which parameters a run trains, and at which rank; the same for all methods.
 
-`head` and `bias` decide GLUE comparisons as much as the method does, and public repositories all
-treat them differently, so they are set once for every method of a comparison.
+`head` and `bias` influence GLUE comparisons as much as the method does, and public repositories
+treat them differently, so they are set once for all methods of a comparison.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from fedraclora.protocol.method import Plan
 
 HEAD_POLICIES = ("lora", "full", "frozen", "personal")
 BIAS_POLICIES = ("full", "frozen")
-SHOWN, FORMS = 8, 3  # layers that are named; of many, forms of their names
+SHOWN, FORMS = 8, 3  # layers listed by name; more are grouped by the form of their names
 FULL_RANK = "full"
 Ranks = int | float | str | Mapping[str, int | float | str]
 
@@ -53,7 +53,7 @@ def make_plan(
         target_modules: Pattern of adapted layers (`fedraclora.lowrank.layers.find_targets`).
         head_policy: ``lora`` (the head's weights are adapted like any target), ``full``
             (weights and biases of the head trained in full and averaged), ``frozen``, ``personal``
-            (trained in full, and kept by each client for itself).
+            (trained in full, and kept by each client).
         bias_policy: ``full`` (biases of adapted layers trained in full) or ``frozen``.
         modules_to_save: Patterns of further layers trained in full (convolutions, norms).
 
@@ -61,8 +61,8 @@ def make_plan(
         The plan.
 
     Raises:
-        ConfigError: For a frozen head where one layer alone could be adapted, a local head where
-            there is none, or a pattern that matches nothing.
+        ConfigError: For a frozen head if only one layer could be adapted, a personal head if there
+            is none, or a pattern that matches nothing.
         ModelError: If a target, or a head that is trained, is tied to another layer.
     """
     if head_policy == "personal" and not head:
@@ -161,10 +161,10 @@ def own_rank(ranks: Mapping[str, int | float | str], name: str) -> int | float |
 
     Args:
         ranks: By weight name, or by pattern as in `fedraclora.lowrank.layers.matches`.
-        name: Of the weight.
+        name: The weight's name.
 
     Raises:
-        ConfigError: If nothing fits the layer.
+        ConfigError: If no pattern matches the layer.
 
     Example:
         >>> own_rank({"query": 4, "*": 2}, "layer.0.query.weight")
@@ -199,14 +199,14 @@ def resolve_rank(
         dim: The drawn side's dimension (n for a right sketch, m for a left one).
         name: The layer, for messages.
         cap: Cut an integer rank at ``dim`` with a note, rather than refuse it.
-        parts: How many factors of this rank share the dimension, an equal part each.
-        of: What the parts are, and which keys say how many, for messages.
+        parts: Number of factors of this rank that share the dimension, an equal part each.
+        of: A description of the parts, and the keys of their number, for messages.
 
     Returns:
         The rank, at least 1 and at most ``dim // parts``.
 
     Raises:
-        ConfigError: If the rank is not positive, or above ``dim // parts`` where no cap is wanted.
+        ConfigError: If the rank is not positive, or above ``dim // parts`` without ``cap``.
 
     Example:
         >>> resolve_rank(112, 784, "fc1", cap=True).value
@@ -249,8 +249,8 @@ def resolve_scale(alpha: float | str, rank: int, *, rslora: bool = False) -> flo
 
     Args:
         alpha: A number, or ``auto``: s = 1 whatever the rank.
-        rank: Of the adapter.
-        rslora: Divide by the root, so that what an adapter learns does not fade as its rank grows.
+        rank: The adapter's rank.
+        rslora: Divide by the root, so that an adapter's update does not shrink as its rank grows.
 
     Raises:
         ConfigError: If alpha is not positive and finite, or ``auto`` under ``rslora``.
@@ -315,8 +315,8 @@ class TrainedPart:
         ranks: The least and the greatest rank among them, or both as one.
         dense: Names of parameters that are trained in full.
         everything: Whether these are all.
-        numbers: A client trains.
-        total: The model has.
+        numbers: Numbers that a client trains.
+        total: Numbers of the model.
     """
 
     layers: Sequence[str]
@@ -358,7 +358,7 @@ def trained_of(sent: RoundInstructions, shapes: Mapping[str, tuple[int, ...]]) -
     for weight, adapter in sent.adapters.items():
         first, *others = adapter.factors.values()
         if any(factor.trained for factor in (first, *others)):
-            # Components, which may be more than a side of the weight is long.
+            # Components, possibly more than the dimension of the weight.
             ranks[weight.removesuffix(".weight")] = [first.shape[1], *(f.shape[0] for f in others)]
     ends = [min(map(min, ranks.values())), max(map(max, ranks.values()))] if ranks else []
     return TrainedPart(
@@ -376,7 +376,7 @@ def some_of(names: Sequence[str], what: str) -> str:
 
     Args:
         names: One or more.
-        what: They are: a name may be a number, as in `torch.nn.Sequential`.
+        what: Their kind, since a name may be a number, as in `torch.nn.Sequential`.
 
     Example:
         >>> some_of(["0", "2"], "layer")

@@ -1,12 +1,12 @@
 """Client programs: the part of local training that a method or a setting defines.
 
-A method sends its program with each exchange (`RoundInstructions.program`), with the fields of the
-program as its payload; a setting adds one to every round (``local.extras``). Both are a
+A method sends its program with each exchange (`RoundInstructions.program`), with the program's
+fields as payload; a setting adds one to every round (``local.extras``). Both are a
 `ClientProgram`, and the trainer calls the same hooks of both. Gradients and values carry a leading
 client axis [K, ...].
 """
 
-# A hook has arguments that an override uses.
+# Hooks have arguments that only some overrides use.
 # ruff: noqa: ARG002
 
 from __future__ import annotations
@@ -30,13 +30,12 @@ if TYPE_CHECKING:
 Rates = dict[str, float]  # step size of each trained tensor
 # From gradients and values, [active, ...] by name, to new gradients.
 Hook = Callable[[Tree, Tree], Tree]
-# From values and frozen factors to loss and count of each sample, and whether it is one, [active,
-# width].
+# From values and frozen factors to loss, count and validity of each sample, [active, width].
 Forward = Callable[[Tree, Tree], tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
 
 
 def mean_losses(losses: torch.Tensor, counts: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
-    """Compute the mean loss of each client, [active], from what a `Forward` gives."""
+    """Compute the mean loss of each client, [active], from the result of a `Forward`."""
     mask = valid.to(losses.dtype)
     return (losses * mask).sum(dim=1) / (counts * mask).sum(dim=1).clamp(min=1)
 
@@ -50,9 +49,9 @@ class LocalResult:
         losses: Mean loss over the local steps of each client, float64 [K].
         steps: Local steps taken, int64 [K].
         samples: Training samples of each client, unpacked, int64 [K].
-        moments: Of their optimizers where these live on (`moments`), [K, ...] by name.
-        states: What a user's training function keeps for clients, by id.
-        metrics: What it says of its training, float64 [K] by name; NaN where it does not.
+        moments: Moments of their optimizers, if these are kept (`moments`), [K, ...] by name.
+        states: States that a user's training function keeps for clients, by id.
+        metrics: Metrics that it reports, float64 [K] by name; NaN if missing.
     """
 
     trained: Tree
@@ -67,24 +66,24 @@ class LocalResult:
 class When(IntEnum):
     """Choose after which part of a local step a hook changes the gradients."""
 
-    LOSS = 0  # they are those of the loss: a term may be added to it
-    PROGRAM = 1  # what the method's program says
+    LOSS = 0  # gradients of the loss: a term may be added to it
+    PROGRAM = 1  # for the method's program
     BUDGET = 2  # cut to the components that a client trains
-    CLIP = 3  # as the optimizer will have them
+    CLIP = 3  # as the optimizer will receive them
 
 
 class Optimizer(Protocol):
-    """Take the optimizer's steps for a chunk of clients."""
+    """Define the optimizer's steps for a chunk of clients."""
 
     def step(self, gradients: Tree) -> None:
-        """Take one step for the clients that still train: the first rows of each tensor."""
+        """Take one step for the active clients: the first rows of each tensor."""
 
     def moments(self, steps: torch.Tensor) -> Tree:
         """Return the moments that outlive the round, after ``steps`` of each client, int64 [K]."""
 
 
 class Former(Protocol):
-    """Compute the gradients of a chunk instead of those of the loss."""
+    """Define gradients of a chunk that replace those of the loss."""
 
     def gradients(
         self, chunk: ClientChunk, forward: Forward, active: int, width: int, step: int
@@ -94,22 +93,22 @@ class Former(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class ClientChunk:
-    """Hold what a chunk of clients trains; clients with fewer steps come last.
+    """Hold the trained tensors of a chunk of clients; clients with fewer steps come last.
 
     Attributes:
-        downlink: What was asked.
+        downlink: The instructions.
         clients: Ids, int64 [K].
-        seed: Of the run.
+        seed: The seed of the run.
         round_: From 1.
-        key: Of what an answer draws that the seed must not tell; None: the seed may.
-        values: What is trained, [K, ...] by name.
-        starts: Where it started, [1, ...] or [K, ...].
-        frozen: Factors that are not trained: 2-D where clients share them.
+        key: Secret key for draws that must not follow from the seed; None: draws use the seed.
+        values: Trained tensors, [K, ...] by name.
+        starts: Their starting values, [1, ...] or [K, ...].
+        frozen: Frozen factors: 2-D if clients share them.
         ranks: Rank budgets (`fedraclora.protocol.rank_budgets.spans`), or None.
-        masks: What of a tensor its client trains (`fedraclora.protocol.rank_budgets.trainable`).
+        masks: Trained entries of tensors (`fedraclora.protocol.rank_budgets.trainable`).
         local: Settings of local training (`fedraclora.training.localconfig.LocalConfig`).
-        moments: With which optimizers begin, [K, ...] by the names under which clients keep them;
-            none: at zero.
+        moments: Initial moments of optimizers, [K, ...] by the names under which clients keep them;
+            empty: zero.
     """
 
     downlink: RoundInstructions
@@ -130,21 +129,22 @@ class ClientProgram(Named, Limited, group="local.extras"):
     """Define a client's local training; this base class changes nothing.
 
     Override the hooks that you need. A program that a method sends has a ``name``, and its fields
-    travel with it: plain numbers, texts, and lists, dicts and dataclasses of these.
+    are sent with it: plain numbers, texts, and lists, dicts and dataclasses of these.
 
     Attributes:
-        form: How a config asks for it, with the names of its fields: ``local.prox={mu}``; empty:
+        form: The setting that adds it, with the names of its fields: ``local.prox={mu}``; empty:
             its name.
-        plain: Whether clients take plain local steps all the same, of all that is trained.
-        trains: Whether clients take local steps; False: they send the mean of their gradients, and
-            stay where they are (`fedraclora.training.optimizer.GradientMean`).
-        fixes: Whether some entries of what is trained have no gradient, ever: they stay as they
-            are, unless something else than a gradient moves them.
-        moves_weights: Whether clients move whole weights, and send something else in their place.
-        takes_factor_step: Whether it says how the factors of an adapter take a step; one may.
-        ends_moments: Whether its moments speak of what ends with the round.
-        forms_gradients: Whether `gradients` stands in the place of those of the loss; one may.
-        answers_once: Whether a second answer to a round would tell what the first one hides.
+        plain: Whether clients still take plain local steps on all trained tensors.
+        trains: Whether clients take local steps; False: they send the mean of their gradients at
+            the start (`fedraclora.training.optimizer.GradientMean`).
+        fixes: Whether some entries of trained tensors never have a gradient: they change only by
+            something else.
+        moves_weights: Whether clients train whole weights, and send something else instead.
+        takes_factor_step: Whether it defines how the factors of an adapter take a step; at most one
+            program may.
+        ends_moments: Whether its moments become meaningless at the end of the round.
+        forms_gradients: Whether `gradients` replaces those of the loss; at most one program may.
+        answers_once: Whether a second reply to a round would reveal what the first one hides.
     """
 
     form: ClassVar[str] = ""
@@ -162,11 +162,11 @@ class ClientProgram(Named, Limited, group="local.extras"):
         """Return the config setting that asks for it, for messages."""
         return self.form.format(**vars(self)) or type(self).__name__
 
-    # What it is in a message.
+    # Its form in a message.
 
     @property
     def stream(self) -> str:
-        """Name the random numbers by which uploads are rounded."""
+        """Name the random stream for rounding uploads."""
         return self.name
 
     @property
@@ -180,11 +180,11 @@ class ClientProgram(Named, Limited, group="local.extras"):
 
     @property
     def frame(self) -> tuple[int, int, int] | None:
-        """What stands beside trained factors, if it recurs: its place, of how many, its number."""
+        """Return the recurring factor beside trained ones: position, number and index."""
         return None
 
     def beside(self, weight: str, label: str) -> tuple[str, ...]:
-        """Name what stands beside a weight of a factor that recurs, by place; here nothing does."""
+        """Name the tensors beside a weight for a recurring factor, by position; none here."""
         return ()
 
     @property
@@ -196,29 +196,29 @@ class ClientProgram(Named, Limited, group="local.extras"):
         """Reject invalid fields of a received message; types and limits were checked before.
 
         Raises:
-            WireError: Naming the field, what came and what was wanted.
+            WireError: Naming the field, and the found and the expected value.
         """
 
     def at_rest(self) -> ClientProgram:
-        """Return the part that says from which weights clients start (`fold`)."""
+        """Return the part that determines the clients' initial weights (`fold`)."""
         return PLAIN
 
-    # What clients do.
+    # Hooks at the clients.
 
     def held(self, downlink: RoundInstructions, plan: Plan) -> RoundInstructions:
-        """Return what clients hold and train, if it differs from what they are sent."""
+        """Return the clients' trained model, if it differs from the downlink."""
         return downlink
 
     def fold(self, base: Mapping[str, torch.Tensor], plan: Plan) -> tuple[Tree, Terms]:
         """Compute the weights from which clients train, from the base weights.
 
         Args:
-            base: Of a replica, with what it keeps beside its weights (names with a "/"). Not
+            base: A replica's weights, with the tensors kept beside them (names with a "/"). Not
                 modified.
-            plan: Gives each weight's (out, in) view.
+            plan: Has each weight's (out, in) view.
 
         Returns:
-            The parameters, and terms of weights that are held in few bits, which stay beside them.
+            The parameters, and terms of quantized weights, which are not merged.
         """
         return parameters(base), {}
 
@@ -230,8 +230,8 @@ class ClientProgram(Named, Limited, group="local.extras"):
         """Return the object that computes the gradients of a chunk, if `forms_gradients`.
 
         Args:
-            chunk: Of clients.
-            base: The weights from which they go, with what stands beside them.
+            chunk: The clients.
+            base: The weights from which they train, with the tensors beside them.
             steps: The most local steps of a client.
         """
         return self
@@ -242,8 +242,8 @@ class ClientProgram(Named, Limited, group="local.extras"):
         """Compute mean losses, [active], and gradients, [active, ...] by name, of a local step.
 
         Args:
-            chunk: Of clients.
-            forward: Of the step's batch, which has ``width`` samples of each active client.
+            chunk: The clients.
+            forward: Forward pass of the step's batch, with ``width`` samples of each active client.
             active: Clients that still train.
             width: See ``forward``.
             step: The local step, from 0.
@@ -262,8 +262,8 @@ class ClientProgram(Named, Limited, group="local.extras"):
         """Return an optimizer that replaces the local one; None: it has none.
 
         Args:
-            chunk: Of clients; its values are updated in place.
-            rates: Step size of each of them.
+            chunk: The clients; its values are updated in place.
+            rates: Step size of each value.
 
         Raises:
             ConfigError: Where it does not fit what is trained.
@@ -276,8 +276,8 @@ class ClientProgram(Named, Limited, group="local.extras"):
         """Return the shapes of an optimizer's state for one client.
 
         Args:
-            downlink: Says what is trained.
-            kinds: What it holds of each tensor: ``first``, ``second``.
+            downlink: The instructions.
+            kinds: Its kinds of state for each tensor: ``first``, ``second``.
 
         Returns:
             By ``first/<name>`` and so on: as what is trained.
@@ -286,29 +286,29 @@ class ClientProgram(Named, Limited, group="local.extras"):
         return {f"{kind}/{name}": slot.shape for kind in kinds for name, slot in trained}
 
     def upload(self, chunk: ClientChunk, before: Tree, after: Tree) -> Tree:
-        """Return what clients send, by name, [K, ...]: changed, with noise, or something else.
+        """Return the tensors that clients send, by name, [K, ...]; for example with noise added.
 
         Args:
-            chunk: Of clients. Draw for each client by its id, the round and the seed, as
-                ``fedraclora.rng.generator(chunk.seed, "my noise", chunk.round_, client)``, so that
-                no draw depends on who else is in the chunk.
-            before: The weights from which they went.
-            after: What they trained, [K, ...] by name, in the order of ``chunk.clients``.
+            chunk: The clients. Draw random numbers for each client by its id, the round and the
+                seed, as ``fedraclora.rng.generator(chunk.seed, "my noise", chunk.round_, client)``,
+                so that no draw depends on the other clients of the chunk.
+            before: The weights before training.
+            after: Trained values, [K, ...] by name, in the order of ``chunk.clients``.
         """
         return after
 
     def sent(self, result: LocalResult) -> LocalResult:
-        """Return the result that clients send, after they kept theirs; one may leave out losses."""
+        """Return the part of a result that clients send; a program may omit losses."""
         return result
 
-    # What the server says of it.
+    # Hooks at the server.
 
     def step_in_weights(self, scale: float, gram: float) -> tuple[float, float]:
-        """Return s and c of the step that SGD takes in weight space (`effective_step`)."""
+        """Return s and c of the step of SGD in weight space (`effective_step`)."""
         return scale, gram
 
     def columns(self, sent: RoundInstructions, got: Uplinks) -> dict[str, float]:
-        """Compute the columns of a round in the results table."""
+        """Compute the program's columns in the results table, for a round."""
         return {}
 
 
@@ -329,7 +329,7 @@ class LocalSteps(ClientProgram):
 
 @dataclass(frozen=True)
 class MeanGradient(ClientProgram):
-    """Send the mean gradient at the starting weights; take no step."""
+    """Send the mean gradient at the start; take no step."""
 
     name = "gradient"
     trains = False

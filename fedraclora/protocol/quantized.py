@@ -1,8 +1,8 @@
-"""Quantized numbers: the available formats, and tensors as bytes in one of them.
+"""Quantize tensors to bytes, in one of the available formats, and back.
 
-Whatever was rounded is read back without another error, and is left as it is by rounding it again:
-what is merged, written to disk and sent anew has the same bits. So what a kind must be
-(`fedraclora.protocol.kinds.Kind`) is all that the rest of the house knows of it.
+Rounded numbers are decoded without further error, and rounding them again does not change them:
+merged, stored and resent numbers have the same bits. Other code only uses the interface
+`fedraclora.protocol.kinds.Kind`.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from fedraclora.protocol.coding import NONE, compressed, unframed
 from fedraclora.protocol.kinds import Draws, Kind, Scaled, Short
 from fedraclora.protocol.rotated import Rotated
 
-FULL = "float32"  # numbers as they are trained
+FULL = "float32"  # unquantized numbers
 WIDTHS = {"float32": 4, "float64": 8}  # bytes of a number
 _KINDS = (Short(), Scaled(8), Scaled(4), *map(Rotated, (4, 3, 2, 1)))
 ROUNDINGS: dict[str, Kind] = {kind.name: kind for kind in _KINDS}
@@ -32,7 +32,7 @@ def packed_bytes(sizes: Sizes, kind: str) -> torch.Tensor:
 
     Args:
         sizes: Numbers of each tensor, int64 [..., T].
-        kind: Of the numbers: one of `WIDTHS` or `ROUNDED`.
+        kind: Their format: one of `WIDTHS` or `ROUNDED`.
 
     Returns:
         int64 [...].
@@ -58,18 +58,18 @@ def encode(
     """Quantize and pack tensors.
 
     Args:
-        numbers: One tensor after another, [P]; or such rows, [K, P].
+        numbers: Concatenated tensors, [P]; or such rows, [K, P].
         sizes: Numbers of each tensor.
         kind: One of `ROUNDED`.
-        rng: Draws; of rows one for each. None: nothing is drawn, and they are rounded to the
-            nearest: numbers that have been rounded before need no draw.
-        nearest: To the nearest all the same: under feedback what is left is made up for.
+        rng: Random generator; one for each row. None: round to the nearest number without draws,
+            which numbers that were rounded before do not need.
+        nearest: Round to the nearest number: error feedback compensates for the rest.
         again: Whether they may have been rounded before, or be rounded again (`Draws`).
-        coding: How the bytes are coded, of numbers [P] (`fedraclora.protocol.coding`).
+        coding: Lossless coding of the bytes, for numbers [P] (`fedraclora.protocol.coding`).
 
     Returns:
-        uint8, of each row as many as `packed_bytes` counts; coded, less or as many. A block with a
-        number that is not finite, or too large, becomes one of NaN.
+        uint8, for each row as many as `packed_bytes` counts; with coding, at most as many. A block
+        with a number that is not finite, or too large, becomes NaN.
     """
     x = numbers.detach().cpu().double().numpy()
     rngs = [] if rng is None else [rng] if isinstance(rng, np.random.Generator) else rng
@@ -95,11 +95,11 @@ def decode(
 ) -> torch.Tensor:
     """Decode the output of `encode`, float64 [P] or, with two axes, [K, P].
 
-    What is coded is shorter than what is not, and so is known.
+    Coded bytes are recognized because they are shorter.
 
     Raises:
-        WireError: If it is of another size or type, has something that `encode` does not give, or
-            is coded and damaged.
+        WireError: If its size or type is wrong, it contains values that `encode` does not produce,
+            or its coding is damaged.
     """
     size = int(packed_bytes(sizes, kind))
     if axes == raw.dim() == 1 and raw.dtype == torch.uint8 and len(raw) < size:

@@ -1,18 +1,18 @@
-"""Rank budgets: a client trains only the first components of every adapter; sums stay exact.
+"""Apply rank budgets: a client trains only the first components of every adapter; sums stay exact.
 
     client k trains the first r_k columns of B under the first r_k rows of the shared A;
-    W <- W + s (sum_k p_k B_k) A, where column j > r_k of B_k is as it started
+    W <- W + s (sum_k p_k B_k) A, where columns j > r_k of B_k keep their starting values
 
-The sketch and the scale ``s`` are common, so ``sum_k p_k (W + s B_k A)`` is that very merge: the
-zero-padded sum. Row j of A gets signal from the clients with ``r_k >= j`` alone.
+The sketch and the scale ``s`` are common, so ``sum_k p_k (W + s B_k A)`` equals this merge, the
+zero-padded sum. Only clients with ``r_k >= j`` contribute to row j of A.
 
-What is beyond a budget stays at its start and does not travel. That is zero under a fresh sketch.
-Where a sketch lives for several rounds it is the carried value, which the client then holds as a
-part of its frozen weights: to drop it instead would let every round with a small client shrink
-what the large ones have learnt.
+Values beyond a budget keep their starting value and are not sent. That value is zero under a fresh
+sketch. If a sketch is kept for several rounds, it is the continued value, which the client uses as
+part of its frozen weights: without it, every round with a small client would shrink the components
+that large clients have trained.
 
-Several sketches a round are the same thing with other components: the rows of one drawing are cut
-into G parts, and client k trains part g_k. The sum is exact for the same reason.
+Several sketches in a round work in the same way: the rows of one drawing are cut into G parts, and
+client k trains part g_k. The sum is exact for the same reason.
 
 References:
     Cho et al., *Heterogeneous LoRA for federated fine-tuning*, arXiv 2401.06432, truncate and pad
@@ -34,7 +34,7 @@ def check_budgets(downlink: RoundInstructions, cohort: Cohort) -> None:
     """Check that an exchange has one rank budget for each client.
 
     Raises:
-        ConfigError: If the method forgot the budgets of the cohort.
+        ConfigError: If the method does not pass on the clients' budgets.
         ShapeError: If the budgets are not one for each client.
     """
     if cohort.ranks is not None and downlink.ranks is None:
@@ -84,22 +84,22 @@ def spans(ranks: torch.Tensor, size: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def within(ranks: torch.Tensor, size: int) -> torch.Tensor:
-    """Return which of ``size`` components each client has: bool [K, size]; ranks as in `spans`."""
+    """Return a mask of each client's components: bool [K, size]; ranks as in `spans`."""
     first, end = spans(ranks, size)
     places = torch.arange(size, device=ranks.device)
     return (places >= first[:, None]) & (places < end[:, None])
 
 
 def trainable(downlink: RoundInstructions, ranks: torch.Tensor | None) -> Tree:
-    """Return masks of what clients train of the factors that a budget limits.
+    """Return masks of the entries that clients train, for factors that a budget limits.
 
     Args:
-        downlink: Says which factors are trained.
-        ranks: Of the clients, as in `spans`, or None.
+        downlink: The instructions.
+        ranks: Ranks of the clients, as in `spans`, or None.
 
     Returns:
         Masks by trained name, bool, [K, rows, cols] with 1 for an axis that is not cut. Factors
-        that every client trains as a whole are left out: they cost nothing.
+        that every client trains as a whole are left out, at no cost.
     """
     masks: Tree = {}
     if ranks is None:
@@ -118,12 +118,12 @@ def trainable(downlink: RoundInstructions, ranks: torch.Tensor | None) -> Tree:
 
 
 def hold(values: Tree, starts: Tree, masks: Tree, active: int) -> None:
-    """Restore, in place, what lies beyond a budget: weight decay moves it without a gradient.
+    """Restore, in place, values beyond a budget, which weight decay changes without a gradient.
 
     Args:
         values: Trained tensors, [K, ...]; the first ``active`` clients have taken a step.
         starts: Where they started, [1, ...] or [K, ...].
-        masks: Of `trainable`.
+        masks: The result of `trainable`.
         active: Clients that still train.
     """
     for name, mask in masks.items():
@@ -142,11 +142,11 @@ def cut_gradients(gradients: Tree, masks: Tree) -> Tree:
 
 
 def uploaded_mask(downlink: RoundInstructions, places: torch.Tensor) -> torch.Tensor | None:
-    """Return the mask of the numbers in its row that a client sends.
+    """Return a mask of the numbers that each client sends of its row.
 
     Args:
-        downlink: What is asked.
-        places: The clients' places in the cohort of the downlink, int64 [k].
+        downlink: The instructions.
+        places: The clients' positions among those of the downlink, int64 [k].
 
     Returns:
         bool [k, P] over the uplink's packing order, or None without budgets.
@@ -165,18 +165,18 @@ def uploaded_mask(downlink: RoundInstructions, places: torch.Tensor) -> torch.Te
 
 
 def widen(numbers: torch.Tensor, downlink: RoundInstructions, places: torch.Tensor) -> torch.Tensor:
-    """Expand what clients sent under budgets to full rows; the rest keeps its starting value.
+    """Expand the clients' numbers under budgets to full rows; the rest keeps its starting value.
 
     Args:
-        numbers: What they sent, one client after another, [total].
-        downlink: What was asked. Without budgets ``numbers`` are rows, and are given back.
-        places: The clients' places in the cohort, int64 [k].
+        numbers: Their numbers, one client after another, [total].
+        downlink: The instructions. Without budgets ``numbers`` are rows, and returned unchanged.
+        places: The clients' positions in the round, int64 [k].
 
     Returns:
         [k, P] in the uplink's packing order.
 
     Raises:
-        WireError: If there are not as many numbers as the budgets ask for.
+        WireError: If the number of values does not match the budgets.
     """
     mask = uploaded_mask(downlink, places)
     if mask is None:

@@ -1,20 +1,21 @@
-"""eden4 to eden1: b bits a number, rounded after a random rotation.
+"""Quantize to b = 4 to 1 bits a number after a random rotation (eden4 to eden1).
 
     z = H D x,  q_i the level nearest to g z_i / |x|,  x~ = s D H q
 
-D are random signs and H is the Hadamard matrix of entries 1 and -1, after which numbers are close
-to normal whatever they were; levels are those of Lloyd and Max for a normal number.
-s = |x|^2 / <q, z> makes <x~, x> = |x|^2, and the mean of x~ over D is near x: so clients round,
-whose errors then fall with their number. s = <q, z> / (d |q|^2) has the least error: so the server
-rounds, and clients under feedback. Their squared errors, of |x|^2 and for large d:
+D are random signs and H is the Hadamard matrix of entries 1 and -1, which makes any numbers nearly
+normal; levels are those of Lloyd and Max for a normal distribution. s = |x|^2 / <q, z> makes
+<x~, x> = |x|^2, and the mean of x~ over D is near x: clients use it, so that errors average out
+over clients. s = <q, z> / (d |q|^2) has the least error: the server uses it, and clients with error
+feedback. Their squared errors, relative to |x|^2 and for large d:
 
     bits            4      3      2      1
     without bias    0.010  0.036  0.133  0.571
     least           0.010  0.035  0.117  0.363
 
-**Bias.** <x~, x> is exact for each D. The rest of the mean is exact for a rotation drawn from all;
-of a Hadamard matrix with random signs it is not, where few numbers of a block outweigh the others,
-for then z takes few values. The norm of the bias, of |x|, at 64 numbers as at 1024:
+**Bias.** <x~, x> is exact for each D. The rest of the mean is exact for a uniformly random
+rotation. For a Hadamard matrix with random signs it is not if few numbers of a block dominate the
+others, since z then takes few values. The norm of the bias relative to |x|, equal at 64 and at 1024
+numbers:
 
     bits                                              4      3      2      1
     normal                                            0.00   0.00   0.01   0.02
@@ -22,25 +23,25 @@ for then z takes few values. The norm of the bias, of |x|, at 64 numbers as at 1
     one number three times as long                    0.00   0.00   0.10   0.32
     three numbers that are not zero (1, 1/2, 1/4)     0.08   0.10   0.23   0.56
 
-More clients or rounds do not average it away; int8, int4 and bfloat16 have none.
+More clients or rounds do not reduce it; int8, int4 and bfloat16 have no bias.
 
-**Equal blocks.** All blocks of a tensor have the same signs. So errors of equal blocks are equal,
-and those of their sum do not fall with their number; of blocks that differ, and of tensors, they
-are independent.
+**Equal blocks.** All blocks of a tensor have the same signs. So equal blocks have equal errors,
+which do not average out in their sum; errors of different blocks, and of tensors, are independent.
 
-**Length.** |x~| is sqrt(1 + e) |x|, e the error without bias: a norm that x keeps to x~ does not.
+**Length.** |x~| is sqrt(1 + e) |x|, e the error without bias: x~ may exceed a bound on the norm of
+x.
 
-**Equal bits.** Levels are whole numbers up to 63, and s has 8 bits and an exponent. So in x~ of a
-block of up to 1024 numbers all is a whole number below 2^24 times one power of two: float32 has it,
-and no order of summing, library or host can give another one. Rounding itself works on x in 26
-bits, and so on whole numbers, too.
+**Equal bits.** Levels are integers up to 63, and s has 8 bits and an exponent. So all numbers of x~
+in a block of up to 1024 are integers below 2^24 times one power of two: float32 represents them
+exactly, and no order of summation, library or host can change them. Rounding works on x in 26 bits,
+and so on integers, too.
 
-**Blocks.** The first numbers of a tensor lie in blocks of 1024, the others in one block each of
-512, 256, 128, 64 and 32, as their number written in twos says; the rest of less than 32 numbers is
-a block of int8. Nothing is padded.
+**Blocks.** The first numbers of a tensor form blocks of 1024; the others form at most one block
+each of 512, 256, 128, 64 and 32, by the binary digits of their number; the rest of fewer than 32
+numbers is a block of int8. Nothing is padded.
 
-**Signs** are those of a number of two bytes, drawn for each tensor and sent with it. It is one of
-`FOUND` where x~ is rounded anew before it is sent on or written: each of these is tried, and if x
+**Signs** follow from a number of two bytes, drawn for each tensor and sent with it. It is one of
+`FOUND` if x~ may be rounded again before it is resent or stored: all of these are tried, and if x
 is s D H q for one of them, that is its code.
 
     a row:  the signs of each tensor | s of each block, as exponent and 8 bits | q | the rest
@@ -66,7 +67,7 @@ from typing_extensions import override
 from fedraclora.protocol.kinds import BLOCK, Bytes, Doubles, Draws, Kind, Scaled, pack, unpack
 from fedraclora.rng import generator
 
-LENGTHS = (1024, 512, 256, 128, 64, BLOCK)  # of blocks
+LENGTHS = (1024, 512, 256, 128, 64, BLOCK)  # lengths of blocks
 LEVELS = {  # of either sign, and g: the value of one standard deviation
     1: ((1,), 1.0),
     2: ((3, 10), 6.623),
@@ -77,17 +78,17 @@ ADDED = {1: 0.571, 2: 0.133, 3: 0.036, 4: 0.01}
 FINE = 26  # bits of x
 AT_ONCE = 1 << 20  # numbers of a row that are rotated together
 LOWEST, TOP, NO_NUMBER = -149, 254, (255, 128)  # exponents of s: the first, and how many more
-SIGNS, FOUND = 1 << 16, 16  # how many sets of signs there are, and how many of them are tried
+SIGNS, FOUND = 1 << 16, 16  # number of sets of signs, and how many of them are tried
 REST = Scaled(8)
 
 Whole = npt.NDArray[np.int64]
 
 
 class Rotated(Kind):
-    """Numbers of ``bits`` bits, 1 to 4.
+    """Quantize to ``bits`` bits a number, 1 to 4.
 
     Attributes:
-        levels: What each code stands for [2^bits].
+        levels: The value of each code [2^bits].
         table: The code of the level nearest to (i - 128) / 2 and a bit, for i from 0 to 255.
     """
 
@@ -95,7 +96,7 @@ class Rotated(Kind):
         super().__init__(f"eden{bits}", ADDED[bits])
         self.bits, above = bits, np.array(LEVELS[bits][0], np.float64)
         self.levels = np.concatenate([-above[::-1], above])
-        middle = [a + b for a, b in pairwise(self.levels)]  # twice what lies between two
+        middle = [a + b for a, b in pairwise(self.levels)]  # twice the midpoints between two levels
         self.table = np.searchsorted(middle, np.arange(-128, 128), side="right").astype(np.uint8)
 
     @override
@@ -150,7 +151,7 @@ class Rotated(Kind):
             end = at + len(part.tensors) * part.length
             each = hadamard(q[:, at:end].reshape(K, -1, part.length))
             each *= signs[:, part.tensors, : part.length]
-            part.put(x, each * scales[:, part.place, None] + 0.0)  # of -0 makes 0
+            part.put(x, each * scales[:, part.place, None] + 0.0)  # turns -0 into 0
             at = end
         if plan.rests:
             x[:, plan.rest] = REST.decode(rest, plan.rests)
@@ -171,7 +172,7 @@ class Rotated(Kind):
         return found, codes
 
     def _exact(self, x: _Blocks) -> tuple[Whole, Bytes, Bytes]:
-        """Find which blocks of [N, d] are s D H q, and give their places, s and q."""
+        """Find blocks of [N, d] that equal s D H q; return their positions, s and q."""
         largest, d = np.abs(x.z).max(-1), x.z.shape[-1]
         codes, s = np.zeros(x.z.shape, np.uint8), np.zeros((len(x.z), 2), np.uint8)
         fits = x.finite & (largest == 0)
@@ -191,7 +192,7 @@ class Rotated(Kind):
         return where, s[where], codes[where]
 
     def _known(self, row: Doubles, plan: _Plan) -> list[int]:
-        """Find for each tensor the signs under which it has been rounded before; -1: none."""
+        """Find for each tensor the signs with which it was rounded before; -1: none."""
         left = [np.arange(FOUND) for _ in range(plan.tensors)]
         tried = set()
         for part in plan.parts:
@@ -207,7 +208,7 @@ class Rotated(Kind):
         return [int(each[0]) if len(each) else -1 for each in left]
 
     def _nearest(self, doubled: Doubles) -> Bytes:
-        """The codes of the nearest levels to numbers, which come times 2."""
+        """Return the codes of the levels nearest to numbers, which are given times 2."""
         return self.table[(np.floor(doubled).clip(-128, 127) + 128).astype(np.uint8)]
 
     def _read(self, s: Bytes) -> Doubles:
@@ -223,13 +224,13 @@ class Rotated(Kind):
 
 @dataclass(frozen=True)
 class _Blocks:
-    """Blocks [..., d] in whole numbers, rotated.
+    """Hold blocks [..., d] as rotated integers.
 
     Attributes:
         z: H D x.
         norm: |x|^2.
-        exponent: Of the power of two that x was divided by.
-        finite: Whether x is; else it is taken for 0.
+        exponent: Exponent of the power of two by which x was divided.
+        finite: Whether x is finite; else it counts as 0.
     """
 
     z: Doubles
@@ -253,20 +254,20 @@ class _Blocks:
         return _Blocks(*(each[rows] for each in vars(self).values()))
 
     def scaled(self, value: Doubles, rows: Any = ...) -> Doubles:
-        """Multiply whole numbers of blocks by what x was divided by."""
+        """Multiply integers of blocks by the divisor of x."""
         found: Doubles = np.ldexp(value, self.exponent[rows])
         return found
 
 
 @dataclass(frozen=True)
 class _Part:
-    """The blocks of one length.
+    """Locate the blocks of one length.
 
     Attributes:
         length: d.
-        spans: From where to where they lie in a row, of each tensor that has some.
-        tensors: Of each block the number of its tensor.
-        place: Of their scales among those of all blocks.
+        spans: Their start and end in a row, for each tensor that has some.
+        tensors: The index of each block's tensor.
+        place: The position of their scales among those of all blocks.
     """
 
     length: int
@@ -290,14 +291,13 @@ class _Part:
 
 @dataclass(frozen=True)
 class _Plan:
-    """How rows of some tensors are cut.
+    """Describe how the rows of some tensors are cut into blocks.
 
     Attributes:
         parts: Their blocks, the longest first.
-        tensors, blocks, rotated: How many tensors have blocks, how many these are, of how many
-            numbers.
-        rest: The places of the other numbers.
-        rests: How many of these each tensor has.
+        tensors, blocks, rotated: Number of tensors with blocks, of blocks, and of their numbers.
+        rest: The positions of the other numbers.
+        rests: Number of these in each tensor.
     """
 
     parts: list[_Part]
@@ -335,7 +335,7 @@ def _plan(sizes: tuple[int, ...]) -> _Plan:
 
 
 def _scales(s: Doubles, u: Doubles) -> Bytes:
-    """Round scales to 8 bits and an exponent, [...] to [..., 2]; NaN and what is too large, too."""
+    """Round scales to 8 bits and an exponent, [...] to [..., 2]; NaN and too large ones, too."""
     _, exponent = np.frexp(s)
     exponent = np.where(s > 0, np.maximum(exponent.astype(np.int64) - 8, LOWEST), LOWEST)
     whole = np.floor(np.ldexp(s, -exponent) + u)
@@ -358,9 +358,9 @@ def _sign_set(turn: int) -> npt.NDArray[np.int8]:
 
 
 def hadamard(x: Doubles) -> Doubles:
-    """Multiply each of the last axis, of d numbers, by the matrix H of d x d signs.
+    """Multiply each of the last axis, of d numbers, by the d x d Hadamard matrix H.
 
-    By H_d = H_a (x) H_c with d = a c: two products of small matrices.
+    It uses H_d = H_a (x) H_c with d = a c: two products of small matrices.
     """
     *lead, d = x.shape
     a, c = _matrix(d.bit_length() - 1 >> 1), _matrix(d.bit_length() >> 1)

@@ -1,9 +1,9 @@
-"""Exact aggregation: float64 sums in client order, in fixed blocks.
+"""Aggregate exactly: float64 sums in client order, in fixed blocks.
 
 A float sum depends on its order, even in float64. So clients are summed in ascending order of id,
 `SUM_BLOCK` at a time: inside a block one after another, then the blocks one after another. The
-result depends on the cohort alone: not on the order of replies, the size of chunks or the number
-of workers.
+result depends only on the clients of the round: not on the order of replies, the size of chunks or
+the number of workers.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from fedraclora.errors import ClientError, DivergenceError, ShapeError
 from fedraclora.tree import Layout, Tree
 
 SUM_BLOCK = 32
-UNSAID = -math.inf  # the training loss of a client that does not say it
-CALMER = "lower local.lr"  # what is advised where a client's numbers are not finite
-AT_ONCE = 1 << 17  # numbers in float64, which then stay in the cache
-TILE = 1 << 15  # of them where each is read and written for every client
+UNSAID = -math.inf  # the training loss of a client that does not report it
+CALMER = "lower local.lr"  # advice if a client's numbers are not finite
+AT_ONCE = 1 << 17  # float64 numbers that stay in the cache
+TILE = 1 << 15  # the same, if each is read and written for every client
 
 
 def block_sums(
@@ -35,8 +35,8 @@ def block_sums(
     Args:
         stacked: [K, P], any floating dtype.
         weights: float64 [K].
-        places: The clients' places in the cohort, ascending, int64 [K]; None = 0, 1, ..., K - 1.
-            A place that is missing (a client that failed) adds nothing.
+        places: The clients' positions in the round, ascending, int64 [K]; None = 0, 1, ..., K - 1.
+            A missing position (a client that failed) adds nothing.
 
     Returns:
         float64 [blocks up to the last place, P].
@@ -50,7 +50,7 @@ def block_sums(
     for start in range(0, P if K else 0, step := max(1, AT_ONCE // (height * max(1, blocks)))):
         part, out = stacked[:, start : start + step], sums[:, start : start + step]
         room = out.new_empty(blocks * height, out.shape[1])
-        # A place where nobody is adds zero, which changes no bit of a sum that began at zero.
+        # A missing position adds zero, which changes no bit of a sum that began at zero.
         if last + 1 == K or places is None:
             room[:K].copy_(part).mul_(column)
             room[K:].zero_()
@@ -63,7 +63,7 @@ def block_sums(
 def add_rows(out: torch.Tensor, rows: torch.Tensor) -> None:
     """Add the rows of each block, [blocks, height, p], one after another to zeros [blocks, p]."""
     if out.device.type == "cpu" and out.shape[1] > 1:
-        # So does numpy along an axis that is not the last ("numpy.sum", notes on precision).
+        # numpy does the same along an axis that is not the last ("numpy.sum", notes on precision).
         np.add.reduce(rows.numpy(), axis=1, out=out.numpy(), initial=0.0)
         return
     for row in rows.unbind(1):
@@ -87,7 +87,7 @@ class RunningSum:
     def __init__(self, size: int) -> None:
         self.total = torch.zeros(size, dtype=torch.float64)
         self.block, self.number = torch.zeros_like(self.total), 0
-        self.room = torch.empty(TILE, dtype=torch.float64)  # fresh memory costs more than sums
+        self.room = torch.empty(TILE, dtype=torch.float64)  # fresh memory costs more than the sums
 
     def add(
         self, pieces: Sequence[torch.Tensor], weights: torch.Tensor, places: torch.Tensor
@@ -97,9 +97,9 @@ class RunningSum:
         Args:
             pieces: The columns of the rows, [K, p] each, side by side.
             weights: float64 [K].
-            places: As in `block_sums`; behind those that were added.
+            places: As in `block_sums`; after those already added.
         """
-        # Products of 24 and 29 bits are exact in float64: whether one or two steps round is one.
+        # Products of 24 and 29 bits are exact in float64, so one step and two steps round equally.
         whole = bool(((weights == weights.round()) & (weights < 1 << 29)).all())
         blocks, counts = torch.unique_consecutive(places // SUM_BLOCK, return_counts=True)
         parts = zip(*(piece.split(counts.tolist()) for piece in pieces), strict=True)
@@ -147,17 +147,17 @@ def sum_blocks(blocks: torch.Tensor) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class Uplinks:
-    """Hold what the clients of a round sent: stacked, or summed already.
+    """Hold the updates of a round's clients: stacked, or only their sum.
 
     Attributes:
         clients: Client ids in ascending order, int64 [K].
         weights: Aggregation weights, float64 [K], not normalized.
-        layout: Names and shapes of what each client sent.
+        layout: Names and shapes of each client's update.
         stacked: [K, P], one packed row per client, or None if only the sum is known.
         summed: float64 [P], ``sum_k weights[k] * row_k``, or None if not yet formed.
         versions: Base version each client trained from, int64 [K].
-        places: Their places in the cohort, int64 [K], or None if nobody is missing.
-        denominator: What the sum is divided by for the mean; None: the sum of the weights.
+        places: Their positions in the round, int64 [K], or None if no client is missing.
+        denominator: Divisor of the sum for the mean; None: the sum of the weights.
     """
 
     clients: torch.Tensor
@@ -189,7 +189,7 @@ class Uplinks:
     def mean(self) -> Tree:
         """Return the weighted mean of all updates, float64, by name."""
         mean = self.sum() / self.total
-        # Copies: views into one vector lie anywhere, and matrix products round by alignment.
+        # Copies: views into one vector have any alignment, and matrix products round by alignment.
         return {n: t.clone() for n, t in self.layout.unpack(mean).items()}
 
     def stack(self) -> Tree:
@@ -214,7 +214,7 @@ class Uplinks:
 
     @property
     def has_individuals(self) -> bool:
-        """Return whether each client's own tensors are here."""
+        """Return whether each client's own tensors are available."""
         return self.stacked is not None
 
 
@@ -229,8 +229,8 @@ class Refusal:
 def finite(rows: torch.Tensor) -> torch.Tensor:
     """Return which rows of [K, P] have no NaN or infinity: bool [K].
 
-    By the greatest absolute value, which a NaN passes through: one pass and no copy, where
-    ``isfinite`` makes copies of the size of the rows.
+    It uses the largest absolute value, through which a NaN propagates: one pass without copies,
+    while ``isfinite`` makes copies of the size of the rows.
     """
     if not rows.shape[1]:
         return torch.ones(len(rows), dtype=torch.bool, device=rows.device)
@@ -241,14 +241,14 @@ def finite(rows: torch.Tensor) -> torch.Tensor:
 def greatest_norm(dtype: torch.dtype) -> float:
     """Return the largest norm of a usable update: 4e9 (float32), 1e77 (float64).
 
-    A loss squares what a weight gives, and the norm of its gradient squares that: where the fourth
-    power overflows, weights may be finite, and all that comes of them is not.
+    A loss squares outputs, and the norm of its gradient squares that: if the fourth power
+    overflows, weights may be finite while all results are not.
     """
     return math.sqrt(math.sqrt(torch.finfo(dtype).max))
 
 
 def norms_of(pieces: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Compute the norm of each row, whose columns lie side by side in pieces [K, p]; [K].
+    """Compute the norm of each row, given as columns side by side in pieces [K, p]; [K].
 
     One pass and no copy.
     """
@@ -260,7 +260,7 @@ def norms_of(pieces: Sequence[torch.Tensor]) -> torch.Tensor:
 
 
 def calmer(*, own: bool) -> str:
-    """Return advice against diverging updates; ``own``: for a training function of the user."""
+    """Return advice against diverging updates; ``own``: for a user's training function."""
     return (
         "take smaller steps in your training function, or clip its gradients"
         if own
@@ -282,7 +282,7 @@ def check_rows(
         weights: float64 [K].
         losses: Mean training loss of each client [K], or `UNSAID`.
         pieces: The columns of the rows, [K, p] each, side by side.
-        norms: Of the rows [K], where they are known.
+        norms: Norms of the rows [K], if known.
 
     Returns:
         One refusal per client that fails; empty if all pass.
