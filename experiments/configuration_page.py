@@ -14,9 +14,9 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple, cast
 
+from fedraclora.compose import CONF
 from fedraclora.compose.choices import (
     CHOICE_ROWS,
-    CONF,
     GLOBAL,
     NODES,
     choice,
@@ -100,9 +100,9 @@ def _group(group: str) -> Iterable[str]:
         several = len(names) > 1 and any(len(has) < len(names) for has in found.values())
         head = ("key", "values", "default", *(("choices",) if several else ()), "meaning")
         rows = []
-        for key, has in found.items():
+        for each, has in found.items():
             of = (_which([*has], [*names]),) if several else ()
-            rows.append((f"`{key.name}`", key.values, _default(has), *of, _cell(key.text)))
+            rows.append((f"`{each.name}`", each.values, _default(has), *of, _cell(each.text)))
         yield _markdown(head, rows)
     yield from _nested(nested)
 
