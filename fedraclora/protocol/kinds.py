@@ -2,11 +2,11 @@
 
     Q(x) = s floor(x / s + u),  u uniform in [0, 1):   E Q(x) = x,   E (Q(x) - x)^2 <= s^2 / 4
 
-Of int8 and int4 each block of `BLOCK` numbers has a scale s, the smallest power of two with
-max |x| <= L s, where L is 127 or 7; a block lies within one tensor, whose last one may be shorter.
-It is sent as its exponent, in one byte. Since s is a power of two, what was rounded is read back
-without another error, and is left as it is by rounding it again: what is merged, written to disk
-and sent anew has the same bits. Of bfloat16 s is the last bit of each number.
+In int8 and int4 each block of `BLOCK` numbers has a scale s, the smallest power of two with
+max |x| <= L s, where L is 127 or 7; a block is within one tensor, whose last block may be shorter.
+The scale is sent as its exponent, in one byte. Since s is a power of two, rounded numbers are
+decoded without further error, and rounding them again does not change them: merged, stored and
+resent numbers have the same bits. In bfloat16 s is the last bit of each number.
 
 References:
     Open Compute Project, *Microscaling formats (MX)*, version 1.0, 2023: blocks of 32 with a scale
@@ -40,12 +40,13 @@ class Draws:
     """Choose how numbers are rounded.
 
     Attributes:
-        rngs: What each row is drawn by; empty: nothing is drawn.
-        nearest: Whether to the nearest, with the least error, and not at random without bias.
-        again: Whether what is rounded may be rounded again, as the server's numbers are, which it
-            sends on. What is of the kind already is then left as it is; and a kind whose error is
-            that of whole blocks takes the least, since without bias it would lengthen a factor in
-            each round.
+        rngs: The random generator of each row; empty: no draws.
+        nearest: Whether to round to the nearest number, with the least error, instead of randomly
+            without bias.
+        again: Whether rounded numbers may be rounded again, like the server's, which it resends.
+            Numbers already in the format are then unchanged; and a format with errors of whole
+            blocks uses its least error, since unbiased rounding would lengthen a factor in each
+            round.
     """
 
     rngs: Sequence[np.random.Generator] = ()
@@ -65,7 +66,7 @@ class Kind(ABC):
 
     Attributes:
         name: In settings, messages and files.
-        added: The mean square of what rounding adds is at most this times that of the numbers.
+        added: Bound on the mean square of the rounding error, relative to that of the numbers.
     """
 
     def __init__(self, name: str, added: float) -> None:
@@ -116,7 +117,7 @@ class Short(Kind):
 
 
 class Scaled(Kind):
-    """int8, int4: whole numbers from -L to L, and a power of two for each block."""
+    """int8 and int4: integers from -L to L, with a power of two for each block."""
 
     def __init__(self, bits: int) -> None:
         self.bits, self.levels = bits, (1 << bits - 1) - 1
@@ -148,7 +149,7 @@ class Scaled(Kind):
 
 
 def pack(codes: Bytes, bits: int) -> Bytes:
-    """Pack the low bits of codes [K, P], the first ones lowest; each row begins with a byte."""
+    """Pack the low bits of codes [K, P], the first ones lowest; each row begins at a byte."""
     if bits == 8:
         return codes
     low = np.unpackbits(codes[..., None], axis=-1, count=bits, bitorder="little")
@@ -165,7 +166,7 @@ def unpack(packed: Bytes, bits: int, count: int) -> Bytes:
 
 
 def _blocks(sizes: Sequence[int]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-    """Compute where blocks begin, and the numbers in each."""
+    """Compute the start of each block, and the numbers in it."""
     each = np.asarray(sizes, np.int64)
     ends = np.cumsum(each)
     starts = [np.arange(end - n, end, BLOCK) for n, end in zip(each, ends, strict=True)]

@@ -1,1 +1,1 @@
-"""Base weights: files, the sequence of merges, and copies at workers and clients."""
+"""Store base weights: files, the sequence of merges, and copies at workers and clients."""

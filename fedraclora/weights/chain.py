@@ -1,7 +1,7 @@
-"""The sequence of merges, and what a client must fetch to catch up after an absence.
+"""Keep the sequence of merges, and compute what an absent client must fetch to catch up.
 
-A client that holds version v of the base needs the links v+1..t, or the dense weight with what
-stands beside it, whichever is smaller: decided per weight. Every client is taken to hold version 0,
+A client with version v of the base needs the merges v+1..t, or the full weight with the tensors
+kept beside it, whichever is smaller, decided per weight. Every client is assumed to have version 0,
 the initial weights (a public checkpoint, or a seed).
 """
 
@@ -38,30 +38,31 @@ def value_bytes(value: torch.Tensor, kind: str, coding: str = NONE) -> int:
 class LinkSizes:
     """Count the bytes of merges by weight, to find what a client at an old version needs.
 
-    Of each weight that is the links since then, or the weight whole where these are not smaller.
-    So there is a version, the floor, such that whoever holds it or an older one needs the same: of
-    each weight the links up to it are none, or those after it are not smaller than the weight. As
-    versions come the floor rises, and what lies below it is forgotten: what is kept, and what a
-    round costs, does not grow with the rounds.
+    For each weight that is the merges since then, or the full weight if these are not smaller. So
+    there is a version, the floor, such that all clients at it or below need the same: for each
+    weight there are no merges up to the floor, or the merges after it are not smaller than the
+    weight. With new versions the floor rises, and older entries are dropped, so that neither memory
+    nor the cost of a round grows with the number of rounds.
 
-    What the last link trained of a weight (`fedraclora.protocol.factor`) comes with its terms; to
-    whoever fetches the weight whole it is sent beside it, and is a part of what that costs.
+    The factor that the last merge trained for a weight (`fedraclora.protocol.factor`) is part of
+    its terms; a client that fetches the full weight receives it, too, and its bytes are counted.
 
-    Weights that a move changes together are followed or fetched together.
+    Weights that a move changes together are merged or fetched together.
 
-    What is smaller is told by bytes without coding: so no choice, and no number that comes of it,
-    depends on the version of a coder. Where bytes are coded, counts have two rows: without, with.
+    Sizes are compared without coding, so that no decision depends on the version of a coder. If
+    bytes are coded, counts have two rows: without and with coding.
 
     Args:
         base: The weights at version 0.
-        coding: Of what is in few bits (`fedraclora.protocol.coding`).
+        coding: Coding of quantized numbers (`fedraclora.protocol.coding`).
 
     Attributes:
-        dense: Bytes of each weight as it is now, whole [1 or 2, W].
-        beside: Bytes of what the last link trained of it, and the next may need [1 or 2, W].
-        floor: The version up to which all need the same.
-        kinds: In which weights travel whole, by name; those that are not here, as they are.
-        sums: For each version from the floor on the bytes of all links up to it [1 or 2, W].
+        dense: Bytes of each full weight at present [1 or 2, W].
+        beside: Bytes of the factor that the last merge trained for it, and the next may need
+            [1 or 2, W].
+        floor: The version up to which all clients need the same.
+        kinds: Number formats of full weights, by name; others are not quantized.
+        sums: For each version from the floor on, the bytes of all merges up to it [1 or 2, W].
     """
 
     def __init__(self, base: Mapping[str, torch.Tensor], coding: str = NONE) -> None:
@@ -77,7 +78,7 @@ class LinkSizes:
 
     @property
     def whole(self) -> npt.NDArray[np.int64]:
-        """Return the bytes of each weight sent whole [1 or 2, W]."""
+        """Return the bytes of each full weight [1 or 2, W]."""
         found: npt.NDArray[np.int64] = self.dense + self.beside
         return found
 
@@ -87,7 +88,7 @@ class LinkSizes:
         return self.floor + len(self.sums) - 1
 
     def add(self, link: Link | None) -> None:
-        """Append the merge of a round (None: no change, but the version advances)."""
+        """Append the merge of a round (None: no change, but a new version)."""
         row = np.zeros_like(self.dense)
         for part in () if link is None else link.parts():
             for name, term in part.terms.items():
@@ -99,13 +100,14 @@ class LinkSizes:
             for move in part.moves:
                 row[:, self._together(move)] += move.payload_bytes
         self.sums.append(self.sums[-1] + row)
-        # A weight whose size changes comes whole in a link that is as large: a floor stays one.
+        # If a weight changes its size, the full weight is in a merge of the same size, so a floor
+        # remains one.
         while len(self.sums) > 1 and self._is_floor(self.sums[1]):
             del self.sums[0]
             self.floor += 1
 
     def _together(self, move: Move) -> int:
-        """Count weights that share the numbers of a move as one; return its place."""
+        """Count weights that share the numbers of a move as one; return its index."""
         places = sorted({self.place[name] for name in move.names})
         for sizes in (self.dense, self.beside, *self.sums):
             sizes[:, places[0]] = sizes[:, places].sum(1)
@@ -116,7 +118,7 @@ class LinkSizes:
         return places[0]
 
     def _stays(self, name: str, value: torch.Tensor, kind: str) -> list[int]:
-        """Take over the size of a new value, or of what stands beside a weight; return it."""
+        """Set the size of a new value, or of a tensor beside a weight; return it."""
         weight = weight_of(name)
         size = [value_bytes(value, kind, coding) for coding in self.codings]
         (self.dense if weight is None else self.beside)[:, self.place[weight or name]] = size
@@ -125,7 +127,7 @@ class LinkSizes:
         return size
 
     def _is_floor(self, until: npt.NDArray[np.int64]) -> bool:
-        """Check whether older versions need what this one needs, given the bytes up to it."""
+        """Check whether older versions need the same as this one, given the bytes up to it."""
         return bool(((self.sums[-1] - until >= self.whole) | (until == 0))[0].all())
 
     def since(self, version: int) -> npt.NDArray[np.int64]:
@@ -137,7 +139,7 @@ class LinkSizes:
         """Return the weights that cost fewer bytes as merges than whole, from a version on.
 
         Returns:
-            These, and the names of what the last link trained of them, where it stands beside them.
+            These, and the names of the factors of the last merge that are kept beside them.
         """
         smaller = (self.since(version) < self.whole)[0]
         found = [name for name, i in self.place.items() if smaller[i]]
@@ -148,9 +150,9 @@ class LinkSizes:
 class CatchUp(LinkSizes):
     """Count the bytes that each client must fetch before it can take part.
 
-    They are those of the `fedraclora.weights.update.WeightUpdate` that a client of its own machine
-    is sent. Four bytes a client are kept, its version. A round touches its cohort alone, and a
-    checkpoint holds the clients above the floor.
+    They equal those of the `fedraclora.weights.update.WeightUpdate` that a client on its own
+    machine receives. Four bytes are stored per client, its version. A round accesses only its own
+    clients, and a checkpoint contains the clients above the floor.
 
     Args:
         base: The initial weights (their sizes bound what a weight can cost).
@@ -165,11 +167,11 @@ class CatchUp(LinkSizes):
         self.versions: npt.NDArray[np.int32] = np.zeros(num_clients, np.int32)
 
     def missing(self, clients: torch.Tensor, *, coded: bool = True) -> npt.NDArray[np.int64]:
-        """Count the bytes, as they are sent, that each client needs to be up to date [K]."""
+        """Count the bytes that each client needs to be up to date [K], with coding if used."""
         if not len(clients):
             return np.zeros(0, dtype=np.int64)
         versions = np.maximum(self.versions[clients.numpy()], self.floor)
-        if (versions == versions[0]).all():  # as where everybody is asked in every round
+        if (versions == versions[0]).all():  # as if all clients are asked in every round
             return np.full(len(versions), self._missing(versions[0], coded))
         present, inverse = np.unique(versions, return_inverse=True)
         return np.array([self._missing(version, coded) for version in present], np.int64)[inverse]
@@ -186,8 +188,8 @@ class CatchUp(LinkSizes):
         return cost
 
     def state(self) -> Tree:
-        """Return tensors for a checkpoint; clients at the floor or below go back to version 0."""
-        seen = np.flatnonzero(self.versions)  # no array of the population is made
+        """Return tensors for a checkpoint; clients at the floor or below restart from version 0."""
+        seen = np.flatnonzero(self.versions)  # no array of the population is created
         above = self.versions[seen] > self.floor
         self.versions[seen[~above]] = 0
         seen = seen[above]

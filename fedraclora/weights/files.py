@@ -1,9 +1,9 @@
-"""Checkpoints: the state for the next round in one file, replaced atomically.
+"""Write checkpoints: the state for the next round in one file, replaced atomically.
 
-A checkpoint is one safetensors file: tensors, and beside them in the file's header the meta data
-as JSON, the order of the tensors and a SHA-256 of all of it. It is written under a temporary
-name, flushed to the disk and renamed, so a process that is killed at any moment leaves the old
-checkpoint or the new one.
+A checkpoint is one safetensors file: tensors, and in the file's header the metadata as JSON, the
+order of the tensors and a SHA-256 of all of it. It is written under a temporary name, flushed to
+the disk and renamed, so a process that is killed at any moment leaves the old checkpoint or the new
+one.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _ABSENT = "(absent)"
 
 
 def is_private(folder: Path) -> bool:
-    """Return whether only its owner may enter a folder or read it."""
+    """Return whether only its owner may enter or read a folder."""
     return not folder.stat().st_mode & 0o077
 
 
@@ -39,9 +39,8 @@ def make_folder(folder: Path, *, private: bool | None = None) -> None:
     """Create a folder and its parents, if missing.
 
     Args:
-        folder: It.
-        private: Whether nobody but its owner may enter it; None: if that holds of the folder that
-            it lies in.
+        folder: The folder.
+        private: Whether only its owner may enter it; None: as for its parent.
     """
     if folder.is_dir():
         return
@@ -59,8 +58,8 @@ def keep_private(path: Path) -> None:
 def refuse_links(folder: Path) -> None:
     """Reject a run folder with a symbolic link that leads out of it.
 
-    It may be of others, and what is written through a link overwrites files of this user. Links
-    within the folder, as wandb makes, do no harm.
+    The folder may come from others, and writing through a link would overwrite files of this user.
+    Links within the folder, as wandb creates them, are harmless.
 
     Raises:
         ConfigError: Naming the link.
@@ -79,11 +78,11 @@ def refuse_links(folder: Path) -> None:
 def open_lock(path: Path) -> IO[bytes]:
     """Open a lock file, only for users who may write into its folder.
 
-    Whoever can read a file can lock it.
+    Every user who can read a file can lock it.
     """
     writable = path.parent.stat().st_mode & 0o022
     handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
-    with suppress(PermissionError):  # it is another user's
+    with suppress(PermissionError):  # it belongs to another user
         os.fchmod(handle, 0o600 | writable | writable << 1)
     return os.fdopen(handle, "r+b")
 
@@ -93,8 +92,8 @@ def replacing(path: Path, *, sync: bool = True) -> Iterator[Path]:
     """Yield a temporary path that replaces ``path`` at the end.
 
     Args:
-        path: The file to replace or to make; its folder is made where it is missing.
-        sync: Flush file and folder to the disk, so that a power failure does no harm either.
+        path: The file to replace or create; its folder is created if missing.
+        sync: Flush file and folder to the disk, to survive a power failure.
 
     Yields:
         The temporary name. If the body raises, it is removed and ``path`` stays as it was.
@@ -104,7 +103,8 @@ def replacing(path: Path, *, sync: bool = True) -> Iterator[Path]:
     try:
         with naming_file(path):
             partial.touch()
-            mode = partial.stat().st_mode & 0o777  # safetensors would let nobody else read
+            # safetensors would make it readable only by its owner
+            mode = partial.stat().st_mode & 0o777
             yield partial
             partial.chmod(mode)
             keep_private(partial)
@@ -128,7 +128,7 @@ def write_text(path: Path, text: str) -> None:
 
 @contextmanager
 def naming_file(path: Path) -> Iterator[None]:
-    """Add the file's name to an operating system error; a full disk does not give it."""
+    """Add the file's name to an operating system error; a full disk does not report it."""
     try:
         yield
     except OSError as error:
@@ -150,9 +150,9 @@ def save_checkpoint(folder: Path, tensors: Tree, meta: dict[str, object]) -> Non
     """Replace ``folder/checkpoint.safetensors`` atomically.
 
     Args:
-        folder: The checkpoint folder of a run; made where it is missing.
-        tensors: Any names, shapes, dtypes, devices and memory layouts.
-        meta: JSON values (round, config digest, versions, ...). Tuples come back as lists.
+        folder: The checkpoint folder of a run; created if missing.
+        tensors: Tensors of any names, shapes, dtypes, devices and memory layouts.
+        meta: JSON values (round, config digest, versions, ...). Tuples are read back as lists.
 
     Raises:
         CheckpointError: If ``meta`` is not JSON.
@@ -203,7 +203,7 @@ def save_tensors(path: Path, tensors: Tree, meta: Mapping[str, object], *, sync:
 
 
 def _order_header(path: Path) -> None:
-    """Sort the header of a file, in its own length: safetensors writes it in any order."""
+    """Sort the header of a file, keeping its length: safetensors writes it in any order."""
     with path.open("r+b") as file:
         size = int.from_bytes(file.read(8), "little")
         header = json.loads(file.read(size))
@@ -218,7 +218,7 @@ def load_tensors(path: Path, advice: str) -> tuple[Tree, dict[str, Any]]:
 
     Args:
         path: The file.
-        advice: What to do where it is damaged, for the message.
+        advice: What to do if it is damaged, for the message.
 
     Returns:
         The tensors (on the CPU, in the order in which they were given), and the meta data.
@@ -227,7 +227,8 @@ def load_tensors(path: Path, advice: str) -> tuple[Tree, dict[str, Any]]:
         CheckpointError: If the file is cut short or changed.
     """
     with whole(path, advice):
-        # Twice: safetensors opens header and data apart, and a file may be replaced in between.
+        # Twice: safetensors reads header and data separately, and a file may be replaced in
+        # between.
         for _ in range(2):
             header, tensors, fits = _read(path)
             if fits:
@@ -239,8 +240,8 @@ def _read(path: Path) -> tuple[dict[str, str], Tree, bool]:
     """Read header and tensors, and whether the checksum matches."""
     with safe_open(path, framework="pt") as file:
         header: dict[str, str] = file.metadata()
-        # safetensors sorts tensors by dtype; packing order is the order they came in. Cloned,
-        # for they lie in the file's buffer, and matrix products round by alignment.
+        # safetensors sorts tensors by dtype; packing order is the original order. Cloned, since
+        # they share the file's buffer, and matrix products round by alignment.
         names = json.loads(header["names"])
         tensors = {name: file.get_tensor(name).clone() for name in names}
         stored = set(file.keys())
@@ -269,7 +270,7 @@ def whole(path: Path, advice: str) -> Iterator[None]:
 
 
 def _own(tensors: Tree) -> Tree:
-    """Move tensors to the CPU, contiguous, each in memory of its own; copy only if needed."""
+    """Move tensors to the CPU, contiguous, each in its own memory; copy only if needed."""
     own: Tree = {}
     taken: set[int] = set()
     for name, tensor in in_parts(tensors).items():
@@ -287,7 +288,7 @@ def _digest(tensors: Tree, meta: str) -> str:
     h = hashlib.sha256(meta.encode())
     for name, tensor in tensors.items():
         h.update(f"\0{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
-        # Raw bytes: numpy knows neither bfloat16 nor 8-bit floats; its empty arrays have none.
+        # Raw bytes: numpy has neither bfloat16 nor 8-bit floats; its empty arrays have none.
         if tensor.numel():
             h.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return h.hexdigest()

@@ -1,7 +1,8 @@
-"""Merge files: a folder with one file for each round that changed the base.
+"""Write merge files: a folder with one file for each round that changed the base.
 
-Each holds the digest of the one before, so that none can be missing or another run's. The links of
-some rounds may have been folded into one file, which has the digest of the last of them, too.
+Each contains the checksum of the previous one, so that a missing file, or one of another run, is
+detected. The merges of some rounds may be compacted into one file, which also has the checksum of
+the last of them.
 """
 
 from __future__ import annotations
@@ -33,10 +34,10 @@ def append_link(
 
     Args:
         folder: The chain's folder.
-        round_: The round that made the link; a link of that round that is there is replaced.
-        tensors: The link's tensors.
+        round_: The round of the merge; an existing merge of that round is replaced.
+        tensors: The merge's tensors.
         meta: JSON values; ``round`` is added.
-        previous: Digest of the link before (`link_digest`), empty for the first.
+        previous: Checksum of the previous merge (`link_digest`), empty for the first.
         sync: Flush to the disk before returning.
 
     Returns:
@@ -51,8 +52,8 @@ class LinkFile(NamedTuple):
     """Describe a merge file: of one round, or of several compacted rounds.
 
     Attributes:
-        first, last: The rounds that it leads through.
-        path: Where it lies.
+        first, last: The rounds that it contains.
+        path: Its path.
     """
 
     first: int
@@ -63,8 +64,8 @@ class LinkFile(NamedTuple):
 def link_files(folder: Path) -> list[LinkFile]:
     """Return the merge files in the order of their rounds.
 
-    Links whose rounds another file has as well are left out: whoever folded them was killed before
-    they were removed.
+    Merges whose rounds a compacted file contains are left out: the process that compacted them was
+    killed before it removed them.
     """
     found: list[LinkFile] = []
     for file in sorted(_all_links(folder), key=lambda file: (-file.last, file.first)):
@@ -76,15 +77,15 @@ def link_files(folder: Path) -> list[LinkFile]:
 def fold_links(folder: Path, files: list[LinkFile], tensors: Tree, meta: dict[str, object]) -> None:
     """Compact the merges of several rounds into one file, and remove theirs.
 
-    The new file comes in one move; as soon as it is there, nobody reads the others. What follows
-    them follows it, since it has the digest of the last of them beside its own.
+    The new file appears atomically; from then on the others are not read. The next merge also
+    follows the new file, since that has the checksum of the last of them beside its own.
 
     Args:
         folder: The chain's folder.
-        files: Of adjoining rounds, in order.
-        tensors: Of the fold.
+        files: Files of consecutive rounds, in order.
+        tensors: Tensors of the compacted merge.
         meta: JSON values, with ``previous`` of the first of them; ``round``, ``first`` and the
-            digest of the last of them are added.
+            checksum of the last of them are added.
     """
     first, last = files[0].first, files[-1].last
     meta = {**meta, "round": last, "first": first, "stands_for": stored_digest(files[-1].path)}
@@ -103,11 +104,11 @@ def read_links(folder: Path) -> Iterator[tuple[int, Tree, dict[str, Any]]]:
     """Read the merges in ascending order of rounds.
 
     Yields:
-        Round, tensors and meta data of each link; nothing where there is no folder. Of links that
-        were folded the last round, with the first in the meta data.
+        Round, tensors and metadata of each merge; nothing without a folder. For compacted merges
+        the last round, with the first one in the metadata.
 
     Raises:
-        CheckpointError: If a link is damaged, missing, of another run, or renamed.
+        CheckpointError: If a merge file is damaged, missing, renamed, or of another run.
     """
     before: tuple[LinkFile, str] | None = None
     for file in link_files(folder):
@@ -119,17 +120,17 @@ def read_links(folder: Path) -> Iterator[tuple[int, Tree, dict[str, Any]]]:
 def link_digest(folder: Path, round_: int | None = None) -> str:
     """Return the checksum of the last merge up to a round; each is checked against the one before.
 
-    Headers alone are read: what is in the tensors is verified where they are.
+    Only headers are read: tensors are verified when they are read.
 
     Args:
         folder: The chain's folder.
-        round_: The last round that counts; None takes all.
+        round_: The last round to include; None: all.
 
     Returns:
-        Empty where there is no link.
+        The checksum; empty without merges.
 
     Raises:
-        CheckpointError: If a link is missing, of another run, or renamed, or has no header.
+        CheckpointError: If a merge file is missing, of another run, renamed, or has no header.
     """
     before: tuple[LinkFile, str] | None = None
     for file in link_files(folder):

@@ -1,4 +1,4 @@
-"""Copies of the base weights in other processes, in memory or on disk."""
+"""Copy base weights to other processes, in memory or on disk."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Replica(BaseWeights):
         device: Where the weights are kept.
 
     Attributes:
-        mark: Fingerprint of the weights; None where no update has brought them.
+        mark: Fingerprint of the weights; None if no update brought them.
     """
 
     def __init__(self, plan: Plan, device: torch.device) -> None:
@@ -64,19 +64,20 @@ class Replica(BaseWeights):
 class StoredReplica(Replica):
     """Store a client's base weights on disk; only the newest version, replaced atomically.
 
-    What has changed since all were written last lies beside them, as long as it is the smaller
-    part: so a round writes what it trains, and nothing where no weight has changed.
+    Weights that changed since the last full write are in a second file, as long as they are the
+    smaller part: so a round writes only what it changed.
 
     Args:
-        folder: Where they lie, expected made with the first.
-        plan: Of the run: how links are folded in.
-        device: Where they.
+        folder: The folder of the files, created at the first write.
+        plan: The plan of the run.
+        device: Where the weights are kept.
     """
 
     def __init__(self, folder: Path, plan: Plan, device: torch.device) -> None:
         super().__init__(plan, device)
         self.folder = folder
-        self._whole, self._changed = "", set[str]()  # the mark of all as written, and what is later
+        # the mark of the fully written weights, and the later ones
+        self._whole, self._changed = "", set[str]()
         if (found := _read(folder)) is not None:
             base, version, mark, self._whole, self._changed = found
             super().take({n: t.to(device) for n, t in base.items()}, version, mark)
@@ -114,14 +115,14 @@ def changed_file(folder: Path) -> Path:
 def read_stored_replica(folder: Path) -> tuple[Tree, int, int] | None:
     """Read and verify weights, version and checksum from a folder; None if there are none.
 
-    What is damaged is as good as nothing: the client says so, and is sent every weight.
+    Damaged files count as none: the client reports it, and receives every weight.
     """
     found = _read(folder)
     return None if found is None else found[:3]
 
 
 def _read(folder: Path) -> tuple[Tree, int, int, str, set[str]] | None:
-    """Read the same, and beside it what `StoredReplica` knows of the files."""
+    """Read the same, with the facts that `StoredReplica` keeps about the files."""
     path, later = replica_file(folder), changed_file(folder)
     try:
         if not path.is_file():
@@ -131,7 +132,8 @@ def _read(folder: Path) -> tuple[Tree, int, int, str, set[str]] | None:
         if later.is_file():
             path = later
             changed, newer = load_tensors(path, "it is sent anew")
-            if newer["of"] == whole:  # else a kill came before the next were written
+            # otherwise the process was killed before it wrote the next ones
+            if newer["of"] == whole:
                 part, meta = changed, newer
         version, mark = int(str(meta["version"])), int(str(meta["mark"]))
         return base | part, version, mark, whole, set(part)

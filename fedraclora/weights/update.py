@@ -1,9 +1,9 @@
-"""The server's history of weights, and the updates that copies elsewhere follow.
+"""Keep the server's history of weights, and the updates for copies in other processes.
 
-Ray workers, Flower's processes of this machine and clients on hosts hold a
-`fedraclora.weights.replica.Replica` each. A `WeightUpdate` brings it from the version that it holds
-to the newest: of each weight the links in between, or the weight whole with what stands beside it,
-whichever is smaller, as `fedraclora.weights.chain.LinkSizes` counts it.
+Each Ray worker, Flower process of this machine and remote client has a
+`fedraclora.weights.replica.Replica`. A `WeightUpdate` brings it from its version to the newest: for
+each weight the merges in between, or the full weight with the tensors kept beside it, whichever is
+smaller, as `fedraclora.weights.chain.LinkSizes` counts it.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ class WeightUpdate:
     """Hold an update that brings base weights to a version.
 
     Attributes:
-        version: Where to.
-        mark: Fingerprint of the weights there: whoever follows proves itself by it.
-        start: The version that it starts from, or None: it holds every weight whole.
+        version: The new version.
+        mark: Fingerprint of the new weights, which copies compare.
+        start: The version that it starts from, or None: it contains every full weight.
         links: Versions in ascending order, each with the terms that lead to it.
-        dense: Weights that are sent whole, and what stands beside them.
-        kinds: In which these travel, by name; those that are not here, as they are.
-        coding: How what is in few bits is coded, a tensor by itself.
+        dense: Full weights, and the tensors kept beside them.
+        kinds: Number formats of these, by name; others are not quantized.
+        coding: Coding of quantized tensors, each by itself.
     """
 
     version: int
@@ -50,7 +50,7 @@ class WeightUpdate:
 
     @cached_property
     def payload_bytes(self) -> int:
-        """Bytes of its numbers, and 8 for each seed."""
+        """Return the bytes of its numbers, and 8 for each seed."""
         parts = [part for _, link in self.links for part in link.parts()]
         terms = [term_bytes(t, self.coding) for part in parts for t in part.terms.values()]
         values = [(t, part.kind) for part in parts for t in part.dense.values()]
@@ -66,7 +66,7 @@ class WeightUpdate:
 
 
 def _from_arrays(arrays: Mapping[str, Any], plain: Mapping[str, Any]) -> WeightUpdate:
-    # Copied into memory of torch's own: matrix products round by alignment.
+    # Copied into memory allocated by torch: matrix products round by alignment.
     return join(WeightUpdate, {name: torch.tensor(a) for name, a in arrays.items()}, plain)
 
 
@@ -78,14 +78,14 @@ class BaseWeights:
     workers read, and nothing is copied.
 
     Attributes:
-        coding: Of what workers elsewhere are sent.
+        coding: Coding of updates for other processes.
     """
 
     base: Tree
     version: int = 0
     coding: str = NONE
 
-    def publish(  # an override uses the link
+    def publish(  # only some overrides use the link
         self,
         base: Tree,
         version: int,
@@ -96,7 +96,7 @@ class BaseWeights:
         Args:
             base: The weights.
             version: Their version.
-            link: How they follow from the version before; None if nothing changed.
+            link: The merge from the previous version; None if nothing changed.
         """
         self.base, self.version = base, version
 
@@ -107,7 +107,7 @@ class BaseWeights:
         """Return the weights, which must have this ``version``.
 
         Raises:
-            WireError: If they stand elsewhere.
+            WireError: If they have another version.
         """
         if version != self.version:
             raise WireError(
@@ -120,11 +120,11 @@ class BaseWeights:
 class WeightHistory(BaseWeights):
     """Hold the server's weights, with the merges that copies elsewhere need.
 
-    Of each weight the newest terms are kept, as many as are together smaller than it and what
-    stands beside it.
+    For each weight the newest terms are kept, as long as they are together smaller than the weight
+    and the tensors kept beside it.
 
     Attributes:
-        oldest: The version from which it knows what happened.
+        oldest: The first version from which its merges are known.
     """
 
     def __init__(self) -> None:
@@ -155,9 +155,9 @@ class WeightHistory(BaseWeights):
 
         Args:
             base: Its weights now.
-            links: Of its rounds from some version on, in order; after the first, rounds may be
-                missing that changed nothing.
-            version: Where it stands.
+            links: Its merges from some version on, in order; after the first, rounds without a
+                change may be missing.
+            version: Its version.
         """
         changes = dict(links)
         start = min(changes, default=version + 1) - 1
@@ -187,9 +187,9 @@ class WeightHistory(BaseWeights):
 
 
 def _terms(link: Link, names: frozenset[str]) -> Link:
-    """Select what a link does to these weights, and what stays beside them without a term.
+    """Select the part of a merge for these weights, and the tensors that it keeps beside them.
 
-    Parts that have nothing of these are left out.
+    Parts without any of these are left out.
     """
     parts = []
     for part in link.parts():
