@@ -20,44 +20,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from typing_extensions import override
-
-from fedraclora.protocol.method import Traits
-from fedraclora.strategies.shared.factors import Drawn
-from fedraclora.strategies.shared.layerwise import (
-    Factors,
-    Layer,
-    LayerUpdate,
-    Replies,
-    RoundContext,
-)
+from fedraclora.strategies.shared.factors import Cored
 
 
 @dataclass(frozen=True)
-class FedSb(Drawn):
+class FedSb(Cored):
     """Fed-SB: a small core trained between two frozen factors, which are drawn.
-
-    The rank is bounded by the smaller side.
 
     Attributes:
         init: How B and A are drawn, a key of `fedraclora.sketch.SKETCHES`.
     """
-
-    traits = Traits(exact=True, linear=True, merges=False)
-    link_rounds = None
-    draws = None  # both are
-
-    init: str = "orthonormal"
-
-    @override
-    def factors(self, layer: Layer, now: RoundContext) -> Factors:
-        rank, own = self.parts * layer.rank, now.draw.sketch_seed(f"{layer.name}/B")
-        return {
-            "B": now.sketch(layer, "B", self.init, rank=rank, seed=own),
-            "R": layer.trained("R", rank=rank),
-            "A": now.sketch(layer, "A", self.init, rank=rank),
-        }
-
-    @override
-    def update(self, layer: Layer, replies: Replies) -> LayerUpdate:
-        return LayerUpdate(carried={"R": replies.mean("R")})  # R <- sum_k p_k R_k

@@ -26,7 +26,7 @@ from dataclasses import dataclass
 from typing_extensions import override
 
 from fedraclora.limits import Count
-from fedraclora.lowrank.algebra import Product, balanced_factors, stack_products
+from fedraclora.lowrank.algebra import Product, balanced_factors
 from fedraclora.protocol.method import Traits
 from fedraclora.strategies.shared.factors import Factored
 from fedraclora.strategies.shared.layerwise import Layer, LayerUpdate, Replies
@@ -48,7 +48,7 @@ class FedExLora(Factored):
     @override
     def update(self, layer: Layer, replies: Replies) -> LayerUpdate:
         B, A = replies.mean_factors
-        rest: Product | None = residual(replies)  # sum_k p_k B_k A_k - B_bar A_bar
+        rest: Product | None = replies.residual  # sum_k p_k B_k A_k - B_bar A_bar
         if rest is not None and self.residual_rank is not None:
             rest = balanced_factors(*rest, min(self.residual_rank, rest[0].shape[1]))
         return LayerUpdate(carried={"B": B, "A": A}, merged=rest)
@@ -57,12 +57,3 @@ class FedExLora(Factored):
     @override
     def traits(self) -> Traits:
         return Traits(exact=self.residual_rank is None, linear=False, merges=True)
-
-
-def residual(replies: Replies) -> Product | None:
-    """What separate averages miss, ``sum_k p_k B_k A_k - B_bar A_bar``; None for one client."""
-    B, A, p = replies.B, replies.A, replies.p
-    last = len(p) - 1
-    if not last:
-        return None
-    return stack_products(B[:last] - replies.mean("B"), A[:last] - A[last], p[:last])

@@ -25,7 +25,6 @@ from typing_extensions import override
 
 from fedraclora.limits import Positive
 from fedraclora.protocol.method import Traits
-from fedraclora.strategies.methods.fedex_lora import residual
 from fedraclora.strategies.shared.factors import Factored
 from fedraclora.strategies.shared.layerwise import Layer, LayerUpdate, Replies
 
@@ -44,7 +43,7 @@ class LoraFair(Factored):
 
     @override
     def update(self, layer: Layer, replies: Replies) -> LayerUpdate:
-        (B, A), rest = replies.mean_factors, residual(replies)
+        (B, A), rest = replies.mean_factors, replies.residual
         if rest is not None:
             gram = A @ A.mT + self.ridge * torch.eye(len(A), dtype=A.dtype, device=A.device)
             onto = rest[0] @ (rest[1] @ A.mT)  # R A^T

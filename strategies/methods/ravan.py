@@ -29,8 +29,8 @@ from typing_extensions import override
 from fedraclora.limits import Count
 from fedraclora.protocol.method import Plan
 from fedraclora.protocol.program import ClientChunk, ClientProgram, Hook, When
-from fedraclora.strategies.methods.fed_sb import FedSb
 from fedraclora.strategies.shared.common import column_parts
+from fedraclora.strategies.shared.factors import Cored
 from fedraclora.tree import Tree
 
 
@@ -61,7 +61,7 @@ class BlockDiagonal(ClientProgram, group="method"):
 
 
 @dataclass(frozen=True)
-class Ravan(FedSb):
+class Ravan(Cored):
     """RAVAN: several heads, each a small trained core between two frozen factors.
 
     The rank is that of one head, bounded by the smaller side over h.

@@ -20,7 +20,7 @@ from fedraclora.errors import ConfigError
 from fedraclora.limits import Count, OneOf
 from fedraclora.lowrank.algebra import Product
 from fedraclora.protocol.instructions import PARTS_OF_WEIGHTS
-from fedraclora.protocol.method import Cohort, Draw, Factor, Plan, RoundInstructions, State
+from fedraclora.protocol.method import Cohort, Draw, Factor, Plan, RoundInstructions, State, Traits
 from fedraclora.protocol.plan import Rank
 from fedraclora.protocol.rank_budgets import within
 from fedraclora.sketch import Normalize, Sketch, SketchSpec, check_sketch
@@ -38,6 +38,8 @@ from fedraclora.strategies.shared.layerwise import (
     Factors,
     Layer,
     LayerMethod,
+    LayerUpdate,
+    Replies,
     RoundContext,
     drawn_of,
 )
@@ -118,6 +120,36 @@ class Drawn(LayerMethod):
     ) -> SketchSpec:
         """Draw a factor as it begins; another ``index`` is another drawing."""
         return now.sketch(layer, label, self.init, index=index)
+
+
+@dataclass(frozen=True)
+class Cored(Drawn):
+    """Hyperparameters of methods that train a core R between two frozen factors, which are drawn.
+
+    The rank is bounded by the smaller side. R starts at zero, and its mean goes on.
+
+    Attributes:
+        init: How B and A are drawn, a key of `fedraclora.sketch.SKETCHES`.
+    """
+
+    traits = Traits(exact=True, linear=True, merges=False)
+    link_rounds = None
+    draws = None  # both are
+
+    init: str = "orthonormal"
+
+    @override
+    def factors(self, layer: Layer, now: RoundContext) -> Factors:
+        rank, own = self.parts * layer.rank, now.draw.sketch_seed(f"{layer.name}/B")
+        return {
+            "B": now.sketch(layer, "B", self.init, rank=rank, seed=own),
+            "R": layer.trained("R", rank=rank),
+            "A": now.sketch(layer, "A", self.init, rank=rank),
+        }
+
+    @override
+    def update(self, layer: Layer, replies: Replies) -> LayerUpdate:
+        return LayerUpdate(carried={"R": replies.mean("R")})  # R <- sum_k p_k R_k
 
 
 @dataclass(frozen=True)

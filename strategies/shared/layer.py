@@ -290,6 +290,18 @@ class Replies:
         return self.mean("B"), self.mean("A")
 
     @property
+    def residual(self) -> Product | None:
+        """Compute what separate averages miss, ``sum_k p_k B_k A_k - B_bar A_bar``.
+
+        Since ``sum_k p_k (B_k - B_bar) = 0`` the last client drops out; None for one client.
+        """
+        B, A, p = self.B, self.A, self.p
+        last = len(p) - 1
+        if not last:
+            return None
+        return stack_products(B[:last] - self.mean("B"), A[:last] - A[last], p[:last])
+
+    @property
     def p(self) -> torch.Tensor:
         """Aggregation weights with sum 1, [K]."""
         got, came = self.all.got, next(iter(self.all.stack.values()))

@@ -35,9 +35,9 @@ ROUNDS = ("tests/contract/test_quantized_rounds.py",)
 LINKS = ("tests/contract/test_rounded_links.py",)
 FEEDBACK = ("tests/contract/test_feedback.py",)
 DRIFT = ("tests/contract/test_control_variates.py",)
-POOLS = ("tests/unit/test_pool.py",)
-DERIVED = ("tests/contract/test_derived.py",)
-GALORE = ("tests/unit/test_galore.py",)
+POOLS = ("tests/methods/test_pool_rac_lora.py",)
+DERIVED = ("tests/contract/test_subspace_rac_lora_rounds.py",)
+GALORE = ("tests/methods/test_galore_average.py",)
 
 
 # ---- Numbers in fewer bits ------------------------------------------------------------
@@ -234,7 +234,7 @@ def whole_weights_come_alone(planting: Planting) -> None:
 @defect(
     "test_a_link_keeps_the_leading_singular_vectors",
     "the lengths of the last link's frozen rows are forgotten when its directions are ranked",
-    ("tests/unit/test_subspace_rac_lora.py", "tests/contract/test_derived.py"),
+    ("tests/methods/test_subspace_rac_lora.py", "tests/contract/test_subspace_rac_lora_rounds.py"),
 )
 def lengths_of_the_last_link_forgotten(planting: Planting) -> None:
     sound = past.lengths

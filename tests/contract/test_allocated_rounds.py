@@ -29,7 +29,6 @@ from fedraclora.compatibility import Features
 from fedraclora.errors import ConfigError
 from fedraclora.protocol.method import Cohort, Draw, Method
 from fedraclora.strategies.methods import METHODS
-from fedraclora.strategies.methods.frlora import FrLora
 from fedraclora.strategies.steps.scaffold import ControlVariates
 from fedraclora.strategies.wrappers.allocated import Allocated, allocated
 from tests.messages import unpack_downlink
@@ -191,7 +190,7 @@ def test_a_client_that_fails_in_the_probe_is_not_asked_to_train() -> None:
 
 
 REFUSED: dict[str, tuple[Method, str]] = {
-    "changes the base": (FrLora(rank=2), "changes the base weights"),
+    "changes the base": (METHODS["frlora"](rank=2), "changes the base weights"),
     "pissa": (make_method("fedavg_lora", init="pissa"), "changes the base weights"),
     "probes by itself": (make_method("fedavg_lora", init="lora_ga"), "gradient"),
     "follows a recipe": (make_method("ravan"), "block_diagonal"),

@@ -27,12 +27,10 @@ from fedraclora import flower
 from fedraclora.client import Round, Trained
 from fedraclora.errors import ClientError, ConfigError, FedRacLoraError
 from fedraclora.flower_internals import message_bytes
+from fedraclora.strategies.methods import METHODS
 from fedraclora.strategies.methods.fed_rac_lora import FedRacLora
 from fedraclora.strategies.methods.fedavg import FedAvg as FullAverage
 from fedraclora.strategies.methods.fedavg_lora import FedAvgLora
-from fedraclora.strategies.methods.fedsa_lora import FedSaLora
-from fedraclora.strategies.methods.pool_rac_lora import PoolRacLora
-from fedraclora.strategies.methods.slora import SLora
 from fedraclora.tree import Tree
 from fedraclora.weights.files import load_tensors
 from fedraclora.weights.replica import changed_file, read_stored_replica, replica_file
@@ -68,7 +66,7 @@ def own(round_: Round) -> Trained:
         FedRacLora(rank=2, alpha=3),
         FedRacLora(rank=2, alpha=3, merge_every=2, train="A"),
         FedAvgLora(rank=2, alpha=3),
-        pytest.param(PoolRacLora(rank=2, alpha=3), marks=pytest.mark.slow),
+        pytest.param(METHODS["pool_rac_lora"](rank=2, alpha=3), marks=pytest.mark.slow),
         pytest.param(FullAverage(), marks=pytest.mark.slow),
     ],
     ids=["fed_rac_lora", "links of two rounds", "fedavg_lora", "pool_rac_lora", "fedavg"],
@@ -305,8 +303,8 @@ def test_options_of_fedavg_go_on_to_work(
 @pytest.mark.parametrize(
     ("options", "why"),
     [
-        ({"method": FedSaLora(rank=1)}, "FedSaLora.*keeps a part at each client"),
-        ({"method": SLora(rank=1)}, "sparse"),
+        ({"method": METHODS["fedsa_lora"](rank=1)}, "FedSaLora.*keeps a part at each client"),
+        ({"method": METHODS["slora"](rank=1)}, "sparse"),
         ({"method": FedRacLora(rank=1, init="gradient")}, "gradient"),
         ({"method": FedRacLora}, "an instance"),
         ({"arrayrecord_key": "weights"}, "arrayrecord_key"),

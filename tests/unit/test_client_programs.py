@@ -6,7 +6,6 @@ import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -19,24 +18,14 @@ from fedraclora.errors import ConfigError
 from fedraclora.limits import Count
 from fedraclora.protocol.instructions import RoundInstructions
 from fedraclora.protocol.method import Traits, check_method
-from fedraclora.protocol.program import GRADIENT, PLAIN, ClientProgram, When
+from fedraclora.protocol.program import GRADIENT, PLAIN, ClientProgram
 from fedraclora.sketch import SKETCHES, SketchSpec
-from fedraclora.strategies.methods.fedkrso import InTurn
-from fedraclora.strategies.methods.ravan import BlockDiagonal
-from fedraclora.strategies.methods.slora import SparseMask
 from fedraclora.strategies.shared.walking import Walking
 from fedraclora.training.extras.pairs import projected
-from fedraclora.tree import Tree
 from tests.common import normal
+from tests.example_program import Example
 
 M, R, N = 5, 2, 7
-
-
-def changed(program: ClientProgram, *several: Tree) -> list[Tree]:
-    """The gradients of one step after another, as a program changes them."""
-    none: Any = None  # of a chunk: these do not look at it
-    hook = program.hooks(none)[When.PROGRAM]
-    return [hook(gradients, {}) for gradients in several]
 
 
 @pytest.mark.parametrize("kind", sorted(SKETCHES))
@@ -107,41 +96,12 @@ def test_the_precision_of_the_factor_is_kept() -> None:
     assert found["w/B"].dtype == torch.float32
 
 
-def test_the_blocks_of_a_core_are_trained_and_nothing_beside_them() -> None:
-    gradients = {"w/R": normal(2, 6, 6), "w/B": normal(2, M, R)}
-    (found,) = changed(BlockDiagonal(3), gradients)
-    mask = torch.block_diag(*[torch.ones(2, 2)] * 3).double()
-    assert torch.equal(found["w/R"], gradients["w/R"] * mask)
-    assert torch.equal(found["w/B"], gradients["w/B"])
-
-
-def test_parts_of_a_factor_are_trained_in_turn() -> None:
-    gradient = torch.ones(1, M, 4)
-    found = changed(InTurn(2, 3), *[{"w/B": gradient, "bias": gradient}] * 8)
-    turns = [each["w/B"][0, 0].tolist() for each in found]
-    first, second = [1.0, 1.0, 0.0, 0.0], [0.0, 0.0, 1.0, 1.0]
-    assert turns == [first] * 3 + [second] * 3 + [first] * 2
-    assert all(torch.equal(each["bias"], gradient) for each in found)
-
-
-def test_a_mask_keeps_its_share_for_good_and_turns_with_its_weight() -> None:
-    program = SparseMask(0.3, {"w": 5, "t": 5}, ("t",))
-    gradients = {"w": torch.ones(2, 40, 60), "t": torch.ones(2, 60, 40), "bias": torch.ones(2, 9)}
-    (first, second), (again,) = changed(program, gradients, gradients), changed(program, gradients)
-    assert torch.equal(first["w"], again["w"])
-    assert torch.equal(first["w"], second["w"])
-    assert torch.equal(first["w"][0], first["w"][1])
-    assert torch.equal(first["t"], first["w"].mT)
-    assert torch.equal(first["bias"], gradients["bias"])
-    assert float(first["w"].mean()) == pytest.approx(0.3, abs=0.03)
-
-
 # ---- In messages ----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     "program",
-    [PLAIN, GRADIENT, BlockDiagonal(3), InTurn(2, 3), SparseMask(0.3, {"w": 5}, ("w",))],
+    [PLAIN, GRADIENT, Example(3), Example(3, {"w": 5}, ("w",))],
 )
 def test_a_message_holds_a_program_by_name_and_fields(program: ClientProgram) -> None:
     tensors, said = split(RoundInstructions(program=program))
@@ -155,10 +115,10 @@ def test_a_message_holds_a_program_by_name_and_fields(program: ClientProgram) ->
         ({"is": "subprocess:Popen"}, "not known"),
         ({"is": "fedraclora.training.extras.prox:Prox", "mu": 1.0}, "not known"),
         ({"blocks": 3}, "not known"),
-        ({"is": "block_diagonal"}, "fields of BlockDiagonal"),
-        ({"is": "block_diagonal", "blocks": 3, "more": 1}, "fields of BlockDiagonal"),
-        ({"is": "block_diagonal", "blocks": "x"}, "program/blocks"),
-        ({"is": "block_diagonal", "blocks": 0}, "blocks=0"),
+        ({"is": "example"}, "fields of Example"),
+        ({"is": "example", "blocks": 3, "more": 1}, "fields of Example"),
+        ({"is": "example", "blocks": "x"}, "program/blocks"),
+        ({"is": "example", "blocks": 0}, "blocks=0"),
         (7, "program"),
     ],
 )
@@ -171,7 +131,7 @@ def test_a_message_that_names_another_program_is_refused(said: object, words: st
 
 def test_a_program_without_a_name_of_its_own_cannot_be_sent() -> None:
     @dataclass(frozen=True)
-    class Derived(BlockDiagonal):
+    class Derived(Example):
         """It would be read as the class that it derives from."""
 
     with pytest.raises(ConfigError, match=r"Derived.*no name"):
@@ -179,9 +139,9 @@ def test_a_program_without_a_name_of_its_own_cannot_be_sent() -> None:
 
 
 def test_a_name_of_another_program_is_refused() -> None:
-    with pytest.raises(ConfigError, match=r"'in_turn'.*taken by"):
-        type("Other", (ClientProgram,), {"name": "in_turn", "__module__": __name__})
-    assert ClientProgram.known["in_turn"] is InTurn
+    with pytest.raises(ConfigError, match=r"'example'.*taken by"):
+        type("Other", (ClientProgram,), {"name": "example", "__module__": __name__})
+    assert ClientProgram.known["example"] is Example
 
 
 def test_a_client_process_knows_the_programs_of_the_method_that_its_config_names(
@@ -205,7 +165,7 @@ def test_numbers_in_lists_are_counted_and_those_of_the_header_are_not() -> None:
         d: str = "text"
 
     assert Listed((0.5, 1.0), [[1, 2, 3], [4]]).payload_bytes == 6 * 8
-    assert InTurn(2, 3).payload_bytes == 0
+    assert Example(2).payload_bytes == 0
 
 
 def test_the_limits_of_a_method_hold_whatever_it_derives_from() -> None:

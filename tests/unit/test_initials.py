@@ -24,11 +24,7 @@ from fedraclora.protocol.program import GRADIENT
 from fedraclora.rng import generator, torch_normal
 from fedraclora.sketch import SketchSpec
 from fedraclora.strategies.methods import METHODS
-from fedraclora.strategies.methods.fed_sb import FedSb
 from fedraclora.strategies.methods.fedavg_lora import FedAvgLora
-from fedraclora.strategies.methods.fedex_lora import FedExLora
-from fedraclora.strategies.methods.flexlora import FlexLora
-from fedraclora.strategies.methods.flora_stacking import FloraStacking
 from fedraclora.strategies.shared.factors import Factored
 from fedraclora.strategies.shared.initials import GAMMA, STARTS, gradient_factors, orthogonal
 from fedraclora.training.cohort import CohortTrainer
@@ -205,8 +201,8 @@ def test_a_probe_is_the_gradient_where_clients_start() -> None:
 def test_starts_are_refused_where_factors_do_not_live_on(initial: str) -> None:
     for make in (
         lambda: FedAvgLora(init=initial, merge_every=4),
-        lambda: FloraStacking(init=initial),
-        lambda: FedSb(init=initial),
+        lambda: METHODS["flora_stacking"](init=initial),
+        lambda: METHODS["fed_sb"](init=initial),
     ):
         with pytest.raises(ConfigError, match=rf"method\.init={initial}.*`both`"):
             make()
@@ -216,19 +212,19 @@ def test_an_unknown_start_names_those_that_fit() -> None:
     with pytest.raises(ConfigError, match=r"did you mean 'pissa'\?.*orthogonal"):
         FedAvgLora(init="pisa")
     with pytest.raises(ConfigError) as refused:
-        FedSb(init="pisa")
+        METHODS["fed_sb"](init="pisa")
     assert "pissa" not in str(refused.value).partition("There are")[2]
 
 
 def test_rank_budgets_are_refused_beside_a_start() -> None:
     budgets = SystemConfig(rank_budget=Constant(0.5))
-    assert not [*Features([budgets, FlexLora()]).conflicts()]
+    assert not [*Features([budgets, METHODS["flexlora"]()]).conflicts()]
     for initial in STARTS:
-        assert [*Features([budgets, FlexLora(init=initial)]).conflicts()]
+        assert [*Features([budgets, METHODS["flexlora"](init=initial)]).conflicts()]
 
 
 def test_lora_ga_needs_twice_as_many_vectors_as_its_rank() -> None:
-    method = FedExLora(rank=6, alpha=ALPHA, init="lora_ga")
+    method = METHODS["fedex_lora"](rank=6, alpha=ALPHA, init="lora_ga")
     state = method.initial_state({"w": weight()}, plan_of(), DRAW)
     assert state.notes == ("rank of w capped at 4: lora_ga needs twice as many vectors",)
     assert method.ranks_and_scales(plan_of()) == ({"w": 4}, {"w": ALPHA / 4})

@@ -14,7 +14,6 @@ from fedraclora.protocol.factor import to_train
 from fedraclora.protocol.method import Adapter, Factor, RoundInstructions
 from fedraclora.protocol.program import GRADIENT, PLAIN, ClientChunk, ClientProgram, When
 from fedraclora.rng import generator, torch_normal
-from fedraclora.strategies.methods.fedkrso import InTurn
 from fedraclora.training.extras.pairs import (
     Adjustment,
     Pair,
@@ -26,6 +25,7 @@ from fedraclora.training.extras.pairs import (
 from fedraclora.training.extras.settings import LocalSettings
 from fedraclora.tree import Tree
 from tests.common import normal
+from tests.example_program import Example
 
 K, M, R, N, S = 3, 5, 2, 7, 0.6
 TIGHT = {"rtol": 1e-9, "atol": 1e-11}
@@ -197,7 +197,7 @@ CORE: dict[str, Factor] = {
             PLAIN,
             "product of B, R, A",
         ),
-        (BOTH, InTurn(2, 3), "may move (in_turn)"),
+        (BOTH, Example(2), "may move (example)"),
     ],
 )
 def test_what_it_does_not_fit_is_refused(

@@ -25,7 +25,6 @@ from fedraclora.protocol.program import LocalResult
 from fedraclora.protocol.rank_budgets import uploaded_mask, widen
 from fedraclora.run.client_state import ClientStore
 from fedraclora.sketch import SketchSpec
-from fedraclora.strategies.methods.fedkrso import InTurn
 from fedraclora.training.localconfig import LocalConfig
 from fedraclora.training.results import join_results
 from fedraclora.tree import Layout, Tree
@@ -33,6 +32,7 @@ from fedraclora.wire.answers import Staged, TrainedAnswer, answer_kind
 from fedraclora.wire.exchange import Ask, OwnPart, Stage, TrainRequest, payload_bytes, shared_of
 from fedraclora.wire.reply import Wanted, checked
 from tests.common import normal
+from tests.example_program import Example
 from tests.messages import pack_downlink, unpack_downlink
 
 K, M, R, N = 4, 5, 2, 7
@@ -58,7 +58,7 @@ def everything() -> RoundInstructions:
             "head.bias": to_train((3,), normal(3), main=False),
             "private": to_train((2,), normal(K, 2), upload=False),
         },
-        program=InTurn(2, 3),
+        program=Example(2, {"w": 3}),
     )
 
 

@@ -15,7 +15,7 @@ from fedraclora.protocol.method import Cohort, Draw, Plan, RoundInstructions, St
 from fedraclora.protocol.uplinks import Uplinks
 from fedraclora.rng import generator, torch_normal
 from fedraclora.sketch import SketchSpec
-from fedraclora.strategies.methods.bernoulli_lora import BernoulliLora
+from fedraclora.strategies.methods import METHODS
 from fedraclora.strategies.methods.subspace_rac_lora import SubspaceRacLora, chosen, energies
 from fedraclora.strategies.shared.past import completed
 
@@ -107,7 +107,9 @@ def test_with_all_rows_fresh_links_are_those_of_drawings_by_turns() -> None:
     method = SubspaceRacLora(rank=RANK, alpha=ALPHA, merge_every=1, fresh=1.0)
     for state, sent in played(method, 4):
         link = state.counters.sketch - 1
-        plain = BernoulliLora(rank=RANK, alpha=ALPHA).training("B" if link % 2 == 0 else "A")
+        plain = METHODS["bernoulli_lora"](rank=RANK, alpha=ALPHA).training(
+            "B" if link % 2 == 0 else "A"
+        )
         before = replace(state, counters=replace(state.counters, sketch=link))
         asked, wanted = drawn(sent), drawn(plain.open_round(before, link + 1, COHORT, DRAW))
         assert asked.keys() == wanted.keys()
