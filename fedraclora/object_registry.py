@@ -1,4 +1,4 @@
-"""Objects that a user brings: of a module that a config names, or of a Python program.
+"""Register a user's objects: from a module that a config names, or from a Python program.
 
 A config is plain text, and a module, an array or a function is not. In its place stands
 ``module:name``, which any process imports; or the name under which the program has registered the
@@ -45,14 +45,14 @@ _REGISTERED: dict[str, Any] = {}
 
 
 def register_object(thing: Any, digest: str | None = None) -> str:
-    """Keep an object of the caller's under its digest, or under a name with its digest.
+    """Register an object under its digest, or under a name with its digest.
 
     Args:
         thing: The object.
-        digest: Where a group of the config has one beside its name; None: by `object_digest`.
+        digest: Its digest, if a group of the config has one beside its name; None: `object_digest`.
 
     Returns:
-        What the config says.
+        The name for the config.
     """
     inner = thing
     while isinstance(inner, partial):
@@ -83,12 +83,12 @@ def registered_object(group: str, digest: object) -> Any:
 
 
 def is_named(value: object) -> bool:
-    """Check whether a value of a config stands for an object: imported, or registered."""
+    """Check whether a config value names an object, importable or registered."""
     return isinstance(value, str) and (is_function(value) or bool(REGISTERED.fullmatch(value)))
 
 
 def named_object(key: str, name: object) -> Any:
-    """Return the object that a value of a config stands for.
+    """Return the object that a config value names.
 
     Args:
         key: Of the config, for messages.
@@ -112,12 +112,12 @@ def words_in(config: object) -> Iterator[str]:
 
 
 def named_by(config: Mapping[str, object]) -> dict[str, Any]:
-    """Find the objects that a config names and that are registered in this process."""
+    """Find the registered objects that a config names."""
     return {word: _REGISTERED[word] for word in words_in(config) if word in _REGISTERED}
 
 
 def code_digests(config: Mapping[str, object]) -> dict[str, str]:
-    """Hash the code of what a config names, as far as its name does not tell it.
+    """Hash the code that a config names, if its name does not identify it.
 
     That is ``module:name``, as far as it was imported, and what was registered under a digest of
     its own.
@@ -134,7 +134,7 @@ def code_digests(config: Mapping[str, object]) -> dict[str, str]:
 
 
 def object_digest(thing: object) -> str:
-    """Hash what an object is: its name, its code and what it holds; the same in any process.
+    """Hash an object's name, code and attributes; the same in any process.
 
     Functions and classes count with their code, and with what this names in modules of the user's:
     functions, classes, constants (names in capitals) and plain values by what they are, objects,
@@ -146,7 +146,7 @@ def object_digest(thing: object) -> str:
 
 
 def held(thing: object) -> dict[str, str]:
-    """Write what an object holds, by attribute; not what is cached, or kept in ``_containers``."""
+    """List the digests of an object's attributes, without caches and ``_containers``."""
     root = type(thing).__module__.partition(".")[0]
     kept = {k: v for k, v in getattr(thing, "__dict__", {}).items() if not _is_cached(thing, k)}
     seen = {k: v for k, v in kept.items() if not k.startswith("_") or isinstance(v, PLAIN)}
@@ -154,7 +154,7 @@ def held(thing: object) -> dict[str, str]:
 
 
 def refuse_changed(key: str, thing: object, before: Mapping[str, str]) -> None:
-    """Refuse an object, said by a key, that no longer holds what it did (`held`).
+    """Refuse an object whose attributes have changed (`held`).
 
     Raises:
         ConfigError: Naming the attribute.
@@ -168,12 +168,12 @@ def refuse_changed(key: str, thing: object, before: Mapping[str, str]) -> None:
         )
 
 
-# Kinds of objects, and the simpler things that say what they are.
+# Kinds of objects, and simpler values that represent them.
 SIMPLER: tuple[tuple[Any, Callable[[Any], object]], ...] = (
     (torch.Tensor, lambda it: digest_of({"": it})),
     (np.ndarray, lambda it: (str(it.dtype), it.shape, hashlib.sha256(it.tobytes()).hexdigest())),
     (torch.nn.Module, lambda it: (type(it), repr(it), dict(it.state_dict()), _settings(it))),
-    (types.ModuleType, lambda it: it.__name__),  # not all that it holds
+    (types.ModuleType, lambda it: it.__name__),  # not its whole content
     (types.CodeType, lambda it: (it.co_code, it.co_names, it.co_consts)),
     (types.MethodType, lambda it: (it.__func__, it.__self__)),
     (partial, lambda it: (it.func, it.args, it.keywords)),
@@ -184,7 +184,7 @@ SIMPLER: tuple[tuple[Any, Callable[[Any], object]], ...] = (
 
 
 def _told(thing: Any, root: str, known: set[str], above: tuple[int, ...]) -> str:
-    """Write what an object is.
+    """Write a description of an object, for its digest.
 
     Args:
         thing: The object.
@@ -221,7 +221,7 @@ def _told(thing: Any, root: str, known: set[str], above: tuple[int, ...]) -> str
 
 
 def _settings(module: torch.nn.Module) -> dict[str, object]:
-    """List what a module keeps besides its weights, which its repr may not show (gamma, margin)."""
+    """List a module's attributes beside its weights, which its repr may omit (gamma, margin)."""
     own = {k: v for k, v in vars(module).items() if not k.startswith("_") and k != "training"}
     listed = {k: v if isinstance(v, list | tuple) else [v] for k, v in own.items()}
     return {k: v for k, v in listed.items() if all(isinstance(each, PLAIN) for each in v)}
@@ -231,12 +231,12 @@ def _is_cached(thing: object, name: str) -> bool:
     return isinstance(getattr_static(type(thing), name, None), cached_property)
 
 
-LIBRARY = Path(ast.__file__).parent  # Python's own
-KNOWN = {"fedraclora", "torch", "torchmetrics"}  # of which a name, and what was set, tell enough
+LIBRARY = Path(ast.__file__).parent  # Python's own modules
+KNOWN = {"fedraclora", "torch", "torchmetrics"}  # a name and its settings are enough for these
 
 
 def _counts(module: str, root: str) -> bool:
-    """Check whether code of a module counts: neither Python's, nor this project's, nor a package's.
+    """Check whether a module's code counts: not Python's, this project's, or a package's.
 
     The package that the object itself is of counts, installed or not.
     """
@@ -251,7 +251,7 @@ Counting = Callable[[str], bool]
 
 
 def _parts(thing: Any, counts: Counting, known: set[str]) -> Iterator[object]:
-    """List what a function or a class is made of.
+    """List the parts of a function or a class.
 
     Args:
         thing: The function or class.
@@ -274,7 +274,7 @@ def _parts(thing: Any, counts: Counting, known: set[str]) -> Iterator[object]:
         levels.append(inner)
     for function in levels:
         if (code := getattr(function, "__code__", None)) is None or _is_library(code.co_filename):
-            continue  # of C, or a decorator of a library
+            continue  # a function in C, or a library's decorator
         yield code, function.__defaults__, function.__kwdefaults__
         yield [_content(cell) for cell in function.__closure__ or ()]
         for chain in sorted(names_of(code)):
@@ -292,7 +292,7 @@ def _named(
     counts: Counting,
     known: set[str],
 ) -> Iterator[object]:
-    """List what code means by a global, or by what it takes of a module of the user's.
+    """List the globals that code uses, and the names that it takes from a user's modules.
 
     Functions, classes, constants and plain values count by what they are, if no function of the
     module sets them; others by the statements that make them, since they may change in a run.
@@ -304,7 +304,7 @@ def _named(
             yield from _named(value, vars(value), tuple(rest), counts, known)
     elif isinstance(value, types.FunctionType | type) or (name.isupper() and value is not None):
         yield name, value
-    elif name in names and not name.startswith("__"):  # __file__ is another elsewhere
+    elif name in names and not name.startswith("__"):  # __file__ differs on other machines
         if not isinstance(value, (*PLAIN, tuple, frozenset)):
             yield name, type(value)
             yield from _stated(module, name, counts, known) if module is not None else ()
@@ -315,14 +315,14 @@ def _named(
 def _stated(
     module: types.ModuleType, name: str, counts: Counting, known: set[str], scope: str = ""
 ) -> Iterator[object]:
-    """List the statements that give a name its value, and what these name; arguments as above."""
+    """List the statements that set a name, and the names that they use; arguments as above."""
     if (place := f"{module.__name__}:{scope}={name}") in known or not counts(module.__name__):
         return
     known.add(place)
     nodes = statements_of(module, name, scope)
     yield from map(ast.dump, nodes)
     for node in nodes:
-        if isinstance(node, ast.ImportFrom):  # it is made where it is imported from
+        if isinstance(node, ast.ImportFrom):  # it is defined in the module that it is imported from
             of = resolve_name("." * node.level + (node.module or ""), module.__package__)
             first = {(each.asname or each.name): each.name for each in node.names}
             if (other := sys.modules.get(of)) is not None and name in first:
@@ -341,5 +341,5 @@ UNTOLD = {"__doc__", "__module__", "__qualname__", "__firstlineno__"}
 def _content(cell: types.CellType) -> object:
     try:
         return cell.cell_contents
-    except ValueError:  # it is empty yet
+    except ValueError:  # it is still empty
         return None

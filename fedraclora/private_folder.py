@@ -1,4 +1,4 @@
-"""Folders that last as long as their process, and that only its user can enter.
+"""Create temporary folders that only their user can enter, and remove them with their process.
 
 Keys, tokens and weights are in them. A process that is killed cannot remove its own: the next that
 makes one does. It knows them by their name, owner and marker, and that nobody holds the lock of the
@@ -21,11 +21,11 @@ from typing_extensions import override
 PREFIX = "fedraclora-"
 MARKER = ".made-by-fedraclora"
 SHORT = "/tmp"  # noqa: S108  where the path of the usual place is too long for sockets
-DRAWN = 8  # characters that are drawn for the name of a folder
+DRAWN = 8  # random characters in the name of a folder
 
 
 class PrivateFolder(tempfile.TemporaryDirectory[str]):
-    """A folder for temporary files; those that killed processes have left beside it are removed.
+    """A folder for temporary files; it also removes those left by killed processes.
 
     Args:
         home: Where to make it; None: where the machine has its temporary files.
@@ -46,7 +46,7 @@ class PrivateFolder(tempfile.TemporaryDirectory[str]):
         mark = self.path / f"{MARKER}.new"
         self.lock = os.open(mark, os.O_WRONLY | os.O_CREAT, 0o600)
         fcntl.flock(self.lock, fcntl.LOCK_EX)
-        mark.rename(self.path / MARKER)  # it is seen when it is locked
+        mark.rename(self.path / MARKER)  # another process sees it once it is locked
 
     @override
     def cleanup(self) -> None:
@@ -56,9 +56,9 @@ class PrivateFolder(tempfile.TemporaryDirectory[str]):
 
 
 def remove_left(home: Path) -> None:
-    """Remove the folders of this user in another one whose processes have ended."""
+    """Remove this user's folders, in another one, whose processes have ended."""
     for folder in home.glob(f"{PREFIX}*"):
-        with suppress(OSError):  # it is going, or another user's
+        with suppress(OSError):  # it is being removed, or belongs to another user
             if is_left(folder):
                 shutil.rmtree(folder, ignore_errors=True)
 

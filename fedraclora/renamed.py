@@ -1,6 +1,7 @@
-"""Old names of keys and values: the error for one says what it is called now.
+"""List old names of keys and values; the error for an old name gives the new one.
 
-A key is renamed at its home, in `conf` and in what is kept, and its old name becomes a row here.
+A key is renamed where it is defined, in `conf` and in stored runs, and its old name becomes a row
+here.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ TEST_KEYS = (
     "data.test_fraction (the share of the samples that is held out), data.test_file (a file) or "
     "data.test_function (package.module:function)"
 )
-# The old key, or group -> the new one, or which of several by what is meant.
+# The old key, or group -> the new one, or several by meaning.
 KEYS = {
     "cohort": "clients_per_round",
     "server_optimiser": "server_optimizer",
@@ -35,7 +36,7 @@ KEYS = {
     "model.arguments": "model.parameters",
     "model.targets": "model.target_modules",
 }
-# The kind of a value, and the old value -> what to write in its place.
+# The kind of a value, and the old value -> its replacement.
 VALUES = {
     ("aggregation_weights", "examples"): "write aggregation_weights=samples",
     ("bias", "average"): "write bias=full",
@@ -60,7 +61,7 @@ VALUES = {
 
 
 def renamed(key: str) -> str:
-    """Say what an old key is called now; empty for any other key.
+    """Return a sentence with the new name of an old key; empty for any other key.
 
     Example:
         >>> renamed("data.test_share"), renamed("seed")
@@ -74,7 +75,7 @@ def renamed(key: str) -> str:
 
 
 def instead_of(kind: str, value: object) -> str:
-    """Say what to write in place of an old value; empty for any other value.
+    """Return a sentence with the replacement of an old value; empty for any other value.
 
     Example:
         >>> instead_of("head", "adapt")

@@ -1,9 +1,8 @@
-"""The seed tree: every random draw is a pure function of (seed, purpose, keys).
+"""Draw random numbers from the seed tree: pure functions of (seed, purpose, keys).
 
-Two kinds of draw. `generator` gives one numpy generator for one thing (a sketch, a partition).
-`cohort_bits` and `position_bits` draw for all clients of a cohort at once from a counter, so that
-what a client gets depends on the client's id and not on who else is in the cohort, in which order,
-or in which process.
+There are two kinds of draw. `generator` returns one numpy generator for one purpose (a sketch, a
+partition). `cohort_bits` and `position_bits` draw for many clients at once from a counter, so that
+a client's numbers depend on its id, and not on the other clients, their order, or the process.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ import torch
 from numpy.random.bit_generator import ISeedSequence
 from typing_extensions import override
 
-_PLACE_BITS = 30  # of a position in a shuffle: 2^30 samples of a client
+_PLACE_BITS = 30  # bits of a position in a shuffle: 2^30 samples of a client
 _LOW32, _LOW64 = 0xFFFFFFFF, 0xFFFFFFFFFFFFFFFF
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _WEYL = (0x9E3779B9, 0xBB67AE85)
@@ -29,12 +28,12 @@ Words = TypeVar("Words", torch.Tensor, npt.NDArray[np.int64])
 def hash_key(seed: int, purpose: str, *keys: int | str) -> int:
     """Hash a path of the seed tree to 128 bits.
 
-    Hashing, where adding would collide: with ``seed + 1000 * round + layer`` the draw of seed 0,
-    layer 2 is that of seed 2, layer 0.
+    Adding would collide: with ``seed + 1000 * round + layer`` the draw of seed 0, layer 2 equals
+    that of seed 2, layer 0.
 
     Args:
         seed: The seed of the run.
-        purpose: What is drawn, for example ``"sketch"``.
+        purpose: The name of the draw, for example ``"sketch"``.
         *keys: Round, layer name, client, and the like.
 
     Returns:
@@ -50,11 +49,11 @@ def hash_key(seed: int, purpose: str, *keys: int | str) -> int:
 
 
 def generator(seed: int, purpose: str, *keys: int | str) -> np.random.Generator:
-    """Make the numpy generator of one leaf of the seed tree (Philox, keyed by the hash).
+    """Create the numpy generator of one leaf of the seed tree (Philox, keyed by the hash).
 
     Args:
         seed: The seed of the run.
-        purpose: What is drawn.
+        purpose: The name of the draw.
         *keys: Round, layer name, client, and the like.
 
     Returns:
@@ -65,7 +64,7 @@ def generator(seed: int, purpose: str, *keys: int | str) -> np.random.Generator:
 
 
 class _Key(ISeedSequence):
-    """The key of a Philox itself: given as ``key=``, numpy first asks the system for entropy."""
+    """Pass a Philox key directly: with ``key=``, numpy first asks the system for entropy."""
 
     def __init__(self, key: int) -> None:
         self.key = key
@@ -74,7 +73,7 @@ class _Key(ISeedSequence):
     def generate_state(
         self, n_words: int, dtype: npt.DTypeLike = np.uint32
     ) -> npt.NDArray[np.uint32 | np.uint64]:
-        """Return the two words of 64 bits that Philox asks for."""
+        """Return the two words of 64 bits that Philox requests."""
         return np.array([self.key & _LOW64, self.key >> 64], dtype=np.uint64)
 
 
@@ -116,7 +115,7 @@ def position_bits(
 ) -> torch.Tensor:
     """Draw four words of 32 random bits for each given position of each client.
 
-    Position p has the words 4 p to 4 p + 3 of `cohort_bits`, so any of them can be had alone.
+    Position p has the words 4 p to 4 p + 3 of `cohort_bits`, so each can be drawn separately.
 
     Args:
         key: A key from `hash_key`.
@@ -142,18 +141,18 @@ def position_bits(
         zero + ((clients >> 32) & _LOW32)[:, None],
     ]
     halves = key & _LOW32, (key >> 32) & _LOW32
-    if positions.device.type == "cpu":  # NumPy is the faster one where clients are few
+    if positions.device.type == "cpu":  # NumPy is faster for few clients
         drawn = _philox4x32([word.numpy() for word in words], halves)
         return torch.from_numpy(np.stack(drawn, axis=-1))
     return torch.stack(_philox4x32(words, halves), dim=-1)
 
 
 def _philox4x32(words: list[Words], key: tuple[int, int]) -> list[Words]:
-    """Ten rounds of Philox4x32 on four int64 arrays that hold 32-bit words; overwrites them."""
+    """Compute ten rounds of Philox4x32 on four int64 arrays of 32-bit words, in place."""
     k0, k1 = key
     x0, x1, x2, x3 = words
     for _ in range(10):
-        # int64 products wrap, but their low 64 bits are those of the unsigned product.
+        # int64 products wrap, but their low 64 bits equal those of the unsigned product.
         x0 *= _MULTIPLIERS[0]
         x2 *= _MULTIPLIERS[1]
         high0, high1 = x0 >> 32, x2 >> 32
@@ -182,13 +181,13 @@ def cohort_permutations(
         epoch: The local epoch, from 0; or one for each client, int64 [K].
 
     Returns:
-        Positions, int64 [K, max(sizes)]: row k starts with a permutation of 0..sizes[k]-1; what
-        follows is padding (positions from sizes[k] on, in order).
+        Positions, int64 [K, max(sizes)]: row k starts with a permutation of 0..sizes[k]-1; the rest
+        is padding (positions from sizes[k] on, in order).
     """
     width = int(sizes.max())
     bits = cohort_bits(key, clients, width, stream=epoch)
     position = torch.arange(width, device=clients.device)
-    # Bits above, position below: a tie of two words is broken by position. Padding sorts last.
+    # Random bits above, position below: the position breaks ties. Padding is sorted last.
     above = torch.where(position < sizes[:, None], bits << _PLACE_BITS, 1 << (_PLACE_BITS + 32))
     words = above + position
     if words.device.type == "cpu":  # NumPy sorts integers with vector instructions

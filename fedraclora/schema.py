@@ -94,7 +94,7 @@ def bound(
 
     Args:
         kind: The group's key, for messages.
-        target: What is to be called.
+        target: The function or class to call.
         group: The group, without its ``name``.
         given: Arguments that the config does not set; a key of the group wins over them.
         whole: Whether the call needs no further arguments.
@@ -120,9 +120,9 @@ def checked_values(kind: str, target: Target, values: Mapping[str, object]) -> d
     """Check values of some parameters of a call, and give them in its types.
 
     Args:
-        kind: What stands before a parameter's name in messages; empty: nothing does.
+        kind: Prefix of a parameter's name in messages; empty: none.
         target: A class or a function.
-        values: By parameter, expected those that are not there are not asked for.
+        values: Values by parameter; missing parameters are not required.
 
     Raises:
         UnreadKeysError: For a key that ``target`` does not take.
@@ -187,7 +187,7 @@ def _signature(target: Target) -> list[inspect.Parameter]:
 
 @functools.cache
 def hints(target: Target) -> dict[str, object]:
-    """Read the types of a class or a function, with their limits, as far as they can be read.
+    """Read the types of a class or a function, with their limits, if they can be read.
 
     Somebody may have imported some for mypy alone.
     """
@@ -222,7 +222,7 @@ def nested_rows(hint: object) -> Mapping[str, Target]:
 
 
 def _is_known(hint: object) -> bool:
-    """Check whether values of a config can be held against a type, which somebody has written."""
+    """Check whether values of a config can be checked against a type."""
     origin, parts = typing.get_origin(hint), typing.get_args(hint)
     if origin in {typing.Union, types.UnionType}:
         return all(map(_is_known, parts))
@@ -231,7 +231,7 @@ def _is_known(hint: object) -> bool:
     return (origin or hint) in KNOWN or bool(nested_rows(hint))
 
 
-# ---- What is wrong, in words --------------------------------------------------------------------
+# ---- Error messages ------------------------------------------------------------------------------
 
 BEYOND = {"limit", "literal_error", "greater_than", "greater_than_equal"} | {
     "less_than",
@@ -242,7 +242,7 @@ BEYOND = {"limit", "literal_error", "greater_than", "greater_than_equal"} | {
 def _refusal(
     kind: str, target: Target, values: Mapping[str, object], error: ValidationError
 ) -> ConfigError:
-    """Translate what pydantic says of the first key, in their order, that it refuses."""
+    """Translate pydantic's error for the first refused key, in order of the keys."""
     order = [*map(str, values)]
     told = sorted(error.errors(include_url=False), key=lambda one: order.index(str(one["loc"][0])))
     name = str(told[0]["loc"][0])
@@ -268,10 +268,10 @@ def _refusal(
 
 
 def _missing(kind: str, target: Target, names: Sequence[str]) -> ConfigError:
-    """Say which keys are missing, and what is wanted for each."""
+    """List the missing keys, and the values that they need."""
     shown = {k: wanted(json_schema(hints(target).get(k, object))) for k in names}
     lines = [f"{path(kind, k)} is missing: expected {text}" for k, text in shown.items()]
-    if not of_project(target):  # a key that no page lists, with a type that may not be said
+    if not of_project(target):  # a key that no page lists, whose type is not described
         of = f"{kind_text(target)} ({place_of(target)})"
         lines = [
             f"{path(kind, k)} is missing: {of} has no value for its parameter {k}; give it one"
@@ -295,11 +295,11 @@ def json_schema(hint: object) -> Schema:
 
 
 def wanted(schema: Schema, *, limits: bool = False) -> str:
-    """Say in the words of a config file what values a type has, by its JSON Schema.
+    """Describe the values of a type in the terms of a config file, by its JSON Schema.
 
     Args:
         schema: The type.
-        limits: Whether its limits are said, too, in place of the kind of number.
+        limits: Whether to describe its limits, instead of the kind of number.
     """
     if limits and "description" in schema:
         return str(schema["description"])
@@ -319,13 +319,13 @@ def wanted(schema: Schema, *, limits: bool = False) -> str:
 
 
 def _choices(schema: Schema) -> list[str]:
-    """List the words that a type may be; empty where it is not one of a few."""
+    """List the allowed texts of a type; empty if it has no such list."""
     own = schema.get("enum") or ([schema["const"]] if "const" in schema else [])
     return [*own, *(word for one in schema.get("anyOf", ()) for word in _choices(one))]
 
 
 def _bounds(schema: Schema) -> str:
-    """Say between what a number lies; empty where it is any."""
+    """Describe the bounds of a number; empty if it has none."""
     least, above = schema.get("minimum"), schema.get("exclusiveMinimum")
     most, below = schema.get("maximum"), schema.get("exclusiveMaximum")
     low, high = (least if above is None else above), (most if below is None else below)
@@ -340,7 +340,7 @@ def _bounds(schema: Schema) -> str:
 
 
 def _quoted(key: str, value: object, schema: Schema) -> str:
-    """Say how a number becomes a text, where only a text is wanted."""
+    """Describe how to write a number as text, if only a text is allowed."""
     kinds = {one.get("type") for one in (schema, *schema.get("anyOf", ()))}
     number = isinstance(value, int | float) and not {"integer", "number"} & kinds
     quotes = number and "string" in kinds and not _choices(schema)
@@ -348,7 +348,7 @@ def _quoted(key: str, value: object, schema: Schema) -> str:
 
 
 def check_size(key: str, value: object) -> None:
-    """Reject numbers that no tensor holds: they would overflow where they are first used.
+    """Reject numbers that no tensor can hold: they would overflow at their first use.
 
     Raises:
         ConfigError: Naming the key and the largest number.
@@ -368,7 +368,7 @@ def check_size(key: str, value: object) -> None:
 
 
 def _short(value: int) -> str:
-    """A whole number of any length, for a message: Python writes no more than 4300 digits."""
+    """Shorten an integer of any length for a message: Python writes at most 4300 digits."""
     return str(value) if abs(value) < 10**40 else f"a number of {value.bit_length()} bits"
 
 
@@ -378,12 +378,12 @@ def of_project(target: object) -> bool:
 
 
 def place_of(kind: typing.Any) -> str:
-    """Say where a class or a function stands: ``module.name``."""
+    """Return the qualified name of a class or a function: ``module.name``."""
     return f"{kind.__module__}.{getattr(kind, '__qualname__', kind)}"
 
 
 def kind_text(found: object) -> str:
-    """Say what kind of thing an object is, for messages."""
+    """Describe the kind of an object, for messages."""
     if isinstance(found, type):
         return f"the class {found.__qualname__}"
     return "a function" if inspect.isroutine(found) else f"of type {type(found).__qualname__}"

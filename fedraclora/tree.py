@@ -1,4 +1,4 @@
-"""Named tensors, and their form as one flat vector.
+"""Handle named tensors, and pack them into one flat vector.
 
 A `Tree` is a plain dict from names to tensors. On the wire it is one flat array, because a
 Flower deployment pays per array (500 small arrays cost 126 s a round where one costs 9).
@@ -21,13 +21,13 @@ from fedraclora.errors import ShapeError
 from fedraclora.narrow_weight import QuantisedWeight, in_parts
 
 Tree = dict[str, torch.Tensor]
-LARGE = 1 << 18  # numbers of a tensor that is not copied where it need not be
-ALIGNED = 64  # bytes: where PyTorch's own allocator begins a tensor
+LARGE = 1 << 18  # numbers of a tensor from which unneeded copies are avoided
+ALIGNED = 64  # bytes: the alignment of PyTorch's own allocator
 
 
 @cache
 def wide(dtype: torch.dtype) -> torch.dtype:
-    """Give the precision of what is trained beside weights of some precision: float32 or wider.
+    """Return the type of trained tensors beside weights of a type: float32 or wider.
 
     Example:
         >>> wide(torch.bfloat16), wide(torch.float64)
@@ -40,7 +40,7 @@ def join_columns(parts: Sequence[tuple[Tree, int]]) -> Tree:
     """Join columns of numbers of several groups: NaN for a group that does not have one.
 
     Args:
-        parts: Of each group its columns, float64 [K] by name, and K.
+        parts: The columns of each group, float64 [K] by name, and K.
     """
     gaps = [torch.full((size,), torch.nan, dtype=torch.float64) for _, size in parts]
     each = [(columns, gap) for (columns, _), gap in zip(parts, gaps, strict=True)]
@@ -49,27 +49,27 @@ def join_columns(parts: Sequence[tuple[Tree, int]]) -> Tree:
 
 
 def parameters(base: Mapping[str, torch.Tensor]) -> Tree:
-    """Leave out what replicas keep beside their weights: parameters have no "/" in their names."""
+    """Select the parameters of a replica's tensors: they have no "/" in their names."""
     return {name: tensor for name, tensor in base.items() if "/" not in name}
 
 
 def widened(tree: Tree) -> Tree:
-    """Give tensors in float32 or wider; those that are so already are not copied."""
+    """Convert tensors to float32 or wider; wide ones are not copied."""
     return {name: tensor.to(wide(tensor.dtype)) for name, tensor in tree.items()}
 
 
 def weights_of(model: nn.Module) -> Tree:
-    """Give the weights of a model, in its own memory: nobody writes into it, nor into weights.
+    """Return the weights of a model, sharing its memory: do not write into either.
 
-    What begins at no multiple of `ALIGNED` bytes, as in a file that is mapped into memory, is
-    copied: products round by alignment.
+    Weights that are not aligned to `ALIGNED` bytes, as in a memory-mapped file, are copied:
+    products round by alignment.
     """
     held = {name: parameter.detach() for name, parameter in model.named_parameters()}
     return {name: t if _is_aligned(t) else t.clone() for name, t in held.items()}
 
 
 def point_at(parameters: Mapping[str, torch.Tensor], weights: Tree) -> None:
-    """Point the parameters of a model at weights: no copy is made, and what they held is let go."""
+    """Point the parameters of a model at weights without a copy; their old memory is released."""
     for name, parameter in parameters.items():
         weight = weights[name]
         if isinstance(parameter, QuantisedWeight) and isinstance(weight, QuantisedWeight):
@@ -123,20 +123,20 @@ class Layout:
         first = next(iter(tree.values()))
         leading = first.shape[:lead]
         packed = first.new_empty(*leading, self.size)
-        # Each is copied once, wherever it lies: reshaped and joined it would be copied twice.
+        # Copies each tensor once; reshaping and joining would copy it twice.
         parts = packed.split(self.sizes, dim=-1)
         for part, tensor in zip(parts, tree.values(), strict=True):
             part.view((*leading, *tensor.shape[lead:])).copy_(tensor)
         return packed
 
     def pieces(self, tree: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, ...]:
-        """Give the columns that `pack` joins, side by side: those of large tensors uncopied.
+        """Return the columns that `pack` joins, side by side; large tensors are not copied.
 
         Args:
             tree: As for `pack`, with one leading axis [K, ...].
 
         Returns:
-            One [K, p] or more; what is packed of several tensors is new.
+            One [K, p] or more; pieces of several tensors are new.
 
         Raises:
             ShapeError: If the names or the shapes differ from the layout.
@@ -158,7 +158,7 @@ class Layout:
         """Cut [*leading axes, size] into named views; the inverse of `pack`.
 
         Raises:
-            ShapeError: If the last axis has not ``size`` numbers.
+            ShapeError: If the last axis does not have ``size`` numbers.
         """
         if not self.shapes:
             return {}
@@ -176,7 +176,7 @@ class Layout:
 
 
 def difference(found: Layout, expected: Layout) -> str:
-    """Describe where a layout first departs from the one that is expected, and how often it does.
+    """Describe the first difference of a layout from the expected one, and count the differences.
 
     Example:
         >>> one = Layout((("w", (5, 2)), ("b", (5,))))
@@ -222,11 +222,11 @@ def digest(tree: Mapping[str, torch.Tensor]) -> str:
 
 
 def fingerprint(tree: Mapping[str, torch.Tensor]) -> int:
-    """Sum the bits of all tensors as integers, mixed with their names: a fast check for equality.
+    """Sum the bits of all tensors as integers, mixed with their names, for a fast equality check.
 
-    At the speed of memory, on any device, and in any order of sums; trees that differ by accident
-    (one last bit) differ in it but for a chance of 2^-64 per tensor. A tensor without numbers is as
-    good as none. `digest` is for proof.
+    It runs at the speed of memory, on any device, in any order of sums. Trees that differ by
+    accident (one last bit) have different fingerprints except with a chance of 2^-64 per tensor.
+    Empty tensors do not count. `digest` also detects intended changes.
 
     Example:
         >>> one = torch.ones(2)

@@ -1,9 +1,9 @@
 """Check which code a config may name, before any of it is imported.
 
-Two questions are asked of each ``module:name``. Where does it lie? The user's own modules lie in
-the working folder or in another folder of Python's path; of what is installed a few packages are
-known (`PACKAGES`), and all else is refused unless its module is trusted. And who says it? What the
-user types, or a program passes, is the user's; a file of others names nothing that is not trusted.
+Each ``module:name`` has two checks. Where is it? The user's own modules are in the working folder
+or in another folder of Python's path; a few installed packages are known (`PACKAGES`), and all
+other installed code is refused unless its module is trusted. Who names it? Arguments of the user,
+or of a program, are the user's; a file of others may only name trusted code.
 
 Trusted are the modules of ``trust=``, with all below them. An environment variable holds them, so
 that the processes that a run starts on this machine know them, too.
@@ -26,16 +26,16 @@ from typing import Any
 from fedraclora.errors import ConfigError
 
 VARIABLE = "FEDRACLORA_TRUST"
-# Of what is installed: where classes may be named, and from what these must derive.
+# Installed classes that may be named, and their required base classes.
 PACKAGES: Mapping[str, tuple[str, str]] = {
     "fedraclora": ("builtins", "object"),
     "torch.nn": ("torch.nn.modules.module", "Module"),
     "torchmetrics": ("torchmetrics.metric", "Metric"),
     "flwr_datasets.partitioner": ("flwr_datasets.partitioner.partitioner", "Partitioner"),
 }
-LOSSES = "torch.nn.functional"  # of whose functions those with a target may be named
+LOSSES = "torch.nn.functional"  # modules whose functions with a target may be named
 INSTALLED = {"site-packages", "dist-packages"}
-# Keys of a config that may name code: in these groups by these leaves.
+# Keys of a config that may name code: groups and leaves.
 NAMING: Mapping[str, Sequence[str]] = {
     **dict.fromkeys(("method", "partition", "aggregator", "server_optimizer", "attack"), ("name",)),
     "local": ("name", "train", "extras"),
@@ -46,7 +46,7 @@ NAMING: Mapping[str, Sequence[str]] = {
 }
 WORD = r"[^\W\d]\w*"
 MODULE = re.compile(rf"{WORD}(\.{WORD})*(:{WORD})?")
-NO_MODULES = {"hub", "package"}  # with which the spellings of other things begin
+NO_MODULES = {"hub", "package"}  # prefixes of other spellings
 
 _SAID: list[str] | None = None
 
@@ -69,7 +69,7 @@ def trust(names: Iterable[str]) -> None:
     """Trust further modules, in this process and those that it starts.
 
     Args:
-        names: Modules, each with all below it; or ``module:name``, that alone.
+        names: Modules, each with its submodules; or a single ``module:name``.
 
     Raises:
         ConfigError: If one is no such name.
@@ -84,7 +84,7 @@ def trust(names: Iterable[str]) -> None:
 
 @contextmanager
 def trusting(names: Iterable[str]) -> Iterator[None]:
-    """Trust modules, as `trust` does, inside alone."""
+    """Trust modules, as `trust` does, only inside this context."""
     before = os.environ.get(VARIABLE)
     trust(names)
     try:
@@ -108,7 +108,7 @@ def _within(module: str, package: str) -> bool:
 
 @contextmanager
 def only_said(words: Iterable[str]) -> Iterator[None]:
-    """Import inside only what is named in these words, in texts of `allow`, or trusted."""
+    """Restrict imports inside to names in these texts, in those of `allow`, and trusted ones."""
     global _SAID  # noqa: PLW0603  of a command, whose process and threads it holds for
     before, _SAID = _SAID, [*words]
     try:
@@ -118,19 +118,19 @@ def only_said(words: Iterable[str]) -> Iterator[None]:
 
 
 def allow(text: str) -> None:
-    """Add a text of the user's to what `only_said` holds to."""
+    """Add a user's text to those that `only_said` accepts."""
     if _SAID is not None:
         _SAID.append(text)
 
 
 def is_said(name: str, texts: Iterable[str]) -> bool:
-    """Check whether one of some texts has a name, as a whole; part of a path is none."""
+    """Check whether one of some texts contains a name as a whole, not as a part of a path."""
     whole = re.compile(rf"(?<![\w./]){re.escape(name)}(?![\w/])")
     return any(whole.search(text) for text in texts)
 
 
 def names_in(config: Mapping[str, object]) -> dict[str, str]:
-    """List what a config names of code, by key; parameters are no names.
+    """List the code that a config names, by key; without parameters.
 
     Example:
         >>> names_in({"data": {"loss": {"name": "mine:f", "a": 1}}, "model": {"path": "hub:x"}})
@@ -147,7 +147,7 @@ def names_in(config: Mapping[str, object]) -> dict[str, str]:
 
 
 def every_name(key: str, value: object) -> dict[str, str]:
-    """List all strings in nested values that have the form of names of code, by key."""
+    """List all strings in nested values that look like names of code, by key."""
     if isinstance(value, Mapping):
         pairs = [(f"{key}.{inner}".lstrip("."), each) for inner, each in value.items()]
         return {k: v for at, each in pairs for k, v in every_name(at, each).items()}
@@ -163,7 +163,7 @@ def _named(key: str, value: object) -> dict[str, str]:
     if isinstance(value, list):
         pairs = [_named(f"{key}[{place}]", each) for place, each in enumerate(value)]
         return {k: v for pair in pairs for k, v in pair.items()}
-    # Parameters may stand behind a name, and the path of a group before it.
+    # Parameters may follow a name, and the path of a group may precede it.
     name = str(value).partition(" ")[0].rpartition("/")[2] if isinstance(value, str) else ""
     named = is_function(name) and name.partition(":")[0] not in NO_MODULES
     return {key: name} if named else {}
@@ -174,11 +174,11 @@ def refuse_unsaid(where: object, names: Mapping[str, str], own: Iterable[str] = 
 
     Args:
         where: The file, for the message.
-        names: What it names, by key.
-        own: Names that the user says elsewhere.
+        names: The names in it, by key.
+        own: Names that the user gives elsewhere.
 
     Raises:
-        ConfigError: With all of them, and how to trust them. Nothing of them was imported.
+        ConfigError: Listing all of them, and how to trust them. None of them was imported.
     """
     known = {*own}
     strange = {
@@ -206,14 +206,15 @@ def trust_word(names: Iterable[str]) -> str:
     return f"trust={','.join(modules)}" if modules else ""
 
 
-# Where it lies
+# The place of a module
 
 
 def refuse_place(key: str, name: str) -> None:
-    """Reject ``module:name`` by the place of its module, without importing it.
+    """Reject ``module:name`` by the location of its module, without importing it.
 
     Raises:
-        ConfigError: If nobody has said it, or its module is neither the user's nor of `PACKAGES`.
+        ConfigError: If the user did not name it, or its module is neither the user's nor of
+            `PACKAGES`.
         ModuleNotFoundError: If there is no such module.
     """
     module = name.partition(":")[0]
@@ -228,11 +229,11 @@ def refuse_place(key: str, name: str) -> None:
 
 
 def refuse_found(key: str, name: str, found: object) -> None:
-    """Reject what a module has, where that is somebody else's, or nothing to be named.
+    """Reject a module's object that belongs to another package, or must not be named.
 
     Raises:
-        ConfigError: If it is a module, of a module that `refuse_place` would reject, or of one of
-            `PACKAGES` and no class of the kind wanted there.
+        ConfigError: If it is a module, belongs to a module that `refuse_place` rejects, or to one
+            of `PACKAGES` without being of an allowed class.
     """
     module = name.partition(":")[0]
     if name in trusted():
@@ -272,7 +273,7 @@ def _refusal(module: str, why: str) -> str:
 
 
 def _is_known(found: Any, home: str) -> bool:
-    """Check whether something of `PACKAGES` is a class of the kind wanted there, or a loss."""
+    """Check whether an object of `PACKAGES` is a class of an allowed kind, or a loss."""
     if not inspect.isclass(found):
         if home != LOSSES or not inspect.isfunction(found):
             return False
@@ -288,7 +289,7 @@ def _is_python(module: str) -> bool:
 def foreign(module: str) -> str:
     """Return why a module is not the user's own; empty if it is.
 
-    Its folders decide: of links what they lead to, too.
+    Its folders decide, including the targets of links.
 
     Raises:
         ModuleNotFoundError: If there is none.

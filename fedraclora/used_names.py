@@ -43,7 +43,7 @@ def imports_of(code: types.CodeType) -> set[str]:
 
 
 def file_of(name: str) -> Path | None:
-    """Find the file of a module without importing it or its package; None: it has none."""
+    """Find the file of a module without importing it or its package; None if it has none."""
     first, *rest = name.split(".")
     try:
         spec = importlib.util.find_spec(first)
@@ -59,13 +59,13 @@ def file_of(name: str) -> Path | None:
 
 
 def text_of(file: Path) -> str:
-    """Write what a file says, without comments and layout; empty: nothing that can be read."""
+    """Write a file's code without comments and layout; empty if it cannot be read."""
     tree = _tree(str(file), _changed(file))
     return "" if tree is None else ast.dump(tree)
 
 
 def statements_of(module: types.ModuleType, name: str, scope: str = "") -> Statements:
-    """List the statements of a module, or of a class in it, that give a name its value.
+    """List the statements of a module, or of a class in it, that set a name.
 
     Args:
         module: The module.
@@ -83,7 +83,7 @@ def statements_of(module: types.ModuleType, name: str, scope: str = "") -> State
 
 
 def is_state(module: types.ModuleType, name: str) -> bool:
-    """Tell whether a function of a module gives one of its globals another value (``global``)."""
+    """Tell whether a function of a module changes one of its globals (``global``)."""
     tree = _tree(file := getattr(module, "__file__", None) or "", _changed(Path(file)))
     nodes = ast.walk(tree) if tree is not None else ()
     return any(isinstance(node, ast.Global) and name in node.names for node in nodes)

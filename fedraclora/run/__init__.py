@@ -1,1 +1,1 @@
-"""Files of a run, written and read back: ledger, checkpoints, folder, client state."""
+"""Write and read the files of a run: ledger, checkpoints, folder, client state."""

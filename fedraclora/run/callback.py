@@ -1,4 +1,4 @@
-"""The interface of callbacks, which watch a run or end it early."""
+"""Define callbacks, which watch a run or end it early."""
 
 # ruff: noqa: ARG002
 from __future__ import annotations
@@ -14,14 +14,14 @@ from fedraclora.tree import Tree
 
 @dataclass(frozen=True)
 class Begin:
-    """The data that a callback gets when a run starts or is resumed.
+    """Hold the data that a callback receives when a run starts or is resumed.
 
     Attributes:
         title: One line: method, data, step size, seed.
         config: The whole config, as plain nested values.
-        folder: The run folder; None where the run is in memory.
-        done: The last round that was closed before; 0 at the beginning.
-        facts: What the run learns, how, and what is not as it was asked for: values of JSON
+        folder: The run folder; None if the run is in memory.
+        done: The last finished round; 0 for a new run.
+        facts: Facts on task, method and changed settings: values of JSON
             (`fedraclora.strategies.facts`).
     """
 
@@ -35,44 +35,45 @@ class Begin:
 class Callback:
     """Base class of callbacks: every hook does nothing; override those that you need.
 
-    Those of a program's own are given to ``fedraclora.simulate(callbacks=[...])``. They get copies,
-    so that none of them can change the run, and what one raises stops it; it can be resumed.
+    Pass your own to ``fedraclora.simulate(callbacks=[...])``. They receive copies, so that they
+    cannot change the run. An exception in one stops the run, which can be resumed.
     """
 
     def begin(self, run: Begin) -> None:
         """Prepare, before the first round of a new or resumed run."""
 
     def measure(self, weights: Tree, round_: int) -> Row:
-        """Measure new weights, where these are evaluated (``evaluate.every``).
+        """Measure new weights in the rounds that are evaluated (``evaluate.every``).
 
         Args:
-            weights: The effective ones: name of a parameter -> tensor of its shape.
-            round_: That has made them; 0: they are those that the run begins with.
+            weights: The effective weights: name of a parameter -> tensor of its shape.
+            round_: Their round; 0: the initial weights.
 
         Returns:
-            Columns for the row of the round; their names must be new ones.
+            Columns for the row of the round; their names must be new.
         """
         return {}
 
     def row(self, row: Row) -> None:
-        """See the row of a round, once it is written: what was measured is in ``row["metrics"]``.
+        """Read the row of a round after it is written; ``row["metrics"]`` has its metrics.
 
-        Of a round that was not measured (``evaluate.every``) that is ``{}``.
+        For a round without evaluation (``evaluate.every``) that is ``{}``.
         """
 
     def ends(self, rows: Sequence[Row]) -> bool:
         """Return whether to end the run, from its rows only, so that a resumed run ends there, too.
 
         Args:
-            rows: All so far, from round 0; ``rows[-1]["metrics"]`` has what was measured by name,
-                for example ``accuracy``, and is ``{}`` where a round was not (``evaluate.every``).
+            rows: All rows so far, from round 0; ``rows[-1]["metrics"]`` has the metrics by name,
+                for example ``accuracy``, and is ``{}`` for a round without evaluation
+                (``evaluate.every``).
         """
         return False
 
     def end(self, summary: Mapping[str, object], *, failed: bool) -> None:
-        """Close what `begin` has opened.
+        """Release the resources that `begin` acquired.
 
         Args:
-            summary: The final figures; empty where there are none.
+            summary: The final figures; empty if there are none.
             failed: Whether the run stopped before its end.
         """

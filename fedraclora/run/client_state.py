@@ -1,7 +1,7 @@
 """Store client state between rounds, by client and round, for several generations.
 
-A round that fails, or a server that is restored from a checkpoint, asks a client to train a round
-again; the client then starts from what it had before that round, not from what it has tried.
+After a failed round, or after a resume from a checkpoint, the server asks a client to train a round
+again; the client then starts from its state before that round, not from that of the first attempt.
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ from fedraclora.errors import ShapeError
 from fedraclora.tree import Layout, Tree, below, difference
 
 GENERATIONS = 2
-KEPT = "store/kept/"  # of the names of `ClientStore.secrets` among tensors
-STATES = "store/states/"  # of those of what a user's training function keeps
+KEPT = "store/kept/"  # prefix of `ClientStore.secrets` among tensors
+STATES = "store/states/"  # prefix of states of a user's training function
 MOMENTS = "moments/"
-# What clients keep that is no part of their models.
+# Client state that is not part of a client's model.
 NO_WEIGHTS = (MOMENTS, "variates/", "residue/")
 
 
 class Entry(NamedTuple):
-    """State of a client after a round: one packed row, and the names and shapes in it."""
+    """Hold a client's state after a round: one packed row, and its names and shapes."""
 
     round_: int
     layout: Layout
@@ -31,15 +31,15 @@ class Entry(NamedTuple):
 
 
 class ClientStore:
-    """Tensors that clients keep, as one packed row per client and round.
+    """Store client tensors, as one packed row per client and round.
 
     Args:
-        generations: Rounds of which a client's rows are kept: those that a restored server may
-            ask for again, and the one before.
+        generations: Rounds for which a client's rows are kept: those that a resumed server may ask
+            for again, and the one before.
 
     Attributes:
-        secrets: What clients keep from stage to stage of a round and no longer (their keys of
-            secure aggregation), by id; in no checkpoint.
+        secrets: Values that clients keep between stages of a round only (their keys of secure
+            aggregation), by id; never in a checkpoint.
     """
 
     def __init__(self, generations: int = GENERATIONS) -> None:
@@ -68,15 +68,14 @@ class ClientStore:
             clients: Ids, int64 [K].
             round_: The round that starts.
             default: For clients that hold nothing yet, without a client axis.
-            link: The link in progress: moments of another, whose tensors were others, have ended
-                with it, and the client begins with those of ``default``. None: they never end.
+            link: Number of merges so far: moments from before the last merge are dropped, and the
+                client begins with those of ``default``. None: moments are never dropped.
 
         Returns:
             Tensors [K, ...] by name.
 
         Raises:
-            ShapeError: If clients hold tensors of other names or shapes: numbers that came from
-                one tensor are none of another's.
+            ShapeError: If the clients' tensors have other names or shapes.
         """
         layout = Layout.of(default)
         first = layout.pack(default)
@@ -95,7 +94,7 @@ class ClientStore:
     def _lasting(
         self, client: int, entry: Entry, round_: int, layout: Layout, link: int | None
     ) -> Tree:
-        """Read a client's state without moments that have ended; raises as `read` does."""
+        """Read a client's state without expired moments; raises as `read` does."""
         values = entry.layout.unpack(entry.row)
         of_link = values.get(f"{MOMENTS}link")
         if link is not None and of_link is not None and int(of_link) != link:
@@ -126,29 +125,29 @@ class ClientStore:
     def latest(self, count: int) -> dict[int, Tree]:
         """Read the tensors of the ``count`` clients that trained last (the smaller id in a tie).
 
-        Moments of optimizers, control variates and what rounding left are no part of a client's
+        Moments of optimizers, control variates and quantization errors are not part of a client's
         model and are left out.
         """
         recent = sorted(self._entries.items(), key=lambda item: (-item[1][-1].round_, item[0]))
         return {c: _weights(entries[-1]) for c, entries in recent[:count]}
 
     def weights_of(self, client: int, round_: int) -> Tree:
-        """Read what a client held of its model before a round, as `latest` does; {}: nothing."""
+        """Read a client's part of its model before a round, as `latest` does; {}: nothing."""
         earlier = [entry for entry in self._entries.get(client, []) if entry.round_ < round_]
         return _weights(earlier[-1]) if earlier else {}
 
     def state(self) -> Tree:
-        """Tensors for a checkpoint."""
+        """Return tensors for a checkpoint."""
         return _packed(dict(sorted(self._entries.items()))) | self._told(0, [*self._states])
 
     def part(self, clients: list[int], round_: int) -> Tree:
-        """What clients held before a round, in the form of `state`: to train elsewhere."""
+        """Return clients' state before a round, in the form of `state`, to train elsewhere."""
         earlier = {c: [e for e in self._entries.get(c, []) if e.round_ < round_] for c in clients}
         found = _packed({c: entries[-1:] for c, entries in earlier.items()})
         return found | self._secrets(clients) | self._told(0, clients)
 
     def absorb(self, tensors: Mapping[str, torch.Tensor]) -> None:
-        """Take over the `state` of another store, of clients that trained elsewhere."""
+        """Add the `state` of another store, of clients that trained elsewhere."""
         other = ClientStore()
         other.restore(tensors)
         self.secrets |= other.secrets
@@ -160,7 +159,7 @@ class ClientStore:
                 self._keep(client, entry)
 
     def since(self, round_: int, client: int | None = None) -> Tree:
-        """What was staged in a round or later, in the form of `state`; None: of every client."""
+        """Return state from a round on, in the form of `state`; None: of every client."""
         one = None if client is None else [client]
         later = {
             c: [e for e in own if e.round_ >= round_]
@@ -171,7 +170,7 @@ class ClientStore:
         return found | self._told(round_, one or [*self._states])
 
     def restore(self, tensors: Mapping[str, torch.Tensor]) -> None:
-        """Take the tensors of `state` back."""
+        """Restore the tensors of `state`."""
         self.secrets = {int(c): bytes(t.tolist()) for c, t in below(tensors, KEPT).items()}
         self._states = {}
         for name, state in below(tensors, STATES).items():
@@ -191,12 +190,12 @@ class ClientStore:
             self._entries.setdefault(client, []).append(entry)
 
     def _secrets(self, clients: list[int]) -> Tree:
-        """Write secrets as tensors of bytes: to travel with what else a client holds."""
+        """Convert secrets to tensors of bytes, to be sent with other client state."""
         secrets = {c: self.secrets[c] for c in clients if c in self.secrets}
         return {f"{KEPT}{c}": torch.tensor(list(s), dtype=torch.uint8) for c, s in secrets.items()}
 
     def _told(self, first: int, clients: list[int]) -> Tree:
-        """Write the states of some clients from a round on as tensors of bytes."""
+        """Convert the states of some clients from a round on to tensors of bytes."""
         each = ((c, r, s) for c in sorted(clients) for r, s in self._states.get(c, {}).items())
         return {
             f"{STATES}{c}/{r}": torch.frombuffer(bytearray(s), dtype=torch.uint8)
@@ -210,16 +209,16 @@ class ClientStore:
 
 
 def _weights(entry: Entry) -> Tree:
-    """Select what is a part of a client's model."""
+    """Select the part that belongs to a client's model."""
     own = entry.layout.unpack(entry.row)
     return {n: t for n, t in own.items() if not n.startswith(NO_WEIGHTS)}
 
 
 def _packed(clients: Mapping[int, list[Entry]]) -> Tree:
-    """Write entries as tensors: those of one layout together, each layout under a name of its own.
+    """Convert entries to tensors: those with the same layout together, under a name per layout.
 
-    Where all are alike, as they are unless what is trained changes, that is ``store/keys`` (client
-    and round of each row) and ``store/values/<name>``; a second layout is ``store+/...`` and so on.
+    Usually all have one layout: ``store/keys`` (client and round of each row) and
+    ``store/values/<name>``; if trained tensors change, a second layout is ``store+/...`` and so on.
     """
     groups: dict[Layout, list[tuple[int, Entry]]] = {}
     for client, entries in clients.items():

@@ -1,7 +1,7 @@
-"""Checksums of the config and data files of a run, and the keys that a resumed run may change.
+"""Compute checksums of a run's config and data files, and list keys that a resume may change.
 
-``digests.json`` lies beside ``config.yaml``, which stays a plain file to read. It holds a digest of
-itself, as ``summary.json`` does: a digit that changes in any of them is seen by whoever reads it.
+``digests.json`` is beside ``config.yaml``, which stays a plain file. It contains its own checksum,
+as ``summary.json`` does, so that every reader detects a change.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from fedraclora.weights.files import ADVICE, config_difference, write_text
 
 FILE = "digests.json"
 SEAL = "sha256"
-CODE, ROWS = "code.", "resolved.rows:"  # begin the lines of differences that no key makes
+CODE, ROWS = "code.", "resolved.rows:"  # prefix of differences that no key causes
 
 
 def sealed(found: Mapping[str, object]) -> str:
@@ -58,15 +58,15 @@ def _digest(plain: Mapping[str, object]) -> str:
 
 
 def write_digests(folder: Path, config: str, data: Mapping[str, object] | None) -> None:
-    """Write down the digest of a config that is about to be written, and of the files of its data.
+    """Write the checksums of a config that is about to be written, and of its data files.
 
-    The digest of the config that is there now stays valid, so that a process may be killed between
-    the two files.
+    The checksum of the existing config stays valid, in case the process is killed between the two
+    files.
 
     Args:
         folder: The run folder.
         config: The text of the config.
-        data: Digests of `data_files`; None keeps those that are there.
+        data: Digests of `data_files`; None keeps the existing ones.
     """
     path, now = folder / FILE, folder / "config.yaml"
     before = [_text_digest(now.read_bytes())] if now.is_file() else []
@@ -94,14 +94,14 @@ def check_config(folder: Path) -> bytes:
 
 
 def check_data(folder: Path, data: Mapping[str, object]) -> None:
-    """Check the files that the data of a run are read from against what they were when it began.
+    """Check that a run's data files have not changed since it began.
 
     Args:
         folder: The run folder.
-        data: The group ``data`` of the config that is asked for now.
+        data: The group ``data`` of the present config.
 
     Raises:
-        DataError: Naming the key, the file, and whose samples they are.
+        DataError: Naming the key, the file, and the owner of the samples.
     """
     if not (stored := known_data(folder)):
         return
@@ -125,19 +125,19 @@ def check_data(folder: Path, data: Mapping[str, object]) -> None:
 def check_fixed(
     folder: Path, stored: Mapping[str, object], now: Mapping[str, object], free: tuple[str, ...]
 ) -> None:
-    """Check what decides the bits of a run that is resumed against what its checkpoint has.
+    """Check that settings which influence results equal those of the checkpoint.
 
     Args:
         folder: The run folder.
-        stored: Of the checkpoint: the config, digests of code, and what was found at its start.
-        now: The same of now.
+        stored: Config, digests of code, and facts found at the start, from the checkpoint.
+        now: The present ones.
         free: Keys that may change.
 
     Raises:
         CheckpointError: Naming the keys, the functions whose code has changed, or the partitioner.
     """
     changed = [x for x in config_difference(stored, now) if not x.startswith(free)]
-    # Code and rows that one side alone has came with another key, which is named.
+    # Code and rows on one side only came with another key, which is named.
     changed = [x for x in changed if not (x.startswith((CODE, ROWS)) and "(absent)" in x)]
     anew = "or start a new run without resume"
     code = [x.removeprefix(CODE).rpartition(": ")[0] for x in changed if x.startswith(CODE)]
@@ -161,19 +161,20 @@ def check_fixed(
 
 
 def began_in(folder: Path) -> str:
-    """Read the working folder in which a run began."""
+    """Return the working folder in which a run began."""
     return str(read_sealed(folder / FILE)["began_in"])
 
 
 def located(folder: Path, data: Plain) -> dict[str, object]:
-    """Find the files of a run's data where they were when it began, if they are not here.
+    """Locate a run's data files, relative to where the run began if they are not here.
 
     Args:
         folder: The run folder.
         data: The group ``data`` of its config.
 
     Returns:
-        The group; a relative path that leads nowhere from here starts from where the run began.
+        The group; a relative path that does not exist here is taken relative to the folder in which
+        the run began.
     """
     began, found = began_in(folder), dict(data)
     for key, value in data.items():
@@ -186,15 +187,15 @@ def located(folder: Path, data: Plain) -> dict[str, object]:
 
 
 def known_data(folder: Path) -> dict[str, dict[str, str]]:
-    """Read the digests of the data's files from a run folder, as `data_files` computed them."""
+    """Read the digests of data files from a run folder, as computed by `data_files`."""
     return dict(read_sealed(folder / FILE)["data"])
 
 
 def data_files(data: Mapping[str, object]) -> dict[str, dict[str, str]]:
     """Compute the SHA-256 of each file that keys of the group ``data`` name, by key and file name.
 
-    A folder has those of the files in it. Packages and functions are code and left out, and so is
-    ``data.root``, whose data sets are known by their own digests.
+    For a folder, all files in it. Packages and functions are code and left out, and so is
+    ``data.root``, whose data sets have their own digests.
     """
     return {
         key: {path.name: file_digest(path) for path in paths}
@@ -209,7 +210,7 @@ def _paths(key: str, value: object, root: object) -> Iterator[Path]:
     try:
         path = resolve(str(user_path(key, value)), key=key, root=str(root) if root else None)
     except (ConfigError, DataError):
-        return  # who reads it says so
+        return  # the reader of the file reports it
     if path.is_file():
         yield path
     elif path.is_dir():

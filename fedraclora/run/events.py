@@ -1,7 +1,7 @@
-"""Events of a run, for a program that follows it from another machine.
+"""Print events of a run, for a program that follows it from another machine.
 
-Each event is one line of JSON in what the server prints: Flower's streams of a log are the only way
-from a server to whoever has started a run there. Other lines of the log are none of it.
+Each event is one line of JSON in the server's output: Flower's log stream is the only way from a
+server to the program that started a run there. Other lines of the log are ignored.
 """
 
 from __future__ import annotations
@@ -16,18 +16,18 @@ from fedraclora.binding import PlainDict
 from fedraclora.run.callback import Begin, Callback
 from fedraclora.run.ledger import Row
 
-MARK = "fedraclora-event "  # how a line begins that is one
+MARK = "fedraclora-event "  # prefix of an event's line
 OPENING, ROW, SUMMARY = "opening", "row", "summary"
 
 
 @dataclass(frozen=True)
 class Event:
-    r"""An event of a run.
+    r"""Hold an event of a run.
 
     Attributes:
-        kind: ``opening`` (what the run begins with: `Begin.facts`), ``row`` (a row of the ledger)
-            or ``summary`` (the final figures).
-        value: That, as values of JSON.
+        kind: ``opening`` (the run's facts: `Begin.facts`), ``row`` (a row of the ledger) or
+            ``summary`` (the final figures).
+        value: Its content, as values of JSON.
 
     Example:
         >>> Event.read(Event("row", {"round": 1}).line)
@@ -41,7 +41,7 @@ class Event:
 
     @property
     def line(self) -> str:
-        """The line of the log."""
+        """Return the line of the log."""
         return f"{MARK}{json.dumps(vars(self), default=str)}\n"
 
     @classmethod
@@ -51,7 +51,7 @@ class Event:
 
 
 class EventRecord(Callback):
-    """Prints the events of a run."""
+    """Print the events of a run."""
 
     @override
     def begin(self, run: Begin) -> None:

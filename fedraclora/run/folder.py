@@ -1,4 +1,4 @@
-"""The folder of a run: create, lock, check and close it with a summary."""
+"""Create, lock, check and finish the folder of a run."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ from fedraclora.weights.files import (
     write_text,
 )
 
-LEDGER = "ledger_sha256"  # of the summary: the seal of the ledger's last row
-# What a start makes; the lock comes last, so that nobody else begins meanwhile.
+LEDGER = "ledger_sha256"  # key of the summary: the seal of the ledger's last row
+# Files of a start; the lock is created last, so that no other process begins meanwhile.
 MADE = ("digests.json", "config.yaml", "ledger.jsonl", "chain", "private", "run_id", ".lock")
-GROUPS = ("method", "data", "local", "engine", "output")  # of every config
-SIGNS = (*MADE[:1], *MADE[2:3])  # one of them lies in every run folder
-# The safe loader, in C where PyYAML was built with it: ten times as fast, and tables read many.
+GROUPS = ("method", "data", "local", "engine", "output")  # keys of every config
+SIGNS = (*MADE[:1], *MADE[2:3])  # every run folder has one of these
+# The safe loader, in C if PyYAML has it: ten times faster, and tables read many configs.
 LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 PACKAGES = ("fedraclora", "flwr", "torch", "numpy", "hydra-core")
 
@@ -51,9 +51,9 @@ def is_ours(folder: Path) -> bool:
 
 
 def has_begun(folder: Path) -> bool:
-    """Check whether a folder holds a run that has come to its first row, or more.
+    """Check whether a run folder has at least one ledger row.
 
-    What holds less was a start that failed or was killed: nothing is lost where another is made.
+    Otherwise a start failed or was killed: a new run may replace it without loss.
 
     Raises:
         CheckpointError: If its ledger is damaged.
@@ -79,14 +79,14 @@ def resume_word(folder: Path) -> str:
 
 
 def refuse_existing(folder: Path) -> None:
-    """Reject a folder that already has a run, or something that no run has written.
+    """Reject a folder that already has a run, or other files.
 
-    Hidden files may be there: Hydra's own, those of a file manager. So may the key of another
-    private run, put there to draw what that drew.
+    Hidden files are allowed: Hydra's own, or those of a file manager. So is the key of another
+    private run, copied to repeat its draws.
 
     Raises:
-        CheckpointError: If a run is there already.
-        ConfigError: If something else is.
+        CheckpointError: If it has a run already.
+        ConfigError: If it has other files.
     """
     if has_begun(folder):
         raise CheckpointError(
@@ -96,7 +96,7 @@ def refuse_existing(folder: Path) -> None:
     if not folder.is_dir() or is_ours(folder):
         return
     names = sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
-    known = ("run_id", *SIGNS[:1], "private")  # digests may be torn by a kill
+    known = ("run_id", *SIGNS[:1], "private")  # digests may be incomplete after a kill
     if names := [name for name in names if name not in known]:
         more = f" and {len(names) - 1} more" if names[1:] else ""
         raise ConfigError(
@@ -106,7 +106,7 @@ def refuse_existing(folder: Path) -> None:
 
 
 def refuse_full(folder: Path) -> None:
-    """Reject a folder that is not empty, or a file in its place: what is there would be mixed up.
+    """Reject a folder that is not empty, or a file in its place: files would be mixed.
 
     Raises:
         ConfigError: Naming it.
@@ -117,12 +117,12 @@ def refuse_full(folder: Path) -> None:
 
 @contextmanager
 def new_folder(folder: Path, *, shared: bool = False) -> Iterator[None]:
-    """Make and hold the folder of a new run; take it away where the run fails before it has begun.
+    """Create and lock the folder of a new run; remove it if the run fails before its first row.
 
-    What was there before stays, and so does a folder that holds something else.
+    Earlier files stay, and so does a folder with other files.
 
     Args:
-        folder: It.
+        folder: The folder.
         shared: As for `make`.
 
     Raises:
@@ -135,7 +135,7 @@ def new_folder(folder: Path, *, shared: bool = False) -> Iterator[None]:
         try:
             yield
         except BaseException:
-            with suppress(OSError):  # it stays as it was found
+            with suppress(OSError):  # it stays unchanged
                 if not has_begun(folder):
                     _remove(folder, [name for name in MADE if name not in known])
                     for path in made:
@@ -153,9 +153,9 @@ def _remove(folder: Path, names: Iterable[str]) -> None:
 
 
 def begin_folder(folder: Path, plain: Plain) -> None:
-    """Write the config of a new run into its folder, with digests of it and of the data's files.
+    """Write a new run's config into its folder, with checksums of it and of the data files.
 
-    What a start that was killed has left makes room.
+    Files of a killed start are removed.
     """
     if (folder / "config.yaml").exists():
         _remove(folder, ("ledger.jsonl", "chain", "private"))
@@ -195,35 +195,36 @@ def read_config(folder: Path) -> Plain:
 
 
 def amend(folder: Path, plain: Plain) -> list[str]:
-    """Write the config under which a run goes on, where that is another than it was.
+    """Write the config under which a run is resumed, if it changed.
 
-    A summary goes: the run has not come to its end any more.
+    A summary is removed, since the run is not finished any more.
 
     Returns:
-        One line for each key that is another, for the ledger; where output goes is left out.
+        One line for each changed key, for the ledger, except output folders.
     """
     stored = read_config(folder)
     if stored == plain:
         return []
     (folder / "summary.json").unlink(missing_ok=True)
     _write_config(folder, plain, None)
-    # Keys that one side lacks came or went with the choice of their group, which is named.
+    # Keys on one side only came or went with the choice of their group, which is named.
     changed = [line for line in config_difference(stored, plain) if "(absent)" not in line]
     return [f"goes on with {x}" for x in changed if not x.startswith(("output.", "resume:"))]
 
 
 def has_checkpoint(folder: Path, every: int) -> bool:
-    """Check whether a run can go on, or was killed so early that it must start again.
+    """Check whether a run can be resumed, or was killed so early that it must start again.
 
-    A run that was killed before its first checkpoint is cleared, so that it can. It is another run
-    then, with a key and a name of its own: what the first attempt drew must not be drawn again.
+    A run that was killed before its first checkpoint is cleared, so that it can start again. It is
+    then a new run with its own key and name: the random numbers of the first attempt must not be
+    reused.
 
     Args:
         folder: The run folder.
         every: Rounds between checkpoints.
 
     Raises:
-        CheckpointError: If the ledger shows that there was a checkpoint, and it is gone.
+        CheckpointError: If the ledger shows that there was a checkpoint, and it is missing.
     """
     if (folder / "checkpoint" / "checkpoint.safetensors").is_file():
         return True
@@ -239,15 +240,15 @@ def has_checkpoint(folder: Path, every: int) -> bool:
 
 @contextmanager
 def alone(folder: Path, *, shared: bool = False) -> Iterator[None]:
-    """Make and lock a run folder for this process; the lock ends with the process.
+    """Create and lock a run folder for this process; the lock ends with the process.
 
     Args:
-        folder: It.
+        folder: The folder.
         shared: As for `make`.
 
     Raises:
         CheckpointError: If another process runs in the folder.
-        ConfigError: If the folder cannot be made, or a link in it leads out of it.
+        ConfigError: If the folder cannot be created, or a symbolic link leaves it.
     """
     make(folder, shared=shared)
     refuse_links(folder)
@@ -271,7 +272,7 @@ def alone(folder: Path, *, shared: bool = False) -> Iterator[None]:
 
 
 def is_running(folder: Path) -> bool:
-    """Check whether a process holds a run folder now; False where this user may not look."""
+    """Check whether a process holds a run folder; False if this user may not read it."""
     try:
         with (folder / ".lock").open("rb") as file:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
@@ -283,15 +284,15 @@ def is_running(folder: Path) -> bool:
 
 
 def make(folder: Path, *, shared: bool = False) -> None:
-    """Make a run folder, which nobody but its owner may enter; so files in it are private, too.
+    """Create a run folder that only its owner may enter, so that its files are private, too.
 
     Args:
-        folder: It. Of a folder that is there, empty, others lose their rights; one with a run keeps
-            its mode.
-        shared: Whether others have the rights that the umask leaves them.
+        folder: The folder. If it exists and is empty, access of others is removed; one with a run
+            keeps its mode.
+        shared: Whether others have access as the umask allows.
 
     Raises:
-        ConfigError: If that cannot be.
+        ConfigError: If it cannot be created.
     """
     try:
         make_folder(folder, private=not shared)
@@ -305,14 +306,14 @@ def make(folder: Path, *, shared: bool = False) -> None:
 
 
 def run_id(folder: Path, *, shared: bool = False) -> str:
-    """Name a run for those who keep something of it elsewhere; the name stays in its folder.
+    """Return a run's name for files kept elsewhere; it is stored in the run folder.
 
     Args:
-        folder: Of the run; made where it is missing.
+        folder: The run folder; created if missing.
         shared: As for `make`.
 
     Raises:
-        ConfigError: If the folder cannot be made.
+        ConfigError: If the folder cannot be created.
     """
     path = folder / "run_id"
     if not path.is_file():
@@ -322,14 +323,14 @@ def run_id(folder: Path, *, shared: bool = False) -> str:
 
 
 def write_summary(folder: Path, summary: Mapping[str, object]) -> None:
-    """Write summary.json in one move, with versions, revision and the digest of the ledger."""
+    """Write summary.json atomically, with versions, revision and the digest of the ledger."""
     rows = read_ledger(folder / "ledger.jsonl")
     found = {**summary, **provenance(), LEDGER: [*seals(rows)][-1]}
     write_text(folder / "summary.json", sealed(found))
 
 
 def read_summary(folder: Path) -> dict[str, object]:
-    """Read the summary of a finished run; it must be that of the ledger beside it.
+    """Read the summary of a finished run, and check it against the ledger.
 
     Raises:
         CheckpointError: If a file is damaged, missing or of another run.
@@ -352,22 +353,22 @@ def provenance() -> dict[str, object]:
 
 
 def versions_of(packages: Iterable[str]) -> dict[str, str]:
-    """Give the versions of those packages that are installed."""
+    """Return the versions of the installed ones among some packages."""
     versions = {}
     for package in packages:
-        with suppress(PackageNotFoundError):  # a bundle of Flower's runs where nothing is installed
+        with suppress(PackageNotFoundError):  # a bundle of Flower runs where nothing is installed
             versions[package] = version(package)
     return versions
 
 
 @cache
 def git_revision() -> str | None:
-    """Read the revision of the checkout that runs, with a plus where files differ from it.
+    """Return the revision of this checkout, with a plus if files differ from it.
 
-    None for an installed package, also where it lies in the folder of another project, and where
-    there is no git, as in small images.
+    None for an installed package, even inside another project's folder, and without git, as in
+    small images.
 
-    That of the first call: what a process runs is what it has loaded.
+    The result of the first call is kept: a process runs the code that it has loaded.
     """
     here = Path(__file__).parent
 

@@ -1,8 +1,8 @@
-"""Read the chain of a run folder: the initial weights and the updates of its rounds.
+"""Read the sequence of merges in a run folder: initial weights and the updates of rounds.
 
-The first link of the chain holds the initial weights, but for those that a package or the hub has:
-they are named with their digest, and built anew from the model's config where they are read. The
-checkpoint of a large model leaves to the chain what its links hold in fewer bytes.
+The first file has the initial weights, except those of a package or the hub: these are referred to
+by name and digest, and rebuilt from the model's config when read. The checkpoint of a large model
+omits weights that the merges contain in fewer bytes.
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ from fedraclora.tree import Tree, below, digest
 from fedraclora.weights.chain import read_link, read_plan
 from fedraclora.weights.links import read_links
 
-LARGE = 16 * 2**20  # bytes of base weights; below, every file stands alone
-CARRIED = "carried|"  # of the tensors of a link: what the method carries, where it changed
+LARGE = 16 * 2**20  # bytes of base weights; smaller ones are stored in every file
+CARRIED = "carried|"  # prefix of a merge's tensors: the method's own tensors, if changed
 
 
 @dataclass(frozen=True)
 class ModelSource:
-    """A pretrained model of a package or the hub, from which a run begins.
+    """Identify the pretrained model of a package or the hub from which a run begins.
 
     Attributes:
         model: Its group of the config.
-        weights: What it has of the initial weights: the head, which is drawn, is not among them.
+        weights: Its part of the initial weights, without the head, which is drawn.
     """
 
     model: Mapping[str, object]
@@ -55,7 +55,7 @@ class ModelSource:
 
 
 def source_of(model: Mapping[str, object], head: tuple[str, ...], base: Tree) -> ModelSource | None:
-    """Give the source of a model that is a package's or the hub's; None for others.
+    """Return the source of a model from a package or the hub; None for others.
 
     Args:
         model: The group of the config.
@@ -75,15 +75,15 @@ def is_small(base: Tree) -> bool:
 
 
 def initial_weights(tensors: Tree, meta: Mapping[str, Any], path: Path) -> Tree:
-    """Give the initial weights from the first link of a chain.
+    """Return the initial weights from the first merge file.
 
     Args:
-        tensors: Of the link.
-        meta: Of the link.
-        path: Where it lies, for messages.
+        tensors: The file's tensors.
+        meta: The file's metadata.
+        path: Its path, for messages.
 
     Raises:
-        CheckpointError: If weights that lie elsewhere are not there, or are others now.
+        CheckpointError: If weights stored elsewhere are missing, or have changed.
     """
     base = {n: t for n, t in tensors.items() if not n.startswith(CARRIED)}
     said = meta.get("elsewhere")
@@ -105,22 +105,22 @@ def initial_weights(tensors: Tree, meta: Mapping[str, Any], path: Path) -> Tree:
 
 @lru_cache(maxsize=1)
 def _built(model: str) -> Tree:
-    """Build a pretrained model; nothing but its head depends on data and seed."""
+    """Build a pretrained model; only its head depends on data and seed."""
     group: dict[str, object] = json.loads(model)
     network = bind("model", MODELS, group, shape=(), classes=2, seed=0)().model
     return {n: p.detach() for n, p in network.named_parameters()}
 
 
 def read_states(folder: Path, kind: type[Counters]) -> Iterator[tuple[int, State, dict[str, Any]]]:
-    """Follow the chain of a run folder from the initial state on.
+    """Yield the states of a run from its initial state on.
 
     Args:
         folder: The run folder.
-        kind: In which the method keeps what is no tensor.
+        kind: The class of the method's counters.
 
     Yields:
-        The round of each link (the last one, where several were folded), the state after it with
-        the link, and the link's meta data.
+        The round of each merge (the last one of a compacted file), the state after it with the
+        merge, and the merge's metadata.
 
     Raises:
         CheckpointError: If a file is damaged, missing or of another run.
@@ -144,10 +144,10 @@ def read_states(folder: Path, kind: type[Counters]) -> Iterator[tuple[int, State
 
 
 def state_after(folder: Path, round_: int, kind: type[Counters]) -> tuple[State, dict[str, Any]]:
-    """Follow the chain of a run folder up to a round; arguments as for `read_states`.
+    """Return the state of a run after a round; arguments as for `read_states`.
 
     Returns:
-        The state, and the meta data of the last link.
+        The state, and the metadata of the last merge.
 
     Raises:
         CheckpointError: If a file is damaged, missing or of another run.
@@ -174,12 +174,12 @@ def state_after(folder: Path, round_: int, kind: type[Counters]) -> tuple[State,
 
 
 def checkpoint_base(stored: Tree, meta: Mapping[str, Any], folder: Path) -> Tree:
-    """Give the base weights of a checkpoint, what it has left to the chain from there.
+    """Return the base weights of a checkpoint, with omitted ones from the merge files.
 
     Args:
-        stored: Those that it holds.
-        meta: Its meta data.
-        folder: Of the run.
+        stored: The weights in the checkpoint.
+        meta: Its metadata.
+        folder: The run folder.
     """
     if (order := meta.get("base_order")) is None:
         return stored

@@ -1,11 +1,10 @@
-"""The ledger: one line of JSON per round, append-only; every table and plot is made from it.
+"""Write the ledger: one line of JSON per round, append-only; all tables and plots use it.
 
-A writer that is killed leaves at most one unfinished last line, which every reader leaves out.
-Each line ends with a digest of its row and of all rows before, which every reader checks: no digit
-can change unseen. The digest of the last row is kept where the run is vouched for (checkpoint and
-summary).
+A killed writer leaves at most one unfinished last line, which every reader ignores. Each line ends
+with a checksum of its row and all earlier rows, which every reader checks, so that every change is
+detected. The checksum of the last row is also in the checkpoint and the summary.
 
-Columns that no seed can fix (`NONDETERMINISTIC`) are not part of the ledger's digest.
+Columns that the seed does not determine (`NONDETERMINISTIC`) are not part of the ledger's digest.
 """
 
 from __future__ import annotations
@@ -27,8 +26,8 @@ from fedraclora.errors import CheckpointError
 from fedraclora.weights.files import keep_private, make_folder, naming_file, replacing
 
 Row = dict[str, object]
-BY_CLIENTS = "clients."  # of the names of metrics that clients measured
-_SEAL = "sha256"  # of a line: of its row and those before; readers do not see it
+BY_CLIENTS = "clients."  # prefix of clients' metrics
+_SEAL = "sha256"  # key of a line's checksum of its row and all earlier ones; readers do not see it
 
 NONDETERMINISTIC = frozenset(
     {"seconds", "cpu_seconds", "peak_memory_bytes", "timestamp", "incidents", "transport_bytes"}
@@ -44,7 +43,7 @@ class Ledger:
         path: The file, or None to keep the rows in memory only.
 
     Attributes:
-        rows: All rows so far, exactly as a reader of the file gets them.
+        rows: All rows so far, exactly as a reader of the file sees them.
 
     Raises:
         CheckpointError: If the file exists and is damaged elsewhere than in its last line.
@@ -65,7 +64,7 @@ class Ledger:
 
         Args:
             row: Column names to JSON values, numpy or torch numbers and arrays. NaN and
-                infinities become null. Key order is kept: the first metric is the headline.
+                infinities become null. Key order is kept: the first metric is the primary one.
             sync: Flush to the disk before returning (else only to the operating system).
 
         Raises:
@@ -95,14 +94,14 @@ class Ledger:
         self._seals.append(seal)
 
     def seal(self, round_: int | None = None) -> str:
-        """Compute the digest of all rows up to a round, every column; empty where there is none."""
+        """Compute the checksum of all rows up to a round, with every column; empty without rows."""
         count = len(self.rows)
         if round_ is not None:
             count = bisect_right(self.rows, round_, key=_round)
         return self._seals[count - 1] if count else ""
 
     def cut(self, round_: int) -> None:
-        """Drop the rows of all rounds after ``round_``, so that the run can go on from there."""
+        """Drop the rows of all rounds after ``round_``, so that the run can be resumed there."""
         rows = [row for row in self.rows if _round(row) <= round_]
         if len(rows) < len(self.rows):
             self.rows, self._seals = rows, self._seals[: len(rows)]
@@ -120,7 +119,7 @@ class Ledger:
 
 
 def read_ledger(path: Path) -> list[Row]:
-    """Read the rows of a ledger file; an unfinished last line is left out.
+    """Read the rows of a ledger file, without an unfinished last line.
 
     Raises:
         CheckpointError: If the file is missing or damaged; the message names file and line.
@@ -133,7 +132,7 @@ def read_ledger(path: Path) -> list[Row]:
 
 
 def reached_round(folder: Path) -> int:
-    """Return the last round that the ledger of a run has; 0 where it has none."""
+    """Return the last round of a run's ledger; 0 without rows."""
     ledger = folder / "ledger.jsonl"
     rows = read_ledger(ledger) if ledger.is_file() else []
     return int(number(rows[-1], "round")) if rows else 0
@@ -157,7 +156,7 @@ def digest_rows(rows: Iterable[Mapping[str, object]]) -> str:
 
 
 def seals(rows: Iterable[Mapping[str, object]]) -> Iterator[str]:
-    """Compute the digest at each row: of all its columns, and of all rows before."""
+    """Compute the checksum at each row: of all its columns, and of all earlier rows."""
     before = ""
     for row in rows:
         before = _seal(before, json.dumps(row))
@@ -165,9 +164,9 @@ def seals(rows: Iterable[Mapping[str, object]]) -> Iterator[str]:
 
 
 def number(row: Mapping[str, object], *path: str) -> float:
-    """Read one number of a row; NaN where it is absent, null or not a number.
+    """Read one number of a row; NaN if it is missing, null or not a number.
 
-    Among metrics ``clients.accuracy.worst10`` is one of those by clients.
+    The metric ``clients.accuracy.worst10`` is a clients' metric.
 
     Example:
         >>> number({"round": 1, "metrics": {"accuracy": 0.5}}, "metrics", "accuracy")
@@ -214,7 +213,7 @@ def reported_figures(rows: Iterable[Row]) -> list[str]:
 
 
 def known_mean(rows: Sequence[Mapping[str, object]], *path: str) -> float:
-    """Average a number over the rows that have it; NaN where none has.
+    """Average a number over the rows that have it; NaN if none has.
 
     Example:
         >>> known_mean([{"loss": 1.0}, {}, {"loss": 2.0}], "loss")
@@ -226,7 +225,7 @@ def known_mean(rows: Sequence[Mapping[str, object]], *path: str) -> float:
 
 
 def round_seconds(row: Mapping[str, object]) -> float:
-    """Wall-clock seconds of a round: ``seconds.total``, or the sum of its stations.
+    """Return the wall-clock seconds of a round: ``seconds.total``, or the sum of its parts.
 
     Example:
         >>> round_seconds({"round": 1, "seconds": {"open": 0.5, "train": 1.0}})
@@ -240,7 +239,7 @@ def round_seconds(row: Mapping[str, object]) -> float:
 
 
 def headline(rows: Sequence[Mapping[str, object]]) -> str | None:
-    """Name the first metric of the first evaluated row, or None.
+    """Return the name of the first metric of the first evaluated row, or None.
 
     Example:
         >>> headline([{"round": 1}, {"round": 2, "metrics": {"f1": 0.5, "loss": 1.0}}])
@@ -270,7 +269,7 @@ def _parse(data: bytes, path: Path) -> list[Row]:
                 raise ValueError("its checksum does not match, or an earlier row is missing")
         except ValueError as error:
             if last:
-                break  # what follows the last newline: nothing, or the torn line of a killed run
+                break  # after the last newline: nothing, or the incomplete line of a killed run
             raise CheckpointError(
                 f"{path}, line {index + 1} is damaged ({error}); restore the file from a copy, "
                 "or cut the run back to an earlier checkpoint"
@@ -285,7 +284,7 @@ def _round(row: Mapping[str, object]) -> int:
 
 
 def _line(text: str, seal: str) -> bytes:
-    """Write the JSON of a row, which has a round at least, and its digest behind it."""
+    """Write a row as JSON, followed by its checksum."""
     return f'{text[:-1]}, "{_SEAL}": "{seal}"}}\n'.encode()
 
 
@@ -294,11 +293,11 @@ def _seal(before: str, text: str) -> str:
 
 
 def ledger_value(value: object, where: str) -> object:
-    """Convert a value to JSON: numbers of numpy and torch to Python's, non-finite ones to null.
+    """Convert a value to JSON: numpy and torch numbers to Python's, non-finite ones to null.
 
     Args:
         value: The value.
-        where: The column that it is in, for the message.
+        where: Its column, for the message.
 
     Raises:
         CheckpointError: If JSON has no such value, or no float is as large.
@@ -327,7 +326,7 @@ def ledger_value(value: object, where: str) -> object:
 
 
 def withheld(row: Mapping[str, object]) -> str:
-    """Say why a row has no measurements of clients, or not all; empty where none is withheld."""
+    """Return why a row lacks clients' metrics; empty if none is withheld."""
     told = row.get("clients")
     why = told.get("withheld") if isinstance(told, Mapping) else None
     return f"what clients measured is withheld: {why}" if why else ""

@@ -1,4 +1,4 @@
-"""The weights of any round, from the files of a run."""
+"""Rebuild the weights of any round from the files of a run."""
 
 from __future__ import annotations
 
@@ -19,21 +19,21 @@ def state_at(
     round_: int | None = None,
     method: Method | None = None,
 ) -> State:
-    """Rebuild what the server held after a round: base weights, and what the method carried.
+    """Rebuild the server's state after a round: base weights, and the method's tensors.
 
     Args:
-        folder: The run folder, written with ``output.chain=true``; the last checkpoint is enough
-            for the round that it stands at.
+        folder: The run folder, written with ``output.chain=true``; for the round of the last
+            checkpoint, that is enough.
         round_: 0 gives the initial state; None the last checkpoint.
-        method: Of the run. With it, the state has all by which it gives weights; None: what one
-            method keeps and another does not is left out.
+        method: The run's method, for a complete state; None: state that only some methods keep is
+            left out.
 
     Returns:
-        The state without moments, on the CPU; bit for bit that of the run on the same build.
+        The state without moments, on the CPU; bit for bit as in the run on the same build.
 
     Raises:
-        CheckpointError: If a file is damaged, missing or of another run, or does not reach so far;
-            if the round was folded into a later one.
+        CheckpointError: If a file is damaged, missing or of another run; if the run did not reach
+            the round, or it was compacted into a later one.
     """
     kind = Counters if method is None else method.counters
     if round_ is None:
@@ -50,7 +50,7 @@ def state_at(
 
 
 def kept_rounds(chain: Path) -> str:
-    """Name the rounds after which the chain gives the weights, for whoever may choose among them.
+    """List the rounds after which weights can be rebuilt, as text.
 
     Example:
         0 to 300 in steps of 100, 301, 302
@@ -73,7 +73,7 @@ def _named_run(run: list[int]) -> str:
 
 
 def _check_kept(chain: Path, round_: int) -> None:
-    """Reject a round whose link was folded with later ones."""
+    """Reject a round that was compacted with later ones."""
     for file in link_files(chain):
         if file.first <= round_ < file.last:
             raise CheckpointError(
@@ -86,13 +86,13 @@ def _check_kept(chain: Path, round_: int) -> None:
 def weights_at(folder: Path, round_: int | None, method: Method, draw: Draw) -> Tree:
     """Rebuild the effective weights after a round: W_t, as the run measured them.
 
-    Where clients keep a part of the model to themselves, these are the server's weights.
+    If clients keep a personal part of the model, these are the server's weights.
 
     Args:
         folder: The run folder, as for `state_at`.
         round_: As for `state_at`.
-        method: Of the run.
-        draw: Of the run: its seed.
+        method: The run's method.
+        draw: The run's sketches.
 
     Raises:
         CheckpointError: As `state_at`.

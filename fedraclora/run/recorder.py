@@ -1,4 +1,4 @@
-"""Write the files of a run in progress: ledger, chain, checkpoints, metrics of clients."""
+"""Write the files of a run in progress: ledger, merges, checkpoints, clients' metrics."""
 
 from __future__ import annotations
 
@@ -40,14 +40,14 @@ from fedraclora.weights.links import (
 )
 
 CLIENTS_FILE = "clients.parquet"
-Columns = Mapping[str, Any]  # by name, one value for each client
+Columns = Mapping[str, Any]  # columns by name, one value for each client
 
 
 def together(parts: Sequence[Columns]) -> Columns:
-    """Join the parts of the table, one for each measurement.
+    """Join the parts of the clients' table, one for each measurement.
 
     Columns are ``round``, ``client``, ``samples``, ``steps``, ``when`` (before or after local
-    training), and a metric each; a metric that a part lacks is NaN there.
+    training), and one per metric; a metric that is missing in a part is NaN there.
     """
     names = dict.fromkeys(name for part in parts for name in part)
     lacking = [np.full(len(part["round"]), np.nan) for part in parts]
@@ -56,7 +56,7 @@ def together(parts: Sequence[Columns]) -> Columns:
 
 
 def write_clients(folder: Path, parts: Sequence[Columns]) -> None:
-    """Write the table, if there is any."""
+    """Write the clients' table, if there is any."""
     if not parts:
         return
     from pyarrow import parquet, table
@@ -66,7 +66,7 @@ def write_clients(folder: Path, parts: Sequence[Columns]) -> None:
 
 
 def read_clients(folder: Path) -> Columns:
-    """Read the table of a run folder; no column where no client has measured.
+    """Read the clients' table of a run folder; without columns if no client has measured.
 
     Raises:
         CheckpointError: If it is damaged.
@@ -83,9 +83,9 @@ def read_clients(folder: Path) -> Columns:
     return {name: found[name].to_numpy() for name in found.column_names}
 
 
-# Files of a run folder that a run which goes on rests on, beside the config and these three.
+# Further files of the run folder that a resumed run needs.
 RESUMED_FROM = (str(KEY), "run_id")
-PRESENT = ("config.yaml", "digests.json", CLIENTS_FILE)  # these have digests of their own, or grow
+PRESENT = ("config.yaml", "digests.json", CLIENTS_FILE)  # these have their own checksums, or grow
 WEIGHTS = (
     "base/ is the whole trained model only for methods that merge all updates into it; for "
     "every method, use fedraclora.strategies.weights.load_weights(folder)"
@@ -94,12 +94,12 @@ WEIGHTS = (
 
 @dataclass
 class Stopwatch:
-    """Seconds of the stations of a round.
+    """Measure the seconds of each part of a round.
 
     Attributes:
-        seconds: By the wall.
-        cpu_seconds: Of this process on its processors, all threads together: what a station costs
-            on a busy machine, too. What clients do in other processes or on a GPU is not in it.
+        seconds: Wall-clock seconds.
+        cpu_seconds: CPU seconds of all threads of this process, which do not depend on the load of
+            the machine. Work in other processes or on a GPU is not included.
     """
 
     seconds: dict[str, float] = field(default_factory=dict)
@@ -110,7 +110,7 @@ class Stopwatch:
         self._last = time.perf_counter(), time.process_time()
 
     def lap(self, name: str) -> None:
-        """Add the time since the last lap to station ``name``."""
+        """Add the time since the last lap to part ``name``."""
         now = time.perf_counter(), time.process_time()
         for laps, end, start in zip((self.seconds, self.cpu_seconds), now, self._last, strict=True):
             laps[name] = laps.get(name, 0.0) + end - start
@@ -118,28 +118,28 @@ class Stopwatch:
 
     @property
     def columns(self) -> dict[str, dict[str, float]]:
-        """Both, as columns of a ledger."""
+        """Return both, as columns of a ledger."""
         return {"seconds": self.seconds, "cpu_seconds": self.cpu_seconds}
 
 
 class RunRecorder:
-    """The files of one run; without a folder, rows are kept in memory only.
+    """Write the files of one run; without a folder, rows are kept in memory only.
 
     Args:
         folder: The run folder, or None.
-        fixed: All that decides the bits of the run: the config, and what ``auto`` was resolved to.
-            Stored in checkpoints; a resume under other values is refused, key by key.
+        fixed: All settings that influence the result: the config, with ``auto`` resolved. They are
+            stored in checkpoints; a resume with other values is refused, naming the keys.
         every: Rounds between checkpoints.
-        sync: Flush to the disk with each row and link.
-        chain: Keep the links.
-        store: What stays at simulated clients, part of the run's checkpoint.
-        free: Keys of ``fixed`` that may change where a run goes on.
+        sync: Flush to the disk with each row and merge.
+        chain: Keep the merges.
+        store: State of simulated clients, part of the run's checkpoint.
+        free: Keys of ``fixed`` that may change in a resumed run.
         source: Where the initial weights are, if a package or the hub has them.
 
     Attributes:
-        chain: The folder of the links; None where none are kept.
-        incidents: Sentences for the next row: under what other settings the run goes on.
-        by_clients: What single clients measured, of each measurement.
+        chain: The folder of the merges; None if they are not kept.
+        incidents: Sentences for the next row: changed settings of a resumed run.
+        by_clients: The clients' metrics of each measurement.
     """
 
     def __init__(
@@ -164,19 +164,19 @@ class RunRecorder:
         self.by_clients: list[Columns] = []
 
     def begin(self, state: State) -> None:
-        """Store the initial weights, from which the chain rebuilds all later ones.
+        """Store the initial weights, from which the merges rebuild all later ones.
 
-        Links that an earlier attempt has left, which was killed before its first checkpoint, go.
+        Merges of an earlier attempt that was killed before its first checkpoint are removed.
         """
         if self.chain is not None:
             cut_links(self.chain, -1)
             meta: dict[str, object] = {"initial": True, "plan": plan_meta(state.plan)}
             base, elsewhere = self.source.refer(state.base) if self.source else (state.base, {})
-            self.source = None  # it would hold the initial weights for the whole run
+            self.source = None  # it would keep the initial weights in memory for the whole run
             self._keep(self.chain, 0, state, dict(base), meta | elsewhere)
 
     def totals(self) -> tuple[int, int]:
-        """Bytes up and down (with catch-up) over all rounds so far."""
+        """Return the bytes up and down (with catch-up) over all rounds so far."""
         last: Mapping[str, Any] = self.ledger.rows[-1] if self.ledger.rows else {}
         return last.get("uplink_total", 0), last.get("downlink_total", 0)
 
@@ -190,17 +190,17 @@ class RunRecorder:
         self.ledger.append(row, sync=self.sync)
 
     def link(self, round_: int, state: State) -> None:
-        """Append the link of a round to the chain: what it changed, in the base and beside it.
+        """Write the merge of a round: its change of the base, and of the tensors beside it.
 
-        Every round has one: where nothing changed it is empty, so that a missing one is seen.
+        Every round has one: without a change it is empty, so that a missing one is detected.
         """
         if self.chain is not None:
             self._keep(self.chain, round_, state, *link_tensors(state.link or Link()))
 
     def links(self) -> Iterator[tuple[int, Link]]:
-        """Read back the links after the last that were folded, each with its round.
+        """Read back the merges after the last compacted ones, each with its round.
 
-        There are none where none are kept.
+        Without kept merges there are none.
         """
         if self.chain is not None:
             folded = max((f.last for f in link_files(self.chain) if f.first < f.last), default=0)
@@ -211,7 +211,7 @@ class RunRecorder:
     def _keep(
         self, chain: Path, round_: int, state: State, tensors: Tree, meta: dict[str, object]
     ) -> None:
-        """Write a link, with what the method carries where that is not what it was."""
+        """Write a merge, with the method's tensors if they changed."""
         new = dict(state.carried)
         changed, gone = carried_change(self._carried, new)
         meta = meta | {"counters": state.counters.stored()} | gone
@@ -225,11 +225,11 @@ class RunRecorder:
         return self.folder is not None and round_ % self.every == 0
 
     def save(self, state: State, round_: int, catch_up: CatchUp) -> None:
-        """Write a checkpoint: what round ``round_ + 1`` needs."""
+        """Write a checkpoint: the state for round ``round_ + 1``."""
         if self.folder is None:
             return
         write_clients(self.folder, self.by_clients)
-        # Large weights that the links of the chain give are not written once more.
+        # Large weights that the merges contain are not written again.
         whole = is_small(state.base) or self.chain is None
         left = frozenset() if whole else catch_up.followed(0)
         base = {n: t for n, t in state.base.items() if n not in left}
@@ -244,23 +244,23 @@ class RunRecorder:
             "chain": None if self.chain is None else self._link,
             "files": beside(self.folder),
         }
-        if left:  # else the file's own digest is that of the base, too
+        if left:  # otherwise the file's own checksum covers the base, too
             meta |= {"base_order": list(state.base), "base_digest": digest(state.base)}
         tensors |= catch_up.state() | self.store.state()
         save_checkpoint(self.folder / "checkpoint", tensors, meta)
 
     def restore(self, start: State, catch_up: CatchUp) -> tuple[State, int]:
-        """Read the checkpoint back; ledger rows and links past it are cut.
+        """Restore the checkpoint; ledger rows and merges after it are removed.
 
         Args:
-            start: The state of round 0; gives the plan and the device.
-            catch_up: Takes the clients' versions.
+            start: The state of round 0, for the plan and the device.
+            catch_up: Receives the clients' versions.
 
         Returns:
-            The state, and the round that it closed.
+            The state, and its round.
 
         Raises:
-            CheckpointError: If there is none, it is damaged, or it is of another configuration.
+            CheckpointError: If there is none, it is damaged, or belongs to another configuration.
         """
         if self.folder is None:
             raise CheckpointError(
@@ -268,7 +268,7 @@ class RunRecorder:
             )
         tensors, meta = load_checkpoint(self.folder / "checkpoint")
         check_fixed(self.folder, meta["fixed"], self.fixed, self.free)
-        self.source = None  # a run that goes on has kept its initial weights
+        self.source = None  # a resumed run has already stored its initial weights
         counters = meta["counters"]
         if not isinstance(counters, dict):
             raise CheckpointError(
@@ -299,7 +299,7 @@ class RunRecorder:
         ), round_
 
     def _verify(self, folder: Path, meta: Mapping[str, Any], round_: int) -> None:
-        """Check what the run rests on against the digests in its checkpoint, before any cut.
+        """Check the files that a resume needs against the checkpoint's checksums, before any cut.
 
         Raises:
             CheckpointError: Naming the file that is damaged, missing or of another run.
@@ -330,10 +330,10 @@ class RunRecorder:
 
 
 def hold_chain(folder: Path, meta: Mapping[str, Any]) -> None:
-    """Check that the checkpoint of a run folder is one of its chain, if it has both.
+    """Check that the checkpoint of a run folder belongs to its merges, if it has both.
 
     Raises:
-        CheckpointError: If its link is missing, or is of another run.
+        CheckpointError: If its merge is missing, or of another run.
     """
     chain, round_, known = folder / "chain", meta.get("round", 0), meta.get("chain")
     if isinstance(known, str) and link_digest(chain, round_) != known:
@@ -344,7 +344,7 @@ def hold_chain(folder: Path, meta: Mapping[str, Any]) -> None:
 
 
 def hold_checkpoint(folder: Path, tensors: Tree, meta: Mapping[str, Any]) -> None:
-    """Check that what was read as the checkpoint of a run folder is one, and of this run.
+    """Check that the contents of a checkpoint belong to a run's checkpoint, and to this run.
 
     Raises:
         CheckpointError: If it is another file, or of another run.
@@ -357,10 +357,10 @@ def hold_checkpoint(folder: Path, tensors: Tree, meta: Mapping[str, Any]) -> Non
 
 
 def carried_change(old: Tree, new: Tree) -> tuple[Tree, dict[str, object]]:
-    """Describe for a link how what a method carries became something else.
+    """Describe for a merge how the method's tensors changed.
 
     Returns:
-        The tensors that are other ones, and in meta data the names of those that are gone.
+        The changed tensors, and in metadata the names of removed ones.
     """
     changed = {n: t for n, t in new.items() if n not in old or not _same(old[n], t)}
     gone = [n for n in old if n not in new]
@@ -372,9 +372,9 @@ def _same(old: torch.Tensor, new: torch.Tensor) -> bool:
 
 
 def beside(folder: Path) -> dict[str, str]:
-    """Compute the SHA-256 of each file of `RESUMED_FROM` in a folder, and what else it needs.
+    """Compute the SHA-256 of each file in `RESUMED_FROM`, and of other files that a resume needs.
 
-    A digest of a key of 32 random bytes tells nobody the key.
+    The digest of a key of 32 random bytes does not reveal the key.
     """
     there = [name for name in RESUMED_FROM if (folder / name).is_file()]
     digests = {n: hashlib.sha256((folder / n).read_bytes()).hexdigest() for n in there}
@@ -382,11 +382,11 @@ def beside(folder: Path) -> dict[str, str]:
 
 
 def checkpoint_meta(folder: Path) -> dict[str, Any]:
-    """Read what the checkpoint of a run folder says beside its tensors; empty if there is none."""
+    """Read the metadata of a run folder's checkpoint; empty if there is none."""
     path = folder / "checkpoint"
     return dict(load_checkpoint(path)[1]) if (path / CHECKPOINT).is_file() else {}
 
 
 def resolved_setting(folder: Path, key: str) -> Any:
-    """Return the value that a setting ``auto`` was resolved to; None without a checkpoint."""
+    """Return the resolved value of a setting ``auto``; None without a checkpoint."""
     return checkpoint_meta(folder).get("fixed", {}).get("resolved", {}).get(key)
