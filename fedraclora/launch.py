@@ -29,8 +29,9 @@ STARTED = datetime.now()  # one stamp for all jobs of a sweep in this process
 def run_shown(run: RunBuilder) -> RunResult:
     """Run to the end in this process with a progress bar; see `strategies.runner.execute`."""
     config = run.config
-    shown = config.output.progress
-    with RunProgress(config.rounds, shown=shown, label=config.label) as progress:
+    output = config.output
+    said = {"shown": output.progress, "verbose": output.verbose}
+    with RunProgress(config.rounds, label=config.label, **said) as progress:
         return execute(run, progress)
 
 

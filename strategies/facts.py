@@ -17,6 +17,7 @@ from fedraclora.protocol.plan import frozen_layers, thawed
 from fedraclora.strategies.builder import RunBuilder
 
 Facts = dict[str, Any]  # JSON values
+FLOATS = 100  # rounds at most over which the numbers that a client sends are averaged at the start
 
 
 def facts_of(run: RunBuilder) -> Facts:
@@ -26,6 +27,11 @@ def facts_of(run: RunBuilder) -> Facts:
     own = config.own_model
     return {
         **learning_facts(run),
+        "done": run.strategy.done,
+        "sends": {
+            "numbers": mean_floats(run, min(config.rounds, FLOATS))[0],
+            "as": config.compression.uplink,
+        },
         "task": task.info,
         "clients": built.clients,
         "clients_per_round": built.cohort,
@@ -43,6 +49,19 @@ def facts_of(run: RunBuilder) -> Facts:
         "engine": run.grid.told,
         "state": [] if run.recorder.ledger.rows else [*run.strategy.state.notes],
     }
+
+
+def mean_floats(run: RunBuilder, rounds: int) -> tuple[float, float]:
+    """Count the numbers that a client sends and is sent in a round, the mean over so many rounds.
+
+    They differ from round to round where a first round begins from seeds, or factors take turns.
+    """
+    strategy = run.strategy
+    method, state = strategy.method.in_force(strategy.state)
+    each = [method.floats(state.plan, round_) for round_ in range(1, max(1, rounds) + 1)]
+    means = [sum(numbers) / len(each) for numbers in zip(*each, strict=True)]
+    up, down = (int(mean) if mean == int(mean) else round(mean, 1) for mean in means)
+    return up, down
 
 
 def learning_facts(run: RunBuilder) -> Facts:

@@ -20,7 +20,6 @@ from fedraclora.config.run_config import RunConfig
 from fedraclora.data.partition import spread_clients
 from fedraclora.evaluation.metrics import lower_of
 from fedraclora.loggers import logging_to
-from fedraclora.protocol.method import Method, Plan
 from fedraclora.run.callback import Begin, Callback
 from fedraclora.run.digests import check_data, located
 from fedraclora.run.folder import (
@@ -35,10 +34,11 @@ from fedraclora.run.folder import (
     write_summary,
 )
 from fedraclora.run.ledger import known_mean, reached_round, read_ledger, round_seconds
+from fedraclora.run.log import logged
 from fedraclora.run.recorder import read_clients, together
 from fedraclora.run.stopped import forget_stop, note_stop
 from fedraclora.strategies.builder import RunBuilder
-from fedraclora.strategies.facts import facts_of, learning_facts
+from fedraclora.strategies.facts import facts_of, learning_facts, mean_floats
 from fedraclora.strategies.result import RunResult
 from fedraclora.strategies.server.callbacks import Stopping
 from fedraclora.strategies.weights import load_weights
@@ -106,6 +106,7 @@ def execute(run: RunBuilder, *watching: Callback) -> RunResult:
         if folder is not None:
             held = alone if resume else new_folder
             stack.enter_context(held(folder, shared=config.output.shared))
+        stack.enter_context(logged(folder))
         if resume and folder is not None:
             stored = section(read_config(folder), "output")
             check_data(folder, config.data)
@@ -169,8 +170,7 @@ def summarize(run: RunBuilder, seconds: float) -> dict[str, object]:
     """
     strategy, ledger = run.strategy, run.recorder.ledger
     measured = [r for r in ledger.rows if r.get("metrics")]
-    method, state = strategy.method.in_force(strategy.state)
-    up, down = mean_floats(method, state.plan, strategy.done)
+    up, down = mean_floats(run, strategy.done)
     more: dict[str, object] = {}
     if "virtual_seconds" in ledger.rows[-1]:
         more["virtual_seconds"] = ledger.rows[-1]["virtual_seconds"]
@@ -221,14 +221,3 @@ def draw(run: RunBuilder, folder: Path) -> None:
     if run.built.classes:
         counts = run.built.label_counts(spread_clients(run.built.clients, SHOWN))
         label_distribution(counts, folder / "partition.png", population=run.built.clients)
-
-
-def mean_floats(method: Method, plan: Plan, rounds: int) -> tuple[float, float]:
-    """Count the numbers that a client sends and is sent in a round, the mean over the rounds.
-
-    They differ from round to round where a first round begins from seeds, or factors take turns.
-    """
-    each = [method.floats(plan, round_) for round_ in range(1, max(1, rounds) + 1)]
-    means = [sum(numbers) / len(each) for numbers in zip(*each, strict=True)]
-    up, down = (int(mean) if mean == int(mean) else round(mean, 1) for mean in means)
-    return up, down

@@ -22,6 +22,7 @@ COMMANDS: tuple[str, ...] = ("simulate", "deploy", "node", "compare", "evaluate"
 COMMANDS += ("predict", "export")
 COMMANDS += ("compact", "report", "study", "tune", "theory", "init", "bench")
 HELP = {"-h", "--help"}
+VERBOSE = {"-v", "--verbose"}
 TOLD = ("deploy", "theory", "bench")  # whose help is the docstring of their module
 # Commands that no file here is called after, and the module that runs each.
 HOMES = {name: f"fedraclora.experiments.{name}.command" for name in ("bench", "theory")}
@@ -93,6 +94,8 @@ def run(command: str, words: Sequence[str]) -> int:
 
 
 def _run(command: str, words: Sequence[str]) -> int:
+    if command in typed.COMPOSED:
+        words = ["output.verbose=true" if word in VERBOSE else word for word in words]
     sys.argv = [f"fedraclora {command}", *words]  # where Hydra looks
     home = HOMES.get(command, f"fedraclora.commands.{command}")
     if home.startswith("fedraclora.experiments."):

@@ -39,6 +39,7 @@ from fedraclora.private_folder import PrivateFolder
 from fedraclora.run.events import ROW, SUMMARY, Event
 from fedraclora.run.folder import alone, amend, begin_folder, refuse_existing, write_summary
 from fedraclora.run.ledger import Ledger
+from fedraclora.run.log import logged
 from fedraclora.terminal.progress import RunProgress
 from fedraclora.trust import is_function
 
@@ -171,14 +172,11 @@ def follow(run: ServerRun, connection: Connection, record: Record | None) -> Non
     summary: dict[str, object] = {}
     tail: deque[str] = deque(maxlen=KEPT)
     opened = False
-    try:
-        number = submit(run, connection)
-    except Exception:
-        if record is not None:
-            record.withdraw()
-        raise
-    shown = run.config.output.progress
-    with RunProgress(run.config.rounds, shown=shown, label=run.config.label) as progress:
+    number = begun(run, connection, record)
+    config, output = run.config, run.config.output
+    said = {"shown": output.progress, "verbose": output.verbose}
+    with ExitStack() as stack:
+        progress = stack.enter_context(RunProgress(config.rounds, label=config.label, **said))
         progress.say(f"run {number} at connection {connection.name}")
         try:
             for line in lines_of(connection, number):
@@ -193,7 +191,8 @@ def follow(run: ServerRun, connection: Connection, record: Record | None) -> Non
                     summary = event.value
                 elif not opened:  # a stream that broke begins anew
                     opened = True
-                    progress.open(event.value)
+                    stack.enter_context(logged(run.folder))
+                    progress.open(event.value, run.plain, run.folder)
         except KeyboardInterrupt:
             progress.stopping(f"run {number}")
             connection.stop(number)
@@ -208,10 +207,15 @@ def follow(run: ServerRun, connection: Connection, record: Record | None) -> Non
     print_outcome(summary, run.folder, run.plain)
 
 
-def submit(run: ServerRun, connection: Connection) -> int:
-    """Start a run; give Flower's number of it."""
-    with PrivateFolder() as made:
-        return connection.submit(*write_app(run, Path(made)))
+def begun(run: ServerRun, connection: Connection, record: Record | None) -> int:
+    """Start a run; give Flower's number of it. Of one that is not taken no record stays."""
+    try:
+        with PrivateFolder() as made:
+            return connection.submit(*write_app(run, Path(made)))
+    except Exception:
+        if record is not None:
+            record.withdraw()
+        raise
 
 
 def lines_of(connection: Connection, number: int) -> Iterator[str]:

@@ -269,18 +269,24 @@ class OutputConfig(Limited, group="output"):
         chain: Keep the merged update of every round (the chain).
         sync: Flush the ledger to disk after each row.
         progress: Show a progress bar.
+        verbose: Show all that a run begins with, which else its log alone has (run.log).
         plots: Draw curves.png and partition.png.
         loggers: Where to log rounds as well: tensorboard, mlflow, wandb, trackio (docs/watch.md).
         shared: Whether other users may access the run folder, as your umask allows.
     """
 
-    in_memory: ClassVar[tuple[str, ...]] = ("dir", "progress")  # read where nothing is written
+    in_memory: ClassVar[tuple[str, ...]] = (
+        "dir",
+        "progress",
+        "verbose",
+    )  # read where nothing is written
 
     dir: str | None = None
     checkpoint_every: Count = 10
     chain: bool = True
     sync: bool = True
     progress: bool = True
+    verbose: bool = False
     plots: bool = True
     loggers: Sequence[str] = ()
     shared: bool = False

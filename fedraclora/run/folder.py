@@ -19,6 +19,7 @@ from fedraclora.binding import Plain, section
 from fedraclora.errors import CheckpointError, ConfigError
 from fedraclora.run.digests import check_config, data_files, read_sealed, sealed, write_digests
 from fedraclora.run.ledger import reached_round, read_ledger, seals
+from fedraclora.run.log import LOG
 from fedraclora.run.recorder import RESUMED_FROM
 from fedraclora.weights.files import (
     config_difference,
@@ -31,7 +32,7 @@ from fedraclora.weights.files import (
 
 LEDGER = "ledger_sha256"  # key of the summary: the seal of the ledger's last row
 # Files of a start; the lock is created last, so that no other process begins meanwhile.
-MADE = ("digests.json", "config.yaml", "ledger.jsonl", "chain", "private", "run_id", ".lock")
+MADE = ("digests.json", "config.yaml", "ledger.jsonl", "chain", "private", "run_id", LOG, ".lock")
 GROUPS = ("method", "data", "local", "engine", "output")  # keys of every config
 SIGNS = (*MADE[:1], *MADE[2:3])  # every run folder has one of these
 # The safe loader, in C if PyYAML has it: ten times faster, and tables read many configs.
@@ -96,7 +97,7 @@ def refuse_existing(folder: Path) -> None:
     if not folder.is_dir() or is_ours(folder):
         return
     names = sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
-    known = ("run_id", *SIGNS[:1], "private")  # digests may be incomplete after a kill
+    known = ("run_id", LOG, *SIGNS[:1], "private")  # digests may be incomplete after a kill
     if names := [name for name in names if name not in known]:
         more = f" and {len(names) - 1} more" if names[1:] else ""
         raise ConfigError(

@@ -1,11 +1,20 @@
-"""What a run says when it begins, from the facts of `strategies.facts`."""
+"""What a run says when it begins, from the facts of `strategies.facts`.
+
+`opening_lines` are the few sentences that everybody reads. `details_of` is the rest, a line for
+each title: it goes to the log of the run, and to the terminal with ``output.verbose=true``.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
+from fedraclora.binding import section
+from fedraclora.config.titles import method_label
+from fedraclora.object_registry import NAME
 from fedraclora.protocol.plan import TrainedPart, some_of
+from fedraclora.run.log import LOG
 from fedraclora.training.chunking import ChunkPlan
 
 NAMED = 8  # names of a list, and notes
@@ -17,24 +26,41 @@ SAID = ("texts", "inputs", "weights", "precision", "new_head")  # what the task 
 Facts = Mapping[str, Any]
 
 
-def opening_lines(facts: Facts) -> list[str]:
-    """Write what a run begins with, beside `notes_of`; a line for each title."""
+def opening_lines(facts: Facts, plain: Mapping[str, Any], folder: Path | None) -> list[str]:
+    """Write what is trained, on whose data, what is sent, and where results go: five lines at most.
+
+    Args:
+        facts: Of the run at its start.
+        plain: Its config.
+        folder: Its folder; None where it is in memory.
+    """
+    names = {key: section(plain, key).get("name") for key in ("model", "data")}
+    model, data = (f"your {key}" if name == NAME else name for key, name in names.items())
+    every, some = facts["clients"], facts["clients_per_round"]
+    rounds, done = plain["rounds"], facts["done"]
+    first = f"resumed after round {done} of {rounds}" if done else f"{rounds} round"
+    first += "s" * (rounds != 1 and not done)
+    what = f"{model} ({facts['trained']['total']:,} parameters) on {data}"
+    samples = f"{counted}; " if (counted := _counts(facts)) else ""
+    who = f"each with {some:,} of {every:,} clients"
+    lines = [f"Federated learning of {what} with {method_label(plain)}: {first}, {who}."]
+    lines += [f"Data: {samples}{_learnt(facts)}.", f"{_each_client(facts)}."]
+    if facts["pretrained"]:
+        lines.append(f"Before round 1, {_pretrained(facts['pretrained'])}.")
+    if folder is not None:
+        lines.append(
+            f"Results go to {folder}; {LOG} there has details (output.verbose=true shows them)."
+        )
+    return lines
+
+
+def details_of(facts: Facts) -> list[str]:
+    """Write all that a run begins with, beside `notes_of`; a line for each title."""
     told, lines = facts["task"], introduction(facts)
     lines |= _samples(facts)
     lines |= {n.replace("_", " "): str(told[n]) for n in SAID if n in told}
-    if frozen := facts["frozen_layers"]:
-        lines["not trained"] = (
-            f"{some_of(frozen, 'layer')} (target_modules=all adds convolutions, "
-            "target_modules=[NAME] adapts an embedding, modules_to_save=[NAME] trains a layer in "
-            "full)"
-        )
     if pretrained := facts["pretrained"]:
-        of = pretrained["labels"]
-        classes = "" if of is None else f" on the classes {', '.join(map(str, of))}"
-        lines["pretrained"] = (
-            f"all weights, centrally for {pretrained['epochs']} epochs{classes}, before the "
-            "first round (pretrain=none: off)"
-        )
+        lines["pretrained"] = _pretrained(pretrained)
     lines |= {"steps": ", ".join(facts["steps"])} if facts["steps"] else {}
     if facts["own_samples"]:
         lines["weights"] = (
@@ -70,6 +96,13 @@ def notes_of(facts: Facts) -> list[str]:
     told, notes = facts["task"], facts["state"]
     if more := notes[NAMED:]:
         notes = [*notes[:NAMED], f"{len(more)} more such notes are in the ledger"]
+    if frozen := facts["frozen_layers"]:
+        text = (
+            f"not trained: {some_of(frozen, 'layer')} (target_modules=all adds convolutions, "
+            "target_modules=[NAME] adapts an embedding, modules_to_save=[NAME] trains a layer in "
+            "full)"
+        )
+        notes = [*notes, text]
     if names := facts["thawed"]:
         text = (
             f"requires_grad=False of {some_of(names, 'parameter')} is ignored: target_modules, "
@@ -94,13 +127,47 @@ def idle_workers(facts: Facts) -> dict[str, str]:
     return {"idle": f"{text} last bits"}
 
 
-def _samples(facts: Facts) -> dict[str, str]:
-    """Say how many samples are trained and tested on; nothing where clients hold them unseen."""
+def _pretrained(pretrained: Facts) -> str:
+    of = pretrained["labels"]
+    classes = "" if of is None else f" on the classes {', '.join(map(str, of))}"
+    return (
+        f"all weights are trained centrally for {pretrained['epochs']} epochs{classes} "
+        "(pretrain=none: off)"
+    )
+
+
+def _counts(facts: Facts) -> str:
+    """Count the samples at clients and server; empty where clients hold them unseen."""
     told = facts["task"]
     if "train" not in told:
+        return ""
+    kept = f"{told['test']:,} test samples"
+    return f"{told['train']:,} training samples of {facts['clients']:,} clients, {kept}"
+
+
+def _each_client(facts: Facts) -> str:
+    """Say what a client trains and sends in a round."""
+    part, sent = facts["trained"], facts["sends"]
+    in_few = "" if sent["as"] == "float32" else f" in {sent['as']}"
+    ranks = f" (rank {' to '.join(map(str, part['ranks']))})" if part["ranks"] else ""
+    return (
+        f"Each round, a client trains {part['numbers']:,} parameters{ranks} with "
+        f"{_optimizer(facts['optimizer'])}, and sends {sent['numbers']:,} numbers{in_few}"
+    )
+
+
+def _learnt(facts: Facts) -> str:
+    """Name loss and metrics, and how the loss was found where it was not said."""
+    told = introduction(facts)
+    validation = " on validation samples" if facts["split"] != "test" else ""
+    return f"loss {told['loss']}, metrics {told['metrics']}{validation}"
+
+
+def _samples(facts: Facts) -> dict[str, str]:
+    """Say how many samples are trained and tested on; nothing where clients hold them unseen."""
+    if not (text := _counts(facts)):
         return {}
-    text = f"{told['train']:,} training samples of {facts['clients']:,} clients"
-    text += f", {told['test']:,} test samples"
+    told = facts["task"]
     if share := told.get("held_out"):
         text += f" ({share:g} of all, held out by a seed)"
     for title, key in (("features", "features"), ("left out", "columns_left_out")):

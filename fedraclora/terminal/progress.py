@@ -11,6 +11,7 @@ import time
 from collections import deque
 from collections.abc import Mapping, Sequence
 from logging.handlers import BufferingHandler
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console  # noqa: TID251  here it is made plain
@@ -19,13 +20,15 @@ from typing_extensions import override
 
 from fedraclora.run.callback import Begin, Callback
 from fedraclora.run.ledger import headline, number, round_seconds, withheld
-from fedraclora.terminal.opening import notes_of, opening_lines
+from fedraclora.run.log import LOG
+from fedraclora.terminal.opening import details_of, notes_of, opening_lines
 
 log = logging.getLogger(__name__)
 PROJECT = logging.getLogger("fedraclora")
 RECENT = 1000  # records of its log
 
 AVERAGED = 20  # rounds, for the time that is left
+FIRST = 6  # lines that a run begins with, notes included
 LEAST_BAR = 4  # characters
 TOLD = 5  # incidents of a round; the ledger has all
 QUIET = 30.0  # seconds without news, after which a line says so; then after twice as many each time
@@ -38,10 +41,11 @@ class RunProgress(Callback):
         rounds: Rounds in all.
         shown: False shows nothing.
         label: What runs.
+        verbose: True shows all that a run begins with, not its log alone.
     """
 
-    def __init__(self, rounds: int, *, shown: bool, label: str) -> None:
-        self.rounds, self.shown, self.label = rounds, shown, label
+    def __init__(self, rounds: int, *, shown: bool, label: str, verbose: bool = False) -> None:
+        self.rounds, self.shown, self.label, self.verbose = rounds, shown, label, verbose
         self.console = plain_console(stderr=True)
         self.drawn = shown and self.console.is_interactive
         self._recent: deque[float] = deque(maxlen=AVERAGED)
@@ -74,18 +78,32 @@ class RunProgress(Callback):
 
     @override
     def begin(self, run: Begin) -> None:
-        """Say what a run begins with, and what is not as it was asked for.
+        """Say what a run begins with, and what is not as it was asked for."""
+        self.open(run.facts, run.config, run.folder)
 
-        Where no progress is shown it goes to the log: it is not to be missed.
+    def open(self, facts: Mapping[str, Any], plain: Mapping[str, Any], folder: Path | None) -> None:
+        """Say the same of a run that begins elsewhere.
+
+        All of it goes to the log, too, for the run's folder. Where no progress is shown, notes are
+        warnings of the log: they are not to be missed.
+
+        Args:
+            facts: Of the run at its start.
+            plain: Its config.
+            folder: Its folder; None where it is in memory.
         """
-        self.open(run.facts)
-
-    def open(self, facts: Mapping[str, Any]) -> None:
-        """Say the same of a run that begins elsewhere."""
-        for line in opening_lines(facts):
-            self.say(line) if self.shown else log.info("%s", line)
-        for note in notes_of(facts):
-            self.say(f"note: {note}") if self.shown else log.warning("%s", note)
+        lines, details = opening_lines(facts, plain, folder), details_of(facts)
+        notes = [f"note: {note}" for note in notes_of(facts)]
+        for line in [*lines, *details]:
+            log.info("%s", line)
+        for note in notes:
+            log.log(logging.INFO if self.shown else logging.WARNING, "%s", note)
+        room = len(notes) if self.verbose or folder is None else max(1, FIRST - len(lines))
+        if len(notes) > room:
+            rest = f"note: {len(notes) - room + 1} more notes are in {LOG}"
+            notes = [*notes[: room - 1], rest]
+        for line in [*lines, *(details if self.verbose else []), *notes]:
+            self.say(line)
 
     def say(self, text: str) -> None:
         """Write a line, above the bar if there is one."""
@@ -150,11 +168,20 @@ class RunProgress(Callback):
             self.say(f"stopped early after round {summary['rounds']} of {self.rounds}{told}")
 
     def _left(self, row: Mapping[str, object]) -> str:
-        """Estimate how long the remaining rounds take, at the pace of the last ones."""
-        rounds = self.rounds - number(row, "round")
-        if not self._recent or rounds <= 0:
-            return ""
-        return f"{duration(rounds * statistics.fmean(self._recent))} left"
+        """Estimate how long the remaining rounds take."""
+        left = seconds_left(self._recent, self.rounds - number(row, "round"))
+        return "" if left is None else f"{duration(left)} left"
+
+
+def seconds_left(seconds: Sequence[float], rounds: float) -> float | None:
+    """Estimate how long some rounds take, at the pace of the last ones; None where none is known.
+
+    Args:
+        seconds: Of each round so far.
+        rounds: That are left.
+    """
+    recent = [*seconds][-AVERAGED:]
+    return rounds * statistics.fmean(recent) if recent and rounds > 0 else None
 
 
 def metric_of(row: Mapping[str, object]) -> str:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
+from pathlib import Path
 
 from fedraclora.binding import PlainDict, bind, section
 from fedraclora.compose.resume import laid_over
@@ -16,6 +18,7 @@ from fedraclora.errors import ConfigError, unknown
 from fedraclora.evaluation.metrics import higher_is_better, lower_of
 from fedraclora.run.callback import Callback
 from fedraclora.run.folder import make
+from fedraclora.run.log import LOG, logged
 from fedraclora.strategies.methods import METHODS
 from fedraclora.strategies.server.round_step import RoundStep
 from fedraclora.strategies.start import resolved_start
@@ -27,6 +30,7 @@ from fedraclora.tuning.space import Space, TuneConfig, settings
 from fedraclora.tuning.storage import keeping
 
 FOLDER = "runs/tune"
+log = logging.getLogger(__name__)
 
 
 def tune_task(
@@ -61,7 +65,7 @@ def tune_task(
     asked = settings(words, given or {})
     typed = {word.removeprefix("tune.").partition("=")[0] for word in words} | {*(given or ())}
     output = section(plain, "output")
-    folder = user_path("output.dir", output.get("dir") or FOLDER)
+    folder = tune_folder(plain)
     if (folder / "ledger.jsonl").exists():
         raise ConfigError(f"{folder} holds a run: name another folder (output.dir) for the tuning")
     plain = {**resolved_start(resolved(plain)), "output": {**output, "dir": None}}
@@ -82,10 +86,28 @@ def tune_task(
     say = print if output.get("progress") else lambda _: None
     whose = space, asked, metric, higher, built.clients, folder
     search = Search(*whose, final, say, steps, callbacks)
-    for title, text in assumed(search, len(task.validation or ()), share).items():
-        say(f"{title + ':':<24}{text}")
-    with keeping(folder):
+    with keeping(folder), logged(folder):
+        told = assumed(search, len(task.validation or ()), share)
+        open_with(search, told, verbose=bool(output.get("verbose")))
         return ended(search, partial(outcome, search, has_test=len(task.test) > 0))
+
+
+def tune_folder(plain: Mapping[str, object]) -> Path:
+    """Return the folder in which a tuning is kept."""
+    return user_path("output.dir", section(plain, "output").get("dir") or FOLDER)
+
+
+def open_with(search: Search, told: Mapping[str, str], *, verbose: bool) -> None:
+    """Say what a tuning assumes; of what it tries only the names, unless it is to be verbose.
+
+    All of it goes to the log in its folder.
+    """
+    tried = {**search.space.told(), "never": "; ".join(map(" ".join, search.config.never))}
+    for title, text in {**told, **tried}.items():
+        log.info("%s: %s", title, text)
+    shown = tried if verbose else {"tried": f"{', '.join(search.space.told())} ({LOG} has values)"}
+    for title, text in {**told, **shown}.items():
+        search.say(f"{title + ':':<24}{text}")
 
 
 def ended(search: Search, found: Callable[..., Tuned]) -> Tuned:
@@ -150,7 +172,5 @@ def assumed(search: Search, samples: int, share: float) -> dict[str, str]:
         "rounds": f"{search.rounds}; {ends}",
         "sizes": f"{sizes} MB a client, both ways: at each a run counts at its last rounds there",
         "seeds": f"{seeds}; tested on {tests}",
-        **search.space.told(),
-        "never": "; ".join(" ".join(line) for line in config.never) or "nothing",
         "kept in": f"{search.folder}",
     }

@@ -116,7 +116,8 @@ def test_a_new_run_stores_its_chunk_among_what_fixes_the_bits(small: int, tmp_pa
 def test_the_plan_is_printed_and_stands_in_the_summary(
     small: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    plain = composed([*WORDS, "rounds=1", f"output.dir={tmp_path}", "output.progress=true"])
+    shown = ["output.progress=true", "output.verbose=true"]
+    plain = composed([*WORDS, "rounds=1", f"output.dir={tmp_path}", *shown])
     simulated(plain, tmp_path)
     said = " ".join(capsys.readouterr().err.split())
     assert re.search(r"chunk: 9 clients \(memory\): [\d.]+ MB each \(.* MB on cpu, beside", said)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -19,30 +20,72 @@ from fedraclora.models.built import seeded
 from fedraclora.protocol.factor import to_train
 from fedraclora.protocol.instructions import Adapter, RoundInstructions
 from fedraclora.protocol.plan import trained_of
+from fedraclora.run.log import logged
+from fedraclora.terminal import progress
 from fedraclora.terminal.opening import idle_workers, introduction
 
 X = np.random.default_rng(4).normal(size=(40, 5)).astype("float32")
 CLIENTS = [(part, (part[:, 0] > 0).astype("int64")) for part in np.split(X, 4)]
 
 
+with seeded(0, "test"):
+    BUILT = nn.Sequential(nn.Linear(5, 6), nn.ReLU(), nn.Linear(6, 2))
+
+
 def run(**keys: Any) -> fedraclora.RunResult:
-    with seeded(0, "test"):
-        model = nn.Sequential(nn.Linear(5, 6), nn.ReLU(), nn.Linear(6, 2))
     method = {"name": "ffa_lora", "rank": 2}
-    chosen = {"model": model, "data": CLIENTS, "method": method, "rounds": 1} | keys
+    chosen = {"model": BUILT, "data": CLIENTS, "method": method, "rounds": 1} | keys
     return fedraclora.simulate(**chosen)
 
 
-def test_the_first_lines_say_what_is_learnt_and_how(capsys: pytest.CaptureFixture[str]) -> None:
-    found = run(local={"lr": 0.25, "momentum": 0.5, "steps": 3, "batch_size": 4})
+def test_the_first_lines_say_what_is_learnt_on_whose_data_and_what_is_sent(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    local = {"lr": 0.25, "momentum": 0.5, "steps": 3, "batch_size": 4}
+    found = run(local=local, rounds=2, folder=tmp_path, clients_per_round=3)
+    said = capsys.readouterr().err.splitlines()
+    first = said[: [line.startswith("round 0") for line in said].index(True)]
+    count = found.summary["uplink_floats"]
+    for line, parts in zip(
+        first,
+        (
+            ("your model", "50 parameters", "your data", "ffa_lora r=2", "2 rounds", "3 of 4"),
+            ("32 training", "4 clients", "8 test", "cross_entropy", "guessed", "accuracy, loss"),
+            (f"trains {count} parameters", f"sends {count} numbers", "rank 2", "sgd", "0.25"),
+            (str(tmp_path), "run.log"),
+        ),
+        strict=True,
+    ):
+        assert all(part in line for part in parts), line
+    log = (tmp_path / "run.log").read_text()
+    assert all(line in log for line in first)
+    assert "chunk:" in log
+
+
+def test_a_resumed_run_says_from_where_in_the_log_of_its_folder(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run(rounds=1, folder=tmp_path)
+    before = (tmp_path / "run.log").read_text()
+    capsys.readouterr()
+    run(rounds=2, folder=tmp_path, resume=True)
+    assert "after round 1 of 2" in capsys.readouterr().err.splitlines()[0]
+    log = (tmp_path / "run.log").read_text()
+    assert log.startswith(before)
+    assert "after round 1 of 2" in log
+
+
+def test_all_that_a_run_begins_with_is_shown_where_that_is_asked_for(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    found = run(output={"verbose": True})
     lines = capsys.readouterr().err.splitlines()
     titles = ["loss", "metrics", "optimizer", "trained", "data", "chunk"]
+    start = [line.partition(":")[0] for line in lines].index("loss")
+    assert start <= 5
+    lines = lines[start:]
     assert [line.partition(":")[0] for line in lines[:6]] == titles
     assert len({len(line) - len(line.partition(":")[2].lstrip()) for line in lines[:6]}) == 1
-    assert lines[0].split()[1:3] == ["cross_entropy", "(guessed"]
-    assert lines[1].endswith("accuracy, loss")
-    for part in ("sgd", "0.25", "momentum 0.5", "3 steps", "batches of 4"):
-        assert part in lines[2]
     count = found.summary["uplink_floats"]
     assert "rank 2 of layers 0, 2; " in lines[3]
     assert f" 0.bias, 2.bias: {count:,} numbers" in lines[3]
@@ -85,20 +128,60 @@ def test_workers_that_a_round_leaves_idle_are_told_with_the_chunk_that_uses_them
     assert all(part in text["idle"] for part in said)
 
 
-def test_without_progress_the_first_lines_are_logged_beside_the_notes(
-    capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+def test_without_progress_notes_are_warnings_of_the_log(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
-    caplog.set_level("INFO", "fedraclora.terminal.progress")
-    run(method={"name": "ffa_lora", "rank": 9}, rounds=0)
-    shown = capsys.readouterr().err.splitlines()
-    assert not caplog.messages
-    run(output={"progress": False}, method={"name": "ffa_lora", "rank": 9}, rounds=0)
+    wrong: Any = {"method": {"name": "ffa_lora", "rank": 9}, "rounds": 0}
+    run(**wrong)
+    shown = [line for line in capsys.readouterr().err.splitlines() if line.startswith("note: ")]
+    caplog.clear()
+    run(output={"progress": False}, folder=tmp_path, **wrong)
     assert not capsys.readouterr().err
-    notes = [f"note: {r.message}" for r in caplog.records if r.levelname == "WARNING"]
-    lines = [record.message for record in caplog.records if record.levelname == "INFO"]
-    assert [*lines, *notes] == shown[: len(lines) + len(notes)]
-    assert len(lines) == 6
-    assert notes
+    assert [r.message for r in caplog.records if r.levelname == "WARNING"] == shown
+    assert shown
+    log = (tmp_path / "run.log").read_text()
+    assert all(note in log for note in shown)
+    assert "optimizer:" in log
+
+
+def test_what_libraries_announce_goes_to_the_log_and_all_else_is_shown(tmp_path: Path) -> None:
+    """A FutureWarning of torch is for programmers; a UserWarning of it, or one of ours, is not."""
+    with warnings.catch_warnings(record=True) as seen, logged(tmp_path):
+        warnings.simplefilter("always")
+        shown = warnings.showwarning
+        for kind, file in (
+            (FutureWarning, "site-packages/torch/nn/a.py"),
+            (DeprecationWarning, "site-packages/ray/b.py"),
+            (UserWarning, "site-packages/torch/nn/a.py"),
+            (FutureWarning, "mine.py"),
+        ):
+            shown(kind(f"{kind.__name__} of {file}"), kind, file, 3)
+    assert [str(warning.message) for warning in seen] == [
+        "UserWarning of site-packages/torch/nn/a.py",
+        "FutureWarning of mine.py",
+    ]
+    log = (tmp_path / "run.log").read_text()
+    assert "FutureWarning of site-packages/torch" in log
+    assert "DeprecationWarning of site-packages/ray" in log
+
+
+@pytest.mark.parametrize("notes", [0, 1, 2, 5])
+def test_notes_beyond_the_first_lines_are_in_the_log(
+    notes: int, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any
+) -> None:
+    every = [f"thing {k} is not as it was asked for" for k in range(notes)]
+    monkeypatch.setattr(progress, "notes_of", lambda facts: every)
+    run(folder=tmp_path, rounds=0)
+    said = capsys.readouterr().err.splitlines()
+    before = [line.startswith("round 0") for line in said].index(True)
+    assert before < 8
+    told = [line for line in said[:before] if line.startswith("note: ")]
+    assert bool(told) == bool(notes)
+    if notes == 5:
+        assert "4 more" in told[-1]
+        assert "run.log" in told[-1]
+    log = (tmp_path / "run.log").read_text()
+    assert all(note in log for note in every)
 
 
 @pytest.mark.parametrize(
@@ -108,7 +191,7 @@ def test_it_is_said_whether_a_loss_was_said_or_guessed(
     loss: str | None, source: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run(loss=loss, rounds=0)
-    assert source in capsys.readouterr().err.splitlines()[0]
+    assert source in capsys.readouterr().err.splitlines()[1]
 
 
 def test_reports_and_comparisons_show_what_runs_learn(tmp_path: Path) -> None:
