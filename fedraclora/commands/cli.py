@@ -5,12 +5,13 @@ from __future__ import annotations
 import importlib
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from importlib import metadata
 from pathlib import Path
 
 from fedraclora.commands import require_laboratory
 from fedraclora.commands.status import at_once, in_order, printing, reported
+from fedraclora.commands.watch import WATCHED, asked
 from fedraclora.compose import words as typed
 from fedraclora.errors import unknown
 from fedraclora.trust import only_said, trusting
@@ -20,13 +21,14 @@ USAGE = Path(__file__).with_name("usage.txt")
 # What each is for stands in usage.tmpl.
 COMMANDS: tuple[str, ...] = ("simulate", "deploy", "node", "compare", "evaluate")
 COMMANDS += ("predict", "export")
-COMMANDS += ("compact", "report", "study", "tune", "theory", "init", "bench")
+COMMANDS += ("compact", "report", "watch", "study", "tune", "theory", "init", "bench")
 HELP = {"-h", "--help"}
 VERBOSE = {"-v", "--verbose"}
 TOLD = ("deploy", "theory", "bench")  # whose help is the docstring of their module
 # Commands that no file here is called after, and the module that runs each.
 HOMES = {name: f"fedraclora.experiments.{name}.command" for name in ("bench", "theory")}
 HOMES |= {"study": "fedraclora.commands.study.run", "report": "fedraclora.commands.report.page"}
+HOMES |= {"watch": "fedraclora.commands.watch.command"}
 
 
 @printing()
@@ -100,12 +102,13 @@ def _run(command: str, words: Sequence[str]) -> int:
     home = HOMES.get(command, f"fedraclora.commands.{command}")
     if home.startswith("fedraclora.experiments."):
         require_laboratory(f"fedraclora {command}")
-    with at_once():
-        module = importlib.import_module(home)
-    if HELP & {*words} and command in TOLD:
-        print(module.__doc__)
-        return 0
-    return int(module.main(words) or 0)
+    with asked(words) if command in WATCHED else nullcontext(words) as rest:
+        with at_once():
+            module = importlib.import_module(home)
+        if HELP & {*words} and command in TOLD:
+            print(module.__doc__)
+            return 0
+        return int(module.main(rest) or 0)
 
 
 if __name__ == "__main__":

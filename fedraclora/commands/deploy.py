@@ -22,6 +22,7 @@ from pathlib import Path
 from fedraclora.binding import PlainDict, section
 from fedraclora.commands.app import ServerRun, write_app
 from fedraclora.commands.simulate import print_outcome, shows_composed
+from fedraclora.commands.watch import watched
 from fedraclora.compose.overrides import composed, is_override, key_of, searched
 from fedraclora.compose.resume import is_done, told_how_to_go_on
 from fedraclora.compose.words import check_word, part
@@ -373,6 +374,7 @@ def main(words: Sequence[str]) -> int:
     again = f"deploy nodes={nodes}" if nodes else f"deploy connection={name}"
     again += "" if patched else f" {PATCHED}=false"
     with (
+        watched(run.folder),
         told_how_to_go_on(run.folder, again, there=not nodes),
         place(run, nodes, name, patched=patched) as (connection, record),
     ):

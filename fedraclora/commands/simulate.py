@@ -19,6 +19,7 @@ from rich.table import Table
 from fedraclora.binding import Plain, PlainDict, section
 from fedraclora.commands.run_files import ROUNDING_ERRORS
 from fedraclora.commands.status import composing, tell
+from fedraclora.commands.watch import watched
 from fedraclora.compose import CONF
 from fedraclora.compose.overrides import (
     flags_first,
@@ -110,7 +111,8 @@ def run_one(plain: PlainDict, typed: list[str], sweep_job: str | None) -> PlainD
     if resume and is_done(folder, plain):
         print(f"{folder} is finished already")
         return read_summary(folder)
-    with told_how_to_go_on(folder, "simulate"):
+    sweep = sweep_job is not None
+    with watched(folder, sweep=sweep), told_how_to_go_on(folder, "simulate"):
         config = from_plain(plain, METHODS, resuming=resume)
         summary = run_shown(RunBuilder(config, folder, resume=resume)).summary
     print_outcome(summary, folder, plain)

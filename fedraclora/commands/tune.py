@@ -11,9 +11,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from fedraclora.commands.watch import watched
 from fedraclora.compose import CONF
 from fedraclora.compose.overrides import composed, is_override, key_of
-from fedraclora.tuning.task import tune_task
+from fedraclora.tuning.task import tune_folder, tune_task
 
 
 def main(words: Sequence[str]) -> None:
@@ -23,4 +24,6 @@ def main(words: Sequence[str]) -> None:
         return
     own = [word for word in words if word.startswith("tune.")]
     rest = [word for word in words if word not in own]
-    tune_task(composed(rest), {key_of(word) for word in rest if is_override(word)}, own)
+    plain = composed(rest)
+    with watched(tune_folder(plain)):
+        tune_task(plain, {key_of(word) for word in rest if is_override(word)}, own)

@@ -42,6 +42,16 @@ def divergence(folder: Path) -> int | None:
     return found[1] + 1 if found is not None and found[0] == "diverged" else None
 
 
+def stop_kind(folder: Path) -> str | None:
+    """Return how a run stopped early: interrupted, failed or diverged; None if it did not.
+
+    Raises:
+        CheckpointError: If the file is damaged.
+    """
+    found = _read(folder)
+    return None if found is None else found[0]
+
+
 def stop_reason(folder: Path) -> str | None:
     """Return the reason why a run stopped early; None if there is none.
 

@@ -66,6 +66,7 @@ FEW = 4  # runs at a rung, before which none is ended there
 REFUSED = 100  # settings in a row, after which nothing is left to try
 # What may end a run.
 BUDGET, DIVERGED, HALVED = "the budget is spent", "diverged", "halved"
+BUDGET_KEY = "budget"  # of the study: what `fedraclora watch` measures progress by
 BEYOND = "the next round is beyond the largest size"
 KEPT = ["round", "traffic", "value"]  # of the mean curve of a trial
 
@@ -190,6 +191,8 @@ class Search:
             "files": data_files(section(self.space.plain, "data")),
             "tune": {key: getattr(self.config, key) for key in ("seeds", "rungs", "sizes")} | tried,
         }
+        limits = {key: getattr(self.config, key) for key in ("runs", "core_hours", "megabytes")}
+        study.set_user_attr(BUDGET_KEY, limits | {"clients": self.clients})  # it may grow
         if (known := study.user_attrs.get("of")) is None:
             study.set_user_attr("of", told)
             for params in self.space.first(self.config.first):

@@ -85,7 +85,7 @@ def test_the_spread_over_clients_is_drawn(
     assert (len(frame), {*frame["round"]}) == (30, {4})
     text = spread_figures({"": (run.folder, run.rows)}, LINES)[
         "accuracy of clients by their number of samples"
-    ]
+    ].to_json()
     assert "rank correlation 1.00" in text
     assert "How the clients fare" in page_of([run])
     assert "How the clients fare" not in page_of([shown])

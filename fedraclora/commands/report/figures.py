@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 POINTS = 5000  # clients of a scatter; beyond, as many spread over the population
 PLOTLY = {"-": "solid", "--": "dash", ":": "dot", "-.": "dashdot"}  # its name of a dash
+OPTIONS = {"responsive": True, "displaylogo": False, "displayModeBar": False}
 QUARTERS = 4  # of clients, by how many samples they have
 
 
@@ -30,8 +31,10 @@ def lines_of(labels: Iterable[str], methods: Sequence[str]) -> dict[str, dict[st
     return {k: {"color": look.color, "width": 2, "dash": PLOTLY[look.dash]} for k, look in found}
 
 
-def as_html(figure: go.Figure, x_name: str, y_name: str, *, legend: bool, log: bool = False) -> str:
-    """Write a figure as an element of the page, whose script sets its colours, light or dark."""
+def laid_out(
+    figure: go.Figure, x_name: str, y_name: str, *, legend: bool, log: bool = False
+) -> go.Figure:
+    """Lay out a figure for a page, whose script sets its colours, light or dark."""
     figure.update_layout(
         margin={"l": 56, "r": 12, "t": 8, "b": 44},
         height=300,
@@ -43,14 +46,18 @@ def as_html(figure: go.Figure, x_name: str, y_name: str, *, legend: bool, log: b
         xaxis={"title": x_name, "zeroline": False} | ({"type": "log"} if log else {}),
         yaxis={"title": y_name, "zeroline": False},
     )
-    options = {"responsive": True, "displaylogo": False, "displayModeBar": False}
-    text: str = figure.to_html(full_html=False, include_plotlyjs=False, config=options)
+    return figure
+
+
+def as_html(figure: go.Figure) -> str:
+    """Write a figure as an element of a page that has the library."""
+    text: str = figure.to_html(full_html=False, include_plotlyjs=False, config=OPTIONS)
     return text
 
 
 def spread_figures(
     runs: Mapping[str, tuple[Path, list[Row]]], lines: Mapping[str, dict[str, object]]
-) -> dict[str, str]:
+) -> dict[str, go.Figure]:
     """Draw how a metric is spread over the clients that measured it on samples of their own.
 
     Args:
@@ -58,7 +65,7 @@ def spread_figures(
         lines: By the same label, of `lines_of`.
 
     Returns:
-        Title -> an HTML element: by round; of each client in the last round, sorted, and against
+        Title -> a figure: by round; of each client in the last round, sorted, and against
         the number of its samples. Of the latter nothing is known where clients sent sums alone.
     """
     names = [name for _, rows in runs.values() for row in rows for name in measured(row)]
@@ -83,7 +90,7 @@ def spread_figures(
         sized = f"{metric} of clients by their number of samples"
         drawn[sized] = sizes, "samples it measured on", True
     return {
-        title: as_html(figure, x_name, metric, legend=True, log=log)
+        title: laid_out(figure, x_name, metric, legend=True, log=log)
         for title, (figure, x_name, log) in drawn.items()
     }
 
@@ -114,8 +121,9 @@ def by_size(frame: DataFrame, metric: str) -> tuple[list[Values], float]:
     """Average samples and a metric over each quarter of clients, by size; and Spearman's rho."""
     ordered = frame.sort_values("samples", kind="stable")[["samples", metric]]
     quarters: list[Values] = np.array_split(ordered.to_numpy(dtype=float), QUARTERS)
-    rho = float(frame["samples"].corr(frame[metric], method="spearman"))
-    return [quarter.mean(axis=0) for quarter in quarters if len(quarter)], rho
+    differs = min(frame["samples"].nunique(), frame[metric].nunique()) > 1
+    rho = frame["samples"].corr(frame[metric], method="spearman") if differs else math.nan
+    return [quarter.mean(axis=0) for quarter in quarters if len(quarter)], float(rho)
 
 
 def measured(row: Row) -> dict[str, Mapping[str, object]]:
@@ -165,6 +173,7 @@ def _add_sizes(figure: go.Figure, frame: DataFrame, metric: str, name: str, colo
     figure.add_scatter(x=shown["samples"].tolist(), y=shown[metric].tolist(), mode="markers",
                        marker=dots, text=words, name=f"{name}a client")  # fmt: skip
     means, correlation = by_size(frame, metric)
-    said = f"{name}mean of a quarter (rank correlation {correlation:.2f})"
+    told = f" (rank correlation {correlation:.2f})" if math.isfinite(correlation) else ""
+    said = f"{name}mean of a quarter{told}"
     figure.add_scatter(x=[m[0] for m in means], y=[m[1] for m in means], mode="lines+markers",
                        line={"color": color}, name=said)  # fmt: skip

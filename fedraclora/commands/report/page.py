@@ -18,7 +18,13 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from plotly.offline import get_plotlyjs
 
 from fedraclora.binding import section
-from fedraclora.commands.report.figures import as_html, figures_of, lines_of, spread_figures
+from fedraclora.commands.report.figures import (
+    as_html,
+    figures_of,
+    laid_out,
+    lines_of,
+    spread_figures,
+)
 from fedraclora.commands.run_files import ROUNDING_ERRORS, RunFiles, read_files
 from fedraclora.config.titles import method_label, run_title
 from fedraclora.config.unread import as_read
@@ -38,7 +44,7 @@ from fedraclora.run.ledger import (
     withheld,
 )
 from fedraclora.run.statistics import traffic
-from fedraclora.run.stopped import stop_reason
+from fedraclora.run.stopped import stop_kind, stop_reason
 from fedraclora.run.trusted import refuse_linked
 from fedraclora.terminal.opening import introduction
 from fedraclora.terminal.progress import size
@@ -62,6 +68,13 @@ class Shown(RunFiles):
 
     stopped: str | None = None
     running: bool = False
+
+    @property
+    def state(self) -> str:
+        """Running, finished, how it stopped (interrupted, failed, diverged), or just stopped."""
+        if self.running:
+            return "running"
+        return "finished" if self.summary else stop_kind(self.folder) or "stopped"
 
     @cached_property
     def title(self) -> str:
@@ -185,8 +198,8 @@ class Shown(RunFiles):
     @property
     def clients(self) -> str:
         """How many there are, and how many take part; before the end the rows tell the latter."""
-        found = self.summary or {"clients": self.config.get("clients"), **self.rows[-1]}
-        every, some = found.get("clients"), found.get("cohort")
+        every = (self.summary or self.config).get("clients")
+        some = (self.summary or self.rows[-1]).get("cohort")
         part = "" if some is None else f"{some} take part in a round"
         return ", of which ".join(
             filter(None, (f"{every}" if isinstance(every, int) else "", part))
@@ -234,28 +247,40 @@ def page_of(runs: Sequence[Shown], title: str | None = None) -> str:
         title: Of the page; None: that of the run, or what the runs have in common.
     """
     labels = labels_of(runs)
-    lines = lines_of(labels, [run.method for run in runs])
-    environment = Environment(
-        loader=PackageLoader("fedraclora.commands.report", "."),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters |= {"figure": figure}
-    return environment.get_template("report.html.j2").render(
+    curves, spread = drawn_of(runs)
+    return rendered(
+        "report/report.html.j2",
         title=title or (runs[0].title if len(runs) == 1 else f"{len(runs)} runs"),
         runs=list(zip(labels, runs, strict=True)),
-        curves=curves({label: run.rows for label, run in zip(labels, runs, strict=True)}, lines),
-        spread=spread_figures(
-            {k: (run.folder, run.rows) for k, run in zip(labels, runs, strict=True)}, lines
-        ),
+        curves=curves,
+        spread=spread,
         facts=side_by_side(runs),
         results=results(labels, runs),
         differences=differences(runs) if len(runs) > 1 else {},
         failures=SHOWN_FAILURES,
         plotly=get_plotlyjs(),
     )
+
+
+def drawn_of(runs: Sequence[Shown]) -> tuple[dict[str, go.Figure], dict[str, go.Figure]]:
+    """Draw runs: their curves, and how their metric is spread over clients, each by title."""
+    labels = labels_of(runs)
+    lines, each = lines_of(labels, [run.method for run in runs]), [*zip(labels, runs, strict=True)]
+    spread = spread_figures({label: (run.folder, run.rows) for label, run in each}, lines)
+    return curves_of({label: run.rows for label, run in each}, lines), spread
+
+
+def rendered(template: str, **values: object) -> str:
+    """Fill a template of ``fedraclora.commands``; values are escaped."""
+    environment = Environment(
+        loader=PackageLoader("fedraclora.commands", "."),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {"figure": figure, "html": as_html}
+    return environment.get_template(template).render(values)
 
 
 def side_by_side(runs: Sequence[Shown]) -> dict[str, list[str]]:
@@ -318,9 +343,9 @@ def figure(value: object) -> str:
     return f"{value:.4f}" if isinstance(value, float) else str(value)
 
 
-def curves(
+def curves_of(
     runs: Mapping[str, Sequence[Row]], styles: Mapping[str, dict[str, object]]
-) -> dict[str, str]:
+) -> dict[str, go.Figure]:
     """Draw the curves of some runs.
 
     Args:
@@ -328,7 +353,7 @@ def curves(
         styles: By the same label, how its curve is drawn (`lines_of`).
 
     Returns:
-        Title -> an HTML element with the curve; only what was recorded of at least one run.
+        Title -> a figure with the curve; only what was recorded of at least one run.
     """
     names = [name for rows in runs.values() if (name := headline(rows)) is not None]
     metric = names[0] if names else "metric"
@@ -372,7 +397,9 @@ def seconds(rows: Sequence[Row]) -> Values:
     return np.array([round_seconds(row) if "seconds" in row else np.nan for row in rows])
 
 
-def drawn(lines: Lines, x_name: str, y_name: str, styles: Mapping[str, dict[str, object]]) -> str:
+def drawn(
+    lines: Lines, x_name: str, y_name: str, styles: Mapping[str, dict[str, object]]
+) -> go.Figure:
     """Draw lines."""
     figure = go.Figure()
     for label, (x, y) in lines.items():
@@ -384,7 +411,7 @@ def drawn(lines: Lines, x_name: str, y_name: str, styles: Mapping[str, dict[str,
             mode="lines",
             line=styles[label],
         )
-    return as_html(figure, x_name, y_name, legend=len(lines) > 1)
+    return laid_out(figure, x_name, y_name, legend=len(lines) > 1)
 
 
 def main(words: Sequence[str]) -> None:

@@ -1,0 +1,200 @@
+"""What the page shows of a folder, as values of JSON: of a run, of several, or of a tuning."""
+
+from __future__ import annotations
+
+import json
+import math
+import threading
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import plotly.graph_objects as go
+
+from fedraclora.commands.report.page import Shown, drawn_of, figure, labels_of, read_shown
+from fedraclora.commands.run_files import find_runs
+from fedraclora.commands.watch.tuning import DATABASE, tuning_figures, tuning_status
+from fedraclora.errors import CheckpointError, FedRacLoraError
+from fedraclora.run.ledger import number, round_seconds
+from fedraclora.run.stopped import STOPPED
+from fedraclora.terminal.progress import seconds_left
+
+Status = dict[str, Any]
+Figures = Mapping[str, go.Figure]
+
+SHOWN_RUNS = 12  # of several, those that have written last
+SHOWN_EVENTS = 20
+SLOW = 3.0  # times the seconds of the last rounds, after which a round is slow
+SLOW_LEAST = 10.0  # seconds
+FILES = ("ledger.jsonl", "summary.json", STOPPED, "config.yaml", "clients.parquet")
+
+
+class Watched:
+    """Reads a folder, and reads it again when a file in it has changed.
+
+    Args:
+        folder: Of a run, or of several, or of a tuning; it need not be there yet.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._lock = threading.Lock()
+        self._seen: object = None
+        self._found: tuple[Status, Callable[[], Figures]] = ({}, dict)
+        self._version = 0
+
+    def status(self) -> Status:
+        """Return what is shown beside the figures; ``version`` says whether these have changed."""
+        with self._lock:
+            folders = self._folders()
+            seen = [_stamp(folder) for folder in folders]
+            if seen != self._seen:
+                self._found, self._seen = self._read(folders), seen
+                self._version += 1
+            status = {**self._found[0], "folder": str(self.folder), "version": self._version}
+        if status.get("state") == "running" and (written := status.get("written")):
+            status["since"] = time.time() - written
+            usual = status["seconds"] or 0.0
+            status["slow"] = status["since"] > max(SLOW * usual, SLOW_LEAST)
+        return status
+
+    def figures(self) -> str:
+        """Return the figures by title, as JSON of plotly."""
+        with self._lock:
+            found = self._found[1]()
+        return f"{{{', '.join(f'{json.dumps(k)}: {f.to_json()}' for k, f in found.items())}}}"
+
+    def _folders(self) -> list[Path]:
+        """Find the runs to be shown: those that have written last, in the order of their names."""
+        if (self.folder / DATABASE).is_file() or not self.folder.is_dir():
+            return [self.folder]
+        try:
+            found, _ = find_runs([self.folder])
+        except CheckpointError:  # none has begun
+            return [self.folder]
+        return sorted(sorted(found, key=_written)[-SHOWN_RUNS:])
+
+    def _read(self, folders: Sequence[Path]) -> tuple[Status, Callable[[], Figures]]:
+        try:
+            if (self.folder / DATABASE).is_file():
+                trials = tuning_status(self.folder)
+                return trials, lambda: tuning_figures(self.folder)
+            begun = [folder for folder in folders if _has_rows(folder)]
+            if not begun:
+                return {"state": "starting", "title": "No round has been written yet"}, dict
+            runs = [read_shown(folder) for folder in begun]
+        except FedRacLoraError as error:  # damaged, or just being replaced
+            return {
+                "state": "unreadable",
+                "title": "This folder cannot be read",
+                "why": str(error),
+            }, dict
+        return (described(runs[0]) if len(folders) == 1 else _of_runs(runs)), lambda: _figures(runs)
+
+
+def _written(folder: Path) -> float:
+    return max((stamp[1] for stamp in _stamp(folder)[1:] if stamp), default=0.0)
+
+
+def _stamp(folder: Path) -> list[Any]:
+    """Describe the state of the files of a folder; it changes with each of them."""
+    from fedraclora.run.folder import is_running
+
+    found: list[Any] = [is_running(folder)]
+    for name in (*FILES, DATABASE):
+        try:
+            stat = (folder / name).stat()
+        except OSError:
+            found.append(None)
+        else:
+            found.append((stat.st_size, stat.st_mtime))
+    return found
+
+
+def _has_rows(folder: Path) -> bool:
+    ledger = folder / "ledger.jsonl"
+    return ledger.is_file() and ledger.stat().st_size > 0
+
+
+def described(run: Shown) -> Status:
+    """Describe a run."""
+    rounds = int(str(run.config.get("rounds")))
+    seconds = [lap for row in run.rows if (lap := round_seconds(row))]
+    left = seconds_left(seconds, rounds - run.last) if run.running else None
+    name, value = run.headline or ("", math.nan)
+    shown = f"{'final' if run.summary else 'latest'} {name}"
+    return {
+        "title": run.title,
+        "state": run.state,
+        "text": f"{run.last} rounds" if run.summary else f"round {run.last} of {rounds}",
+        "why": run.stopped or "",
+        "done": run.last,
+        "of": max(rounds, run.last) if run.running else run.last if run.summary else rounds,
+        "left": left,
+        "seconds": seconds_left(seconds, 1),
+        "written": (run.folder / "ledger.jsonl").stat().st_mtime,
+        "headline": {"name": name, "value": figure(value), "before": figure(run.before)},
+        "cards": {
+            key: text for key, text in run.cards.items() if text and key not in (shown, "rounds")
+        }
+        | {"clients": run.clients},
+        "clients": left_out(run),
+        "events": [*_events(run)][-SHOWN_EVENTS:],
+    }
+
+
+def _events(run: Shown) -> Iterable[tuple[object, str]]:
+    """List what happened besides, with its round: late nodes, messages sent again, notes."""
+    for row in run.rows:
+        for key in ("incidents", "notes"):
+            told = row.get(key)
+            yield from (
+                (row["round"], str(text)) for text in (told if isinstance(told, list) else ())
+            )
+
+
+def left_out(run: Shown) -> list[dict[str, object]]:
+    """Count the rounds in which each client was asked, and its reply was not used.
+
+    Those come first whose replies were missed most; with the last reason.
+    """
+    found: dict[object, dict[str, object]] = {}
+    for round_, client, reason, kind in run.failures:
+        before = found.get(client, {"times": 0})
+        times = int(str(before["times"])) + 1
+        why = f"{kind}: {reason}"
+        found[client] = {"client": client, "times": times, "last": round_, "why": why}
+    ordered = sorted(found.values(), key=lambda each: -int(str(each["times"])))
+    return ordered[:SHOWN_EVENTS]
+
+
+def _of_runs(runs: Sequence[Shown]) -> Status:
+    """Describe several runs, one line each."""
+    rows = []
+    for label, run in zip(labels_of(runs), runs, strict=True):
+        name, value = run.headline or ("", math.nan)
+        rows.append(
+            {
+                "run": label,
+                "state": run.state,
+                "round": run.reached,
+                name or "metric": figure(value),
+            }
+        )
+    running = any(run.running for run in runs)
+    ended = sum(bool(run.summary) for run in runs)
+    rounds = [(run.last, max(run.last, int(number(run.config, "rounds")))) for run in runs]
+    return {
+        "title": f"{len(runs)} runs",
+        "state": "running" if running else "finished" if ended == len(runs) else "stopped",
+        "text": f"{ended} of {len(runs)} runs at their ends",
+        "done": sum(done for done, _ in rounds),
+        "of": sum(every for _, every in rounds),
+        "table": rows,
+    }
+
+
+def _figures(runs: Sequence[Shown]) -> dict[str, go.Figure]:
+    curves, spread = drawn_of(runs)
+    return curves | spread
