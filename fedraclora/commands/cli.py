@@ -95,9 +95,14 @@ def run(command: str, words: Sequence[str]) -> int:
         return _run(command, rest)
 
 
+def spelled_out(words: Sequence[str]) -> list[str]:
+    """Write the key for which a flag stands."""
+    return ["output.verbose=true" if word in VERBOSE else word for word in words]
+
+
 def _run(command: str, words: Sequence[str]) -> int:
     if command in typed.COMPOSED:
-        words = ["output.verbose=true" if word in VERBOSE else word for word in words]
+        words = spelled_out(words)
     sys.argv = [f"fedraclora {command}", *words]  # where Hydra looks
     home = HOMES.get(command, f"fedraclora.commands.{command}")
     if home.startswith("fedraclora.experiments."):

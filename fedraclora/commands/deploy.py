@@ -173,7 +173,7 @@ def follow(run: ServerRun, connection: Connection, record: Record | None) -> Non
     summary: dict[str, object] = {}
     tail: deque[str] = deque(maxlen=KEPT)
     opened = False
-    number = begun(run, connection, record)
+    number = submit(run, connection, record)
     config, output = run.config, run.config.output
     said = {"shown": output.progress, "verbose": output.verbose}
     with ExitStack() as stack:
@@ -208,7 +208,7 @@ def follow(run: ServerRun, connection: Connection, record: Record | None) -> Non
     print_outcome(summary, run.folder, run.plain)
 
 
-def begun(run: ServerRun, connection: Connection, record: Record | None) -> int:
+def submit(run: ServerRun, connection: Connection, record: Record | None = None) -> int:
     """Start a run; give Flower's number of it. Of one that is not taken no record stays."""
     try:
         with PrivateFolder() as made:

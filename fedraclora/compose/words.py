@@ -74,7 +74,8 @@ def trust_words(words: Sequence[str]) -> tuple[list[str], list[str]]:
 
 FLAGS = ("-sc", "--shell-completion")
 COMPOSED = ("simulate", "deploy")  # the commands whose words Hydra composes
-WHERE = re.compile(r"\s(?:connection|nodes|deploy\.patched)=\S*")  # of deploy: no config has them
+# Which no config has: of deploy, and of the page that follows a run.
+BESIDE = re.compile(r"\s(?:connection|nodes|deploy\.patched|watch|port)=\S*")
 FOLDER_FLAGS = ("--config-dir", "-cd")
 
 
@@ -100,8 +101,7 @@ def asked(words: Sequence[str], commands: Collection[str]) -> list[str]:
     if typed[0] not in COMPOSED:
         return []
     rest = line.lstrip().removeprefix(program).lstrip().removeprefix(typed[0])
-    if typed[0] == "deploy":
-        rest = WHERE.sub(" ", rest)
+    rest = BESIDE.sub(" ", rest)
     os.environ["COMP_LINE"] = f"{program} {rest.lstrip()}"
     named = [pair for pair in part_folders(typed)[0] if pair[1]]  # Hydra takes one
     return [*(named[0] if named else ()), FLAGS[0], *words]

@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 
 from fedraclora.binding import build, section
-from fedraclora.commands import deploy
+from fedraclora.commands import cli, deploy
 from fedraclora.commands.study.file import Study
 from fedraclora.commands.study.leaderboard import chosen, find
+from fedraclora.commands.watch import asked
 from fedraclora.compose.overrides import composed
 from fedraclora.compose.words import check_word, key_values, part
 from fedraclora.config.run_config import from_plain
@@ -50,8 +51,8 @@ BENCHES = [line for line in LINES if line.startswith("fedraclora bench")]
 
 @pytest.mark.parametrize("line", SIMULATIONS)
 def test_each_simulation_composes(line: str) -> None:
-    words = shlex.split(line)[2:]
-    plain = composed(words)
+    with asked(cli.spelled_out(shlex.split(line)[2:])) as words:
+        plain = composed(words)
     if section(plain, "local").get("lr") == "auto":
         ruled(plain)
     elif said := {k: v for page in PAGES for k, v in REFUSED.findall(page.read_text())}.get(line):

@@ -294,6 +294,8 @@ def browser() -> Iterator[Any]:
 def test_a_browser_follows_a_run_from_its_start_to_its_end(
     width: int, browser: Any, tmp_path: Path
 ) -> None:
+    from playwright.sync_api import expect  # the page's own rules forbid what waits by a script
+
     context = browser.new_context(viewport={"width": width, "height": 900})
     page, wrong, asked_for = context.new_page(), [], []
     page.on("pageerror", lambda error: wrong.append(str(error)))
@@ -301,15 +303,16 @@ def test_a_browser_follows_a_run_from_its_start_to_its_end(
     folder, texts = tmp_path / "run", list[str]()
 
     def look(row: Any) -> None:
-        page.wait_for_function(f"document.body.innerText.includes('round {row['round']} of 3')")
+        expect(page.locator("#text")).to_contain_text(f"round {row['round']} of 3", timeout=30_000)
         texts.append(page.inner_text("#state"))
 
     with serving(folder, 0) as server:
         page.goto(server.url)
-        page.wait_for_function("document.querySelector('#state').innerText === 'starting'")
+        expect(page.locator("#state")).to_have_text("starting", timeout=30_000)
         run = simulated(folder, on_round=look)
-        page.wait_for_function("document.querySelector('#state').innerText === 'finished'")
-        page.wait_for_function("document.querySelectorAll('.plot .main-svg').length > 6")
+        expect(page.locator("#state")).to_have_text("finished", timeout=30_000)
+        expect(page.locator("#text")).to_contain_text("3 rounds")
+        expect(page.locator(".plot .main-svg").nth(6)).to_be_attached(timeout=30_000)
         y = page.evaluate(
             "Array.from(Array.from(document.querySelectorAll('.card'))"
             ".find(c => c.innerText.startsWith('accuracy by round'))"
@@ -318,7 +321,7 @@ def test_a_browser_follows_a_run_from_its_start_to_its_end(
         assert y == pytest.approx(run.history["accuracy"].tolist())
         assert page.inner_text("#value") == f"{run.history['accuracy'].iloc[-1]:.4f}"
         assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
-    page.wait_for_function("!document.querySelector('#gone').hidden")
+    expect(page.locator("#gone")).to_be_visible(timeout=30_000)
     assert texts == ["running"] * 4
     assert wrong == []
     assert all(url.startswith((server.url, "data:", "blob:")) for url in asked_for)

@@ -52,7 +52,7 @@ def tuning_status(folder: Path) -> dict[str, Any]:
     done = [trial for trial in trials if trial.state.name == "COMPLETE"]
     spent, most, unit = _spent(done, trials, budget)
     best = _best(study, done)
-    took = [(t.datetime_complete - t.datetime_start).total_seconds() for t in done]  # type: ignore[operator]
+    took = [(t.datetime_complete - t.datetime_start).total_seconds() for t in done]
     left = (most - spent) * fmean(took) if took and unit == "runs" and running else None
     return {
         "title": f"Tuning of {of.get('metric', 'a task')}",
