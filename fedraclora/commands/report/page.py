@@ -247,7 +247,7 @@ def page_of(runs: Sequence[Shown], title: str | None = None) -> str:
         title: Of the page; None: that of the run, or what the runs have in common.
     """
     labels = labels_of(runs)
-    curves, spread = drawn_of(runs)
+    curves, spread = figures_of_runs(runs)
     return rendered(
         "report/report.html.j2",
         title=title or (runs[0].title if len(runs) == 1 else f"{len(runs)} runs"),
@@ -262,7 +262,7 @@ def page_of(runs: Sequence[Shown], title: str | None = None) -> str:
     )
 
 
-def drawn_of(runs: Sequence[Shown]) -> tuple[dict[str, go.Figure], dict[str, go.Figure]]:
+def figures_of_runs(runs: Sequence[Shown]) -> tuple[dict[str, go.Figure], dict[str, go.Figure]]:
     """Draw runs: their curves, and how their metric is spread over clients, each by title."""
     labels = labels_of(runs)
     lines, each = lines_of(labels, [run.method for run in runs]), [*zip(labels, runs, strict=True)]

@@ -12,7 +12,7 @@ from typing import Any
 
 import plotly.graph_objects as go
 
-from fedraclora.commands.report.page import Shown, drawn_of, figure, labels_of, read_shown
+from fedraclora.commands.report.page import Shown, figure, figures_of_runs, labels_of, read_shown
 from fedraclora.commands.run_files import find_runs
 from fedraclora.commands.watch.tuning import DATABASE, tuning_figures, tuning_status
 from fedraclora.errors import CheckpointError, FedRacLoraError
@@ -196,5 +196,5 @@ def _of_runs(runs: Sequence[Shown]) -> Status:
 
 
 def _figures(runs: Sequence[Shown]) -> dict[str, go.Figure]:
-    curves, spread = drawn_of(runs)
+    curves, spread = figures_of_runs(runs)
     return curves | spread
