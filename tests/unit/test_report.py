@@ -114,7 +114,8 @@ def test_runs_stand_side_by_side(runs: dict[str, fedraclora.RunResult], tmp_path
     folders = [run.folder for run in runs.values() if run.folder is not None]
     text = page_of([read_shown(folder) for folder in folders])
     assert "<code>method.name</code>" in text
-    assert text.count('<section class="card">') == 8  # with what a method reports
+    assert text.count('<section class="card">') == 8
+    assert "aggregation error, as the method reports it" in text  # of fedavg_lora
     for name in runs:
         assert name in text
     assert "rounding error, up" in text  # of one of them
