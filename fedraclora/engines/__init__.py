@@ -1,1 +1,1 @@
-"""Engines run the clients of a round. Each has a `Grid`, which takes requests, returns answers."""
+"""Run the clients of a round. Each engine has a `Grid` that takes requests and returns replies."""

@@ -30,9 +30,9 @@ from fedraclora.wire.exchange import DTYPES, Ask, OwnPart, Stage, TrainRequest, 
 from fedraclora.wire.fields import layout_of, reading, shown, whole
 from fedraclora.wire.secagg import check_stage
 
-COEFFICIENTS = "coefficients"  # of factors that are computed from the last link, in float64
+COEFFICIENTS = "coefficients"  # names of coefficients of computed factors, in float64
 FIELDS = {"request", "downlink", "kind", "layout", "own", COEFFICIENTS}
-OWN = ("clients", "first", "places")  # of a request: not the same for all of an exchange
+OWN = ("clients", "first", "places")  # parts of a request that differ within an exchange
 SECURE = "secure"  # the record of a stage of secure aggregation
 Records = dict[str, ArrayRecord | ConfigRecord | MetricRecord]
 
@@ -45,7 +45,7 @@ class AskWriter:
         self._shared: Records = {}
 
     def write(self, ask: Ask) -> RecordDict:
-        """Write an ask."""
+        """Write a request."""
         request = ask.request
         asked = ask.kind, {n: v for n, v in vars(request).items() if n not in OWN}
         if self._of is None or self._of[0] is not ask.downlink or self._of[1] != asked:
@@ -54,7 +54,7 @@ class AskWriter:
 
 
 def _written(ask: Ask) -> Records:
-    """Write what all clients of an exchange are told."""
+    """Write the part that all clients of an exchange share."""
     shared = shared_of(ask)
     _, plain = split(shared.request)
     header: dict[str, Any] = {"request": {n: v for n, v in plain.items() if n not in OWN}}
@@ -74,7 +74,7 @@ def _written(ask: Ask) -> Records:
 
 
 def _own(part: OwnPart, kind: str) -> Records:
-    """Write what is said to these clients alone."""
+    """Write the part for these clients only."""
     request = part.request
     vectors = {"clients": request.clients, "places": request.places, "ranks": part.ranks}
     chunk = vector_record({n: vector for n, vector in vectors.items() if vector is not None})
@@ -89,15 +89,15 @@ def _own(part: OwnPart, kind: str) -> Records:
 
 
 def _packed(numbers: torch.Tensor, layout: Layout, kind: str, coding: str = NONE) -> torch.Tensor:
-    """Pack numbers [..., P] as they travel."""
+    """Pack numbers [..., P] in their format for sending."""
     return numbers if kind == FULL else encode(numbers, layout.sizes, kind, coding=coding)
 
 
 def read_ask(records: RecordDict) -> Ask:
-    """Read an ask.
+    """Read a request.
 
     Raises:
-        WireError: If a record, a field or a tensor is missing, or is not what it should be.
+        WireError: If a record, a field or a tensor is missing or invalid.
     """
     with reading("a train message"):
         return _Reader(records).ask()
@@ -105,7 +105,7 @@ def read_ask(records: RecordDict) -> Ask:
 
 @dataclass
 class _Reader:
-    """Reads the ask of one message."""
+    """Read the request in one message."""
 
     records: RecordDict
 
@@ -139,7 +139,7 @@ class _Reader:
         return ask
 
     def _request(self, plain: Any, vectors: Tree) -> TrainRequest:
-        """Read who is asked for what."""
+        """Read the clients and kind of a request."""
         first = record_of(self.records, "chunk", ConfigRecord).get("first")
         own: dict[str, Any] = {name: [] for name in ("clients", "places") if name in vectors}
         said = {**plain, **own, "first": whole(first, "the place of its first client")}
@@ -157,7 +157,7 @@ class _Reader:
         return stage
 
     def _downlink(self, header: dict[str, Any], kind: str) -> RoundInstructions:
-        """Read what all clients of an exchange share."""
+        """Read the part that all clients of an exchange share."""
         layout = layout_of(header["layout"], "the layout")
         with of_message(self.records):
             flat = self._numbers("arrays", 1, layout, kind)
@@ -174,12 +174,12 @@ class _Reader:
                     f"the coefficients of the message are {tuple(exact.shape)} of "
                     f"{exact.dtype}, expected {beside.size} of float64"
                 )
-            # Copied: products round by where a matrix lies.
+            # Copied: products round by the alignment of a matrix.
             tensors |= {name: c.clone() for name, c in beside.unpack(exact).items()}
         return join(RoundInstructions, tensors, header["downlink"])
 
     def _numbers(self, record: str, axes: int, layout: Layout, kind: str) -> torch.Tensor:
-        """Read an array of the numbers that travel, [k, P] or [P]."""
+        """Read an array of numbers in their format for sending, [k, P] or [P]."""
         found = read_array(self.records, record)
         if kind != FULL:
             found = decode(found, layout.sizes, kind, axes)

@@ -1,9 +1,9 @@
-"""The interface of an engine: it owns the base weights that clients read, and the grid.
+"""Define an engine: it owns the base weights that clients read, and the grid.
 
-A grid is asked, and gives what came; how it gets to the clients is its own business.
+A grid takes requests and returns replies; subclasses decide how they reach the clients.
 
-The engines of one machine stand in `fedraclora.clients.engines`, those inside a ServerApp in
-`fedraclora.strategies.server_app`. Whoever wires a run knows this class alone.
+The engines of one machine are in `fedraclora.clients.engines`, those inside a ServerApp in
+`fedraclora.strategies.server_app`. Code that assembles a run only knows this class.
 """
 
 from __future__ import annotations
@@ -24,14 +24,13 @@ from fedraclora.wire.exchange import Ask
 
 @dataclass
 class Traffic:
-    """Communication since the strategy last read it.
+    """Count communication since the strategy last read it.
 
     Attributes:
-        fetched: Payload bytes by which clients caught up on base weights, what was sent again
-            included.
-        serialized: Bytes of messages in both directions, as they are written.
-        sent: The ask of each message: twice where it was sent twice, and not where its clients
-            were not there.
+        fetched: Payload bytes of catch-up on base weights, resent ones included.
+        serialized: Bytes of messages in both directions, as written.
+        sent: The request of each message: twice if it was sent twice, and none if its clients were
+            not connected.
     """
 
     fetched: int = 0
@@ -43,10 +42,10 @@ class Grid(ABC):
     """Sends requests to the clients of one run.
 
     Attributes:
-        incidents: What went wrong and was mended since the strategy last looked: sentences for
-            the ledger.
-        traffic: What went over the wire since then; None where nothing is sent.
-        told: What a run says of where its clients are when it begins, by title.
+        incidents: Problems that were solved since the strategy last looked: sentences for the
+            ledger.
+        traffic: Communication since then; None if no messages are sent.
+        told: Facts on the clients' location for the start of a run, by title.
         workers: Processes that train its chunks.
     """
 
@@ -58,44 +57,43 @@ class Grid(ABC):
 
     @abstractmethod
     def ask(self, asks: Sequence[Ask], timeout: float | None = None) -> Came:
-        """Send requests to clients, and return their answers.
+        """Send requests to clients, and return their replies.
 
         Args:
-            asks: Each of some clients of one round.
-            timeout: Seconds for all of them; None: the grid knows when to give up.
+            asks: Requests, each for some clients of one round.
+            timeout: Seconds for all of them; None: the grid decides.
 
         Returns:
-            What came, each with the very ask that it answers, in any order; nothing of who is
-            late.
+            The replies, each with its request, in any order, without late ones.
 
         Raises:
-            FedRacLoraError: If nobody can be asked.
+            FedRacLoraError: If no client can be asked.
         """
 
     def close(self) -> None:  # noqa: B027
-        """Stop everything that the grid has started."""
+        """Stop all processes that the grid has started."""
 
 
-# Starts what runs clients, from the trainer of this process, what clients keep between rounds, and
-# what they insist on in secure aggregation.
+# Starts the clients' processes, from this process's trainer, the clients' state between rounds, and
+# their conditions for secure aggregation.
 MakeGrid = Callable[[CohortTrainer, ClientStore, SecAggTerms | None], Grid]
 Recall = Callable[[Tree, Iterable[tuple[int, Link]], int], None]
 
 
 @dataclass
 class Engine:
-    """Where the clients of one run train.
+    """Define where the clients of one run train.
 
     Attributes:
         replica: Where the strategy publishes base weights, and clients find them.
-        make_grid: Starts what runs clients.
-        recall: Takes over the history of a run that goes on, where clients may hold its older
-            weights: its weights now, the links of its rounds in order, and where it stands. None:
-            its clients end with the run, so that there is nothing to do.
+        make_grid: Starts the grid.
+        recall: Restores the history of a resumed run if clients may hold older weights: its present
+            weights, the merges of its rounds in order, and its version. None: its clients end with
+            the run, so that it is not needed.
         spread: Whether several processes train the chunks of a round at the same time.
-        share: Share of a GPU that each of these processes has; None: this process trains.
+        share: Share of a GPU of each of these processes; None: this process trains.
         elsewhere: Whether clients train on other machines, with samples that are not here.
-        grid: What was started.
+        grid: The started grid.
     """
 
     replica: BaseWeights
@@ -112,18 +110,18 @@ class Engine:
         """Start the processes that train clients.
 
         Args:
-            trainer: Of this process.
-            store: What clients keep between rounds, where they run here.
-            terms: What clients insist on in secure aggregation; None without it.
+            trainer: This process's trainer.
+            store: The clients' state between rounds, if they run here.
+            terms: The clients' conditions for secure aggregation; None without it.
 
         Raises:
-            FedRacLoraError: If it does not start, or there is less than is asked for.
+            FedRacLoraError: If it does not start, or has fewer resources than requested.
         """
         self.grid = self.make_grid(trainer, store, terms)
         return self.grid
 
     def close(self) -> None:
-        """Stop everything that was started; a second call does nothing."""
+        """Stop all processes that were started; a second call does nothing."""
         if self.grid is not None:
             self.grid.close()
             self.grid = None

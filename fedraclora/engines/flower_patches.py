@@ -1,11 +1,11 @@
-"""Patches of Flower's modules: one table, `PATCHES`, and the replacements.
+"""Patch Flower's modules: the table `PATCHES`, and the replacements.
 
-``python -P flower_patches.py PROGRAM WORD ...`` runs one of Flower's programs with the patches that
-are for it. Each patch says how Flower 1.42 uses what it replaces. This is compared with the source
-of the Flower that is installed; where that differs, the patch is left out, and a line says so.
-Everything works without them, slower: `UNPATCHED` in the environment leaves out some, or all.
+``python -P flower_patches.py PROGRAM WORD ...`` runs one of Flower's programs with its patches.
+Each patch records how Flower 1.42 uses the replaced names. This is compared with the source of the
+installed Flower; if it differs, the patch is not applied, and a line says so. Without patches
+everything works, but slower: `UNPATCHED` in the environment disables some, or all.
 
-Run as a file, without this project: what an app imports is its own copy of it.
+It runs as a file, without this project, since an app imports its own copy of the project.
 """
 
 from __future__ import annotations
@@ -41,49 +41,50 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NoReturn
 
-UNPATCHED = "FEDRACLORA_UNPATCHED"  # of the environment: patches that are left out, or `ALL`
+UNPATCHED = "FEDRACLORA_UNPATCHED"  # environment variable: patches not to apply, or `ALL`
 ALL = "all"
-SOCKETS = "FEDRACLORA_SOCKETS"  # of the environment: which addresses are Unix sockets, as JSON
+SOCKETS = "FEDRACLORA_SOCKETS"  # environment variable: addresses that are Unix sockets, as JSON
 # Flower's programs, by their commands.
 LINK, NODE, EXECUTOR = "flower-superlink", "flower-supernode", "flower-superexec"
 CLIENT_APP = "flwr-clientapp"
 NODE_EXECUTOR = f"{EXECUTOR} of a node"  # the same as `EXECUTOR`, with the patches of a node
 SERVER = "the server of a run"  # in the process that Flower starts for its ServerApp
 ANY = "any other program"
-ADDRESS = ("127.0.0.1", "2")  # stands for the socket of a node's own API
-LONGEST_PATH = 80  # characters of a folder's: that of a socket in it may have 107
+ADDRESS = ("127.0.0.1", "2")  # placeholder for the socket of a node's own API
+LONGEST_PATH = 80  # most characters of a folder's path: that of a socket in it may have 107
 TOKEN = "--token"  # noqa: S105  a word of the programs for tasks; its value is the secret
 INSTALLED = 1 << 13  # bytes of a digest and a path
-EARLY, OLDEST = 5, 300  # seconds by which Flower lets a clock be ahead, or behind
+EARLY, OLDEST = 5, 300  # seconds by which Flower allows clocks to differ
 UNKNOWN_KEY = (
     "the SuperLink refuses this node: its key is not registered, or a node with this key was "
     "killed less than a minute ago. Send the public key to the operator, who runs `flwr "
     "supernode register`, or wait a minute"
 )
-PR_SET_PDEATHSIG = 1  # of prctl: the signal that a process gets when its parent ends
-LEAST = 0.1  # seconds of a pause between looks that are requests
-WITHIN = 0.005  # the same in the memory of this process
+PR_SET_PDEATHSIG = 1  # constant of prctl: the signal that a process receives when its parent ends
+LEAST = 0.1  # seconds between polls that are requests
+WITHIN = 0.005  # seconds between polls of this process's memory
 WOKEN = 1.0  # seconds of a pause that a message ends
-SHARE = 0.1  # of the time since something happened, that a pause may add to it
-LONGEST = 2.0  # seconds between looks for a part of a reply
+SHARE = 0.1  # share of the time since the last event that a pause may add
+LONGEST = 2.0  # seconds between polls for a part of a reply
 PART = 1 << 16  # bytes of a request that are written at once
 WAKE = (
-    "FEDRACLORA_WAKE"  # of the environment of a node's SuperExec: the end of a pipe that wakes it
+    "FEDRACLORA_WAKE"  # environment variable of a node's SuperExec: the end of a pipe that wakes it
 )
-WAKES = list[int]()  # the same in its SuperNode
-UNTIL = ContextVar("UNTIL", default=math.inf)  # when parts of a reply are waited for no longer
+WAKES = list[int]()  # the same for its SuperNode
+UNTIL = ContextVar("UNTIL", default=math.inf)  # when to stop waiting for parts of a reply
 
 
 @dataclass(frozen=True, eq=False)
 class Patch:
-    """Names of Flower's modules that are replaced together, or not at all.
+    """Define names of Flower's modules that are replaced together, or not at all.
 
     Attributes:
-        name: For the environment and the documentation.
-        buys: What it is for.
-        uses: How a module uses a name that is replaced there (`uses_of`), by ``module:name``.
-        takes: Arguments of what the replacement calls (`arguments_of`), by ``module:function``.
-        programs: What replaces them, by the program in which it does.
+        name: Its name in the environment variable and the documentation.
+        buys: Its purpose.
+        uses: How a module uses each replaced name (`uses_of`), by ``module:name``.
+        takes: Arguments of functions that the replacement calls (`arguments_of`), by
+            ``module:function``.
+        programs: The function that applies it, by program.
     """
 
     name: str
@@ -101,7 +102,7 @@ def uses_of(source: str, name: str) -> str:
         'time; time.now; time.sleep(_)'
     """
     tree, found = ast.parse(source), dict[int, str]()
-    for node in ast.walk(tree):  # from the outside in: a call comes before what is called
+    for node in ast.walk(tree):  # from the outside in: a call comes before its function
         called = node.func if isinstance(node, ast.Call) else node
         inner = called.value if isinstance(called, ast.Attribute) else called
         if isinstance(inner, ast.Name) and inner.id == name and id(inner) not in found:
@@ -168,10 +169,10 @@ def why_without(patch: Patch, environ: Mapping[str, str] = os.environ) -> str | 
 
     Args:
         patch: One of `PATCHES`.
-        environ: Of the program that is patched.
+        environ: Environment of the patched program.
 
     Raises:
-        SystemExit: If `UNPATCHED` names what is no patch.
+        SystemExit: If `UNPATCHED` has an unknown name.
     """
     asked = {name for name in environ.get(UNPATCHED, "").replace(" ", "").split(",") if name}
     known = [ALL, *(each.name for each in PATCHES)]
@@ -185,7 +186,7 @@ def why_without(patch: Patch, environ: Mapping[str, str] = os.environ) -> str | 
 
 
 def lines(environ: Mapping[str, str] = os.environ) -> list[str]:
-    """Return which patches of Flower are left out, one line for each reason."""
+    """List patches of Flower that are not applied, one line for each reason."""
     names = dict[str, list[str]]()
     for each in PATCHES:
         if (why := why_without(each, environ)) is not None:
@@ -200,7 +201,7 @@ def patch(program: str) -> None:
     """Patch Flower's modules in this process, for one of its programs.
 
     Raises:
-        SystemExit: If addresses are said to be sockets (`SOCKETS`), and this Flower cannot do that.
+        SystemExit: If addresses are sockets (`SOCKETS`), which this Flower does not support.
     """
     for each in PATCHES:
         if (replace := each.programs.get(program, each.programs.get(ANY))) is None:
@@ -219,14 +220,14 @@ def put(module: str, **names: object) -> None:
         setattr(found, name, value)
 
 
-# --- sockets: the APIs of Flower's programs where other users of the machine cannot come
+# --- sockets: keep the APIs of Flower's programs out of reach of other users of the machine
 
 
 def sockets() -> dict[str, str]:
-    """Read which addresses are sockets, and where these are.
+    """Read which addresses are sockets, and their paths.
 
     Raises:
-        SystemExit: If that cannot be read: then nothing may listen or call anywhere.
+        SystemExit: If they cannot be read: then no program may listen or connect.
     """
     text = os.environ.get(SOCKETS, "{}")
     try:
@@ -236,7 +237,7 @@ def sockets() -> dict[str, str]:
 
 
 def listening(make: Callable[..., Any]) -> Callable[..., Any]:
-    """Wrap a web-server factory so that the server listens at the socket of its address."""
+    """Wrap a web-server factory so that the server listens at its address's socket."""
 
     def made(*words: Any, host: str, port: int, **named: Any) -> Any:
         return make(*words, host=host, port=port, uds=sockets().get(f"{host}:{port}"), **named)
@@ -257,7 +258,7 @@ def calling(*, verify: Any = True, **named: Any) -> Any:
 
 
 def call_sockets() -> None:
-    """Let a program of Flower call at sockets, if there are any."""
+    """Make a program of Flower connect to sockets, if there are any."""
     if sockets():
         import httpx
 
@@ -265,7 +266,7 @@ def call_sockets() -> None:
 
 
 def link_at_socket() -> None:
-    """Let the SuperLink listen at a socket, and what it starts call there."""
+    """Make the SuperLink listen at a socket, and its child processes connect there."""
     if sockets():
         import uvicorn
 
@@ -276,7 +277,7 @@ def link_at_socket() -> None:
 
 
 def node_at_socket() -> None:
-    """Let the SuperNode listen at a socket, and its SuperExec call there."""
+    """Make the SuperNode listen at a socket, and its SuperExec connect there."""
     if sockets():
         import uvicorn
 
@@ -287,14 +288,14 @@ def node_at_socket() -> None:
 
 
 def executor_at_socket() -> None:
-    """Let the SuperExec call at a socket, and what it starts."""
+    """Make the SuperExec and its child processes connect to a socket."""
     if sockets():
         call_sockets()
         start_tasks()
 
 
 def start(words: Sequence[str], **named: Any) -> subprocess.Popen[bytes]:
-    """Start another of Flower's programs by this file, with its token in a private file."""
+    """Start another of Flower's programs through this file, with its token in a private file."""
     words = list(words)
     if TOKEN in words:
         at = words.index(TOKEN)
@@ -305,7 +306,7 @@ def start(words: Sequence[str], **named: Any) -> subprocess.Popen[bytes]:
 
 
 def start_own_executor() -> None:
-    """Let the SuperNode start its SuperExec by this file."""
+    """Make the SuperNode start its SuperExec through this file."""
 
     def popen(words: Sequence[str]) -> subprocess.Popen[bytes]:
         handles = [int(os.environ[WAKE])] if WAKE in os.environ else []
@@ -316,7 +317,7 @@ def start_own_executor() -> None:
 
 
 def start_tasks() -> None:
-    """Let the SuperExec start what answers a message: by a fork, or by this file."""
+    """Make the SuperExec start the process for a message by a fork, or through this file."""
 
     def popen(words: Sequence[str], **named: Any) -> None:
         if FORKS and words[0] == CLIENT_APP:
@@ -327,7 +328,7 @@ def start_tasks() -> None:
     put(TASKS, subprocess=SimpleNamespace(Popen=popen, DEVNULL=subprocess.DEVNULL))
 
 
-# --- pauses: brief ones while there is much to do
+# --- pauses: short while there is work
 
 
 class Pauses:
@@ -341,16 +342,16 @@ class Pauses:
         self.last = time.monotonic()
 
     def sleep(self, seconds: float) -> None:
-        """Pause for at most so many seconds: Flower's pauses below 1 s are within this process."""
+        """Pause for at most some seconds: Flower's pauses below 1 s are within this process."""
         least = WITHIN if seconds < 1 else LEAST
         time.sleep(min(seconds, max(least, SHARE * (time.monotonic() - self.last))))
 
 
 def node_pauses() -> None:
-    """Let the SuperNode pause so, and wake its SuperExec with a message.
+    """Use such pauses in the SuperNode, and wake its SuperExec when a message arrives.
 
-    Without that a SuperExec that looks often takes a message whose parts are still on their way,
-    and the process that it starts for it pauses for a second.
+    Otherwise a SuperExec that polls often takes a message whose parts have not arrived yet, and the
+    process that it starts pauses for a second.
     """
     pauses, (asleep, wake) = Pauses(), os.pipe()
     os.environ[WAKE] = str(asleep)
@@ -367,24 +368,24 @@ def node_pauses() -> None:
 
 
 def executor_pauses() -> None:
-    """Let the SuperExec of a node pause until there is a message, or for long."""
+    """Make the SuperExec of a node pause until there is a message, or for long."""
     asleep = int(os.environ.pop(WAKE))
 
     def sleep(seconds: float) -> None:
         woken, _, _ = select.select([asleep], [], [], max(seconds, WOKEN))
-        if woken and not os.read(asleep, 1 << 10):  # the SuperNode has gone
+        if woken and not os.read(asleep, 1 << 10):  # the SuperNode has ended
             time.sleep(seconds)
 
     put(EXECUTOR_LOOP, time=SimpleNamespace(sleep=sleep))
 
 
-# --- fork: the process for a message from one that has imported Flower
+# --- fork: start the process for a message from one that has already imported Flower
 
-FORKS = list[socket.socket]()  # the one to which command lines of such processes go
+FORKS = list[socket.socket]()  # the process that receives command lines of such processes
 
 
 def fork_tasks() -> None:
-    """Fork what forks the processes for messages, and let the SuperExec of a node ask it."""
+    """Fork the process that forks message processes, and make the SuperExec of a node use it."""
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     if os.fork() == 0:  # before there are threads
         ours.close()
@@ -396,18 +397,18 @@ def fork_tasks() -> None:
 
 
 def run_clientapps(asked: socket.socket) -> None:
-    """Fork a process that runs ``flwr-clientapp`` for each command line that comes.
+    """Fork a process that runs ``flwr-clientapp`` for each command line received.
 
     Args:
-        asked: Brings them, as JSON; when its other end closes, this process ends.
+        asked: A pipe with them, as JSON; when its other end closes, this process ends.
     """
     from flwr.supernode.cli import flwr_clientapp
 
     patch(CLIENT_APP)
-    import_module("httpcore")  # which httpx imports with its first client
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C is for the whole group
-    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for them
-    gc.freeze()  # else each of them would write to all that it shares with this one
+    import_module("httpcore")  # httpx imports this with its first client
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C goes to the whole group
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # no process waits for them
+    gc.freeze()  # otherwise each process would copy all memory that it shares with this one
     while words := asked.recv(1 << 16):
         if os.fork() == 0:
             asked.close()
@@ -433,25 +434,25 @@ def end_after(run: Callable[[], None]) -> NoReturn:
 
 
 def end_with_parent() -> None:
-    """Ask for SIGTERM when the parent process ends.
+    """Request SIGTERM when the parent process ends.
 
-    Flower's own watch of it tells a thread, which wakes nobody from long pauses.
+    Flower's own watch signals a thread, which does not end long pauses.
     """
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
-# --- install: an app is unpacked once
+# --- install: unpack an app only once
 
 
 def once(install: Callable[..., Path]) -> Callable[..., None]:
-    """Leave out the installation of an app that the process for the message before installed.
+    """Skip the installation of an app that the process of an earlier message installed.
 
-    Flower unpacks and checks all files of an app for every message, and throws them away where it
-    has the app. Processes that are forked from this one share what was installed last, and where.
+    Flower unpacks and checks all files of an app for every message, even if it is installed.
+    Processes forked from this one share the last installed app, and its folder.
 
     Args:
-        install: Flower's; it takes the bytes of an app, and gives its folder.
+        install: Flower's function; it takes the bytes of an app, and returns its folder.
     """
     last = mmap.mmap(-1, INSTALLED)
 
@@ -465,24 +466,25 @@ def once(install: Callable[..., Path]) -> Callable[..., None]:
 
 
 def install_once() -> None:
-    """Let processes for messages that are forked from this one install an app once."""
+    """Make forked message processes install an app only once."""
     from flwr.cli.install import install_from_fab
 
     put(APP, install_from_fab=once(install_from_fab))
 
 
-# --- resend, slow_links, retries: links that are slow or break
+# --- resend, slow_links, retries: handle slow or broken connections
 
 
 def going_on(push: Callable[..., None], refused: type[Exception]) -> Callable[..., None]:
-    """Send the other parts of a reply, too, where one is refused.
+    """Send the other parts of a reply, too, if one is refused.
 
-    A part is sent again if its answer was lost with the link. The SuperLink, which has it by then,
-    refuses it; Flower would leave the rest out, and the run wait three minutes for that.
+    A part is sent again if its reply was lost with the connection. The SuperLink already has it,
+    and refuses it; Flower would then skip the other parts, and the run would wait three minutes for
+    them.
 
     Args:
-        push: Flower's; it takes the parts, and what sends one.
-        refused: What that raises.
+        push: Flower's function; it takes the parts, and a function that sends one.
+        refused: The error that this raises.
     """
 
     def push_parts(parts: object, push_object_fn: Callable[[str, bytes], None]) -> None:
@@ -496,7 +498,7 @@ def going_on(push: Callable[..., None], refused: type[Exception]) -> Callable[..
 
 
 def resend() -> None:
-    """Let the SuperNode send all parts of a reply."""
+    """Make the SuperNode send all parts of a reply."""
     from flwr.supercore.inflatable import inflatable_utils as parts
 
     push = going_on(parts.push_object_contents_from_iterable, parts.ObjectPushError)
@@ -504,9 +506,10 @@ def resend() -> None:
 
 
 def in_parts(client: Any) -> Any:
-    """Let each `PART` of a request have the 30 s that Flower gives to a request as a whole.
+    """Give each `PART` of a request the 30 s that Flower gives to a whole request.
 
-    With TLS a write ends when all of it is sent. Below 3 Mbit/s two at a time of 5 MB never were.
+    With TLS a write ends when all of it is sent. Below 3 Mbit/s two parallel writes of 5 MB never
+    finished.
 
     Args:
         client: Flower's class.
@@ -523,20 +526,21 @@ def in_parts(client: Any) -> Any:
 
 
 def send_in_parts() -> None:
-    """Let the SuperNode write requests in parts."""
+    """Make the SuperNode write requests in parts."""
     from flwr.supernode.fleet_http_client import FleetHttpClient
 
     put(FLEET, FleetHttpClient=in_parts(FleetHttpClient))
 
 
 def patient(make: Callable[[], Any]) -> Callable[[], Any]:
-    """Let a node try again, too, whose link broke while it made a connection safe.
+    """Make a node retry also if its connection broke during the TLS handshake.
 
-    Flower takes every error with TLS in its text for a wrong certificate, and ends the node. It
-    ends one whose signatures are refused, too; that has its reason here.
+    Flower treats every error with TLS in its text as a wrong certificate, and ends the node. It
+    also ends a node whose signatures are refused; here the reason is printed.
 
     Args:
-        make: Flower's; it makes what tries again, and asks its ``should_giveup`` about each error.
+        make: Flower's function; it creates the retrier, and asks its ``should_giveup`` about each
+            error.
     """
     from flwr.supercore.error import ApiErrorCode, FlowerError
 
@@ -549,7 +553,7 @@ def patient(make: Callable[[], Any]) -> Callable[[], Any]:
             if getattr(answer, "status_code", 0) == 401 and (told := off(answer.headers)):
                 sys.stderr.write(f"{told}\n")
                 if answer.request.url.path.endswith("/activate-node"):
-                    return True  # Flower ends a node that has begun, and says nothing
+                    return True  # Flower ends a running node without a message
             code = getattr(FlowerError.from_json(getattr(answer, "text", None)), "code", 0)
             if code == ApiErrorCode.FLEET_NODE_ACTIVATION_FAILED:
                 sys.stderr.write(f"{UNKNOWN_KEY}\n")
@@ -563,10 +567,10 @@ def patient(make: Callable[[], Any]) -> Callable[[], Any]:
 
 
 def off(headers: Mapping[str, str]) -> str:
-    """Say by how much the clock here is off, if Flower refuses signatures for that; else nothing.
+    """Return by how much the clock is off, if Flower refuses signatures for that; else empty.
 
     Args:
-        headers: Of an answer; the date is that of the SuperLink's clock.
+        headers: Headers of a reply; their date is that of the SuperLink's clock.
     """
     there = parsedate_to_datetime(headers["date"]) if "date" in headers else datetime.now(UTC)
     ahead = (datetime.now(UTC) - there).total_seconds()
@@ -580,17 +584,17 @@ def off(headers: Mapping[str, str]) -> str:
 
 
 def retry_handshakes() -> None:
-    """Let the SuperNode try again where a link broke in a handshake."""
+    """Make the SuperNode retry after a handshake broke."""
     from flwr.supercore.retry import make_simple_http_retry_invoker
 
     put(FLEET, make_simple_http_retry_invoker=patient(make_simple_http_retry_invoker))
 
 
-# --- deadline: parts of a reply are waited for no longer than somebody wants them
+# --- deadline: stop waiting for parts of a reply in time
 
 
 def pull_in_time() -> None:
-    """Let Flower's grid wait for the parts of a reply until `UNTIL`, in this process."""
+    """Make Flower's grid wait for the parts of a reply until `UNTIL`, in this process."""
     from flwr.supercore.inflatable.inflatable_utils import pull_objects
 
     def pull_parts(**named: Any) -> dict[str, bytes]:
@@ -645,7 +649,7 @@ AT_SOCKETS = Patch(
         ANY: call_sockets,
     },
 )
-PATCHES = (  # `fork` first: it forks before there are threads
+PATCHES = (  # `fork` first: it must fork before there are threads
     Patch(
         "fork",
         "Forks the process for a message from one that has imported Flower, where Flower starts a "
@@ -730,7 +734,7 @@ PATCHES = (  # `fork` first: it forks before there are threads
 
 @contextmanager
 def own_api() -> Iterator[None]:
-    """Give the own API of a node a socket in a private folder, inside, if it has none."""
+    """Give a node's own API a socket in a private folder inside this context, if it has none."""
     with ExitStack() as stack:
         if not sockets() and why_without(AT_SOCKETS) is None:
             folder = runpy.run_path(str(Path(__file__).parents[1] / "private_folder.py"))
@@ -744,7 +748,7 @@ def main() -> None:
     """Run the Flower program that the command line names."""
     del sys.argv[0]
     program = Path(sys.argv[0]).name
-    # Flower's programs start each other by name: those of this Python are meant.
+    # Flower's programs start each other by name: make them those of this Python.
     os.environ["PATH"] = os.pathsep.join(
         [str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)]
     )
@@ -752,7 +756,8 @@ def main() -> None:
         for line in lines():
             sys.stderr.write(f"{line}\n")
     with own_api() if program == NODE else ExitStack():
-        if program == NODE and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # nohup's
+        # ignored by nohup
+        if program == NODE and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
             signal.signal(signal.SIGHUP, lambda *_: signal.raise_signal(signal.SIGTERM))
         patch(program)
         command = EXECUTOR if program == NODE_EXECUTOR else sys.argv[0]

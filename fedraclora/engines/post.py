@@ -35,12 +35,12 @@ def last_raised(reason: str) -> str:
 
 
 class PostedGrid(Grid):
-    """A grid that hands its messages to Flower's own; subclasses say who is asked, and how.
+    """Send requests through Flower's own grid; subclasses choose the nodes and the way.
 
     Args:
         grid: Flower's own.
-        ended: Tells whether the runtime has ended: nobody will reply.
-        pause: Seconds between looks for replies.
+        ended: Tells whether the runtime has ended, so that no reply will arrive.
+        pause: Seconds between polls for replies.
 
     Attributes:
         kind: Type of its messages.
@@ -57,10 +57,10 @@ class PostedGrid(Grid):
         """Write a request as a message.
 
         Args:
-            ask: What is asked.
-            node: Where to.
-            more: Records that it needs besides.
-            ttl: Seconds after which nobody waits for an answer: it is not trained hours later.
+            ask: The request.
+            node: The target node.
+            more: Further records.
+            ttl: Seconds after which the message expires, so that it is not trained hours later.
         """
         content = RecordDict({**self._writer.write(ask), **more})
         round_ = str(ask.request.round_)
@@ -72,10 +72,10 @@ class PostedGrid(Grid):
         return NoAnswer(last_raised(str(reply.error.reason)), reply.error.code == RUN_AT_FAULT)
 
     def wait(self, what: str) -> None:
-        """Wait a moment.
+        """Wait a moment, and check that the runtime is alive.
 
         Args:
-            what: For what, for the message.
+            what: What is waited for, for the message.
 
         Raises:
             EngineError: If the runtime has ended.

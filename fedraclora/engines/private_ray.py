@@ -1,10 +1,10 @@
-"""A private Ray for one run on this machine: others cannot reach it, and it leaves no files.
+"""Start a private Ray for one run on this machine: others cannot reach it, and no files remain.
 
-As Ray comes, its processes listen on all interfaces and run what anybody sends them, and its
-sockets and logs lie in a folder where all may write. Here they listen at 127.0.0.1, ask for a
-token that is made for the run, and lie in a folder that only this user can enter.
+By default Ray's processes listen on all interfaces and run any code sent to them, and its sockets
+and logs are in a folder that every user can write to. Here they listen at 127.0.0.1, require a
+token made for the run, and are in a folder that only this user can enter.
 
-What must be set where this process starts Ray itself is in `fedraclora.engines.ray.session`.
+Settings for starting Ray in this process are in `fedraclora.engines.ray.session`.
 """
 
 from __future__ import annotations
@@ -26,29 +26,29 @@ log = logging.getLogger(__name__)
 
 ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
-    # Ray may not hide GPUs from processes that ask for none, nor say that it will.
+    # Ray must not hide GPUs from processes that request none, nor warn about it.
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
 }
-# Seconds for which processes of Ray look for its head, before they end as well. In half of it a
-# run sees that the head was killed (`fedraclora.engines.ray.pulse`), and in the rest it ends.
+# Seconds for which Ray's processes look for its head before they end. In the first half a run
+# detects that the head was killed (`fedraclora.engines.ray.pulse`); in the rest it ends.
 RECONNECT = "RAY_gcs_rpc_server_reconnect_timeout_s"
 PRIVATE = {
-    # Ray's own name for "no cluster of several machines". It is off where Ray has no clusters, and
-    # then every process listens at 127.0.0.1 alone; Ray has no other setting that it obeys.
+    # Ray's own switch for "no cluster of several machines". Without clusters every process listens
+    # only at 127.0.0.1; Ray has no other effective setting for that.
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
-    # Ray starts a worker for each CPU beforehand, in its own environment: those that train have
-    # another one, so all of them would be started for nothing.
+    # Ray starts a worker for each CPU in advance, in its own environment; training workers have
+    # another environment, so those would be useless.
     "RAY_prestart_worker_first_driver": "0",
     "RAY_AUTH_MODE": "token",
 }
-# Characters of the folder's path: that of a socket below it has 68 more, and may have 103.
+# Most characters of the folder's path: that of a socket below it has 68 more, and may have 103.
 LONGEST = 34
 KILLED = (
     "error: the process of this run ended because Ray ended (raylet or gcs_server was "
     "killed, perhaps by lack of memory) or because the system killed it. Run the same "
     "command again; if the run folder exists, the command says how to resume"
 )
-PATIENCE = 3.0  # seconds in which processes must end that were told to
+PATIENCE = 3.0  # seconds for processes to end after they were asked to
 
 
 def cpus() -> int:
@@ -64,9 +64,10 @@ def put_back(environ: Mapping[str, str]) -> None:
 
 
 class LastWord:
-    """Prints why this process ended if Ray kills it, which Ray does without a message.
+    """Print why this process ended if Ray kills it, which Ray does without a message.
 
-    A shell waits at a pipe. It speaks where the pipe ends and nobody has said that all is in order.
+    A shell waits at a pipe. If the pipe closes without a cancellation, the shell prints the
+    message.
     """
 
     def __init__(self) -> None:
@@ -75,7 +76,7 @@ class LastWord:
             stdin=subprocess.PIPE,
             stdout=subprocess.DEVNULL,
             env={},
-            start_new_session=True,  # signals for this process are not for it
+            start_new_session=True,  # it ignores signals for this process
         )
         atexit.register(self.close)
 
@@ -87,11 +88,11 @@ class LastWord:
 
 
 class RayFolder:
-    """A private folder for the sockets and logs of a Ray, and its access token.
+    """Provide a private folder for Ray's sockets and logs, and its access token.
 
     Attributes:
-        path: The folder; gone after `close`.
-        environ: What processes of this Ray, and those that start it, must have set.
+        path: The folder; removed by `close`.
+        environ: Environment of this Ray's processes, and of those that start it.
     """
 
     def __init__(self) -> None:
@@ -102,7 +103,7 @@ class RayFolder:
             **PRIVATE,
             RECONNECT: os.environ.get(RECONNECT, "30"),
             "RAY_AUTH_TOKEN": secrets.token_hex(32),
-            "RAY_TMPDIR": str(self.path),  # Ray makes a folder in it that all may enter
+            "RAY_TMPDIR": str(self.path),  # Ray creates a folder in it that every user may enter
         }
 
     def close(self) -> None:
@@ -117,11 +118,11 @@ class RayFolder:
         self._made.cleanup()
 
     def _processes(self) -> list[int]:
-        """Find those that inherited the name of the folder; none where there is no /proc."""
+        """Find the processes that inherited the folder's name; none without /proc."""
         mark = f"RAY_TMPDIR={self.path}".encode()
         found = []
         for entry in Path("/proc").glob("[0-9]*"):
-            with suppress(OSError):  # it has just ended, or is another user's
+            with suppress(OSError):  # it has just ended, or belongs to another user
                 words = (entry / "environ").read_bytes().split(b"\0")
                 if mark in words and int(entry.name) != os.getpid():
                     found.append(int(entry.name))

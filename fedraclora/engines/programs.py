@@ -1,7 +1,7 @@
 """Run Flower's programs as child processes, which end with this process.
 
-A program is on a tether (`tethered.py`). All that it starts holds its standard input, too, so that
-the end of the last of them is seen.
+A program is started by `tethered.py`. All of its child processes inherit its standard input, so
+that the end of the last of them is detected.
 """
 
 from __future__ import annotations
@@ -31,20 +31,20 @@ log = logging.getLogger(__name__)
 
 TETHERED = Path(__file__).with_name("tethered.py")
 RUNNER = Path(flower_patches.__file__)  # runs Flower's programs
-HOST, LINK, NODE = "127.0.0.1", 1, 2  # ports that stand for the sockets of a SuperLink and a node
-LONGEST = 80  # characters of a home's path: that of a socket in it may have 107
-CONNECTION = "local"  # of the connection to a SuperLink of our own, in Flower's configuration
+HOST, LINK, NODE = "127.0.0.1", 1, 2  # ports that represent the sockets of a SuperLink and a node
+LONGEST = 80  # most characters of a home's path: that of a socket in it may have 107
+CONNECTION = "local"  # name of the connection to our own SuperLink, in Flower's configuration
 START = 120.0  # seconds until a program must listen
-END = 20.0  # seconds for all that it has started to end
+END = 20.0  # seconds for all of its child processes to end
 
 
 @dataclass(frozen=True)
 class Address:
-    """Where one of Flower's programs listens on this machine.
+    """Describe where one of Flower's programs listens on this machine.
 
     Attributes:
-        port: Of 127.0.0.1; of a socket the number that stands for it.
-        socket: Its path; None: it listens at the port.
+        port: A port of 127.0.0.1; for a socket the number that represents it.
+        socket: The path of a socket; None: it listens at the port.
     """
 
     port: int
@@ -55,9 +55,9 @@ class Address:
         """Choose the socket of a path, or a free port if the platform has no sockets.
 
         Args:
-            path: Where the socket is to be.
-            port: Stands for it.
-            environ: That of `environment`.
+            path: The socket's path.
+            port: The number that represents it.
+            environ: The result of `environment`.
         """
         if SOCKETS in environ:
             return cls(port, path)
@@ -92,27 +92,27 @@ def environment(home: Path, *, patched: bool = True) -> dict[str, str]:
         "FLWR_HOME": str(home),
         "FLWR_DISABLE_UPDATE_CHECK": "1",
         "FLWR_TELEMETRY_ENABLED": "0",
-        # Else an environment without torch is built from the network, for every run.
+        # Otherwise Flower builds an environment without torch from the network, for every run.
         "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
         "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.1",
-        # What is left by a process that is killed goes with the folder.
+        # Files of a killed process are removed with the folder.
         "TMPDIR": str(home),
     }
 
 
 def addresses(sockets: Mapping[int, Path]) -> str:
-    """Encode which ports stand for sockets, as `flower_patches` reads it."""
+    """Encode which ports represent sockets, as `flower_patches` reads it."""
     return json.dumps({f"{HOST}:{port}": str(path) for port, path in sockets.items()})
 
 
 def command_line(environ: Mapping[str, str]) -> dict[str, str]:
-    """Build an environment in which the Flower of this Python is found."""
+    """Build an environment in which Flower's commands are those of this Python."""
     path = os.pathsep.join([str(Path(sys.executable).parent), environ.get("PATH", "")])
     return {**environ, "PATH": path}
 
 
 def flwr_of(environ: Mapping[str, str]) -> list[str]:
-    """Return how Flower's command line is called: in its own way where no address is a socket."""
+    """Return how to call Flower's command line: unchanged if no address is a socket."""
     return [sys.executable, "-P", str(RUNNER), "flwr"] if SOCKETS in environ else ["flwr"]
 
 
@@ -136,13 +136,13 @@ def flwr(
 
 
 class Program:
-    """One of Flower's programs, running.
+    """Run one of Flower's programs.
 
     Args:
         name: For example ``flower-superlink``.
         words: Its command line.
         environ: Its environment.
-        file: Takes what it writes.
+        file: Receives its output.
 
     Raises:
         EngineError: If there is no such program.
@@ -168,7 +168,7 @@ class Program:
                 stdin=subprocess.PIPE,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                start_new_session=True,  # Ctrl-C comes from here, in order
+                start_new_session=True,  # Ctrl-C is sent from here, in order
             )
 
     @property
@@ -178,7 +178,7 @@ class Program:
 
     @property
     def last_words(self) -> str:
-        """The last lines of the program's output."""
+        """Return the last lines of the program's output."""
         lines = self.file.read_text(errors="replace").strip().splitlines()
         return " / ".join(lines[-5:]) or "nothing"
 
@@ -201,13 +201,13 @@ class Program:
         end_all([self])
 
     def is_over(self, seconds: float = 0.0) -> bool:
-        """Wait until it has ended with all below it, which hold its standard input, too."""
+        """Wait until it and its child processes have ended, which share its standard input."""
         pipe = self.process.stdin
         return pipe is None or pipe.closed or without_readers(pipe.fileno(), seconds)
 
     def signal_all(self, sign: int) -> None:
-        """Send a signal to it and to all below it: they are a group of their own."""
-        if not self.is_over():  # else the number may be that of another group by now
+        """Send a signal to it and its child processes, which are a process group."""
+        if not self.is_over():  # otherwise the number may already be another group's
             with suppress(ProcessLookupError):
                 os.killpg(self.process.pid, sign)
 
@@ -219,8 +219,8 @@ def superlink(
 
     Args:
         home: A private folder.
-        words: Its command line, but for the address.
-        environ: That of `environment`.
+        words: Its command line, without the address.
+        environ: The result of `environment`.
         trust: How its connection is secured: a line of Flower's configuration.
 
     Returns:
@@ -237,9 +237,9 @@ def superlink(
 def end_all(programs: Sequence[Program]) -> None:
     """End programs and their child processes; kill those that do not end in time.
 
-    Left to themselves, Flower's processes would end late: they look for the number of their parent,
-    which is taken until somebody has waited for it, and are then told in a thread, which does not
-    wake the main one from pauses of up to 20 s.
+    By themselves, Flower's processes would end late: they check their parent's process id, which
+    exists until some process has waited for it, and then signal a thread, which does not end pauses
+    of the main one of up to 20 s.
     """
     for sign in (signal.SIGTERM, signal.SIGKILL):
         for program in programs:
@@ -259,5 +259,5 @@ def end_all(programs: Sequence[Program]) -> None:
 def without_readers(pipe: int, seconds: float) -> bool:
     """Wait until no process holds the other end of a pipe; False if some still do."""
     poll = select.poll()
-    poll.register(pipe, 0)  # an error is what is waited for: nobody can read any more
+    poll.register(pipe, 0)  # an error is expected: no process can read any more
     return bool(poll.poll(seconds * 1000))

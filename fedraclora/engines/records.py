@@ -1,15 +1,13 @@
 """Write messages as Flower's records, and read them back.
 
 A dataclass is written by the codec (`fedraclora.codec`): its plain fields as JSON in the record
-``config``, what has one value per client as bytes in ``chunk`` (a list would be checked number by
-number), and its numbers as one array in ``arrays``. Many small arrays are what a Flower deployment
-is slow at.
+``config``, per-client values as bytes in ``chunk`` (a list would be checked number by number), and
+its numbers as one array in ``arrays``, since a Flower deployment is slow with many small arrays.
 
-Flower 1.42 stores every object of a message apart, and each hop asks for each by a request of its
-own: a message is one, its content another, a record a third, and an array in it two more. On real
-hosts records travel folded: whatever is small lies in the record `job`, which makes three in all.
-Large arrays stay apart: Flower cuts them into parts, and takes one copy of what many clients are
-sent.
+Flower 1.42 stores every object of a message separately, and each hop requests each by itself: a
+message is one, its content another, a record a third, and an array in it two more. On real hosts
+records are folded: all small ones are in the record `job`, which makes three objects in all. Large
+arrays stay separate: Flower cuts them into parts, and keeps one copy for many clients.
 """
 
 from __future__ import annotations
@@ -38,17 +36,17 @@ from fedraclora.wire.reply import received
 R = TypeVar("R", ConfigRecord, ArrayRecord)
 UPDATE = "update"  # the record of an update of base weights
 UPDATE_NUMBERS = "update-numbers"
-JOB = "job"  # the record of a message that takes the others
-RECORDS = "records"  # where in it they are
-APART = 1 << 18  # bytes of arrays from which their record stays apart
-PART = 1 << 22  # the same where nobody else is sent them: Flower would cut them soon
+JOB = "job"  # the record of a message that contains the others
+RECORDS = "records"  # the key of their place in it
+APART = 1 << 18  # bytes of arrays from which their record stays separate
+PART = 1 << 22  # the same if no other client receives them: Flower would cut them soon
 
 
-# --- answers -------------------------------------------------------------------------------------
+# --- replies -------------------------------------------------------------------------------------
 
 
 def write_answer(answer: Answer) -> RecordDict:
-    """Write an answer as records."""
+    """Write a reply as records."""
     tensors, plain = split(answer.packed())
     numbers = tensors.pop(answer.payload, None)
     found = {"config": header_record(plain), "chunk": vector_record(tensors)}
@@ -57,17 +55,17 @@ def write_answer(answer: Answer) -> RecordDict:
 
 
 def read_answer(records: RecordDict, ask: Ask) -> Answer:
-    """Read and check an answer from another machine; no other code reads unchecked data.
+    """Read and check a reply from another machine; no other code reads unchecked data.
 
-    Every field has the type and the range that it should have, or the answer is refused. Whether
-    it is the answer to the ask is for the server to say.
+    If a field has a wrong type or range, the reply is refused. The server checks whether it answers
+    the request.
 
     Args:
-        records: Of the message.
-        ask: What it answers.
+        records: The records of the message.
+        ask: The request that it answers.
 
     Raises:
-        WireError: Saying what came and what was wanted.
+        WireError: Naming the found and the expected value.
     """
     round_ = ask.request.round_
     with reading(f"round {round_}: a reply"):
@@ -83,7 +81,7 @@ def read_answer(records: RecordDict, ask: Ask) -> Answer:
 
 
 def add_weight_update(records: RecordDict, update: WeightUpdate) -> None:
-    """Write a weight update into a message; an existing one is replaced."""
+    """Write a weight update into a message, replacing an existing one."""
     tensors, plain = split(update, coding=update.coding)
     raw, table = to_bytes(tensors)
     records[UPDATE] = header_record({"update": plain, "tensors": table})
@@ -91,10 +89,10 @@ def add_weight_update(records: RecordDict, update: WeightUpdate) -> None:
 
 
 def read_weight_update(records: RecordDict) -> WeightUpdate:
-    """Read the update of a message.
+    """Read the weight update of a message.
 
     Raises:
-        WireError: If it has none, or one that is damaged.
+        WireError: If it has none, or a damaged one.
     """
     with of_message(records), reading("an update of base weights"):
         header = read_json(records, UPDATE)
@@ -148,7 +146,7 @@ def read_json(records: RecordDict, name: str) -> dict[str, Any]:
     """Read the JSON object in the record ``name``.
 
     Raises:
-        WireError: If it is missing, or none.
+        WireError: If it is missing or invalid.
     """
     text = record_of(records, name, ConfigRecord).get("header")
     return parsed(text, f"the header in the record {name}")
@@ -158,7 +156,7 @@ def read_vectors(records: RecordDict) -> Tree:
     """Read the vectors of a message, by their paths.
 
     Raises:
-        WireError: If they are not whole, or not known.
+        WireError: If they are incomplete or unknown.
     """
     found: Tree = {}
     for path, raw in record_of(records, "chunk", ConfigRecord).items():
@@ -200,15 +198,15 @@ def of_message(records: RecordDict) -> Iterator[None]:
 
 
 def read_array(records: RecordDict, name: str, key: str = "flat") -> torch.Tensor:
-    """Read an array of the record ``name``; the tensor may lie anywhere in memory.
+    """Read an array of the record ``name``; the tensor may have any alignment.
 
     Args:
-        records: Of the message.
-        name: Of the record.
-        key: Of the array in it.
+        records: The records of the message.
+        name: The name of the record.
+        key: The key of the array in it.
 
     Raises:
-        WireError: If it is missing, or its bytes are not those of the shape that it names.
+        WireError: If it is missing, or its bytes do not match its shape.
     """
     record = record_of(records, name, ArrayRecord)
     with reading(f"the array of the record {name}"):
@@ -217,7 +215,7 @@ def read_array(records: RecordDict, name: str, key: str = "flat") -> torch.Tenso
 
 
 def _check_bytes(data: bytes) -> None:
-    """Reject bytes that are no array, or are not as many as it says: before memory is taken."""
+    """Reject bytes that are no array, or not as many as stated, before memory is allocated."""
     stream = BytesIO(data)
     formats = {
         (1, 0): np.lib.format.read_array_header_1_0,
@@ -236,7 +234,7 @@ def _check_bytes(data: bytes) -> None:
 
 
 def folded(content: RecordDict, apart_from: int = APART) -> RecordDict:
-    """Write the small records of a content into its record `job`; it is not modified."""
+    """Write the small records of a content into its record `job`, as a new content."""
     records = {name: record for name, record in content.items() if name != JOB}
     apart = {name: record for name, record in records.items() if _size(record) >= apart_from}
     inside = {name: record for name, record in records.items() if name not in apart}
@@ -246,10 +244,10 @@ def folded(content: RecordDict, apart_from: int = APART) -> RecordDict:
 
 
 def unfolded(content: RecordDict) -> RecordDict:
-    """Read back what `folded` wrote; a content in which nothing is folded is given as it is.
+    """Read back the output of `folded`; return other contents unchanged.
 
     Raises:
-        WireError: If what is folded cannot be read, or names a record that is there besides.
+        WireError: If the folded records cannot be read, or one also exists separately.
     """
     job = content.get(JOB)
     if not isinstance(job, ConfigRecord) or RECORDS not in job:

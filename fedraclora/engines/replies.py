@@ -7,23 +7,23 @@ from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
 from fedraclora.errors import OF_THE_RUN, WireError
 
-# What Flower raises where the bytes of a message are no message.
+# Errors of Flower for bytes that are no message.
 UNREADABLE = (AttributeError, DecodeError, LookupError, RecursionError, TypeError, ValueError)
-APP_RAISED = 2  # Flower's code for a ClientApp that raised
-RUN_AT_FAULT = 1000  # ours, far from Flower's: it raised what no client is to blame for
-FORMAT = 3  # of messages on real hosts: an answer says which of four kinds it is
-STALE = "stale"  # the record of a reply that asks for every base weight whole
+APP_RAISED = 2  # Flower's code for an error in a ClientApp
+RUN_AT_FAULT = 1000  # our code, far from Flower's: an error that is no client's fault
+FORMAT = 3  # version of messages on real hosts: a reply names one of four kinds
+STALE = "stale"  # the record of a reply that requests all full base weights
 
 
 def check_format(found: object, who: str) -> None:
-    """Reject a machine whose messages are of another format.
+    """Check that a machine uses the same format of messages.
 
     Args:
-        found: What it says of them; releases before the second format say nothing.
-        who: It is, to begin the sentence.
+        found: Its format; releases before the second format do not state it.
+        who: Its name, to begin the sentence.
 
     Raises:
-        WireError: If it is another.
+        WireError: If the format differs.
     """
     if found != FORMAT:
         came = 1 if found is None else found
@@ -34,11 +34,11 @@ def check_format(found: object, who: str) -> None:
 
 
 def failed(message: Message, raised: Exception) -> Message:
-    """Build the reply to a message whose clients cannot be trained."""
+    """Build the reply to a message whose clients cannot train."""
     code = RUN_AT_FAULT if isinstance(raised, OF_THE_RUN) else APP_RAISED
     return Message(Error(code, f"{type(raised).__name__}: {raised}"), reply_to=message)
 
 
 def is_stale(reply: Message) -> bool:
-    """Check whether a client asks for every base weight whole."""
+    """Check whether a client requests all full base weights."""
     return not reply.has_error() and STALE in reply.content

@@ -2,7 +2,8 @@
 
 ``python -P tethered.py PROGRAM WORD ...``: the starter keeps the other end of the standard input
 and never writes to it. When that end closes, because the starter ended or was killed, the program
-gets SIGTERM. Run as a file, by the standard library alone: to import this project takes seconds.
+gets SIGTERM. It runs as a file with the standard library only, since importing this project takes
+seconds.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import threading
 
 
 def watch() -> None:
-    """Wait for the end of the standard input, and pass it on."""
+    """Wait for the end of the standard input, then signal the program."""
     while os.read(0, 1 << 10):
         pass
     os.kill(os.getpid(), signal.SIGTERM)

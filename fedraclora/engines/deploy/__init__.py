@@ -1,1 +1,1 @@
-"""Real SuperLinks and SuperNodes."""
+"""Run clients on real SuperLinks and SuperNodes."""

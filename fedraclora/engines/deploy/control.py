@@ -15,17 +15,17 @@ from fedraclora.engines.programs import flwr, flwr_of
 from fedraclora.errors import ConfigError, EngineError
 
 COMPLETED = "finished:completed"
-LOST = 60.0  # seconds for which a SuperLink may not answer
-PAUSE = 1.0  # seconds between looks at a run
+LOST = 60.0  # seconds without a reply after which a SuperLink counts as lost
+PAUSE = 1.0  # seconds between polls of a run
 
 
 @dataclass(frozen=True)
 class Status:
-    """Status of a run, since ``flwr run`` always exits with 0.
+    """Hold the status of a run, since ``flwr run`` always exits with 0.
 
     Attributes:
-        word: Flower's word for it.
-        details: Of a run that failed, why.
+        word: Flower's name for it.
+        details: Why the run failed, if it did.
     """
 
     word: str
@@ -43,10 +43,10 @@ class Status:
 
 
 class Connection:
-    """A named connection of Flower's configuration.
+    """Use a named connection of Flower's configuration.
 
     Args:
-        name: Of the connection.
+        name: The name of the connection.
         environ: The environment of Flower's programs: ``FLWR_HOME`` says where connections are.
     """
 
@@ -55,24 +55,24 @@ class Connection:
         self.home = Path(environ.get("FLWR_HOME") or Path.home() / ".flwr")
 
     def submit(self, app: Path, run_config: Path) -> int:
-        """Start a run of a Flower app; give its number.
+        """Start a run of a Flower app; return its number.
 
         Args:
             app: Folder with its pyproject.toml; the bundle is built from it.
-            run_config: TOML file with what overrides the app's run config.
+            run_config: TOML file that overrides the app's run config.
 
         Raises:
-            EngineError: If it was not taken.
+            EngineError: If it was not accepted.
         """
         run = self._call("run", str(app), self.name, "-c", str(run_config))
         return int(str(self._read(run, "run-id", "took no run")))
 
     def nodes(self) -> list[str]:
-        """List what its registered nodes are: online, offline or registered.
+        """List the states of its registered nodes: online, offline or registered.
 
         Raises:
-            ConfigError: If there is no file of connections, where Flower would write one.
-            EngineError: If it does not answer.
+            ConfigError: If there is no file of connections; Flower would create one.
+            EngineError: If it does not respond.
         """
         if not (file := self.home / "config.toml").is_file():
             raise ConfigError(
@@ -83,7 +83,7 @@ class Connection:
         return [str(node["status"]) for node in listed]
 
     def known(self) -> dict[str, object]:
-        """Read addresses of connections by name; none where Flower says what is wrong itself."""
+        """Read addresses of connections by name; empty if Flower itself reports an error."""
         try:
             found = tomllib.loads((self.home / "config.toml").read_text(encoding="utf-8"))
             entries = found["superlink"].items()
@@ -113,7 +113,7 @@ class Connection:
         """Return the status of a run.
 
         Raises:
-            EngineError: If the SuperLink does not answer for `LOST` seconds.
+            EngineError: If the SuperLink does not respond for `LOST` seconds.
         """
         end = time.monotonic() + LOST
         while True:
@@ -131,7 +131,7 @@ class Connection:
             time.sleep(PAUSE)
 
     def follow(self, run: int) -> Iterator[str]:
-        """Yield the lines of a run's log, as they come, until the stream ends."""
+        """Yield the lines of a run's log as they arrive, until the stream ends."""
         log = subprocess.Popen(  # noqa: S603
             [*flwr_of(self.environ), "log", str(run), self.name, "--stream"],
             env=self.environ,
@@ -140,7 +140,7 @@ class Connection:
             stderr=subprocess.STDOUT,
             text=True,
             errors="replace",
-            start_new_session=True,  # Ctrl-C is for this process, which ends it
+            start_new_session=True,  # Ctrl-C is handled by this process, which ends it
         )
         try:
             if log.stdout is not None:
@@ -150,7 +150,7 @@ class Connection:
             log.communicate()
 
     def stop(self, run: int, seconds: float = 30.0) -> None:
-        """Stop a run, and wait some seconds for its end."""
+        """Stop a run, and wait some seconds for it to end."""
         flwr(["stop", str(run), self.name], self.environ, stdout=subprocess.DEVNULL)
         end = time.monotonic() + seconds
         while not self.status(run).ended and time.monotonic() < end:
@@ -158,7 +158,7 @@ class Connection:
 
 
 def _json(text: str) -> dict[str, object]:
-    """Read what a command printed as JSON; nothing where it is none."""
+    """Parse a command's output as JSON; empty if it is not JSON."""
     start = text.find("{")
     try:
         found = json.loads(text[start:]) if start >= 0 else {}

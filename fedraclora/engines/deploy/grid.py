@@ -1,4 +1,4 @@
-"""The grid of real SuperNodes: a message updates the base weights of a node and trains clients."""
+"""Send messages to real SuperNodes, each with weight updates and training requests."""
 
 from __future__ import annotations
 
@@ -34,11 +34,11 @@ from fedraclora.wire.exchange import Ask
 from fedraclora.wire.fields import printable, shown
 from fedraclora.wire.together import Answered, join_asks, split_answer
 
-Queues = dict[int, list[list[Ask]]]  # of each node the asks of each message that is to go there
-Reply = tuple[str, Message | NoAnswer]  # a reply, with the number of the message it answers
-NODE_UNAVAILABLE = 5  # Flower's code for a node that is not there
-# Bytes that are asked and answered by one message of several chunks: both ends hold them several
-# times over, and a proxy limits the size of a request.
+Queues = dict[int, list[list[Ask]]]  # for each node, the requests of each message to send
+Reply = tuple[str, Message | NoAnswer]  # a reply, with the number of the message that it answers
+NODE_UNAVAILABLE = 5  # Flower's code for a node that is not connected
+# Bytes of requests and replies of several chunks in one message: both ends hold several copies, and
+# a proxy limits the size of a request.
 MOST = 1 << 25
 
 
@@ -47,9 +47,9 @@ class Envelope:
     """Requests to single clients, packed into one message to their node.
 
     Attributes:
-        asks: What is asked.
-        ask: The same as one ask.
-        fetched: Payload of its weight update.
+        asks: The requests.
+        ask: All of them as one request.
+        fetched: Payload bytes of its weight update.
     """
 
     asks: list[Ask]
@@ -60,25 +60,25 @@ class Envelope:
 
     @property
     def who(self) -> str:
-        """The clients of the message, for a log line."""
+        """Return the clients of the message, for a log line."""
         who = "client" if len(self.asks) == 1 else "the node of clients"
         return f"{who} {shown(self.ask.clients)[1:-1]}"
 
 
 class DeployGrid(PostedGrid):
-    """Sends messages to nodes, with the updates that their base weights lack.
+    """Send messages to nodes, with the updates that their base weights need.
 
     Args:
         grid: Flower's own.
         history: The versions of the base weights, published by the strategy.
-        run_id: Of the run folder: under it clients keep weights and state.
+        run_id: Name of the run, under which clients keep weights and state.
         settings: Seconds to wait, and how many clients are enough.
-        known: Whether clients can make the initial weights themselves.
+        known: Whether clients can build the initial weights themselves.
         ended: Tells whether the runtime has ended.
 
     Attributes:
-        registry: Who is where, and holds which version.
-        one_by_one: Whether replies are asked for one by one: once one could not be decoded.
+        registry: The node of each client, and the version of each node.
+        one_by_one: Whether replies are pulled one by one, after one could not be decoded.
     """
 
     def __init__(
@@ -93,7 +93,7 @@ class DeployGrid(PostedGrid):
     ) -> None:
         super().__init__(grid, ended=ended, pause=LOOKS)
         self.history, self.run_id, self.settings = history, run_id, settings
-        self.first = 0 if known else None  # what a client holds that holds nothing
+        self.first = 0 if known else None  # the version of a client without weights
         self.traffic: Traffic = Traffic()
         self.registry = NodeRegistry(self)
         self.one_by_one, self._cut = False, False
@@ -114,7 +114,7 @@ class DeployGrid(PostedGrid):
         return found + self.receive(waiting, end, left=left)
 
     def by_node(self, asks: Sequence[Ask]) -> tuple[Queues, list[Answered]]:
-        """Sort asks of one client each by node, for its messages; for who is away say so."""
+        """Sort requests for single clients by node, for its messages; report absent clients."""
         nodes = self.registry.gather([client for ask in asks for client in ask.clients])
         mine, absent = dict[int, list[Ask]](), list[Answered]()
         for ask in asks:
@@ -139,17 +139,17 @@ class DeployGrid(PostedGrid):
         came: Sequence[Reply] = (),
         left: Queues | None = None,
     ) -> list[Answered]:
-        """Wait for replies; a node that asks for all weights gets them once.
+        """Wait for replies; a node that requests all weights receives them once.
 
         Args:
-            waiting: What was sent, by Flower's number of it.
-            end: When to give up.
-            came: Replies that are here already.
-            left: What is to be sent to a node once it has replied.
+            waiting: Sent messages, by Flower's number.
+            end: The deadline.
+            came: Replies that have already arrived.
+            left: Messages to send to a node after it has replied.
         """
         found, again, monitor = list[Answered](), set[str](), StragglerMonitor(self.registry)
         while waiting:
-            last = time.monotonic() > end  # what had arrived by then is read
+            last = time.monotonic() > end  # replies that had arrived by then are read
             came = came or self._pulled(waiting, end)
             self.incidents += monitor.late(
                 [waiting[name].who for name, _ in came if name in waiting]
@@ -190,11 +190,12 @@ class DeployGrid(PostedGrid):
         return found
 
     def _pulled(self, waiting: Mapping[str, Envelope], end: float) -> list[Reply]:
-        """Pull the replies that have arrived, each with the number of the message it answers.
+        """Yield the replies that have arrived, each with the number of the message it answers.
 
-        Flower decodes them together: if one is damaged it gives none back, and does not say whose
-        it is. Then the round is run again and replies are asked for one by one, so that a damaged
-        one is the failure of its client.
+        Flower decodes them together: if one is damaged, it returns none, and does not say whose it
+            is.
+        Then the round is run again and replies are pulled one by one, so that a damaged one counts
+        as the failure of its client.
 
         Raises:
             ClientError: The first time that a reply cannot be decoded.
@@ -217,18 +218,18 @@ class DeployGrid(PostedGrid):
         return found
 
     def _post(self, node: int, left: Queues, waiting: dict[str, Envelope], seconds: float) -> None:
-        """Send a node what is left for it: one message, and all once it has the newest weights."""
+        """Send a node's remaining messages: one, then the others once it has the new weights."""
         queue = left.get(node, [])
         while queue:
             envelope = self._envelope(queue.pop(0), node, seconds)
             waiting[self._push(envelope)] = envelope
             if self.registry.versions.get(node) != self.history.version:
-                return  # it brings them: they go there once
+                return  # this message brings the weights, which are sent only once
 
     def _envelope(
         self, asks: list[Ask], node: int, seconds: float, *, whole: bool = False
     ) -> Envelope:
-        """Write a message that brings its node's weights to the newest; ``whole``: all of them."""
+        """Build a message that updates its node's weights; ``whole``: with all of them."""
         held, ask = self.registry.versions.get(node), join_asks(asks)
         update = self.history.since(None if whole else self.first if held is None else held)
         more = RecordDict({JOB: self.job()})
@@ -245,21 +246,21 @@ class DeployGrid(PostedGrid):
         *,
         whole: bool = False,
     ) -> str:
-        """Send what an envelope asks in a new one; give Flower's number of it."""
+        """Send the requests of an envelope again; return Flower's number of the message."""
         new = self._envelope(envelope.asks, envelope.node, seconds, whole=whole)
         waiting[name := self._push(new)] = new
         return name
 
     def job(self) -> ConfigRecord:
-        """Say what a client must know beside what it is asked."""
+        """Return the facts that a client needs beside its requests."""
         return ConfigRecord({"run": self.run_id, "format": FORMAT})
 
     def wrapped(self, content: RecordDict) -> RecordDict:
-        """Put what is written of a message into the shape in which it is sent."""
+        """Put the content of a message into its form for sending."""
         return content
 
     def _push(self, envelope: Envelope) -> str:
-        """Send a message; give Flower's number of it."""
+        """Send a message; return Flower's number of it."""
         (name,) = self.grid.push_messages([envelope.message])
         self.count(envelope)
         return name
@@ -271,10 +272,10 @@ class DeployGrid(PostedGrid):
         self.traffic.fetched += envelope.fetched
 
     def read(self, reply: Message, envelope: Envelope) -> list[Answered] | NoAnswer | None:
-        """Read a reply, check it against the weights, and note the version its node has now.
+        """Read a reply, check it against the weights, and record its node's version.
 
         Returns:
-            What came; None where the node asks for every base weight whole.
+            The replies; None if the node requests all full base weights.
         """
         if reply.has_error():
             if reply.error.code == NODE_UNAVAILABLE:
@@ -289,11 +290,11 @@ class DeployGrid(PostedGrid):
             self._check_job(content.get("job"))
             self.registry.versions[envelope.node] = self.history.version
             return split_answer(envelope.ask, self.answered(content, envelope), envelope.asks)
-        except Exception as error:  # whatever another machine may send
+        except Exception as error:  # another machine may send anything
             return NoAnswer(f"its reply is refused: {error}")
 
     def _check_job(self, job: object) -> None:
-        """Reject a reply from other weights, or of another run: two may have the same weights."""
+        """Reject a reply from other weights, or from another run, which may have the same ones."""
         newest = self.history.since(self.history.version)
         told = dict(job) if isinstance(job, ConfigRecord) else {}
         proof = told.get("held"), told.get("mark")
@@ -306,12 +307,12 @@ class DeployGrid(PostedGrid):
             raise WireError(f"it answers for run {shown(run)}, expected run {self.run_id}")
 
     def answered(self, content: RecordDict, envelope: Envelope) -> Answer:
-        """Decode the answer of a node whose weights are up to date."""
+        """Decode the reply of a node whose weights are up to date."""
         return read_answer(content, envelope.ask)
 
 
 def by_chunk(asks: Iterable[Ask], size: int) -> Iterator[tuple[int, list[Ask]]]:
-    """Yield the requests of each chunk of the cohort, with its number."""
+    """Yield the requests of each chunk of the round's clients, with its number."""
     for chunk, own in groupby(asks, key=lambda ask: ask.request.first // size):
         yield chunk, [*own]
 
@@ -330,6 +331,6 @@ def parcels(asks: Iterable[Ask], size: int) -> list[list[Ask]]:
 
 
 def _burden(ask: Ask) -> int:
-    """Count the bytes of a client in a message and its reply, in the largest case."""
+    """Count a client's bytes in a message and its reply, in the largest case."""
     numbers = 0 if ask.downlink is None else 2 * ask.downlink.layout.size
     return 4 * numbers + (0 if ask.stage is None else ask.stage.length)

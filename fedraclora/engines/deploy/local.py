@@ -1,7 +1,7 @@
-"""A whole deployment on this machine: a SuperLink with TLS, and SuperNodes that prove who they are.
+"""Run a whole deployment on this machine: a SuperLink with TLS, and authenticated SuperNodes.
 
-It is for trying out and for tests. All of it is in one folder that only this user can enter, and
-goes with it; all processes are on a tether.
+It is for trials and tests. Its files are in one folder that only this user can enter and that is
+removed at the end; all processes end with this one.
 """
 
 from __future__ import annotations
@@ -39,25 +39,25 @@ from fedraclora.engines.programs import (
 from fedraclora.errors import EngineError
 from fedraclora.private_folder import PrivateFolder
 
-DAYS = 7  # for which a certificate is good
+DAYS = 7  # validity of a certificate
 
 
 class LocalDeployment:
-    """A SuperLink and SuperNodes on this machine, which run as long as the context is open.
+    """Run a SuperLink and SuperNodes on this machine while the context is open.
 
     Args:
         served: The clients of each node.
         data: Where the nodes find their samples, for runs with ``data=own``; None for others.
-        lasting: Whether the SuperLink keeps what it knows in a file, so that it may be started
-            again; in memory it answers sooner.
-        patched: Whether modules of Flower are patched; without that all of it is slower, and
-            listens at ports that every user of this machine can reach.
+        lasting: Whether the SuperLink keeps its database in a file, so that it can be restarted; in
+            memory it is faster.
+        patched: Whether modules of Flower are patched; otherwise everything is slower, and listens
+            at ports that every user of this machine can reach.
 
     Attributes:
-        home: The folder; gone after the end.
-        connection: To it.
+        home: The folder; removed at the end.
+        connection: The connection to the SuperLink.
         identity: The certificate and the key of the SuperLink.
-        link: The SuperLink, and ``nodes`` the SuperNodes; None where one does not run.
+        link: The SuperLink, and ``nodes`` the SuperNodes; None for one that does not run.
         at: Where the SuperLink listens, once it is started.
     """
 
@@ -79,7 +79,7 @@ class LocalDeployment:
         self.identity = make_identity(self.home / "keys")
 
     def __enter__(self) -> LocalDeployment:
-        """Start everything, and wait until the SuperLink listens."""
+        """Start all processes, and wait until the SuperLink listens."""
         try:
             self.start_link()
             for k in range(len(self.served)):
@@ -91,11 +91,11 @@ class LocalDeployment:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """End everything."""
+        """End all processes."""
         self.close()
 
     def key(self, k: int) -> Path:
-        """The private key of node ``k``."""
+        """Return the path of node ``k``'s private key."""
         return self.home / "keys" / f"node{k}"
 
     def start_link(self) -> None:
@@ -106,7 +106,7 @@ class LocalDeployment:
         if self.lasting:
             words += ["--database", str(self.home / "superlink.db")]
         trust = f'root-certificates = "{certificate}"'
-        # Each look of its SuperExec for a task is a request, and a run is one task.
+        # Each poll of its SuperExec for a task is a request, and a run is one task.
         environ = {**self.environ, "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "1"}
         self.link, self.at = superlink(self.home, words, environ, trust)
         self.link.await_listening(self.at)
@@ -131,12 +131,12 @@ class LocalDeployment:
         secure += ["--auth-supernode-private-key", str(self.key(k))]
         config = f"partition-ids='{ids}'"
         if self.data is not None:
-            config += f" data={json.dumps(self.data)}"  # a JSON string is a TOML string, too
+            config += f" data={json.dumps(self.data)}"  # a JSON string is also a TOML string
         self.nodes[k] = node = self.node(secure, f"node{k}.log", config)
         return node
 
     def node(self, secure: Sequence[str], log: str, config: str) -> Program:
-        """Start a SuperNode with some credentials: those of node ``k``, or others."""
+        """Start a SuperNode with the credentials of node ``k``, or others."""
         path = (self.home / log).with_suffix(".api")
         at, environ = Address.choose(path, NODE, self.environ), dict(self.environ)
         if at.socket is not None:
@@ -146,7 +146,7 @@ class LocalDeployment:
         return Program("flower-supernode", words, environ, self.home / log)
 
     def close(self) -> None:
-        """End everything, the nodes first, and remove the folder."""
+        """End all processes, the nodes first, and remove the folder."""
         end_all([node for node in self.nodes if node is not None])
         end_all([] if self.link is None else [self.link])
         self.nodes, self.link = [None] * len(self.served), None
@@ -155,10 +155,10 @@ class LocalDeployment:
 
 @dataclass(frozen=True)
 class Identity:
-    """Certificate and private key of a server.
+    """Hold certificate and private key of a server.
 
     Attributes:
-        certificate: PEM file, signed by itself; whoever has it knows the server.
+        certificate: PEM file, self-signed, by which clients recognize the server.
         key: PEM file of its private key.
     """
 
@@ -167,7 +167,7 @@ class Identity:
 
 
 def make_identity(folder: Path) -> Identity:
-    """Make the key of a server at this machine's own address, and its certificate."""
+    """Create the key of a server at this machine's own address, and its certificate."""
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     key, now = ec.generate_private_key(ec.SECP256R1()), datetime.now(UTC)
     name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "localhost")])
@@ -192,7 +192,7 @@ def make_identity(folder: Path) -> Identity:
 
 
 def make_node_key(path: Path) -> Path:
-    """Make the key of a node, as Flower wants it: P-384, OpenSSH; the public one is ``<path>.pub``.
+    """Create a node's key as Flower needs it: P-384, OpenSSH; the public key is ``<path>.pub``.
 
     Returns:
         The public key's file.

@@ -1,8 +1,8 @@
 """Track which node serves which clients, and which version of the weights each node holds.
 
-A node is asked when it is first seen. So one that joins late, or comes back under another node id,
-is found at the next exchange. If several connected nodes claim a client, the node that was
-registered first at the SuperLink serves it: the order of their answers decides nothing.
+A node is asked when it is first seen, so that one that joins late, or returns under another node
+id, is found at the next exchange. If several connected nodes claim a client, the node that was
+registered first at the SuperLink serves it, whatever the order of their replies.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from fedraclora.errors import ClientError, EngineError, WireError
 from fedraclora.flower_internals import message_bytes
 from fedraclora.wire.fields import printable, shown, whole
 
-PARTS = 10.0  # seconds for the parts of an answer: it is small
-PATIENCE = 60.0  # seconds for a node that is there to say whom it serves, once enough have
-AGAIN = 20.0  # seconds without an answer until a node is asked again, then twice as long
+PARTS = 10.0  # seconds for the parts of a reply, which is small
+PATIENCE = 60.0  # seconds for further nodes to report their clients, once enough have
+AGAIN = 20.0  # seconds without a reply until a node is asked again, doubled each time
 
 
 class Post(Protocol):
-    """The part of a grid that a registry needs."""
+    """Define the part of a grid that a registry needs."""
 
     run_id: str
     settings: DeployConfig
@@ -38,7 +38,7 @@ class Post(Protocol):
 
     @property
     def grid(self) -> Grid:
-        """Flower's own grid."""
+        """Return Flower's own grid."""
 
     def wait(self, what: str) -> None:
         """Wait a moment."""
@@ -49,9 +49,9 @@ class Question:
     """A request to a node to report its clients.
 
     Attributes:
-        node: Who is asked.
-        first: When the node was first asked of all times to which it has not answered.
-        at: When this question was sent.
+        node: The node.
+        first: When the first of its unanswered requests was sent.
+        at: When this request was sent.
         pause: Seconds until the node is asked again.
     """
 
@@ -62,13 +62,13 @@ class Question:
 
 
 class NodeRegistry:
-    """Finds the node of each client.
+    """Find the node of each client.
 
     Args:
         post: Sends its questions.
 
     Attributes:
-        versions: The version that a node holds, by its own word; None: nothing.
+        versions: The version that a node reports; None: no weights.
     """
 
     def __init__(self, post: Post) -> None:
@@ -76,14 +76,15 @@ class NodeRegistry:
         self.versions: dict[int, int | None] = {}
         self._registered: dict[int, str] = {}  # node -> when it was registered
         self._serving: dict[int, list[int]] = {}  # node -> its clients
-        self._unfit: dict[int, str] = {}  # nodes that could not say whom they serve, and why
-        self._asked: dict[str, Question] = {}  # those without an answer so far
-        self._enough: float | None = None  # since when enough clients are known
+        # nodes that failed to report their clients, with the reason
+        self._unfit: dict[int, str] = {}
+        self._asked: dict[str, Question] = {}  # requests without a reply so far
+        self._enough: float | None = None  # time since which enough clients are known
         self._node: dict[int, int] = {}  # client -> the node that served it last
-        self._claims: dict[int, dict[int, str]] = {}  # client -> each further node, in a sentence
+        self._claims: dict[int, dict[int, str]] = {}  # client -> a sentence on each further node
 
     def forget(self, node: int) -> None:
-        """Ask a node anew, if it is still there."""
+        """Ask a node again if it is still connected."""
         self._serving.pop(node, None)
 
     def ask_again(self, node: int) -> str | None:
@@ -100,13 +101,14 @@ class NodeRegistry:
         """Wait until enough clients are connected; return the node of each.
 
         Raises:
-            ClientError: If too few are in time.
+            ClientError: If too few are connected in time.
             EngineError: If more clients are claimed by several nodes than the run allows.
         """
         settings = self.post.settings
         enough = min(settings.min_clients or len(clients), len(clients))
         began = time.monotonic()
-        self._serving = {n: c for n, c in self._serving.items() if c}  # others may be mended by now
+        # other nodes may be repaired by now
+        self._serving = {n: c for n, c in self._serving.items() if c}
         self._unfit.clear()
         while True:
             self._look()
@@ -129,12 +131,12 @@ class NodeRegistry:
             self.post.wait("enough clients were connected")
 
     def _waits(self, now: float) -> bool:
-        """Tell whether a node that is there may still say in time whom it serves."""
+        """Tell whether a connected node may still report its clients in time."""
         new = [q for q in self._asked.values() if q.node not in self._serving]
         return any(now < max(q.first, self._enough or 0.0) + PATIENCE for q in new)
 
     def _nodes(self) -> dict[int, int]:
-        """Give the node of each client: of those that claim it the one registered first."""
+        """Return the node of each client: of those that claim it, the one registered first."""
         nodes: dict[int, int] = {}
         for node in sorted(self._serving, key=lambda n: (self._registered.get(n, ""), n)):
             for client in self._serving[node]:
@@ -142,7 +144,7 @@ class NodeRegistry:
         return nodes
 
     def _note_claims(self, nodes: dict[int, int]) -> None:
-        """Note clients that another node claims than serves them, or that another one served.
+        """Record clients that several nodes claim, or that another node served before.
 
         Raises:
             EngineError: If there are more than the run allows.
@@ -179,21 +181,21 @@ class NodeRegistry:
         return f"node {node}" + (f" (registered {when})" if when else "")
 
     def _look(self) -> None:
-        """Ask nodes that are new whom they serve, and read the answers that are there."""
+        """Ask new nodes for their clients, and read the replies that have arrived."""
         post, now = self.post, time.monotonic()
         there = {n.node_id: n.registered_at for n in post.grid.get_nodes()}
         self._registered |= there
         self._serving = {n: c for n, c in self._serving.items() if n in there}
         self._asked = {name: q for name, q in self._asked.items() if q.node in there}
         for name, asked in list(self._asked.items()):
-            # Its answer may have been lost on the way, and then the node knows nothing of it.
+            # Its reply may have been lost, and then the node does not know.
             if asked.node not in self._serving and now > asked.at + asked.pause:
                 del self._asked[name]
                 self._ask(replace(asked, at=now, pause=2 * asked.pause))
         for node in sorted(there.keys() - self._serving - {q.node for q in self._asked.values()}):
             self._ask(Question(node, now, now, AGAIN))
         for name, asked in list(self._asked.items()):
-            # One by one: Flower gives back none of several replies if one cannot be decoded.
+            # One by one: Flower returns none of several replies if one cannot be decoded.
             try:
                 for reply in pulled(post.grid, [name], time.monotonic() + PARTS):
                     del self._asked[name]
@@ -209,7 +211,7 @@ class NodeRegistry:
                 self._serving[asked.node], self._unfit[asked.node] = [], why
 
     def _ask(self, question: Question) -> str:
-        """Ask a node whom it serves; give Flower's number of the question."""
+        """Ask a node for its clients; return Flower's number of the message."""
         content = RecordDict({"job": ConfigRecord({"run": self.post.run_id, "format": FORMAT})})
         ttl = self.post.settings.timeout
         query = Message(content, question.node, "query.partition", ttl=ttl)
@@ -219,18 +221,18 @@ class NodeRegistry:
         return name
 
     def _introduce(self, node: int, mine: list[int], version: int | None) -> None:
-        """Note whom a node serves, and the version that it holds."""
+        """Record a node's clients and its version."""
         self._serving[node] = mine
         self.versions[node] = version
 
 
 def _told(clients: Sequence[int]) -> str:
-    """Name clients: the one, or the first of several."""
+    """Name clients: the only one, or the first of several."""
     return f"client {clients[0]}" if len(clients) == 1 else f"clients {shown([*clients])}"
 
 
 def _read(reply: Message) -> tuple[list[int], int | None]:
-    """Read whom a node serves, and the version that it holds; None for none."""
+    """Read a node's clients and its version; None for no weights."""
     if reply.has_error():
         raise ValueError(reply.error.reason)
     answer = reply.content["partition"]

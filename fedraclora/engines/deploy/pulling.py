@@ -1,7 +1,7 @@
 """Pull replies from Flower's grid, and wait for their parts only until a deadline.
 
-Flower 1.42 gives a reply out as soon as it is announced, and waits inside ``pull_messages`` for its
-parts, for minutes if the node has gone meanwhile. `flower_patches` has it wait until `UNTIL`.
+Flower 1.42 returns a reply as soon as it is announced, and waits inside ``pull_messages`` for its
+parts, for minutes if the node has disconnected. `flower_patches` makes it wait only until `UNTIL`.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from flwr.serverapp import Grid
 
 from fedraclora.engines.flower_patches import UNTIL
 
-NOT_WHOLE = 3  # Flower's code for a reply whose parts have not come
-LOOKS = 0.1  # seconds between looks for replies: each is a request
+NOT_WHOLE = 3  # Flower's code for a reply with missing parts
+LOOKS = 0.1  # seconds between polls for replies: each is a request
 
 
 def pulled(grid: Grid, names: Iterable[str], until: float) -> list[Message]:
@@ -23,8 +23,8 @@ def pulled(grid: Grid, names: Iterable[str], until: float) -> list[Message]:
     Args:
         grid: Flower's own.
         names: Flower's numbers of the messages that they answer.
-        until: When a reply without all of its parts becomes an error (`NOT_WHOLE`), as
-            `time.monotonic` has it; one whose parts are there is read even then.
+        until: The time, by `time.monotonic`, after which a reply with missing parts becomes an
+            error (`NOT_WHOLE`); a complete one is read even then.
     """
     token = UNTIL.set(until)
     try:

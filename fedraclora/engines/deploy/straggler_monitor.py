@@ -1,9 +1,10 @@
 """Watch for stragglers: report late nodes, and find lost messages to send again.
 
-A SuperLink counts a message as delivered when it hands it out. If the link breaks in that moment,
-or the node has another address by then, nobody has it, and the node is well: Flower says nothing.
-So a node that is silent for long is asked again whom it serves. It answers one thing after another:
-if that is answered, and what was sent before is not, it does not have it.
+A SuperLink counts a message as delivered when a node fetches it. If the connection breaks at that
+moment, or the node has a new address, the message is lost although the node works, and Flower
+reports no error. A node that is silent for long is therefore asked again for its clients. It
+answers in order: if it answers this request but no earlier one, it did not receive the earlier
+ones.
 """
 
 from __future__ import annotations
@@ -13,13 +14,13 @@ from collections.abc import Mapping, Sequence
 
 from fedraclora.engines.deploy.node_registry import NodeRegistry
 
-SILENT = 60.0  # seconds without a reply: by then Flower, too, has missed a node that is gone
-SETTLED = 5.0  # seconds from the answer for replies that were under way with it
-LATE = 10.0  # seconds by which a reply is late, if that is twice what half of them took
+SILENT = 60.0  # seconds without a reply, after which Flower has also noticed a disconnected node
+SETTLED = 5.0  # seconds after that reply for other replies on their way
+LATE = 10.0  # seconds by which a reply is late, if that is twice the median time
 
 
 class StragglerMonitor:
-    """Watches the messages of one exchange.
+    """Watch the messages of one exchange.
 
     Args:
         registry: Asks their nodes.
@@ -30,8 +31,8 @@ class StragglerMonitor:
         self.began = time.monotonic()
         self.took: list[float] = []  # seconds until each reply
         self._since: dict[str, float] = {}
-        self._asked: dict[int, tuple[str, float]] = {}  # node -> question, and when
-        self._answered: dict[int, float] = {}  # node -> when it was seen that it has answered
+        self._asked: dict[int, tuple[str, float]] = {}  # node -> request, and when it was sent
+        self._answered: dict[int, float] = {}  # node -> when its reply was seen
 
     def lost(self, waiting: Mapping[str, int]) -> list[str]:
         """Return the messages that their nodes did not receive; the caller sends them again.
@@ -57,7 +58,7 @@ class StragglerMonitor:
         return found
 
     def late(self, who: Sequence[str]) -> list[str]:
-        """Record replies that came together; return a sentence if they were late."""
+        """Record replies that arrived together; return a sentence if they were late."""
         took = time.monotonic() - self.began
         self.took += [took] * len(who)
         if not who:

@@ -1,4 +1,4 @@
-"""Chunks of clients on resident Ray workers, on one machine or a cluster."""
+"""Run chunks of clients on resident Ray workers, on one machine or a cluster."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A Ray cluster for one run: started here and ended here, or joined and left."""
+"""Start a Ray cluster for one run, or join and leave one."""
 
 from __future__ import annotations
 
@@ -30,32 +30,32 @@ from fedraclora.engines.ray.pulse import PATIENCE, greet
 from fedraclora.engines.ray.session import LOOPBACK, RaySession, own_sigterm, refuse_open_ray
 from fedraclora.errors import ConfigError, EngineError
 
-# What `fedraclora` lies in: workers import the code that the driver runs.
+# Folders that contain `fedraclora`: workers import the code that the driver runs.
 CODE = str(Path(__file__).resolve().parents[3])
-SETTLING = 2.0  # seconds in which a cluster knows that a run has ended
-ROUNDING = 1e-6  # of shares of a GPU
-SOME = 8  # hosts that a message names
+SETTLING = 2.0  # seconds until a cluster notices that a run has ended
+ROUNDING = 1e-6  # resolution of shares of a GPU
+SOME = 8  # most hosts in a message
 CLIENT = "ray://"
 
 
 class NoPaths(list[str]):
-    """Ray would put the script's folder and the working folder first on the path of all hosts."""
+    """Keep Ray from putting the script's and the working folder first on all hosts' paths."""
 
     @override
     def extend(self, _: Iterable[str]) -> None:
-        """Take none, and drop what there is: Ray takes an empty list for none at all."""
+        """Ignore the paths and clear the list: Ray takes an empty list for none at all."""
         self.clear()
 
 
 @dataclass(frozen=True)
 class RayHost:
-    """A machine of a cluster.
+    """Describe a machine of a cluster.
 
     Attributes:
         node: Its number in the cluster.
-        address: Where it is.
-        cores, cards: What it lends to Ray.
-        room: Workers that find a core, and their share of a GPU, there.
+        address: Its address.
+        cores, cards: CPUs and GPUs that it provides to Ray.
+        room: Workers for which it has a free core and share of a GPU.
     """
 
     node: str
@@ -66,7 +66,7 @@ class RayHost:
 
 
 class Cluster:
-    """The machines whose processes train.
+    """Manage the machines whose processes train.
 
     Args:
         settings: Workers, address, share of a GPU.
@@ -75,10 +75,10 @@ class Cluster:
     Attributes:
         workers: Processes to start.
         gpus: Share of a GPU of each.
-        told: What a run says of it when it begins, by title; of a Ray of this machine nothing.
+        told: Facts for the start of a run, by title; empty for a Ray of this machine.
 
     Raises:
-        ConfigError: If more is asked for than there is.
+        ConfigError: If more resources are requested than exist.
         EngineError: If the cluster does not start, or cannot be reached.
     """
 
@@ -87,7 +87,7 @@ class Cluster:
         self.gpus = float(device == "cuda") if settings.gpus is None else settings.gpus
         self.joined = ray.is_initialized()
         self.told: dict[str, str] = {}
-        self._session: RaySession | None = None  # of a Ray that is started here
+        self._session: RaySession | None = None  # processes of a Ray that is started here
         self._last_word = LastWord()
         address, said_by = address_of(settings)
         if ray_client.ray.is_connected():  # type: ignore[no-untyped-call]
@@ -117,12 +117,12 @@ class Cluster:
             os.environ.update({k: v for k, v in ENVIRONMENT.items() if k not in os.environ})
             check_address(address, said_by)
         try:
-            if address is not None:  # without its token Ray would ask on for a minute
+            if address is not None:  # without its token Ray would retry for a minute
                 host, _, port = address.rpartition(":")
-                with suppress(OSError):  # Ray's processes ask a name server, not /etc/hosts
+                with suppress(OSError):  # Ray's processes use a name server, not /etc/hosts
                     address = f"{socket.gethostbyname(host)}:{port}" if host else address
                 GcsClient(services.canonicalize_bootstrap_address(address))
-            # A run says itself what befalls its hosts, and of others, or those of before, nothing.
+            # A run reports incidents of its own hosts, and none of others or of earlier ones.
             worker._worker_logs_enabled = alone  # noqa: SLF001
             ray.init(
                 address=address or "local",
@@ -133,7 +133,8 @@ class Cluster:
                 log_to_driver=False,
                 configure_logging=False,
             )
-        except Exception as error:  # Ray raises it bare where a part of it starts too slowly
+        # Ray raises this without details if a part of it starts too slowly
+        except Exception as error:
             where = "on this machine" if alone else f"at {address}"
             raise EngineError(
                 f"Ray cannot be reached or started {where}: {error}. Check {said_by}, the "
@@ -144,7 +145,7 @@ class Cluster:
             refuse_open_ray()
 
     def _hosts(self) -> list[RayHost]:
-        """List the machines that are there now."""
+        """List the machines that are connected now."""
         found = []
         for node in ray.nodes():  # type: ignore[no-untyped-call]
             if node["Alive"]:
@@ -156,7 +157,7 @@ class Cluster:
         return found
 
     def _count(self) -> int:
-        """Decide on the number of workers: all that find room, unless fewer are asked for."""
+        """Choose the number of workers: as many as fit, unless fewer are requested."""
         fit, asked = sum(host.room for host in self.hosts), self.settings.workers
         without = [host.address for host in self.hosts if not host.cards]
         if self.device == "cuda" and not self.gpus and len(self.hosts) > 1 and without:
@@ -174,9 +175,9 @@ class Cluster:
         return workers
 
     def _free(self, fit: int) -> int:
-        """Count the workers that find room beside what others run: all, if there is none at all."""
+        """Count the workers that fit beside other users' processes; if none do, as if alone."""
         end = time.monotonic() + SETTLING
-        while True:  # a run that has just ended gives back its cores in a moment
+        while True:  # a run that has just ended releases its cores in a moment
             left: Mapping[str, float] = ray.available_resources()  # type: ignore[no-untyped-call]
             cards = left.get("GPU", 0) / self.gpus + ROUNDING if self.gpus else fit
             free = int(min(fit, left.get("CPU", 0), cards))
@@ -185,12 +186,12 @@ class Cluster:
             time.sleep(0.1)
 
     def room(self) -> int:
-        """Count the workers that find room on the machines that are there now."""
+        """Count the workers that fit on the machines that are connected now."""
         self.there = self._hosts()
         return sum(host.room for host in self.there)
 
     def newcomers(self) -> list[RayHost]:
-        """Find the machines of the last count of room that are new; each is named once."""
+        """List machines that are new since the last count; each is reported once."""
         known = {host.node for host in self.hosts}
         new = [host for host in self.there if host.node not in known]
         self.hosts += new
@@ -202,7 +203,7 @@ class Cluster:
         return f"{several}{cores:g} CPUs and {cards:g} GPUs"
 
     def runtime_env(self) -> dict[str, Any]:
-        """Describe what a worker runs in: threads, and where it finds the code."""
+        """Describe a worker's environment: threads, and the location of the code."""
         threads = str(self.settings.threads)
         names = ("HF_HUB_OFFLINE", *ENVIRONMENT)
         variables = {name: os.environ[name] for name in names if name in os.environ}
@@ -246,9 +247,9 @@ class Cluster:
 
 
 def address_of(settings: RayConfig) -> tuple[str | None, str]:
-    """Return the address of the cluster to join and its source; None: start a private Ray.
+    """Return the address of the cluster to join, and its source; None: start a private Ray.
 
-    As with Ray itself, RAY_ADDRESS says it where the config does not; inside a job it is set.
+    As in Ray itself, RAY_ADDRESS is used if the config has no address; inside a job it is set.
     """
     named = os.environ.get("RAY_ADDRESS") or None
     address, said_by = settings.address, "engine.address"
@@ -261,12 +262,12 @@ def check_address(address: str, said_by: str = "engine.address") -> None:
     """Reject an address without a cluster, since Ray would exit or wait forever.
 
     Args:
-        address: Of the cluster.
-        said_by: What names it, for messages.
+        address: The address.
+        said_by: Its source, for messages.
 
     Raises:
         ConfigError: If it is no address of a cluster's head.
-        EngineError: If nobody answers there.
+        EngineError: If it does not respond.
     """
     if address == "auto":
         return
@@ -295,7 +296,7 @@ def check_address(address: str, said_by: str = "engine.address") -> None:
 def own_path() -> str:
     """Return the module path of this process, for other processes of this machine.
 
-    `CODE` comes last: folders of a checkout have names that folders of a user's have, too.
+    `CODE` comes last, since folders of a checkout may have the same names as a user's.
     """
     own = (sys.prefix, sys.base_prefix)
     path = [part or str(Path.cwd()) for part in sys.path if not part.startswith(own)]
@@ -304,5 +305,5 @@ def own_path() -> str:
 
 
 def folder_digest(folder: str) -> dict[str, str]:
-    """Hash the files of a folder, by name; empty where there is none."""
+    """Hash the files of a folder, by name; empty if it does not exist."""
     return {path.name: file_digest(path) for path in Path(folder).glob("*") if path.is_file()}

@@ -1,4 +1,4 @@
-"""The Ray engine: a grid that hands asks to a pool of resident workers."""
+"""Send requests to a pool of resident Ray workers."""
 
 from __future__ import annotations
 
@@ -31,19 +31,19 @@ from fedraclora.wire.exchange import Ask, OwnPart, shared_of
 
 
 class WorkerStateLike(Protocol):
-    """The state of a worker between rounds."""
+    """Define a worker's state between rounds."""
 
     replica: Replica
 
     def train(self, ask: Ask, stored: Tree) -> tuple[Answer, Tree]:
-        """Answer an ask; ``stored`` is what its clients hold, before and after."""
+        """Answer a request; ``stored`` is the clients' state, before and after."""
 
 
 @dataclass(frozen=True)
 class Done:
-    """The result of a worker: the answer, or the reason why there is none.
+    """Hold the result of a worker: the reply, or the reason why there is none.
 
-    ``stale``: its base weights could not be brought to the version that was asked for.
+    ``stale``: its base weights could not be updated to the requested version.
     """
 
     answer: Answer | NoAnswer = field(default_factory=lambda: NoAnswer("it has other weights"))
@@ -52,7 +52,7 @@ class Done:
 
 
 def facts() -> dict[str, Any]:
-    """Return the versions and hardware that decide the results of this process."""
+    """Return the versions and hardware that influence the results of this process."""
     card = [torch.cuda.get_device_name()] if torch.cuda.is_available() else []
     return {
         "address": ray.util.get_node_ip_address(),  # type: ignore[no-untyped-call]
@@ -63,7 +63,7 @@ def facts() -> dict[str, Any]:
 
 
 class Resident:
-    """The process of a worker: model, data and base weights stay from round to round."""
+    """Run a worker's process: model, data and base weights stay from round to round."""
 
     def __init__(self, build: Callable[[Any], WorkerStateLike], parts: list[Any]) -> None:
         with importing("a Ray worker"):
@@ -72,18 +72,18 @@ class Resident:
         self._shared: tuple[str, Ask] | None = None
 
     def facts(self) -> dict[str, Any]:
-        """Report what runs here."""
+        """Report the versions and hardware."""
         own = {"node": platform.node(), "code": loaded_code(), "mark": self.state.replica.mark}
         return facts() | own
 
     def train(self, update: list[Any], shared: list[Any], part: OwnPart, stored: Tree) -> Done:
-        """Update the base weights and answer an ask.
+        """Update the base weights and answer a request.
 
         Args:
-            update: The reference of what brings them to the newest version.
-            shared: The reference of what all clients of the exchange are asked.
-            part: The rest of the ask.
-            stored: What the clients hold.
+            update: Reference of the update to the newest version.
+            shared: Reference of the part that all clients of the exchange share.
+            part: The rest of the request.
+            stored: The clients' state.
         """
         if not self.state.replica.follow(ray.get(update[0])):
             return Done(stale=True)
@@ -98,14 +98,14 @@ class Resident:
 
 
 class RayGrid(Grid):
-    """Trains chunks on resident workers; bits do not depend on how many there are.
+    """Train chunks on resident workers; results do not depend on their number.
 
     Args:
         cluster: Where workers run; ended with the grid.
-        build: Makes a worker's state of ``parts``; importable on every node.
-        parts: What states are made of: sent once, through the object store.
+        build: Creates a worker's state from ``parts``; importable on every node.
+        parts: Inputs of the state, sent once through the object store.
         history: The versions of the base weights, published by the strategy.
-        store: What clients keep between rounds; it travels with their messages.
+        store: The clients' state between rounds, which is sent with their messages.
         settings: Workers, retries, time-outs, threads.
 
     Raises:
@@ -126,7 +126,7 @@ class RayGrid(Grid):
         super().__init__()
         self.cluster, self.history, self.store = cluster, history, store
         self.workers, self._thaws = cluster.workers, not gc.get_freeze_count()
-        self._updates: dict[tuple[int, int | None], Any] = {}  # to and from a version -> reference
+        self._updates: dict[tuple[int, int | None], Any] = {}  # from and to a version -> reference
         try:
             self._start(build, parts, settings)
         except BaseException:
@@ -167,13 +167,13 @@ class RayGrid(Grid):
             watch=watch,
         )
         self._check(self.pool.facts())
-        # While a worker waits for a core, Ray has all processes collect garbage, every 10 s, which
-        # takes seconds on a busy host: there is little in what a program has loaded.
+        # While a worker waits for a core, Ray makes all processes collect garbage every 10 s, which
+        # takes seconds on a busy host; loaded modules contain little garbage.
         gc.freeze()
         self.pool.check = self._admit
 
     def _check(self, found: list[dict[str, Any]]) -> None:
-        """Reject workers that run something else; say where they are, and what may move bits."""
+        """Reject workers with other versions; report hosts, and other causes of changed bits."""
         here, code = facts(), loaded_code()
         (self._began,) = {there["mark"] for there in found}
         for there in found:
@@ -204,7 +204,7 @@ class RayGrid(Grid):
             )
 
     def _admit(self, late: list[dict[str, Any]]) -> None:
-        """Check workers that come later, as those of the start, and say what is new of them."""
+        """Check workers that join later like those of the start, and report new differences."""
         known = self.told.get("processors")
         self._check(late)
         if (now := self.told.get("processors")) and now != known:
@@ -212,12 +212,13 @@ class RayGrid(Grid):
 
     @override
     def ask(self, asks: Sequence[Ask], timeout: float | None = None) -> Came:
-        # The time is not heeded: engine.timeout is that of each chunk.
+        # The timeout is not used: engine.timeout applies to each chunk.
         found: list[tuple[Ask, Answer | NoAnswer]] = []
         shared = dict[int, tuple[object, Any]]()
 
         def submit(slot: WorkerSlot, ask: Ask) -> Any:
-            if (key := id(ask.downlink)) not in shared:  # kept: else its id is given again
+            # kept alive: otherwise its id may be reused
+            if (key := id(ask.downlink)) not in shared:
                 shared[key] = ask.downlink, ray.put(shared_of(ask))
             stored = self.store.part(ask.clients, ask.request.round_)
             update = self._update(slot)
@@ -244,10 +245,10 @@ class RayGrid(Grid):
         return found
 
     def _update(self, slot: WorkerSlot) -> Any:
-        """Put what a worker lacks into the object store, once for all that hold its version."""
+        """Put a worker's update into the object store, once for all workers of its version."""
         newest, start = self.history.version, slot.version
         if start is None and newest == 0 and self.history.since(0).mark == self._began:
-            start = 0  # the weights came with the model
+            start = 0  # the model brought the weights
         key = (newest, start)
         if key not in self._updates:
             self._updates = {k: ref for k, ref in self._updates.items() if k[0] == newest}

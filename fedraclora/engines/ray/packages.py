@@ -1,8 +1,8 @@
 """Send the code of a run to the hosts of a Ray cluster as packages, without a shared path.
 
-One package holds this project, as this process runs it; one each folder that modules of the user's
-were imported from. Ray keeps them at the cluster's head, named by their content, and unpacks each
-once on a host, at the front of the path of the workers there.
+One package contains this project, as this process runs it; one more for each folder from which the
+user's modules were imported. Ray keeps them at the cluster's head, named by their content, and
+unpacks each once per host, at the front of the workers' path.
 """
 
 from __future__ import annotations
@@ -29,17 +29,17 @@ from ray._private.runtime_env.packaging import (
 from fedraclora.errors import ConfigError
 
 PROJECT = "fedraclora"
-# As in a file .rayignore. What begins with a dot: .git, .venv, caches.
+# Like a .rayignore file: names that begin with a dot: .git, .venv, caches.
 LEFT_OUT = (".?*", "__pycache__", "node_modules", "venv", f"/{PROJECT}", "/experiments/results")
 OUTPUTS = ("data", "runs", "multirun", "outputs", "wandb", "mlruns")
-LARGEST = 64 * 2**20  # bytes of the files of a folder
-EARLIEST = (1980, 1, 1, 0, 0, 0)  # so that the same files are the same package
+LARGEST = 64 * 2**20  # most bytes of the files of a folder
+EARLIEST = (1980, 1, 1, 0, 0, 0)  # fixed time stamps, so that the same files give the same package
 QUIET = logging.getLogger(f"{__name__}.files")
 QUIET.disabled = True
 
 
 class CodePackages:
-    """The code of this process, for workers on other hosts.
+    """Package the code of this process for workers on other hosts.
 
     Attributes:
         told: What is sent, for a reader.
@@ -60,9 +60,9 @@ class CodePackages:
         self.told = ", ".join(told)
 
     def uris(self) -> list[str]:
-        """Upload what the cluster lacks, and name all: those of the job that this is come last.
+        """Upload missing packages, and return the names of all; this job's own come last.
 
-        Ray forgets a package some minutes after its upload unless it is asked for again.
+        Ray deletes a package some minutes after its upload unless it is requested again.
         """
         for uri, content in self._content.items():
             pin_runtime_env_uri(uri)
@@ -78,7 +78,7 @@ def loaded_code() -> dict[str, tuple[str, str]]:
 
 
 def _modules() -> Iterator[tuple[str, ModuleType]]:
-    """List what is imported and neither Python's nor installed; the project wherever it is."""
+    """List imported modules that are not Python's or installed, and always the project's."""
     theirs = (sys.prefix, sys.base_prefix)
     for name, module in [*sys.modules.items()]:
         file = getattr(module, "__file__", None) or ""
@@ -90,7 +90,7 @@ def _modules() -> Iterator[tuple[str, ModuleType]]:
 
 
 def _user_folders() -> dict[Path, str]:
-    """Find the folders on the path that modules of the user's lie in, with one of these each."""
+    """Find the folders on the path with the user's imported modules, with one of these each."""
     found: dict[Path, str] = {}
     for name, module in _modules():
         if not name.startswith(PROJECT) and (file := module.__file__):
@@ -100,7 +100,7 @@ def _user_folders() -> dict[Path, str]:
 
 
 def _packed(folder: Path, why: str) -> bytes:
-    """Make a package of a folder, but for what .gitignore and .rayignore in it name."""
+    """Package a folder, without the files in its .gitignore and .rayignore."""
     ours = why == PROJECT
     top = folder.parent if ours else folder
     out = [pattern for pattern in LEFT_OUT if not (ours and PROJECT in pattern)]

@@ -1,4 +1,4 @@
-"""A pool of resident workers: jobs go to workers that are ready, lost workers are replaced."""
+"""Distribute jobs to a pool of resident workers; lost workers are replaced."""
 
 from __future__ import annotations
 
@@ -20,21 +20,21 @@ from fedraclora.errors import ConfigError, EngineError
 
 log = logging.getLogger(__name__)
 
-CREATION = "creation task"  # how Ray says that a worker's own start raised
-NODE = "its node has died"  # and that its host is gone
-GIVEN_UP = 60.0  # seconds after which a silent worker is replaced; Ray gives hosts up after as long
+CREATION = "creation task"  # Ray's text for an error at a worker's start
+NODE = "its node has died"  # Ray's text for a lost host
+GIVEN_UP = 60.0  # seconds after which a silent worker is replaced; Ray gives up hosts after as long
 Job = TypeVar("Job")
 Facts = dict[str, Any]
 
 
 @dataclass(eq=False)
 class PoolTask(Generic[Job]):
-    """A job; the pool may give it to a second worker if the first is silent.
+    """Hold a job; the pool may give it to a second worker if the first is silent.
 
     Attributes:
-        job: What is to be done.
+        job: The job.
         lost: Workers that died or hung at it.
-        done: Whether its answer has come, or nobody waits for it any more.
+        done: Whether its result has arrived, or is not needed any more.
     """
 
     job: Job
@@ -44,21 +44,21 @@ class PoolTask(Generic[Job]):
 
 @dataclass(eq=False)
 class WorkerSlot:
-    """A place for a worker in the pool; its process may be replaced.
+    """Hold the place of a worker in the pool; its process may be replaced.
 
     Attributes:
         number: From 0.
-        actor: The process that sits in it.
-        pulse: Whether this process answers.
-        version: Version of the base weights that it holds once it has done its jobs, or None.
-        facts: What the process says of itself; None: it is starting.
-        silent: Whether it has not answered for a while, so that it gets no job.
-        doubted: Whether it was silent and has done no job since: after a link was cut a worker may
-            answer, and Ray brings neither jobs nor answers.
-        task: What it is at.
+        actor: Its process.
+        pulse: Checks whether this process responds.
+        version: Version of its base weights after its jobs, or None.
+        facts: Facts reported by the process; None: it is starting.
+        silent: Whether it has not responded for a while, so that it gets no job.
+        doubted: Whether it was silent and has finished no job since: after a broken connection a
+            worker may respond although Ray delivers neither jobs nor results.
+        task: Its present task.
         asked: Whether it has been asked for its facts.
-        since: When the task, or else the question, was handed to it.
-        failed: Processes that did not start in it, one after another.
+        since: When it received the task or that request.
+        failed: Processes that failed to start here in a row.
     """
 
     number: int
@@ -81,25 +81,25 @@ class WorkerSlot:
 
     @property
     def free(self) -> bool:
-        """Whether it can take a job."""
+        """Return whether it can take a job."""
         return self.facts is not None and not (self.silent or self.task or self.asked)
 
 
 class WorkerPool:
-    """Workers, each of them one process.
+    """Manage workers, each of them one process.
 
     Args:
-        start: Starts a process and gives its handle.
-        workers: Processes.
+        start: Starts a process and returns its handle.
+        workers: Number of processes.
         retries: Workers that may die or hang at one job.
-        timeout: Seconds after which a worker that is at one job counts as hung.
-        wait: Seconds to wait for a worker where none is ready.
-        watch: Looks whether Ray itself is lost; raises if so.
-        pulse_of: Makes what looks whether a process answers.
+        timeout: Seconds on one job after which a worker counts as hung.
+        wait: Seconds to wait for a worker if none is ready.
+        watch: Checks whether Ray itself is lost; raises if so.
+        pulse_of: Creates the check whether a process responds.
 
     Attributes:
-        check: Looks at the facts of a worker that comes later; raises if it may not work.
-        incidents: Workers that were lost, and those that came in their place: one sentence each.
+        check: Checks the facts of a worker that joins later; raises if it is not suitable.
+        incidents: Lost workers and their replacements: one sentence each.
     """
 
     def __init__(
@@ -118,7 +118,8 @@ class WorkerPool:
         self.check: Callable[[list[Facts]], object] | None = None
         self.incidents: list[str] = []
         self._queue: deque[PoolTask[Any]] = deque()
-        self._waits: dict[Any, tuple[WorkerSlot, PoolTask[Any] | None]] = {}  # None: for its facts
+        # None: a request for its facts
+        self._waits: dict[Any, tuple[WorkerSlot, PoolTask[Any] | None]] = {}
         self._looked, self._without = time.monotonic(), 0.0
         self.slots: list[WorkerSlot] = []
         self.add(workers)
@@ -152,15 +153,15 @@ class WorkerPool:
         """Run jobs, in any order.
 
         Args:
-            jobs: What to do.
-            submit: Hands a job to the worker of a slot; gives the reference of its answer.
+            jobs: The jobs.
+            submit: Passes a job to the worker of a slot; returns the reference of its result.
 
         Yields:
-            The job, the slot that did it, and the answer; each job once.
+            The job, its slot, and the result; each job once.
 
         Raises:
-            EngineError: If one job lost more workers than `retries`, if a worker raised, or if
-                none was ready for as long as is waited.
+            EngineError: If one job lost more workers than `retries`, if a worker raised, or if none
+                was ready in time.
         """
         tasks = [PoolTask(job) for job in jobs]
         self._queue.extend(tasks)
@@ -170,7 +171,7 @@ class WorkerPool:
             while not all(task.done for task in tasks):
                 self._queue = deque(task for task in self._queue if not task.done)
                 free = sorted((s for s in self.slots if s.free), key=lambda s: s.doubted)
-                if not self._queue:  # what those are at who are doubted others can do as well
+                if not self._queue:  # other workers can also do the jobs of doubted ones
                     self._queue.extend(self._doubtful()[: sum(not s.doubted for s in free)])
                 for slot in free[: len(self._queue)]:
                     slot.task, slot.since = self._queue.popleft(), time.monotonic()
@@ -179,16 +180,16 @@ class WorkerPool:
                 yield from self._step()
         finally:
             self._queue.clear()
-            for task in tasks:  # who answers later is not heard
+            for task in tasks:  # later results are ignored
                 task.done = True
 
     def _doubtful(self) -> list[PoolTask[Any]]:
-        """List what only workers are at that are doubted."""
+        """List tasks that only doubted workers have."""
         sure = [s.task for s in self.slots if not s.doubted]
         return [t for s in self.slots if (t := s.task) and not t.done and t not in sure]
 
     def _step(self) -> list[tuple[Any, WorkerSlot, Any]]:
-        """Wait for an answer, or a moment; give the answer of a job that is not done."""
+        """Wait for a result, or a moment; return the result of an unfinished job."""
         if time.monotonic() - self._looked >= TICK:
             self._look()
         if not self._waits:
@@ -212,13 +213,14 @@ class WorkerPool:
         return []
 
     def _failed(self, slot: WorkerSlot, task: PoolTask[Any] | None, error: RayError) -> None:
-        """Decide what becomes of a worker, and its job, where there is an error for an answer."""
+        """Decide what to do with a worker and its job after an error."""
         cause = f"was lost: {reason(error)}"
         if isinstance(error, RayTaskError) and not isinstance(error.cause, RayError | OSError):
             slot.task = None
             if task is not None and not task.done:  # another worker would raise it, too
                 raise EngineError(f"{slot} raised at {task.job}: {reason(error)}") from error
-        elif isinstance(error, ActorUnavailableError | RayTaskError):  # it may be there again soon
+        # it may be available again soon
+        elif isinstance(error, ActorUnavailableError | RayTaskError):
             if not slot.silent and slot.facts is not None:
                 slot.silent = slot.doubted = True
                 self.say(f"{slot} cannot be reached{self._again(slot)}")
@@ -240,7 +242,7 @@ class WorkerPool:
                 self._replace(slot, f"died: {reason(error)}")
 
     def _sit(self, slot: WorkerSlot, facts: Facts) -> None:
-        """Take in a worker that has answered, for the first time or again."""
+        """Accept a worker that has responded, for the first time or again."""
         began = self.check is not None
         if self.check is not None and slot.facts is None:
             try:
@@ -248,7 +250,7 @@ class WorkerPool:
             except ConfigError as error:
                 self._refuse(slot, str(error), error)
                 return
-        if slot.facts is not None:  # it does one thing after another: what it did before has ended
+        if slot.facts is not None:  # workers run one job after another: the earlier job has ended
             self._forget(slot)
         word = "is ready" if slot.facts is None else "answers again"
         slot.facts, slot.asked, slot.silent, slot.failed = facts, False, False, 0
@@ -257,7 +259,7 @@ class WorkerPool:
             self.say(f"{slot} {word}", logging.INFO)
 
     def _look(self) -> None:
-        """See who has become silent, who answers again, and who is to be given up."""
+        """Check which workers are silent, respond again, or must be replaced."""
         now = time.monotonic()
         gap, self._looked = min(now - self._looked, 2 * TICK), now
         self.watch()
@@ -276,7 +278,7 @@ class WorkerPool:
             ):
                 self._replace(slot, f"has been silent for {GIVEN_UP:g} s: another is started")
             elif silence >= 1 and not slot.silent:
-                # Others do what it is at; it may still answer first.
+                # Others get its task; it may still finish first.
                 slot.silent = slot.doubted = True
                 self.say(f"{slot} has been silent for {slot.pulse.quiet:.0f} s{self._again(slot)}")
             elif silence < 1 and slot.silent and not slot.asked:
@@ -290,12 +292,12 @@ class WorkerPool:
             )
 
     def _ask(self, slot: WorkerSlot) -> None:
-        """Ask a worker for its facts, which it gives when it is ready."""
+        """Ask a worker for its facts, which it returns when it is ready."""
         slot.asked, slot.since = True, slot.since if slot.task else time.monotonic()
         self._waits[slot.actor.facts.remote()] = slot, None
 
     def _replace(self, slot: WorkerSlot, cause: str, *, at_fault: bool = False) -> None:
-        """Put a fresh process into a slot; raises where its job, if at fault, lost too many."""
+        """Replace the process of a slot; raise if its job, if at fault, lost too many workers."""
         task = slot.task
         if task is not None and not task.done:
             task.lost += at_fault
@@ -320,7 +322,7 @@ class WorkerPool:
         ray.kill(slot.actor, no_restart=True)
 
     def _refuse(self, slot: WorkerSlot, text: str, error: Exception) -> None:
-        """Do without a worker that cannot work; where none has worked yet, the run cannot begin."""
+        """Drop a worker that cannot work; if none has worked yet, the run cannot begin."""
         if self.check is None or len(self.slots) == 1:
             raise (error if isinstance(error, ConfigError) else EngineError(text)) from error
         self.say(f"{slot} is left out: {text}")
@@ -328,7 +330,7 @@ class WorkerPool:
         self.slots.remove(slot)
 
     def _again(self, slot: WorkerSlot) -> str:
-        """Put what a worker is at back into the queue, unless somebody has done it or will."""
+        """Put a worker's task back into the queue, unless it is done or another worker has it."""
         if slot.facts is None:
             return "; its start was run again"
         if slot.task is None or slot.task.done:
@@ -340,7 +342,7 @@ class WorkerPool:
         return f"; {slot.task.job} was run again"
 
     def _forget(self, slot: WorkerSlot) -> None:
-        """Wait no more for anything that a slot was asked."""
+        """Ignore all results that a slot still owes."""
         self._waits = {ref: own for ref, own in self._waits.items() if own[0] is not slot}
         slot.task, slot.asked = None, False
 
@@ -357,6 +359,6 @@ class WorkerPool:
 
 
 def reason(error: Exception) -> str:
-    """Return the last line of a Ray error, which has the cause."""
+    """Return the last line of a Ray error, which contains the cause."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[-1] if lines else type(error).__name__

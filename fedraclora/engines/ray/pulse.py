@@ -1,7 +1,7 @@
-"""Check whether a Ray process is alive: it answers at its port even while it computes.
+"""Check whether a Ray process is alive: it responds at its port even while it computes.
 
-A thread below Python greets whoever connects (gRPC, HTTP/2). So a process answers that is slow, or
-whose interpreter is locked, and one does not that is stopped, or whose host is frozen or cut off.
+A thread outside of Python accepts connections (gRPC, HTTP/2). So a slow process, or one with a
+locked interpreter, responds; a stopped one, or one on a frozen or disconnected host, does not.
 """
 
 from __future__ import annotations
@@ -21,43 +21,44 @@ from ray.exceptions import RayError
 from fedraclora.engines.private_ray import RECONNECT
 from fedraclora.errors import EngineError
 
-# What opens a connection of HTTP/2, and the type of the frame by which a server answers it. Ray
-# waits for ever where something listens that does not.
+# The start of an HTTP/2 connection, and the type of the frame by which a server responds. Ray waits
+# for ever if something listens that does not respond.
 HTTP2 = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes([0, 0, 0, 4, 0, 0, 0, 0, 0])
 SETTINGS = b"\x04"
-PATIENCE = 10.0  # seconds in which an address must answer
-TICK = 1.0  # seconds between looks
-QUIET = 5.0  # seconds without an answer, after which a process counts as silent, at least
-RAYS_OWN = 60.0  # seconds for which Ray looks for the head, where nobody says otherwise
-SLACK = 10  # as QUIET, in times of the slowest answer: on a busy machine all are slow
+PATIENCE = 10.0  # seconds for an address to respond
+TICK = 1.0  # seconds between checks
+QUIET = 5.0  # least seconds without a response after which a process counts as silent
+RAYS_OWN = 60.0  # seconds for which Ray looks for the head, by default
+SLACK = 10  # like QUIET, as a multiple of the slowest response: on a busy machine all are slow
 Place = tuple[str, int]  # host and port
 
 
 def greet(host: str, port: int, patience: float) -> float:
-    """See that a server of Ray answers, under TLS that somebody listens; else raise OSError.
+    """Check that a Ray server responds, or, under TLS, that something listens; else raise OSError.
 
     Returns:
-        Seconds that the answer took. Those of the connection, which are the network's, not counted:
-        after a link was cut they say nothing of how busy a host is.
+        Seconds until the response, without those of the connection, which depend on the network:
+            after a
+        broken connection they do not show how busy a host is.
     """
     with socket.create_connection((host, port), patience) as link:
         began = time.monotonic()
         if os.environ.get("RAY_USE_TLS", "0").lower() in {"0", "false"}:
             link.sendall(HTTP2)
-            if link.recv(9)[3:4] != SETTINGS:  # nothing, or another protocol
+            if link.recv(9)[3:4] != SETTINGS:  # empty, or another protocol
                 raise ConnectionError("the process at this port is not a gRPC server")
         return time.monotonic() - began
 
 
 class Pulse:
-    """Polls processes for an answer, in a thread of its own.
+    """Poll processes for a response, in a thread of its own.
 
     Args:
-        find: Gives host and port of each; called in that thread.
+        find: Returns host and port of each; called in that thread.
 
     Attributes:
-        quiet: Seconds since they answered, of those in which this process looked: what passes while
-            nobody looks, or this process is stopped itself, is no silence.
+        quiet: Seconds without a response while this process polled; time without polls, or while
+            this process is stopped, does not count.
     """
 
     def __init__(self, find: Callable[[], list[Place]]) -> None:
@@ -66,7 +67,7 @@ class Pulse:
         self._looked, self._asking = time.monotonic(), False
 
     def look(self) -> float:
-        """Ask again, without waiting; give how long it has been quiet: from 1 on it is silent."""
+        """Poll again, without waiting; return how long it was quiet: from 1 on it is silent."""
         now = time.monotonic()
         if (gap := now - self._looked) >= TICK / 2:
             self.quiet += min(gap, 2 * TICK)
@@ -79,12 +80,13 @@ class Pulse:
     def _ask(self) -> None:
         try:
             taken = max([greet(*place, PATIENCE) for place in self.find()])
-        except ConnectionRefusedError:  # its host says that one is gone: there is none to wait for
+        # its host reports that the process ended: there is none to wait for
+        except ConnectionRefusedError:
             self.quiet = max(self.quiet, QUIET, SLACK * self._slowest)
         except (OSError, RayError):
             pass
         else:
-            # One slow answer may end a stop; on a busy machine the next one is slow, too.
+            # One slow response may follow a stop; on a busy machine the next one is slow, too.
             self._slowest = max(0.9 * self._slowest, min(taken, self._last))
             self._last = taken
             self.quiet = 0.0
@@ -93,10 +95,10 @@ class Pulse:
 
 
 def places_of(actor: Any) -> list[Place]:
-    """Find an actor's process and its host's raylet, without which it gets and gives nothing.
+    """Find an actor's process and its host's raylet, through which all its messages go.
 
     Raises:
-        OSError: If the head knows of none.
+        OSError: If the head does not know it.
     """
     known = state.actors(actor._actor_id.hex()).get("Address", {})  # noqa: SLF001
     if not known.get("Port"):
@@ -107,29 +109,29 @@ def places_of(actor: Any) -> list[Place]:
 
 @lru_cache
 def raylet_port(node: str) -> int:
-    """Find where the raylet of a machine listens; it stays there."""
+    """Find the port of a machine's raylet, which does not change."""
     nodes = ray.nodes()  # type: ignore[no-untyped-call]
     return next(int(n["NodeManagerPort"]) for n in nodes if n["NodeID"] == node)
 
 
 class Head(Pulse):
-    """Watches the processes that a run needs: the cluster's head, and Ray on this machine.
+    """Watch the processes that a run needs: the cluster's head, and Ray on this machine.
 
-    Ray ends this process where it misses one of them: the head after a while, and what it has here
-    as soon as something large is handed to it.
+    Ray ends this process if one of them is missing: the head after a while, the local ones as soon
+    as a large object is passed to them.
 
     Args:
-        count: Asks the head for how many workers there is room; called in the pulse's thread.
+        count: Asks the head for how many workers there are free resources; called in the thread.
 
     Attributes:
-        room: What it said last.
+        room: The last result.
     """
 
     def __init__(self, count: Callable[[], int] = lambda: 0) -> None:
         self.address = ray.get_runtime_context().gcs_address
         self.count, self.room = count, 0
         super().__init__(self._place)
-        # The other half is for a checkpoint, and for the end of Ray.
+        # The other half is for a checkpoint, and for ending Ray.
         self.patience = float(os.environ.get(RECONNECT, RAYS_OWN)) / 2
         own = ray.get_runtime_context().get_node_id()
         nodes = ray.nodes()  # type: ignore[no-untyped-call]
@@ -141,7 +143,7 @@ class Head(Pulse):
         return [(host.strip("[]"), int(port))]
 
     def check(self) -> None:
-        """Look; raises EngineError if one was ended, or the head is silent for too long."""
+        """Raise EngineError if one of them ended, or the head is silent for too long."""
         why = ""
         try:
             with socket.socket(socket.AF_UNIX) as link:

@@ -21,7 +21,7 @@ LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
 
 class RaySession:
-    """While it is open, a Ray that this process starts is private; see `private_ray`.
+    """Make a Ray that this process starts private while this is open; see `private_ray`.
 
     Raises:
         EngineError: If a Ray runs in this process already.
@@ -37,7 +37,7 @@ class RaySession:
         self._folder = RayFolder()
         os.environ.update(self._folder.environ)
         self._read_environment(clusters=False)
-        atexit.register(self.close)  # where nobody came to close it
+        atexit.register(self.close)  # if it was not closed before
 
     def close(self) -> None:
         """End the Ray of this session, and restore the environment."""
@@ -51,7 +51,7 @@ class RaySession:
             self._read_environment(clusters=self._clusters)
 
     def _read_environment(self, *, clusters: bool) -> None:
-        """Have Ray read again what it reads once, when it is imported or first used."""
+        """Make Ray read its environment again, which it reads once at import or first use."""
         ray_constants.ENABLE_RAY_CLUSTER = clusters
         Config.initialize("")
         AuthenticationTokenLoader.instance().reset_cache()
@@ -61,7 +61,7 @@ def refuse_open_ray() -> None:
     """Reject a Ray of this process that other machines can reach.
 
     Raises:
-        EngineError: If it does not listen at this machine's own address alone.
+        EngineError: If it listens at other addresses than this machine's own.
     """
     address = ray.get_runtime_context().gcs_address
     if address.rpartition(":")[0].strip("[]") not in LOOPBACK:
@@ -74,17 +74,17 @@ def refuse_open_ray() -> None:
 
 @contextmanager
 def own_sigterm() -> Iterator[None]:
-    """Keep SIGTERM from Ray while it starts or ends inside; interrupts wait until it has.
+    """Keep Ray from handling SIGTERM while it starts or ends; delay interrupts until then.
 
-    Ray puts a handler of its own into Python when it starts, which exits with status 15, and one
-    below Python, which aborts the process three seconds later. When it ends, it leaves the signal
-    with no handler at all. And a start that an exception cuts off leaves Ray in a state in which
-    its end crashes; in the midst of an import Python even drops the exception.
+    When it starts, Ray installs a handler in Python, which exits with status 15, and one outside of
+    Python, which aborts the process three seconds later. When it ends, it leaves the signal without
+    a handler. And if an exception interrupts its start, its end crashes; during an import Python
+    even drops the exception.
 
     Raises:
-        KeyboardInterrupt: If SIGTERM, SIGHUP or Ctrl-C came; at once if one comes again.
+        KeyboardInterrupt: After SIGTERM, SIGHUP or Ctrl-C; at once if one is repeated.
     """
-    if threading.current_thread() is not threading.main_thread():  # no place for handlers
+    if threading.current_thread() is not threading.main_thread():  # handlers cannot be set here
         yield
         return
     came = []
