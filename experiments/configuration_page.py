@@ -26,7 +26,8 @@ from fedraclora.compose.choices import (
     sections,
 )
 from fedraclora.config.keys import Target, help_of, node_of, summary, tables_of
-from fedraclora.config.run_config import BESIDE, NAMED, SECTIONS, RunConfig
+from fedraclora.config.run_config import NAMED, SECTIONS, RunConfig
+from fedraclora.config.table_rows import BESIDE
 from fedraclora.schema import WORDS, Schema, hints, json_schema
 
 # The groups in the order in which a user meets them, with a title in the field's words.

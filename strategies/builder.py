@@ -230,7 +230,7 @@ class RunBuilder(TaskBuilder, RoundsBuilder):  # type: ignore[override]
             free=("device", *config.free_keys),  # the device is in `resolved`
             source=None  # of weights that nobody else has
             if config.pretrain.epochs or config.init_from is not None
-            else source_of(config.model, task.head, self.initial_weights),
+            else source_of(config.model.group, task.head, self.initial_weights),
         )
 
     def _code(self) -> dict[str, dict[str, str]]:

@@ -72,14 +72,14 @@ class StoredTask(TaskBuilder):
     """Builds the task of a run from its folder, whose weights need no pretraining."""
 
     def __init__(self, config: RunConfig, folder: Path) -> None:
-        found = located(folder, config.data)  # who asks may work in another folder
-        super().__init__(replace(config, data=found), pretrain=False)
+        found = located(folder, config.data.group)  # who asks may work in another folder
+        super().__init__(replace(config, data=replace(config.data, group=found)), pretrain=False)
         self.folder = folder
 
     @cached_property
     @override
     def built(self) -> BuiltTask:
-        check_data(self.folder, self.config.data)  # of other data other scales could come
+        check_data(self.folder, self.config.data.group)  # of other data other scales could come
         return super().built
 
 
@@ -109,7 +109,7 @@ def execute(run: RunBuilder, *watching: Callback) -> RunResult:
         stack.enter_context(logged(folder))
         if resume and folder is not None:
             stored = section(read_config(folder), "output")
-            check_data(folder, config.data)
+            check_data(folder, config.data.group)
             reached = reached_round(folder)
             run.resume = has_checkpoint(folder, int(str(stored["checkpoint_every"])))
         run.ready()

@@ -242,7 +242,7 @@ def place(
             pass  # the server will hold it: better to know before all of it starts
     ends = [run.built.clients * k // nodes for k in range(nodes + 1)]  # chunks stay whole
     served = [list(range(*span)) for span in pairwise(ends)]
-    data = own_data(run.config.data)
+    data = own_data(run.config.data.group)
     local = LocalDeployment([ids for ids in served if ids], data=data, patched=patched)
     for line in flower_patches.lines(local.environ):
         print(line, file=sys.stderr)

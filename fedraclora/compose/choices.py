@@ -25,7 +25,8 @@ from fedraclora.compatibility import compatibility_note
 from fedraclora.compose import CONF
 from fedraclora.compose.presets import readable, take_own
 from fedraclora.config.keys import help_of, node_of, nodes, summary
-from fedraclora.config.run_config import BESIDE, GIVEN, NAMED, SECTIONS, RunConfig, targets_of
+from fedraclora.config.run_config import NAMED, SECTIONS, RunConfig, targets_of
+from fedraclora.config.table_rows import BESIDE, GIVEN
 from fedraclora.errors import unknown
 from fedraclora.strategies.methods import METHODS
 from fedraclora.trust import is_function

@@ -14,10 +14,11 @@ import torch
 from threadpoolctl import threadpool_limits
 
 from fedraclora.attacks import AttackedOwnTrainer, AttackedTrainer
-from fedraclora.binding import Plain, bind, build, object_of, section, without
+from fedraclora.binding import Plain, bind, object_of, section, without
 from fedraclora.config.pretraining import pretrain_model
-from fedraclora.config.run_config import Selection, TaskConfig, parted
+from fedraclora.config.run_config import TaskConfig
 from fedraclora.config.settings import EvaluateConfig, WaitPolicy
+from fedraclora.config.table_rows import selection_of, split_group
 from fedraclora.data import DATASETS, DataSet, hold_out, select_labels
 from fedraclora.data.client_split import hold_out_of_clients, numbered, without_held
 from fedraclora.data.clients import ClientData, Partitioned, count_labels
@@ -37,7 +38,7 @@ from fedraclora.errors import ConfigError
 from fedraclora.evaluation.generate import Answering
 from fedraclora.evaluation.metrics import Measure
 from fedraclora.imports import check_call
-from fedraclora.models import MODELS, Built, check_fit
+from fedraclora.models import Built, check_fit
 from fedraclora.models.outputs import is_softmax, probe
 from fedraclora.models.pretrained import assumed
 from fedraclora.privacy.client_level import ClientLevel
@@ -103,7 +104,7 @@ def resolved(plain: Plain) -> dict[str, object]:
         clients = counted(samples if isinstance(samples, str) else None, None)
     data["clients"] = clients
     if data.get("classes") is None or data.get("shape") is None:
-        own, _ = parted("data", data)
+        own, _ = split_group("data", data)
         known = bind("data", DATASETS, without(own, "served"))()  # each node sets it
         data |= {"classes": known.classes, "shape": [*known.sample_shape]}
     return {**plain, "data": data, "clients": clients}
@@ -214,30 +215,22 @@ def build_task(config: TaskConfig) -> BuiltTask:
         FedRacLoraError: If data, partition, model or number of clients are wrong.
     """
     device = pick_device(config.device)
-    own, beside = parted("data", config.data)
-    selection = build("data", Selection, beside)
+    selection, own_metrics = selection_of(config.data), config.data.get("metrics")
     whole = judged_by(
-        bind("data", DATASETS, own, clients=config.clients, seed=config.seed)(),
+        config.data(clients=config.clients, seed=config.seed),
         selection.loss,
-        own.get("metrics") or selection.metrics,
+        own_metrics or selection.metrics,
     )
     whole = with_clear_names(numbered(whole) if config.evaluate.by_clients else whole)
     chosen = selection.labels
     data = whole if chosen is None else select_labels(with_labels(whole), chosen)
     data, validation = hold_out(data, selection.validation, config.seed)
-    division: dict[str, Any] = dict(config.partition)
+    division: dict[str, Any] = dict(config.partition.group)
     parts, info = make_partition(data, **division, clients=config.clients, seed=config.seed)
     train = _clients(data, parts)
     if train.elsewhere:  # their number is not known
         info = {key: fact for key, fact in info.items() if not key.startswith("samples_")}
-    built = bind(
-        "model",
-        MODELS,
-        config.model,
-        shape=data.sample_shape,
-        classes=data.classes,
-        seed=config.seed,
-    )()
+    built = config.model(shape=data.sample_shape, classes=data.classes, seed=config.seed)
     seen = [data.train, *train.seen]
     tables = [table for table in (*seen, data.test) if len(table) and table.inputs]
     for table in tables:
@@ -304,7 +297,7 @@ def _duplicates(
     asked: str,
 ) -> dict[str, object]:
     """Count samples in both training and evaluation data; raises like `check_duplicates`."""
-    named = {k: v for k, v in config.data.items() if isinstance(v, str) and k in SOURCES}
+    named = {k: v for k, v in config.data.group.items() if isinstance(v, str) and k in SOURCES}
     source = ", ".join(f"data.{key}={value}" for key, value in named.items())
     tests = {
         # Otherwise the metric is the training objective.
@@ -312,7 +305,7 @@ def _duplicates(
         "validation samples": [] if validation is None else [SomeRows(validation)],
         "samples that clients are evaluated on": SomeRows.of(held),
     }
-    source = source or f"data={config.data['name']}"
+    source = source or f"data={config.data.name}"
     found = check_duplicates(train, tests, source, keep=asked == "keep")
     return {"duplicates": found} if found else {}
 
@@ -330,7 +323,7 @@ def _said_of_loss(
     """Describe the loss and its source; empty for the project's own data sets."""
     said = {key: config.data.get(key) for key in ("loss", "task")}
     told = [f"data.{key}={value}" for key, value in said.items() if value is not None]
-    source = data.info.get("loss_from") or [*told, f"of data={config.data['name']}"][0]
+    source = data.info.get("loss_from") or [*told, f"of data={config.data.name}"][0]
     learnt = tables or config.local.train is None  # otherwise the user's function has its own loss
     warnings = [refuse_contradiction(model, data.loss)] if config.own_model and learnt else []
     logits = config.own_model and data.loss in LOSSES and tables
@@ -355,7 +348,7 @@ def _array_reader(config: TaskConfig, data: DataSet) -> ArrayReader:
     # otherwise the model decides what fits
     classes = data.classes if "label" in data.columns else None
     form = SampleSpec(tuple(data.sample_shape), data.like or data.loss, classes)
-    return ArrayReader(form, numbered=config.data.get("name") == "object")
+    return ArrayReader(form, numbered=config.data.name == "object")
 
 
 def _check_sizes(cohort: int, clients: int, buffer: int | None) -> None:

@@ -13,14 +13,13 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import MISSING, fields, is_dataclass
 
 from fedraclora.config.run_config import (
-    BESIDE,
-    GIVEN,
     KINDS,
     ROWS,
     SECTIONS,
     RunConfig,
     targets_of,
 )
+from fedraclora.config.table_rows import BESIDE, GIVEN
 from fedraclora.limits import Composed, OneOf, Part
 from fedraclora.object_registry import NAME
 from fedraclora.protocol.method import Method

@@ -25,17 +25,17 @@ def pretrain_model(config: TaskConfig, whole: DataSet, model: torch.nn.Module) -
     asked = config.pretrain
     if any(isinstance(weight, QuantisedWeight) for weight in model.parameters()):
         raise ConfigError(
-            f"model.base={config.model['base']} freezes the weights that pretraining would "
+            f"model.base={config.model.get('base')} freezes the weights that pretraining would "
             "train: set pretrain=none, or model.base=float32"
         )
     if whole.aside is None and config.choices["pretrain"] == "aside":
         raise ConfigError(
-            f"pretrain=aside, but data={config.data['name']} sets no samples aside. Set "
+            f"pretrain=aside, but data={config.data.name} sets no samples aside. Set "
             "data.aside if it has that key, or pretrain=none."
         )
     if not len(whole.train):
         raise ConfigError(
-            f"data={config.data['name']}: the clients bring all training samples, so the server "
+            f"data={config.data.name}: the clients bring all training samples, so the server "
             "has none to pretrain on. Set pretrain=none (your own model may have trained "
             "weights)."
         )

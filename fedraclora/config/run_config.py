@@ -32,14 +32,16 @@ from fedraclora.config.settings import (
     PretrainConfig,
     StopConfig,
 )
+from fedraclora.config.table_rows import BESIDE, TABLES, TableRow, split_group
 from fedraclora.config.titles import method_label, run_title
 from fedraclora.config.unread import refuse_misfits, refuse_unknown, refuse_unread
-from fedraclora.data import DATASETS, PARTITIONS, make_partition
+from fedraclora.data import DataSet
+from fedraclora.data.dataset import Division
 from fedraclora.devices.system import SystemConfig
 from fedraclora.errors import MissingKeysError
-from fedraclora.limits import Count, Fraction, Limit, Limited, OneOf, Whole, later_keys
+from fedraclora.limits import Count, Limit, Limited, OneOf, Whole, later_keys
 from fedraclora.lowrank.dora import DORA
-from fedraclora.models import MODELS
+from fedraclora.models import Built
 from fedraclora.object_registry import NAME, code_digests, is_named, named_by, registered_object
 from fedraclora.privacy.client_level import PRIVACIES, ClientLevel, Privacy
 from fedraclora.privacy.secagg import SECURES, Open, SecAgg
@@ -83,7 +85,7 @@ def digested(plain: Plain, methods: Mapping[str, type[Method]]) -> dict[str, obj
         if isinstance(keys, Mapping):
             name = str(keys.get("name"))
             row = tables[group].get(name) if group in tables else KINDS.get(group)
-            read, other = parted(group, section(kept, group))
+            read, other = split_group(group, section(kept, group))
             read = _as_before(row, read) if row and name != NAME else read
             kept[group] = read | (_as_before(BESIDE[group][0], other) if other else {})
     return _as_before(RunConfig, kept)
@@ -100,35 +102,14 @@ def _as_before(home: Callable[..., object], keys: Plain) -> dict[str, object]:
     return {k: v for k, v in keys.items() if k not in later or v != later[k]}
 
 
-@dataclass(frozen=True)
-class Selection(Limited, group="data"):
-    """Keys that every data set has: classes, validation split, loss and metrics.
-
-    Attributes:
-        labels: Classes to keep, by number, for example [5, 6, 7, 8, 9]; they are numbered anew.
-        validation: Fraction of the training samples held out for tuning.
-        loss: A loss of your own, ``module:function``; None: that of the data set.
-        metrics: Metrics, the most important first: names, and ``module:function`` of your own;
-            None: those usual for the data set and its loss.
-        duplicates: What happens to samples that are in both training and evaluation data: error
-            rejects the data if they are a tenth of the evaluation samples or more, keep only counts
-            them.
-    """
-
-    labels: list[int] | None = None
-    validation: Fraction = 0.0
-    loss: str | Mapping[str, object] | None = None
-    metrics: list[str | dict[str, object]] | None = None
-    duplicates: Annotated[str, OneOf(("error", "keep"))] = "error"
-
-
 @dataclass(frozen=True, kw_only=True)
 class TaskConfig(Limited):
     """Settings that every training process needs: data, model and local training.
 
     Attributes:
-        plain: The dict from which it was read; only for ``config.yaml``, digests and titles.
-        data, partition, model: Tables' rows and their arguments.
+        plain: The dict from which it was read, to write it again: ``config.yaml``, and for other
+            processes and programs. All else reads the settings.
+        data, partition, model: Rows of tables with their arguments, called once data are read.
         local, engine, pretrain: Settings.
         attack: What malicious clients do, in a simulation.
         privacy, secure: Differential privacy, and secure aggregation.
@@ -152,9 +133,9 @@ class TaskConfig(Limited):
     """
 
     plain: Plain
-    data: Plain
-    partition: Plain
-    model: Plain
+    data: TableRow[DataSet]
+    partition: TableRow[Division]
+    model: TableRow[Built]
     local: LocalSettings
     engine: EngineConfig
     pretrain: PretrainConfig
@@ -195,7 +176,7 @@ class TaskConfig(Limited):
     @property
     def own_model(self) -> bool:
         """Return whether the model is a user's own."""
-        return self.model.get("name") in {"function", "object"}
+        return self.model.name in {"function", "object"}
 
     # Features that depend on two groups of the config.
 
@@ -325,21 +306,6 @@ KINDS: dict[str, Callable[..., object]] = {
 # Those that are groups, and their neutral choice.
 NAMED = {"local": "sgd", "pretrain": "none", "output": "run", "system": "none"}
 SECTIONS = {key: kind for key, kind in KINDS.items() if key not in {*NAMED, "method"}}
-TABLES: dict[str, Mapping[str, Callable[..., object]]] = {
-    "data": DATASETS,
-    "model": MODELS,
-    "partition": PARTITIONS,
-}
-# Keys of a group beside those of its row, and their readers; arguments that are no keys.
-BESIDE: dict[str, tuple[Callable[..., object], tuple[str, ...]]] = {
-    "data": (Selection, ("labels", "validation", "loss", "metrics", "duplicates")),
-    "partition": (make_partition, ("empty",)),
-}
-GIVEN = {
-    "data": ("clients", "seed"),
-    "model": ("shape", "classes", "seed"),
-    "partition": ("data", "clients", "seed"),
-}
 
 
 def task_from_plain(plain: Plain) -> TaskConfig:
@@ -409,9 +375,7 @@ def _fields(kind: type[TaskConfig], plain: Plain) -> dict[str, object]:
             elif key in ROWS:
                 found[key] = bind(key, ROWS[key], section(plain, key))()
             elif key in TABLES:
-                # Called once its other arguments are known; checked here.
-                found[key] = group = section(plain, key)
-                bind(key, TABLES[key], parted(key, group)[0], **dict.fromkeys(GIVEN[key]))
+                found[key] = TableRow.checked(key, section(plain, key))
         except MissingKeysError as error:
             errors.append(str(error))
             missing += error.keys
@@ -419,14 +383,6 @@ def _fields(kind: type[TaskConfig], plain: Plain) -> dict[str, object]:
         raise MissingKeysError("\n  ".join(errors), missing)
     alone = {key: plain[key] for key in keys if key in plain and key not in found}
     return found | checked_values("", kind, alone)
-
-
-def parted(key: str, group: Plain) -> tuple[dict[str, object], dict[str, object]]:
-    """Separate the keys of a table's row from those that are read beside it (`BESIDE`)."""
-    row = TABLES[key].get(str(group.get("name"))) if key in TABLES else None
-    has = inspect.signature(row).parameters if row else ()  # a key that the row reads itself
-    beside = [k for k in BESIDE[key][1] if k not in has] if key in BESIDE else []
-    return without(group, *beside), {k: group[k] for k in beside if k in group}
 
 
 def targets_of(

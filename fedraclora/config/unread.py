@@ -6,18 +6,16 @@ set a key to another value expects an effect.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING
 
 from fedraclora.allocation import Uniform
 from fedraclora.attacks import Attack
-from fedraclora.binding import Plain, row_of, without
+from fedraclora.binding import Plain, without
 from fedraclora.config.settings import StopConfig
-from fedraclora.data import DATASETS
+from fedraclora.config.table_rows import TableRow
 from fedraclora.data.own_loss import is_own, named_loss, short_name
-from fedraclora.data.partition import PARTITIONS
 from fedraclora.errors import ConfigError, UnreadKeysError, nearest, unknown
 from fedraclora.evaluation.metrics import MEASURED, PERSONAL
 from fedraclora.protocol.cohorts import cohort_size
@@ -27,12 +25,6 @@ from fedraclora.training.extras.settings import LocalSettings
 
 if TYPE_CHECKING:
     from fedraclora.config.run_config import RunConfig
-
-
-TABLES: Mapping[str, Mapping[str, Callable[..., object]]] = {
-    "data": DATASETS,
-    "partition": PARTITIONS,
-}
 
 
 @dataclass(frozen=True)
@@ -125,8 +117,8 @@ RULES = (
         "evaluate.generate",
     ),
     Rule(["data.choices"], lambda c: c.evaluate.choices is not None, "evaluate.choices"),
-    Rule(["partition.spread"], lambda c: unequal(c.partition), UNEQUAL),
-    Rule(["data.spread"], lambda c: unequal(c.data), UNEQUAL),
+    Rule(["partition.spread"], lambda c: unequal(c.partition.group), UNEQUAL),
+    Rule(["data.spread"], lambda c: unequal(c.data.group), UNEQUAL),
     Rule(
         [f"stop.{field.name}" for field in fields(StopConfig) if field.name != "patience"],
         lambda c: c.stop.patience is not None,
@@ -160,10 +152,8 @@ def links_end(method: Method, allocation: Uniform) -> bool:
 def said(config: RunConfig, group: str) -> tuple[Mapping[str, object], dict[str, object]]:
     """Return the settings of a group, and their defaults."""
     settings = getattr(config, group)
-    if isinstance(settings, Mapping):
-        row = row_of(group, TABLES[group], settings["name"])
-        parameters = inspect.signature(row).parameters
-        return settings, {name: p.default for name, p in parameters.items()}
+    if isinstance(settings, TableRow):
+        return settings.group, settings.defaults
     return vars(settings), {field.name: field.default for field in fields(settings)}
 
 

@@ -7,12 +7,12 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
-from fedraclora.binding import PlainDict, bind, section
+from fedraclora.binding import PlainDict, section
 from fedraclora.compose.resume import laid_over
 from fedraclora.config.build import resolved
 from fedraclora.config.builder import TaskBuilder
-from fedraclora.config.run_config import TaskConfig, from_plain, parted, task_from_plain
-from fedraclora.data import DATASETS
+from fedraclora.config.run_config import TaskConfig, from_plain, task_from_plain
+from fedraclora.config.table_rows import selection_of
 from fedraclora.data.locate import user_path
 from fedraclora.errors import ConfigError, unknown
 from fedraclora.evaluation.metrics import higher_is_better, lower_of
@@ -142,17 +142,16 @@ def held_out(config: TaskConfig, asked: TuneConfig) -> float:
             f"evaluate.clients={config.evaluate.clients} holds samples out by the seed, so "
             "tuning would train on test samples of other seeds. Leave it out for tuning."
         )
-    own, beside = parted("data", config.data)
-    data = bind("data", DATASETS, own, clients=config.clients, seed=config.seed)()
+    data = config.data(clients=config.clients, seed=config.seed)
     if data.validation is not None:
         return 0.0
     if not len(data.train):
         raise ConfigError(
-            f"data={config.data['name']} has no validation split, since clients bring all "
+            f"data={config.data.name} has no validation split, since clients bring all "
             "training samples. Tune on data of a few clients that the server has (data=table, "
             "data=arrays)."
         )
-    return float(str(beside.get("validation") or asked.validation))
+    return selection_of(config.data).validation or asked.validation
 
 
 def assumed(search: Search, samples: int, share: float) -> dict[str, str]:

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from fedraclora.binding import bind
 from fedraclora.commands.study.file import Study
 from fedraclora.compose import CONF
 from fedraclora.compose.overrides import composed
 from fedraclora.config.run_config import from_plain
-from fedraclora.models import MODELS
 from fedraclora.protocol.plan import make_plan
 from fedraclora.strategies.methods import METHODS
 
@@ -36,7 +34,7 @@ def test_the_study_has_the_cells_of_the_table() -> None:
 def test_a_cell_trains_as_many_numbers_as_the_paper_says(row: str) -> None:
     (job,) = STUDY.jobs("final", row, [2e-4])[:1]
     config = from_plain(composed(job.overrides), METHODS)
-    built = bind("model", MODELS, config.model, shape=(784,), classes=5, seed=0)()
+    built = config.model(shape=(784,), classes=5, seed=0)
     plan = make_plan(built.model, built.head, head_policy=config.head, bias_policy=config.bias)
     assert config.method.floats(plan)[0] == COUNTS[row]
     assert (config.clients, config.clients_per_round, config.local.batch_size) == (1, 1, 128)

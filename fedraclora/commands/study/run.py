@@ -142,7 +142,7 @@ def run_job(job: Job) -> Line:
     began, used = time.perf_counter(), time.process_time()
     config = composed_run(job)
     line: Line = {**vars(job), "key": job.key}
-    if files := data_files(config.data):
+    if files := data_files(config.data.group):
         line["data_files"] = files
     run = RunBuilder(config).ready()
     if job.phase == "final":
@@ -342,7 +342,7 @@ def check_same_data(study: Study, done: Mapping[str, Line], path: object) -> Non
     """
     known = {line["row"] for line in done.values() if "data_files" in line}.intersection(study.rows)
     configs = {row: row_config(study, row, "final") for row in known}  # it may be about data
-    now = {row: data_files(c.data) for row, c in configs.items() if c is not None}
+    now = {row: data_files(c.data.group) for row, c in configs.items() if c is not None}
     for line in done.values():
         found = now.get(line["row"])
         if found is not None and line.get("data_files", found) != found:
