@@ -41,7 +41,7 @@ def facts_of(run: RunBuilder) -> Facts:
         "steps": [*map(str, config.steps)],
         "own_samples": config.local.is_own and config.aggregation_weights == "samples",
         "measured_by": held_facts(run),
-        "choices": None if task.choices is None else Questions.of(task, samples).told,
+        "choices": None if task.choices is None else choice_facts(Questions.of(task, samples)),
         "split": config.evaluate.split,
         "tests": len(task.test),
         "chunk": {**run.chunk.record(), "device": run.chunk.device},
@@ -95,6 +95,11 @@ def optimizer_facts(config: RunConfig) -> Facts:
         "extras": [extra.setting for extra in local.added],
         "server": server.name,
     }
+
+
+def choice_facts(asked: Questions) -> Facts:
+    """Collect how many questions are asked, and the answers of the first of them."""
+    return {"questions": len(asked.characters), "answers": [*asked.answers]}
 
 
 def held_facts(run: RunBuilder) -> Facts:

@@ -65,7 +65,7 @@ class Questions:
             -1 elsewhere.
         characters: Of each answer, int64 [N, C]; -1 where a question has fewer.
         right: Whether it is the right one, bool [N, C].
-        told: A sentence on the questions, for the log.
+        answers: Those of the first question, as text.
     """
 
     rows: Samples
@@ -73,7 +73,7 @@ class Questions:
     wanted: torch.Tensor
     characters: torch.Tensor
     right: torch.Tensor
-    told: str
+    answers: tuple[str, ...]
 
     @classmethod
     def of(cls, task: Task, samples: Samples) -> Questions:
@@ -114,11 +114,9 @@ class Questions:
                 f"evaluate.choices={task.choices}: a prompt and an answer that it may have are "
                 f"{table.padded} tokens, but the model reads {most} at most: lower data.max_length"
             )
-        told = f"{asked} questions, each by the likeliest of its answers, such as " + " or ".join(
-            repr(task.tokenizer.decode(choice)) for choice in known[0]
-        )
+        answers = tuple(task.tokenizer.decode(choice) for choice in known[0])
         beside = taken.beside["characters"], taken.beside["right"]
-        return cls(table, torch.tensor(owner), wanted, *beside, f"{told}, without what ends them")
+        return cls(table, torch.tensor(owner), wanted, *beside, answers)
 
     def metrics(self, model: nn.Module, weights: Tree, batch_size: int) -> dict[str, float]:
         """Compute the shares of right answers at the given weights, by sum and by character."""

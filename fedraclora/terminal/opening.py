@@ -21,7 +21,7 @@ NAMED = 8  # names of a list, and notes
 UNMEASURED = "none: the server has no test samples (data.test_file)"
 OR_CLIENTS = " (with evaluate.clients=round clients evaluate on their own samples)"
 TITLE = 13  # characters, so that what follows stands in one column
-SAID = ("texts", "inputs", "weights", "precision", "new_head")  # what the task says of itself
+SAID = ("inputs", "weights", "precision", "new_head")  # what the task says of itself
 
 Facts = Mapping[str, Any]
 
@@ -58,6 +58,7 @@ def details_of(facts: Facts) -> list[str]:
     """Write all that a run begins with, beside `notes_of`; a line for each title."""
     told, lines = facts["task"], introduction(facts)
     lines |= _samples(facts)
+    lines |= {"texts": _texts(told["texts"])} if "texts" in told else {}
     lines |= {n.replace("_", " "): str(told[n]) for n in SAID if n in told}
     if pretrained := facts["pretrained"]:
         lines["pretrained"] = _pretrained(pretrained)
@@ -68,7 +69,7 @@ def details_of(facts: Facts) -> list[str]:
         )
     lines |= _measured_by(facts)
     if facts["choices"] is not None:
-        lines["choices"] = facts["choices"]
+        lines["choices"] = _choices(facts["choices"])
     if facts["split"] != "test":
         later = " (fedraclora evaluate RUN)" if facts["tests"] else ""
         lines["measured on"] = f"validation samples; test samples are kept for the end{later}"
@@ -175,6 +176,23 @@ def _samples(facts: Facts) -> dict[str, str]:
             more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
             text += f"; {title} {', '.join(map(str, names[:NAMED]))}{more}"
     return {"data": text}
+
+
+def _texts(lengths: Facts) -> str:
+    """Say how long texts may be, and how many are as long, and may have been cut."""
+    return (
+        f"up to {lengths['max_length']} tokens each, of which {lengths['full']} of "
+        f"{lengths['texts']} have as many: what is longer is cut (data.max_length)"
+    )
+
+
+def _choices(asked: Facts) -> str:
+    """Say how many questions are asked, and by which answers."""
+    answers = " or ".join(map(repr, asked["answers"]))
+    return (
+        f"{asked['questions']} questions, each by the likeliest of its answers, such as {answers}, "
+        "without what ends them"
+    )
 
 
 def _measured_by(facts: Facts) -> dict[str, str]:

@@ -97,13 +97,10 @@ class TextReader:
         ids = {name: batch[name][: len(table)].to(torch.int64) for name in batch}
         return Samples(ids, wanted)
 
-    def told(self, texts: Samples) -> str:
-        """Describe the length limit, and how many texts reach it and may have been cut."""
+    def lengths(self, texts: Samples) -> dict[str, int]:
+        """Count the texts that are as long as they may be, and may have been cut."""
         full = int((texts.inputs["attention_mask"].sum(dim=1) == self.max_length).sum())
-        return (
-            f"up to {self.max_length} tokens each (data.max_length; longer texts are cut), "
-            f"reached by {full} of {len(texts)}"
-        )
+        return {"max_length": self.max_length, "full": full, "texts": len(texts)}
 
     @cached_property
     def _tokenizer(self) -> Any:

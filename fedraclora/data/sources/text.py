@@ -119,7 +119,7 @@ def load_text(
         client=str(client),
         info={"source": file, "rows_dropped": dropped}
         | ({} if held is None else {"held_out": held.fraction})
-        | {"texts": reader.told(train)},
+        | {"texts": reader.lengths(train)},
         reading={"tokenizer": tokenizer, "max_length": max_length},
         reader=reader,
     )
