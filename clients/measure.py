@@ -19,7 +19,7 @@ from fedraclora.evaluation.metrics import AFTER, Measure
 from fedraclora.protocol.method import RoundInstructions
 from fedraclora.run.client_state import ClientStore
 from fedraclora.training.cohort import CohortTrainer
-from fedraclora.training.materialize import standing_weights
+from fedraclora.training.materialize import current_weights
 from fedraclora.tree import Layout, Tree
 from fedraclora.wire.answers import Measured
 from fedraclora.wire.exchange import Ask, TrainRequest
@@ -148,15 +148,15 @@ class Measurer:
         if not stays and not any(f.per_client for f in downlink.named.values()):
             known, of, weights = self._shared
             if known is not base or of is not ask.downlink:  # it serves all chunks of an exchange
-                weights = self._standing(base, downlink, {})
+                weights = self._current_weights(base, downlink, {})
                 self._shared = base, ask.downlink, weights
             return self._sent(weights, *samples)
         owned = (store.weights_of(c, ask.request.round_) for c in clients.tolist())
         each = ({n: t for n, t in own.items() if n in stays} for own in owned)
         return self._apart(base, downlink, each, samples)
 
-    def _standing(self, base: Tree, downlink: RoundInstructions, own: Tree) -> Tree:
-        return standing_weights(base, downlink, self.trainer.plan, own)
+    def _current_weights(self, base: Tree, downlink: RoundInstructions, own: Tree) -> Tree:
+        return current_weights(base, downlink, self.trainer.plan, own)
 
     def _apart(
         self, base: Tree, downlink: RoundInstructions, each: Iterable[Tree], samples: Owned
@@ -165,7 +165,7 @@ class Measurer:
         (whole, counts), found, end = samples, list[Tree](), 0
         for k, (own, count) in enumerate(zip(each, counts.tolist(), strict=True)):
             start, end = end, end + count
-            weights = self._standing(base, downlink.of_one(k), own)
+            weights = self._current_weights(base, downlink.of_one(k), own)
             mine = whole.mapped(itemgetter(slice(start, end)))
             found.append(self._sent(weights, mine, torch.tensor([count])))
         return {name: torch.cat([sent[name] for sent in found]) for name in found[0]}

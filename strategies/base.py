@@ -27,7 +27,7 @@ from fedraclora.strategies.server.quantized import DownlinkRounding
 from fedraclora.strategies.server.round_step import RoundStep, RoundSteps, RunContext, Send
 from fedraclora.strategies.server.rows import Cost, ledger_row
 from fedraclora.training.localconfig import effective_step
-from fedraclora.training.materialize import standing
+from fedraclora.training.materialize import for_measuring
 from fedraclora.tree import point_at
 from fedraclora.weights.chain import CatchUp
 from fedraclora.weights.update import BaseWeights
@@ -288,7 +288,7 @@ class FedStrategy:
         asked = Cohort(clients, client_weights(loop.weights, self.examples(clients)))
         sent = self.method.open_round(self.state, round_, asked, self.draw)
         trains = measuring.asked.personal
-        sent = self.steps.send(sent, self.state) if trains else standing(sent)
+        sent = self.steps.send(sent, self.state) if trains else for_measuring(sent)
         sent, version = self.rounding.sent(sent, round_), self.catch_up.version
         rate_scale = self.local.rate_scale(min(round_, loop.rounds), loop.rounds)
         measurement = Measurement(measuring, sent, asked, round_, version, loop, rate_scale)

@@ -114,7 +114,7 @@ def _from_start(
         }, {}
     before = state_at(folder, 0, method)
     start = method.weights(before, draw)
-    ends = _standing(method, before, draw), _standing(method, state, draw)
+    ends = _current_update(method, before, draw), _current_update(method, state, draw)
     if ends[0] is None or ends[1] is None:
         return start, {}
     for part in ends[0].parts():
@@ -127,14 +127,14 @@ def _from_start(
     return start, {name: change for name, change in known.items() if change is not None}
 
 
-def _standing(method: Method, state: State, draw: Draw) -> Link | None:
+def _current_update(method: Method, state: State, draw: Draw) -> Link | None:
     """Give what a method adds to the base for its weights; None: it does not say."""
     if isinstance(method, Around):
-        return _standing(*method.at(state), draw)
+        return _current_update(*method.at(state), draw)
     if type(method).weights is Method.weights:
         return Link()
     if isinstance(method, LayerMethod) and type(method).weights is LayerMethod.weights:
-        return method.standing(state, draw)
+        return method.current_update(state, draw)
     return None
 
 

@@ -141,11 +141,11 @@ def told_how_to_go_on(folder: Path, command: str, *, there: bool = False) -> Ite
                 again = (
                     f"resume with: fedraclora {command} {resume_word(folder)} {modules}".rstrip()
                 )
-                error.add_note(f"{_standing(folder, there=there)}; {again}")
+                error.add_note(f"{_progress(folder, there=there)}; {again}")
         raise
 
 
-def _standing(folder: Path, *, there: bool) -> str:
+def _progress(folder: Path, *, there: bool) -> str:
     done, config = reached_round(folder), read_config(folder)
     every = int(str(section(config, "output")["checkpoint_every"]))
     if there and (last := done - done % every) < done:

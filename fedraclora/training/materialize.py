@@ -101,7 +101,7 @@ def arrange(
     return factors, {n: leaves[n] for n in downlink.dense}
 
 
-def standing(downlink: RoundInstructions) -> RoundInstructions:
+def for_measuring(downlink: RoundInstructions) -> RoundInstructions:
     """Reduce a downlink to the parts that, with the base, determine its initial weights.
 
     A product with a factor that starts at zero adds nothing; tensors that start from the base are
@@ -117,7 +117,7 @@ def standing(downlink: RoundInstructions) -> RoundInstructions:
     return replace(kept, program=kept.program.at_rest())
 
 
-def standing_weights(base: Tree, downlink: RoundInstructions, plan: Plan, own: Tree) -> Tree:
+def current_weights(base: Tree, downlink: RoundInstructions, plan: Plan, own: Tree) -> Tree:
     """Compute one client's weights, bit for bit as the server does from the same factors.
 
     Args:

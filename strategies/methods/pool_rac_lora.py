@@ -248,9 +248,9 @@ class PoolRacLora(FedRacLora):
         return Link(folded, dense | self.blank(state))
 
     @override
-    def standing(self, state: State, draw: Draw, own: Tree | None = None) -> Link:
+    def current_update(self, state: State, draw: Draw, own: Tree | None = None) -> Link:
         terms = {name: p.term(name, state.base) for name, p in self.pools(state, draw).items()}
-        return Link(terms, rest=(super().standing(state, draw, own),))
+        return Link(terms, rest=(super().current_update(state, draw, own),))
 
     @property
     @override

@@ -127,9 +127,9 @@ class DownlinkRounding:
             of_link = {RESIDUE + name for name in sent.factors()}
             moments = {name: t for name, t in moments.items() if name not in of_link}
         carried = dict(after.carried)
-        standing = {n: f.draw() for n, f in sent.factors().items() if stays(f)}
+        frozen = {n: f.draw() for n, f in sent.factors().items() if stays(f)}
         for name in travelling(carried, sent, after.plan):
-            if same(name, carried[name], standing):
+            if same(name, carried[name], frozen):
                 self._count(carried[name], carried[name])
                 continue
             whole = self._with_left(carried[name], name, moments)
@@ -139,7 +139,7 @@ class DownlinkRounding:
             if not ends:
                 self._keep(name, whole, carried[name], moments)
         if not ends and sent.program.trains:  # else the factors have only now begun
-            carried |= {FROZEN + n: t for n, t in standing.items() if not same(n, t, carried)}
+            carried |= {FROZEN + n: t for n, t in frozen.items() if not same(n, t, carried)}
         first, *rest = parts
         link = after.link and replace(first, rest=tuple(rest))
         return replace(after, base=base, carried=carried, link=link, moments=moments)

@@ -332,9 +332,9 @@ class LayerMethod(LowRankMethod):
         """Compute W + s times the product of the factors as they stand, for every matrix."""
         held = dense({name: state.base[name] for name in state.plan.targets})
         base = widened(parameters(state.base) | held)
-        return apply_link(base, self.standing(state, draw, own), state.plan)
+        return apply_link(base, self.current_update(state, draw, own), state.plan)
 
-    def standing(self, state: State, draw: Draw, own: Tree | None = None) -> Link:
+    def current_update(self, state: State, draw: Draw, own: Tree | None = None) -> Link:
         """Compute what the factors as they stand add to the base."""
         own, now, terms = own or {}, RoundContext(1, draw), {}
         for layer in self.layers_of(state):

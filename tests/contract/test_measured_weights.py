@@ -26,7 +26,7 @@ from fedraclora.engines.records import write_answer
 from fedraclora.protocol.method import Cohort, Draw
 from fedraclora.strategies.server.measuring import Measuring
 from fedraclora.training.extras.settings import LocalSettings
-from fedraclora.training.materialize import standing, standing_weights
+from fedraclora.training.materialize import current_weights, for_measuring
 from fedraclora.wire.exchange import DTYPES, Ask, TrainRequest
 
 Variant = tuple[str, dict[str, Any]]
@@ -42,13 +42,13 @@ def test_the_start_of_a_round_has_the_weights_of_the_server(variant: Variant, wo
     clients = torch.arange(world.clients)
     sent = method.open_round(state, 3, Cohort(clients, torch.ones(world.clients)), draw)
     request = TrainRequest(3, ran.strategy.catch_up.version, 1.0, clients, measure="before")
-    ask = Ask(request, standing(sent).to(DTYPES["float64"]), apart=True)
+    ask = Ask(request, for_measuring(sent).to(DTYPES["float64"]), apart=True)
     heard = read_ask(AskWriter().write(ask)).own.beside(state.base)
     names = dict(world.task.model.named_parameters())
     for own in [{}, *ran.worker.store.latest(1).values()]:
         slots = sent.trained()
         stays = {n: t for n, t in own.items() if n in slots and not slots[n].upload}
-        found = standing_weights(state.base, heard.of_one(0), world.plan, stays)
+        found = current_weights(state.base, heard.of_one(0), world.plan, stays)
         wanted = method.weights(state, draw, stays) | {n: stays[n] for n in stays if n in names}
         assert_close_trees({n: found[n] for n in names}, {n: wanted[n] for n in names})
 

@@ -110,7 +110,7 @@ def data_of(
     brought = data
     if isinstance(data, Mapping) and is_clients(data):
         check_similar("data.client", map(str, data))
-    data, tests = parted(data)
+    data, tests = split_tests(data)
     objects = listed_tables(data)
     if own and not is_table(objects[0], target):
         held_out = None if test is None else table_of(test, "test", target)
@@ -155,7 +155,7 @@ def data_of(
     return hold_out_test(found, share) if held_out is None and share else found
 
 
-def parted(data: object) -> tuple[object, dict[int, Any]]:
+def split_tests(data: object) -> tuple[object, dict[int, Any]]:
     """Split the clients' entries into training samples and their own tests, by number.
 
     Raises:
