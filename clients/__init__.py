@@ -1,1 +1,1 @@
-"""Client side: one Flower ClientApp that serves every method."""
+"""Run the client side: one Flower ClientApp that serves every method."""

@@ -1,8 +1,8 @@
-"""Store the one answer of a client a round on its disk, and repeat it bit for bit.
+"""Store a client's one reply per round on its disk, and repeat it bit for bit.
 
-What protects a client covers one answer a round: one noisy update, one masked vector, one set of
-shares. A server that asks again (it was restored, a reply was lost, or it hopes to subtract two
-answers) gets the very same bytes if it asks the very same, and nothing if it asks anything else.
+Privacy protection covers one reply per round: one noisy update, one masked vector, one set of
+shares. A server that repeats a request (it was resumed, a reply was lost, or it wants to subtract
+two replies) receives the same bytes; for a different request it receives none.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from fedraclora.weights.files import load_tensors, save_tensors
 from fedraclora.wire.answers import Answer, Staged
 from fedraclora.wire.exchange import Ask, Stage
 
-# What is answered once in a round.
+# Kinds of requests that are answered once per round.
 ONCE = ("train", "masked", "unmask", f"{MEASUREMENTS}-masked", f"{MEASUREMENTS}-unmask")
 
 
@@ -39,13 +39,13 @@ def is_given(answer: Answer) -> bool:
 
 
 class AnswerOnce:
-    """Cache of a client's last answer, so that a repeated request is not computed twice.
+    """Cache a client's last reply, so that a repeated request is not computed twice.
 
     Args:
-        folder: Of the client in a run.
+        folder: The folder of the client in a run.
         rounds: The last round of the run.
-        ask: The question.
-        version: Of the base weights that come with it.
+        ask: The request.
+        version: The version of the base weights that come with it.
     """
 
     def __init__(self, folder: Path, rounds: int, ask: Ask, version: str) -> None:
@@ -60,10 +60,10 @@ class AnswerOnce:
         """Return the stored answer to the same request; None if the request is new.
 
         Raises:
-            ClientError: If another question of this round or of a later one was answered, or the
+            ClientError: If another request of this round, or of a later one, was answered, or the
                 run has no such round.
         """
-        # What the last round has made is measured before a round that will not be.
+        # Weights of the last round are measured before a round that does not take place.
         if not 1 <= self.round_ <= self.rounds + self.kind.startswith(MEASUREMENTS):
             raise ClientError(
                 f"round {self.round_}: the server asked for a round that the run does not "
@@ -86,10 +86,10 @@ class AnswerOnce:
         return None
 
     def keep(self, answer: Answer) -> None:
-        """Store an answer on the disk before it is sent.
+        """Store a reply on the disk before it is sent.
 
         Raises:
-            ClientError: If it cannot be kept.
+            ClientError: If it cannot be stored.
         """
         if self.kind not in ONCE or not is_given(answer):
             return

@@ -1,9 +1,9 @@
-"""The cache folder of a node, as its node-config names it.
+"""Manage the cache folder of a node, which its node-config names.
 
 The folder of a client is ``<cache>/fedraclora-cache/<run>/<client>``, where ``cache`` is a key of
-the node's configuration: a folder that may hold anything else. What is made here has a file
-`MARKER` in it, and nothing without one is written into or removed. Flower's process for each
-message imports this, so that it must cost nothing.
+the node's configuration: a folder that may have other content. Folders created here contain a file
+`MARKER`, and folders without one are neither changed nor removed. Flower's process for each message
+imports this module, so it must be light.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from flwr.app import Context
 
 from fedraclora.errors import ClientError, ConfigError, WireError
 
-RUNS = 4  # of whose weights a cache keeps
-CACHE = "fedraclora-cache"  # inside the folder that the node's configuration names
+RUNS = 4  # runs whose weights a cache keeps
+CACHE = "fedraclora-cache"  # subfolder of the folder that the node's configuration names
 MARKER = ".made-by-fedraclora"
 SPAN = re.compile(r"(\d{1,18})(?:-(\d{1,18}))?", re.ASCII)  # of a node's clients
-MANY = 10**6  # clients of a span
+MANY = 10**6  # most clients of a range
 FEW = 10  # clients that are named one by one
 
 
@@ -49,15 +49,15 @@ def served(context: Context) -> list[int]:
 
 
 def some(clients: list[int]) -> str:
-    """Format the clients of a node for a message; of many, the first and the last."""
+    """Format the clients of a node for a message; for many, the first and the last."""
     return str(clients) if len(clients) < FEW else f"[{clients[0]}, ..., {clients[-1]}]"
 
 
 def cache_of(context: Context) -> Path:
-    """Return the folder in which a node keeps files.
+    """Return the folder for a node's files.
 
     Raises:
-        ConfigError: If the node's configuration names none that could be there.
+        ConfigError: If the node's configuration names none, or an impossible one.
     """
     cache = context.node_config.get("cache", os.environ.get("FLWR_HOME", "~/.flwr"))
     if not isinstance(cache, str) or not cache or "\0" in cache:
@@ -66,13 +66,13 @@ def cache_of(context: Context) -> Path:
         )
     try:
         return Path(cache).expanduser().absolute() / CACHE
-    except RuntimeError as error:  # ~NAME of nobody
+    except RuntimeError as error:  # ~NAME of an unknown user
         raise ConfigError(f"node-config cache={cache!r}: {error}") from error
 
 
 def folder_of(context: Context, run: str, client: int) -> Path:
     """Return the folder in which a client keeps its state of a run."""
-    if not (run.isascii() and run.isalnum()):  # it becomes a path, and comes from outside
+    if not (run.isascii() and run.isalnum()):  # it becomes a path, and comes from another machine
         raise WireError(
             f"run={run!r:.100}: not a valid name of a run, since it becomes the name of a "
             "folder here. Use letters and digits only"
@@ -81,11 +81,11 @@ def folder_of(context: Context, run: str, client: int) -> Path:
 
 
 def make_room(folder: Path) -> None:
-    """Make the folder of a run, and remove the oldest folders if there are too many.
+    """Create the folder of a run, and remove the oldest folders if there are too many.
 
     Raises:
-        ClientError: If it cannot be made.
-        ConfigError: If it, or the cache that it lies in, is a folder of somebody else.
+        ClientError: If it cannot be created.
+        ConfigError: If it, or its cache, belongs to another user.
     """
     claim(folder.parent)
     claim(folder)
@@ -96,16 +96,16 @@ def make_room(folder: Path) -> None:
 
 
 def claim(folder: Path) -> None:
-    """Make a folder with the marker; an existing one must have the marker or be empty.
+    """Create a folder with the marker; an existing one must have the marker or be empty.
 
     Raises:
-        ClientError: If it cannot be made.
-        ConfigError: If it has something else in it, or others may change it or its path.
+        ClientError: If it cannot be created.
+        ConfigError: If it has other content, or other users may change it or its path.
     """
     with on_disk(folder):
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         check_path(folder)
-        # Looked at twice: another process of this node may be claiming it now.
+        # Checked twice: another process of this node may be claiming it now.
         if not is_claimed(folder) and any(folder.iterdir()) and not is_claimed(folder):
             raise ConfigError(
                 f"{folder}: the folder has no file {MARKER}, so fedraclora did not make it "
@@ -120,7 +120,7 @@ def on_disk(folder: Path) -> Iterator[None]:
     """Turn an OSError inside the block into a `ClientError` that names the folder and the remedy.
 
     Args:
-        folder: What the files are in.
+        folder: The folder of the files.
 
     Raises:
         ClientError: For an error of the system.
@@ -138,11 +138,11 @@ def on_disk(folder: Path) -> Iterator[None]:
 def check_path(folder: Path) -> None:
     """Check that only this user and root can replace a folder.
 
-    What is read from there is trusted, and what goes through a socket there is unpickled.
+    Files read from there are trusted, and data from a socket there are unpickled.
 
     Raises:
-        ConfigError: If others own a part of its path, or may write to one.
-        OSError: If a part cannot be looked at.
+        ConfigError: If other users own a part of its path, or may write to one.
+        OSError: If a part cannot be read.
     """
     real = folder.resolve()
     for part in {folder, *folder.parents, real, *real.parents}:
@@ -151,7 +151,7 @@ def check_path(folder: Path) -> None:
         if found.st_uid not in {0, os.geteuid()}:
             why = f"belongs to user {found.st_uid}"
         elif stat.S_ISLNK(found.st_mode) or (mode & stat.S_ISVTX and part != folder):
-            continue  # a link has no mode; in a sticky folder nobody moves what is another's
+            continue  # a link has no mode; in a sticky folder users cannot move files of others
         elif mode & stat.S_IWOTH or (mode & stat.S_IWGRP and not _alone_in(found.st_gid)):
             why = f"has mode {mode:o}"
         else:
@@ -164,7 +164,7 @@ def check_path(folder: Path) -> None:
 
 
 def _alone_in(group: int) -> bool:
-    """Check whether a group is that of this user alone, as many systems make one for each."""
+    """Check whether a group has only this user, as many systems create one for each."""
     try:
         name, found = pwd.getpwuid(os.geteuid()).pw_name, grp.getgrgid(group)
     except KeyError:

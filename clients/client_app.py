@@ -1,7 +1,7 @@
-"""The ClientApp of a SuperNode: thin, since Flower starts a process for every message.
+"""Define the ClientApp of a SuperNode; light, since Flower starts a process for every message.
 
-It hands a message to the process that stays on the node (`clients.handover`), so that it imports
-nothing that takes time.
+It passes a message to the resident process of the node (`clients.handover`), so that it needs no
+slow imports.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ def partition(message: Message, context: Context) -> Message:
 @app.train("cohort")
 def train(message: Message, context: Context) -> Message:
     """Train clients of this node; a failure becomes an error of one line."""
-    # Nothing is kept in the state of the context: it is lost when a client raises.
+    # The state of the context is not used: Flower drops it when a client raises.
     return answer(message, context)
 
 
 def answer(message: Message, context: Context) -> Message:
     """Answer a message, by the resident process of the node or by this one."""
     job = message.content.get("job")
-    # Without pidfd (it is Linux's) no process could be sure to end with its node.
+    # Without pidfd (Linux only) no process could be sure to end with its node.
     if isinstance(job, ConfigRecord) and "run" in job and hasattr(os, "pidfd_open"):
         try:
             return hand_over(message, context)

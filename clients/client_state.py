@@ -1,4 +1,4 @@
-"""Read and write client state between rounds: own tensors, moments, quantization residues."""
+"""Read and write client state between rounds: personal tensors, moments, quantization residues."""
 
 from __future__ import annotations
 
@@ -38,19 +38,19 @@ def restore(
     """Read the state of the clients of a message.
 
     Args:
-        store: Where they keep it.
-        downlink: What is asked.
-        request: Says of whom, and in which round.
-        base: Global weights, where a client's own tensors begin.
-        local: Says whether moments live on.
+        store: Their store.
+        downlink: The instructions.
+        request: The request, with clients and round.
+        base: Global weights, the start of personal tensors.
+        local: Local settings, which say whether moments are kept.
 
     Returns:
-        The downlink, where what stays at a client starts from what it holds, and control variates
-        are what it adds to gradients; the moments with which clients begin, and what rounding left
-        of what they sent (`fedraclora.wire.feedback`), [K, ...] by name.
+        The downlink, where personal tensors start from the client's own, and control variates are
+        the client's corrections; the initial moments, and the residues of quantized updates
+        (`fedraclora.wire.feedback`), [K, ...] by name.
 
     Raises:
-        WireError: If something travels beside the downlink that no client reads.
+        WireError: If the downlink has additional tensors that no client reads.
     """
     if unknown := downlink.extras.keys() - {*EXTRAS}:
         raise WireError(
@@ -64,7 +64,7 @@ def restore(
             opening = slot.opening()
             zeros = torch.zeros(slot.shape, dtype=dtype)
             default[name] = base.get(name, zeros) if opening is None else opening.to(dtype)
-    steps = downlink.program.trains  # without, nothing has moments
+    steps = downlink.program.trains  # without local steps, there are no moments
     blank = blank_moments(local, downlink, dtype) if steps else {}
     variates = blank_variates(downlink, dtype) if variates_of(downlink) else {}
     rounded = blank_residues(downlink, dtype) if request.feedback else {}
@@ -95,15 +95,15 @@ def keep(
     """Store the new client state; a client that diverged keeps its previous state.
 
     Args:
-        store: Where.
-        downlink: What these clients were asked, by `restore`.
-        request: Says in which round.
+        store: Their store.
+        downlink: These clients' instructions, from `restore`.
+        request: The request, with the round.
         clients: Ids, int64 [K].
-        result: What came of it, as the server will see it: clipped where clients clip.
+        result: Their result, as the server will see it: clipped if clients clip.
         base: Global weights.
         local: Local settings.
-        residues: What rounding left of what they send (`fedraclora.wire.feedback`), [K, ...].
-        among: Whose work is sent, bool [K]; None: everyone's.
+        residues: Residues of their quantized updates (`fedraclora.wire.feedback`), [K, ...].
+        among: Clients whose update is sent, bool [K]; None: all.
     """
     own = {n: result.trained[n].cpu() for n, s in downlink.trained().items() if not s.upload}
     stored = own | {n: t.cpu() for n, t in result.moments.items()} | (residues or {})
@@ -130,7 +130,7 @@ def _directions(
     base: Tree,
     local: LocalConfig,
 ) -> Tree:
-    """Average the steps of each client's local training, [K, ...] by name of what they send."""
+    """Average the steps of each client's local training, [K, ...] by uploaded name."""
     slots = downlink.uploaded()
     layout = downlink.layout
     places = torch.arange(len(result.losses))

@@ -1,4 +1,4 @@
-"""The engines of `simulate`: in this process, and on Ray's workers."""
+"""Create the engines of `simulate`: in this process, and on Ray's workers."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ if TYPE_CHECKING:  # Ray is imported where it is started
 
 
 class InProcessGrid(Grid):
-    """Asks clients of this process, one chunk after another.
+    """Ask clients in this process, one chunk after another.
 
     Args:
         worker: Trains them.
@@ -39,8 +39,8 @@ class InProcessGrid(Grid):
 
     @override
     def ask(self, asks: Sequence[Ask], timeout: float | None = None) -> Came:
-        # The time is not heeded: a client that hangs in this process hangs the process.
-        return ((ask, self._one(ask)) for ask in asks)  # each is read before the next is asked for
+        # The timeout is not used: a client that hangs in this process hangs the process.
+        return ((ask, self._one(ask)) for ask in asks)  # each reply is read before the next request
 
     def _one(self, ask: Ask) -> Answer | NoAnswer:
         try:
@@ -64,12 +64,12 @@ def on_ray(
     state: Callable[[Any], WorkerStateLike],
     given: object,
 ) -> Engine:
-    """Build the engine of resident Ray workers, which follow the server's weights by updates.
+    """Create the engine of resident Ray workers, which follow the server's weights by updates.
 
     Args:
         settings: How many workers, of which cluster.
-        state: Makes what a worker holds between rounds; importable on every node.
-        given: What states are made of; it travels once to each machine.
+        state: Creates a worker's state; importable on every node.
+        given: Arguments of the state, sent once to each machine.
     """
     history = WeightHistory()
 
@@ -82,7 +82,8 @@ def on_ray(
             data = trainer.task.train
             here = data.folder
             if here is not None and (without := cluster.lacking(here)):
-                data.sizes(torch.arange(data.num_clients))  # read here, they travel as they are
+                # read here, so that they are sent unchanged
+                data.sizes(torch.arange(data.num_clients))
                 text = f"sent to all hosts, since {here} is not the same on {', '.join(without)}"
                 cluster.told["samples"] = text
             grid = RayGrid(cluster, state, given, history=history, store=store, settings=settings)
@@ -93,10 +94,10 @@ def on_ray(
 
 
 def engine_of(builder: TaskBuilder) -> Engine:
-    """Build the engine that the config of a run names.
+    """Create the engine that a run's config names.
 
     Raises:
-        ConfigError: If its clients are not this process's to start.
+        ConfigError: If its clients cannot be started by this process.
     """
     match builder.config.engine:
         case DeployConfig():

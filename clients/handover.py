@@ -1,11 +1,11 @@
 """Pass a message to the resident process of this node, and start that process if needed.
 
-Flower starts a process for every message; what takes time to load is kept by one that stays, the
-resident (`clients.resident`). It listens at a Unix socket in a folder of the node's cache that only
-its user can enter, and each end checks that the other is of that user. A resident serves one run.
-One that has gone, is silent, or serves another run, is replaced. While it has a message it says
-again and again that it is there; one that goes or falls silent meanwhile fails that message, and
-the server decides whether to send it again. All that must outlast it is on the node's disk.
+Flower starts a process for every message; a resident process (`clients.resident`) keeps the slow
+imports, model and data. It listens at a Unix socket in a folder of the node's cache that only its
+user can enter, and each end checks that the other belongs to that user. A resident serves one run.
+One that has ended, is silent, or serves another run is replaced. While it processes a message it
+sends heartbeats; if it ends or falls silent meanwhile, the message fails, and the server decides
+whether to send it again. All lasting state is on the node's disk.
 """
 
 from __future__ import annotations
@@ -29,26 +29,26 @@ from flwr.app import Context, Message
 from fedraclora.clients.cache import cache_of, claim, on_disk, served, some
 from fedraclora.errors import ClientError, ConfigError
 
-FOLDERS = "residents"  # in the cache, with a folder for each node
-NUMBER = "pid"  # file in that folder, with the number of its process
+FOLDERS = "residents"  # subfolder of the cache, with a folder for each node
+NUMBER = "pid"  # file in that folder, with the resident's process id
 PROGRAM = ("-m", "fedraclora.clients.resident")
 READY = b"ready"
-GONE = (EOFError, ConnectionError)  # what a process meets whose peer has gone
-START = 300.0  # seconds for all that a resident imports
-SILENCE = 60.0  # seconds after which one that is silent counts as stuck
-LOOK = 0.1  # seconds between looks whether another process of the node is done
+GONE = (EOFError, ConnectionError)  # errors of a process whose peer has ended
+START = 300.0  # seconds for all imports of a resident
+SILENCE = 60.0  # seconds of silence after which a resident counts as stuck
+LOOK = 0.1  # seconds between checks whether another process of the node is done
 
 
 def hand_over(message: Message, context: Context) -> Message:
-    """Return the answer of the resident process to a message.
+    """Return the resident process's reply to a message.
 
     Raises:
-        ClientError: If it does not start, goes or falls silent before it has answered, or its
-            folder cannot be used.
+        ClientError: If it does not start, ends or falls silent before it replies, or its folder
+            cannot be used.
     """
-    asked = message.metadata.group_id  # the round; empty for a question
+    asked = message.metadata.group_id  # the round; empty for a request to report clients
     where = f"{f'round {asked}, ' if asked else ''}clients {some(served(context))} of this node"
-    until = time.monotonic() + message.metadata.ttl  # after that nobody waits for the answer
+    until = time.monotonic() + message.metadata.ttl  # after that the reply is not needed
     try:
         with open_alone(cache_of(context), context.node_id, until) as address:
             key = f"{context.run_id} {Path(__file__).parent}".encode()  # other code is another app
@@ -64,21 +64,21 @@ def hand_over(message: Message, context: Context) -> Message:
                 except ClientError:
                     end(address)
                     raise
-    except (ClientError, ConfigError) as error:  # what its node-config says is no fault of the run
+    except (ClientError, ConfigError) as error:  # errors in its node-config are not the run's fault
         raise ClientError(f"{where}: {error}") from error
 
 
 def answered(resident: Connection, message: Message, context: Context, until: float) -> Message:
-    """Send a message to a resident process, and return its answer.
+    """Send a message to a resident process, and return its reply.
 
     Args:
-        resident: Where it is.
+        resident: The connection to it.
         message: The message.
-        context: Of the node.
-        until: The time after which nobody waits for the answer.
+        context: The node's context.
+        until: The time after which the reply is not needed.
 
     Raises:
-        ClientError: If there is none.
+        ClientError: If there is no reply.
     """
     why = "sent a reply that cannot be decoded"
     try:
@@ -108,11 +108,11 @@ def open_alone(cache: Path, node: int, until: float) -> Iterator[str]:
     Args:
         cache: The folder of the node's files.
         node: The node.
-        until: The time until which to wait for another process that has it.
+        until: The time until which to wait for another process that uses it.
 
     Raises:
-        ClientError: If others than this user may enter its folder, it cannot be made, or another
-            process has it for so long.
+        ClientError: If other users may enter its folder, it cannot be created, or another process
+            uses it for too long.
     """
     claim(cache)
     folder = cache / FOLDERS / str(node)
@@ -134,7 +134,8 @@ def open_alone(cache: Path, node: int, until: float) -> Iterator[str]:
                     "that answer, then send this message again"
                 )
             time.sleep(LOOK)
-        # By its number: the path of a socket has room for 107 bytes, and a cache may be anywhere.
+        # By its file descriptor: the path of a socket has room for 107 bytes, and a cache may be
+        # anywhere.
         with on_disk(folder):
             yield f"/proc/self/fd/{entry}/socket"
     finally:
@@ -142,7 +143,7 @@ def open_alone(cache: Path, node: int, until: float) -> Iterator[str]:
 
 
 def is_locked(entry: int) -> bool:
-    """Lock a file for this process alone, if no other has it."""
+    """Lock a file for this process, if no other process has it."""
     try:
         fcntl.flock(entry, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -151,19 +152,19 @@ def is_locked(entry: int) -> bool:
 
 
 def reach(address: str, key: bytes, seconds: float | None = None) -> Connection | None:
-    """Connect to the resident of an address; None if there is none that serves this run.
+    """Connect to the resident at an address; None if there is none that serves this run.
 
     Args:
-        address: Of its socket.
-        key: Of the run.
-        seconds: After which one that is silent counts as stuck, and is ended; None: `SILENCE`.
+        address: The address of its socket.
+        key: The key of the run.
+        seconds: Seconds of silence after which it counts as stuck, and is ended; None: `SILENCE`.
     """
     with socket.socket(socket.AF_UNIX) as link:
         limit(link, seconds or SILENCE)
         try:
             link.connect(address)
         except (FileNotFoundError, ConnectionRefusedError, BlockingIOError):
-            return None  # the last of them: too many wait for it already
+            return None  # its queue is full
         check_peer(link)
         resident = Connection(os.dup(link.fileno()))
         try:
@@ -174,21 +175,21 @@ def reach(address: str, key: bytes, seconds: float | None = None) -> Connection 
             end(address)
         except GONE:
             pass
-        except OSError:  # it is silent, or what it says is no word of ours
+        except OSError:  # it is silent, or sends something unknown
             end(address)
     resident.close()
     return None
 
 
 def limit(link: socket.socket, seconds: float) -> None:
-    """Set the time-out of a socket, for reading and writing, in seconds."""
+    """Set the timeout of a socket, for reading and writing, in seconds."""
     value = struct.pack("ll", int(seconds), int(seconds % 1 * 1e6))  # struct timeval
     for option in (socket.SO_RCVTIMEO, socket.SO_SNDTIMEO):
         link.setsockopt(socket.SOL_SOCKET, option, value)
 
 
 def end(address: str) -> None:
-    """Kill the resident process of an address."""
+    """Kill the resident process at an address."""
     with suppress(OSError, ValueError):
         pid = int(Path(address).with_name(NUMBER).read_text())
         if PROGRAM[-1].encode() in Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0"):
@@ -198,8 +199,8 @@ def end(address: str) -> None:
 def started(address: str, key: bytes) -> Connection | None:
     """Start a resident process and connect to it; None if it ends or takes too long.
 
-    It gets a socket that listens already, so that nobody waits for a file to appear, and a handle
-    of the process that started this one: with that it ends.
+    It inherits a listening socket, so that no process waits for a file to appear, and a handle of
+    this process's parent, with which it ends.
     """
     Path(address).unlink(missing_ok=True)
     node = os.pidfd_open(os.getppid())
@@ -209,7 +210,8 @@ def started(address: str, key: bytes) -> Connection | None:
             Path(address).chmod(0o600)
             listener.listen()
             handles = [listener.fileno(), node]
-            # What is imported here is found there: the app's own copy of this code comes first.
+            # The modules imported here are found there: the app's own copy of this code comes
+            # first.
             path = os.pathsep.join(part or str(Path.cwd()) for part in sys.path)
             process = subprocess.Popen(  # noqa: S603
                 [sys.executable, "-P", *PROGRAM, *map(str, handles), key.decode()],
@@ -226,7 +228,7 @@ def started(address: str, key: bytes) -> Connection | None:
 
 
 def check_peer(link: socket.socket) -> None:
-    """Check that the process at the other end is of this user.
+    """Check that the process at the other end belongs to this user.
 
     Raises:
         ClientError: If it is not.

@@ -25,30 +25,30 @@ from fedraclora.wire.answers import Measured
 from fedraclora.wire.exchange import Ask, TrainRequest
 from fedraclora.wire.secagg import Words
 
-Owned = tuple[Samples, torch.Tensor]  # of one client after another, and how many of each
+Owned = tuple[Samples, torch.Tensor]  # samples of one client after another, and their numbers
 SMALL = "it has {} samples and holds none out for evaluation (evaluate.share)"
 
 
 class Measurer:
-    """Answers requests to evaluate.
+    """Answer requests to evaluate.
 
     Args:
-        trainer: Has the task, and trains where what comes of that is measured, too.
+        trainer: Has the task, and trains if weights are also measured after local training.
     """
 
     def __init__(self, trainer: CohortTrainer) -> None:
         self.trainer, self.task = trainer, trainer.task
         self.measure = Measure.of_task(self.task)
-        self._layout = Layout(())  # of what a client sends; known once it is wanted
+        self._layout = Layout(())  # names of the sent values, known once needed
         self._shared: tuple[Tree, RoundInstructions | None, Tree] = ({}, None, {})
 
     def answer(self, ask: Ask, base: Tree, store: ClientStore) -> Measured:
         """Evaluate the clients of a request; a client without held-out samples is a failure.
 
         Args:
-            ask: What is asked.
-            base: The base weights that they hold.
-            store: What they hold besides.
+            ask: The request.
+            base: Their base weights.
+            store: Their state.
 
         Raises:
             WireError: If the run has no such samples.
@@ -109,11 +109,12 @@ class Measurer:
     ) -> tuple[dict[int, Callable[[], Words]], dict[str, Any]]:
         """Encode the metrics of clients as vectors for secure aggregation.
 
-        One that has no samples to measure on sends zeros: it tells nothing, and its neighbours need
-        nobody to take their masks off.
+        A client without samples sends zeros: it reveals nothing, and its neighbours' masks need not
+            be
+        removed.
 
         Returns:
-            What gives the words of each client, by id, and what is told of them.
+            A function that returns each client's words, by id, and their description.
         """
         clients, points = request.clients, ("", AFTER) if request.measure == "after" else ("",)
         if not self._layout.shapes:
@@ -143,12 +144,12 @@ class Measurer:
         store: ClientStore,
         samples: Owned,
     ) -> Tree:
-        """Measure the weights from which a round begins: as one batch where all have the same."""
+        """Measure the weights at the start of a round; in one batch if all clients share them."""
         stays = {n for n, slot in downlink.trained().items() if not slot.upload}
         if not stays and not any(f.per_client for f in downlink.named.values()):
             known, of, weights = self._shared
-            if known is not base or of is not ask.downlink:  # it serves all chunks of an exchange
-                weights = self._current_weights(base, downlink, {})
+            if known is not base or of is not ask.downlink:  # serves all chunks of an exchange
+                weights = self._standing(base, downlink, {})
                 self._shared = base, ask.downlink, weights
             return self._sent(weights, *samples)
         owned = (store.weights_of(c, ask.request.round_) for c in clients.tolist())
@@ -161,7 +162,7 @@ class Measurer:
     def _apart(
         self, base: Tree, downlink: RoundInstructions, each: Iterable[Tree], samples: Owned
     ) -> Tree:
-        """Measure on the samples of each client weights that have values of its own."""
+        """Measure weights with personal values on the samples of each client."""
         (whole, counts), found, end = samples, list[Tree](), 0
         for k, (own, count) in enumerate(zip(each, counts.tolist(), strict=True)):
             start, end = end, end + count

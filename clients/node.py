@@ -1,7 +1,7 @@
 """Answer messages on a SuperNode, with base weights and client state on its disk.
 
-What must last is on the disk (`clients.cache`): the process that answers may be killed at any time,
-and the next message then meets a fresh one. What it keeps in memory saves reading that again.
+Lasting state is on the disk (`clients.cache`): the process may be killed at any time, and the next
+message then reaches a new one. Copies in memory save reading it again.
 """
 
 from __future__ import annotations
@@ -56,11 +56,11 @@ def introduce(context: Context, run: str) -> RecordDict:
 def answer(context: Context, run: str, content: RecordDict) -> RecordDict:
     """Answer a message: update the base weights, then train its clients.
 
-    One that fails is named in the reply; where nobody else is asked, its error is raised.
+    A client that fails is named in the reply; if it is the only one, its error is raised.
 
     Raises:
-        ClientError: If a folder cannot be written to.
-        WireError: If the message is for a client that is not served here.
+        ClientError: If a folder is not writable.
+        WireError: If the message is for a client that this node does not serve.
     """
     mine = served(context)
     if strangers := sorted({*clients_of(content)} - {*mine}):
@@ -68,11 +68,11 @@ def answer(context: Context, run: str, content: RecordDict) -> RecordDict:
             f"the server sent a message for the clients {some(strangers)}, but this node "
             f"serves {some(mine)}. Check partition-ids in node-config"
         )
-    folder = folder_of(context, run, mine[0])  # of weights, which all clients here have in common
+    folder = folder_of(context, run, mine[0])  # weights are shared by all clients of the node
     make_room(folder.parent)
     own = context.node_config.get("data")
     settings = str(context.run_config.get("cfg-json", ""))
-    owners = () if own is None else (*mine,)  # else the data of all clients are here
+    owners = () if own is None else (*mine,)  # otherwise the data of all clients are here
     trainer, terms = trainer_for(settings, None if own is None else str(own), owners)
     worker, holding = worker_of(folder, trainer, terms)
     with on_disk(folder):
@@ -89,12 +89,12 @@ def answer(context: Context, run: str, content: RecordDict) -> RecordDict:
 
 @dataclass(frozen=True)
 class NodeHandler:
-    """Answers one message for the clients of this node.
+    """Answer one message for the clients of this node.
 
     Attributes:
         worker: Trains them.
-        version: Of the base weights, with their fingerprint.
-        folder: Of the run: each client has one inside.
+        version: Version of the base weights, and their fingerprint.
+        folder: The run's folder, with one for each client.
         settings: The config of the run.
     """
 
@@ -110,7 +110,7 @@ class NodeHandler:
         return join_answers(ask, [a for part in chunks for a in self._tried(part, alone=alone)])
 
     def _tried(self, ask: Ask, *, alone: bool) -> list[Answer]:
-        """Answer for a chunk; if it raises, for each half of it, until who is at fault is alone."""
+        """Answer for a chunk; if it raises, halve it until the failing clients are isolated."""
         count = len(ask.request.clients)
         once = self.worker.trainer.local.answers_once or self.worker.terms is not None
         try:
@@ -124,14 +124,14 @@ class NodeHandler:
         return [a for half in halves for a in self._tried(part_of(ask, half), alone=False)]
 
     def _trained(self, ask: Ask) -> Answer:
-        # New for every answer that is computed: nothing that anybody could ask for draws it again.
+        # A new key for every computed reply, so that no other request can reproduce its noise.
         self.worker.trainer.answer_key = os.urandom(KEY_BYTES)
         folders = {client: self.folder / str(client) for client in ask.clients}
         checked = checked_of(self.folder, self.worker.trainer)
         for client in folders.keys() - checked:
             check_samples(folders[client], client, self.worker.trainer.task)
             checked.add(client)
-        # A server that is restored goes back to its last checkpoint.
+        # A resumed server returns to its last checkpoint.
         store = ClientStore(int(self.settings["output"]["checkpoint_every"]) + 1)
         self.worker.store = store
         for folder in folders.values():
@@ -141,12 +141,12 @@ class NodeHandler:
             if stored := store.since(0, client):
                 with on_disk(folder):
                     save_tensors(store_file(folder), stored, {}, sync=True)
-                    # Keys of secure aggregation may be among it.
+                    # The state may contain keys of secure aggregation.
                     store_file(folder).chmod(0o600)
         return answer
 
     def _once(self, ask: Ask) -> list[Answer]:
-        """Give each client's answer: the one that it gave before, or a new one."""
+        """Return each client's reply: the stored one, or a new one."""
         rounds, singles = int(self.settings["rounds"]), chunks_of(ask, 1)
         folders = (self.folder / str(client) for client in ask.clients)
         pairs = zip(folders, singles, strict=True)
@@ -170,7 +170,7 @@ def checked_of(folder: Path, trainer: CohortTrainer) -> set[int]:
 
 
 def store_file(folder: Path) -> Path:
-    """Return the file of the state of a client."""
+    """Return the file of a client's state."""
     return folder / "kept.safetensors"
 
 
@@ -178,10 +178,10 @@ def read_store(folder: Path) -> Tree:
     """Read the state of a client; empty if it has not trained yet.
 
     Args:
-        folder: Of the client.
+        folder: The client's folder.
 
     Raises:
-        CheckpointError: If the file is damaged: what is in it is nowhere else.
+        CheckpointError: If the file is damaged; there is no copy.
     """
     if not (path := store_file(folder)).is_file():
         return {}
@@ -192,7 +192,7 @@ def read_store(folder: Path) -> Tree:
 def worker_of(
     folder: Path, trainer: CohortTrainer, terms: SecAggTerms | None
 ) -> tuple[Worker, StoredReplica]:
-    """Build the worker of a node, on its stored base weights or the model's initial ones."""
+    """Build a node's worker, on its stored base weights or the model's initial ones."""
     holding = StoredReplica(folder, trainer.plan, trainer.device)
     holding.begin(dict(trainer.task.model.named_parameters()))
     return Worker(trainer, holding, terms=terms), holding
@@ -202,16 +202,16 @@ def worker_of(
 def trainer_for(
     settings: str, own: str | None, clients: tuple[int, ...]
 ) -> tuple[CohortTrainer, SecAggTerms | None]:
-    """Build data and model of a run, and the terms of its clients for secure aggregation.
+    """Build data and model of a run, and the clients' conditions for secure aggregation.
 
     Args:
         settings: The config of the run, as JSON.
-        own: What the node's configuration says of its data, or None.
-        clients: Whose they are.
+        own: The data settings of the node's configuration, or None.
+        clients: The node's clients.
 
     Raises:
-        ConfigError: If the run wants data of the clients' own and the node has none, or it has
-            some and the run wants others.
+        ConfigError: If the run needs the clients' own data and the node has none, or the node has
+            its own and the run needs others.
     """
     plain = json.loads(settings)
     if (plain["data"]["name"] == "own") != (own is not None):
@@ -223,14 +223,14 @@ def trainer_for(
     if own is not None:
         data = plain["data"]
         if all(data.get(k) is None for k in ("samples", "test_file", "test_function")):
-            data["test_fraction"] = 0.0  # the server has no sample: a client's are all its own
+            data["test_fraction"] = 0.0  # the server holds out no samples of these clients
         data |= {"samples": own, "served": [*clients]}
     return built_from(plain)
 
 
 def built_from(plain: Plain) -> tuple[CohortTrainer, SecAggTerms | None]:
-    """Build data and model of a config, and the terms of its clients for secure aggregation."""
-    # Pretrained weights come from the server: to train them here again would be for nothing.
+    """Build data and model of a config, and the clients' conditions for secure aggregation."""
+    # Pretrained weights come from the server: pretraining here would be useless.
     builder = TaskBuilder(task_from_plain(plain), pretrain=False)
     know_programs(plain)
     builder.fix_bits()
@@ -238,14 +238,14 @@ def built_from(plain: Plain) -> tuple[CohortTrainer, SecAggTerms | None]:
 
 
 def know_programs(plain: Plain) -> None:
-    """Import the method of a config: messages name its client programs, and import nothing.
+    """Import the method of a config, to know its client programs: messages import nothing.
 
-    One of the user's own that is not here is none that clients need, or they say so when they are
-    asked to follow it.
+    A user's method that is missing here is not needed by clients, or they report it when they are
+    asked to run its program.
     """
     name = section(plain, "method").get("name")
     if not is_named(name):
-        import_module("fedraclora.strategies.methods")  # which this package does not know
+        import_module("fedraclora.strategies.methods")  # which this package does not contain
         return
     with suppress(ConfigError):
         named_object("method", name)

@@ -1,10 +1,10 @@
-"""The resident process of a node: it keeps torch, model, data and weights between messages.
+"""Run the resident process of a node, which keeps torch, model, data and weights in memory.
 
-``python -m fedraclora.clients.resident LISTENER NODE KEY``: started by `clients.handover` with a
-socket that listens and a handle of the process that it must not outlive, both by number. It ends
-with that process, when a message of another run comes, and when none has come for `IDLE` seconds;
-and while it has a message, with the process that brought it, to which it says every `BEAT` seconds
-that it is at work. It may be killed at any time.
+``python -m fedraclora.clients.resident LISTENER NODE KEY``: `clients.handover` starts it with a
+listening socket and a handle of the process with which it must end, both by number. It also ends at
+a message of another run, or after `IDLE` seconds without a message. While it processes a message,
+it ends with the process that brought it, to which it sends a heartbeat every `BEAT` seconds. It may
+be killed at any time.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ from fedraclora.errors import ClientError
 log = logging.getLogger(__name__)
 
 BEAT = 5.0
-GREETING = 10.0  # seconds in which who connects must say which run it is of
+GREETING = 10.0  # seconds for a connection to name its run
 LONGEST = 1 << 13  # bytes of that: a number and a path
-IDLE = 600.0  # seconds without a message, after which memory is more use to others
+IDLE = 600.0  # seconds without a message after which its memory is released
 
 Respond = Callable[[Message, Context], Message]
 
@@ -39,9 +39,9 @@ def serve(listener: socket.socket, node: int, key: bytes, respond: Respond) -> N
     """Answer messages until the process should end.
 
     Args:
-        listener: Where messages come.
-        node: Handle of the process that this one must not outlive (`os.pidfd_open`).
-        key: Of the run.
+        listener: The listening socket.
+        node: Handle of the process with which this one ends (`os.pidfd_open`).
+        key: The key of the run.
         respond: Answers a message.
     """
     while True:
@@ -78,7 +78,7 @@ def answer(peer: Connection, node: int, respond: Respond) -> None:
         poll = select.poll()
         poll.register(node, select.POLLIN)
         poll.register(peer.fileno(), select.POLLRDHUP)
-        with suppress(OSError):  # nobody reads any more
+        with suppress(OSError):  # no process reads any more
             while not poll.poll(BEAT * 1000):
                 with speaking:
                     if not answered.is_set():
@@ -92,12 +92,12 @@ def answer(peer: Connection, node: int, respond: Respond) -> None:
     with speaking:
         answered.set()
     peer.send(reply)
-    watch.join(SILENCE)  # until it has been read: then the other end is closed
+    watch.join(SILENCE)  # wait until it was read: then the other end is closed
 
 
 def main() -> None:
     """Run the resident process from its command line."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C is for the whole group of the node
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C goes to the whole group of the node
     from fedraclora.clients.respond import respond
 
     listener, node, key = sys.argv[1:]

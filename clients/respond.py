@@ -1,4 +1,4 @@
-"""Answer messages of a deployment, in a process that may live on (`clients.node`)."""
+"""Answer messages of a deployment, in a resident process (`clients.node`)."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def run_of(content: RecordDict) -> str:
     """Return the id of the run of a message.
 
     Raises:
-        WireError: If it does not say so, or is of a release with other messages.
+        WireError: If it names none, or comes from a release with other messages.
     """
     job = content.get("job")
     if not isinstance(job, ConfigRecord) or "run" not in job:

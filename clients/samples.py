@@ -1,8 +1,8 @@
 """Check that a client's samples do not change during a run.
 
-A checksum of all that a client trains and measures on lies beside what it keeps of the run, on the
-node's disk. It is compared in each new process of the node, and never sent: from the checksum of a
-few samples one could find out which they are.
+A checksum of all samples of a client is stored beside its state on the node's disk. It is compared
+in each new process of the node, and never sent: from the checksum of a few samples one could guess
+them.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ def check_samples(folder: Path, client: int, task: Task) -> None:
     """Compare the samples of a client with their checksum, which its first round stores.
 
     Args:
-        folder: Of the client in the run.
+        folder: The client's folder of the run.
         client: The client.
-        task: Has its samples.
+        task: The task with its samples.
 
     Raises:
-        CheckpointError: If the note is damaged.
-        ClientError: If the note cannot be written.
-        DataError: If the samples are others.
+        CheckpointError: If the stored checksum is damaged.
+        ClientError: If the checksum cannot be written.
+        DataError: If the samples have changed.
     """
     path, found = folder / FILE, samples_digest(client, task)
     if path.is_file():
@@ -53,7 +53,7 @@ def check_samples(folder: Path, client: int, task: Task) -> None:
 
 
 def samples_digest(client: int, task: Task) -> str:
-    """Hash all samples of a client: those that it trains on, and those that it measures on."""
+    """Hash all training and test samples of a client."""
     found = hashlib.sha256()
     for data in (task.train, None if task.held is None else task.held.data):
         if data is None:

@@ -1,13 +1,13 @@
-"""The client's side of secure aggregation: keys, shares, a masked vector, and shares again.
+"""Run the client's side of secure aggregation: keys, shares, a masked vector, and shares again.
 
-A client answers the stages of a round in order, sends one masked vector in a round, and gives of
-each neighbour either the share of its own mask or that of its key, never both: with both anyone
-could unmask that neighbour. How many neighbours it wants, and how many of them must agree, it
-takes from the config that it holds, never from a message.
+A client answers the stages of a round in order, sends one masked vector per round, and reveals for
+each neighbour either the share of its own mask or that of its key, never both: both together would
+unmask that neighbour. The number of neighbours, and of those that must agree, come from the
+client's own config, never from a message.
 
-It takes no masks off a sum of measurements unless it and its neighbours in that sum are enough
-clients with samples to measure on. Each says beside its shares, sealed, whether it has some: the
-server does not learn it.
+It helps to unmask a sum of measurements only if it and its neighbours in that sum are enough
+clients with samples to measure on. Each client says so in an encrypted message beside its shares,
+so that the server does not learn it.
 """
 
 from __future__ import annotations
@@ -42,9 +42,9 @@ from fedraclora.wire.secagg import (
 
 Memory = dict[str, Any]
 BEFORE = {"shares": "keys", "masked": "shares", "unmask": "masked"}
-MEASUREMENTS = "measured"  # a sum of what clients measured: of other keys than that of updates
-HOLDS, HOLDS_NONE = "1", "0"  # texts of one length: a client has samples to measure on, or none
-# What a message of another machine may raise where it is not what it should be.
+MEASUREMENTS = "measured"  # stage of a sum of measurements, with other keys than that of updates
+HOLDS, HOLDS_NONE = "1", "0"  # texts of equal length: a client has samples to measure on, or none
+# Errors of an invalid message from another machine.
 DAMAGED = (AttributeError, IndexError, KeyError, TypeError, ValueError)
 
 
@@ -58,11 +58,11 @@ def answer_stage(
     """Answer a stage of secure aggregation without training.
 
     Args:
-        request: Says in which round.
-        stage: What is asked.
-        store: Where clients keep their keys from stage to stage.
-        terms: What clients insist on.
-        measurers: Who has samples to measure on.
+        request: The request, with the round.
+        stage: The stage.
+        store: Where clients keep their keys between stages.
+        terms: The clients' conditions.
+        measurers: Clients with samples to measure on.
     """
     round_ = request.round_
     steps = {"keys": _keys, "shares": _shares, "unmask": _unmask}
@@ -80,7 +80,7 @@ def answer_stage(
 
 
 def _each(clients: Iterable[int], answer: Callable[[int], None]) -> dict[int, str]:
-    """Let clients answer, one by one; give the reasons of those that could not, by id."""
+    """Run a function for each client; collect reasons of failures, by id."""
     failures: dict[int, str] = {}
     for client in clients:
         try:
@@ -100,7 +100,7 @@ def _answer(
     words: Words | None = None,
     notes: Sequence[str] = (),
 ) -> Staged:
-    """Say something in a stage; ``words``: uint32 [k, P + 2], of these clients."""
+    """Build the reply in a stage; ``words``: uint32 [k, P + 2], of these clients."""
     return Staged(
         round_=request.round_,
         version=request.version,
@@ -113,13 +113,13 @@ def _answer(
 
 
 def _recall(store: ClientStore, client: int, round_: int, asked: Stage) -> Memory:
-    """Read what a client remembers, and check that this stage comes next.
+    """Read a client's stored keys, and check that this stage is the next one.
 
-    Of sums of updates and of measurements it remembers each by itself, so that no key serves both.
+    Sums of updates and of measurements have separate keys.
 
     Raises:
-        ClientError: If it is not, or if the client has sent its masked vector in this round, or
-            in a later one: of two sums of one update the difference would tell of others.
+        ClientError: If it is not, or if the client has already sent its masked vector in this round
+            or a later one: two sums with the same update would reveal the others' difference.
     """
     memory: Memory = json.loads(store.secrets.get(client) or b"{}")
     stage = asked.name
@@ -140,7 +140,7 @@ def _recall(store: ClientStore, client: int, round_: int, asked: Stage) -> Memor
 
 
 def _remember(store: ClientStore, client: int, memory: Memory, asked: Stage) -> None:
-    """Keep what the next stage needs; secrets are forgotten as soon as none does."""
+    """Store the data of the next stage; secrets are deleted as soon as no stage needs them."""
     stage, whole = asked.name, json.loads(store.secrets.get(client) or b"{}")
     memory["after"] = stage
     if stage == "masked":
@@ -157,7 +157,7 @@ def _remember(store: ClientStore, client: int, memory: Memory, asked: Stage) -> 
 
 
 def _keys(_client: int, memory: Memory, _data: Any, _terms: SecAggTerms) -> Any:
-    """Make the keys of a round: for masks, and to seal shares."""
+    """Create the keys of a round: for masks, and to encrypt shares."""
     memory["mask"], mask = new_pair()
     memory["box"], box = new_pair()
     memory["seed"] = new_seed()
@@ -190,7 +190,7 @@ def _shares(client: int, memory: Memory, data: Any, terms: SecAggTerms) -> Any:
 
 
 def _unmask(client: int, memory: Memory, data: Any, terms: SecAggTerms) -> Any:
-    """Collect seeds' shares of clients in the sum, and keys' shares of those who are not."""
+    """Collect shares of the seeds of clients in the sum, and of the keys of the others."""
     alive, gone = ([int(c) for c in data[key]] for key in ("alive", "gone"))
     near, shares = {*memory["near"]}, memory["held"]
     if len({*alive, *gone}) != len(alive) + len(gone) or not {*alive, *gone} <= near:
@@ -221,9 +221,9 @@ def of_updates(
     """Return a function that encodes the updates of clients, for `masked_vectors`.
 
     Args:
-        request: What was asked.
+        request: The request.
         stage: The stage of the message, with the step.
-        terms: What clients insist on.
+        terms: The clients' conditions.
         trained: Ids int64 [k], updates float64 [k, P], weights float64 [k], and which updates were
             longer than the clip, bool [k].
     """
@@ -245,17 +245,17 @@ def masked_vectors(
 ) -> Staged:
     """Build the masked vectors of all clients that can send one.
 
-    A client that cannot open a share says whose, and sends no vector: then it is asked again, and
-    told whether to go on without that share or without that neighbour.
+    A client that cannot decrypt a share names its sender, and sends no vector: the server then asks
+    again, and says whether to continue without that share or without that neighbour.
 
     Args:
-        request: What was asked.
+        request: The request.
         stage: The stage of the message, with the step.
         store: Where clients keep their keys.
-        vectors: Writes the whole numbers of a client, by id.
+        vectors: Encodes a client's values as integers, by id.
         failures: Why a client has none, by id.
         notes: Sentences for the ledger.
-        told: What is said of the vectors.
+        told: A description of the vectors.
     """
     rows: dict[int, Words] = {}
     unopened: dict[int, Any] = {}
@@ -280,7 +280,7 @@ def masked_vectors(
 
 
 def _open(client: int, memory: Memory, data: Mapping[str, Any]) -> list[int]:
-    """Open the shares that were sealed for a client; give those whose shares cannot be opened."""
+    """Decrypt a client's received shares; return the senders of shares that cannot be decrypted."""
     senders = {int(c): [str(word) for word in sealed] for c, sealed in data["shares"].items()}
     near = [*senders, *(int(c) for c in data["without"])]
     strangers = {*near} - {int(c) for c in memory["keys"]}
@@ -319,22 +319,22 @@ def _whole(
     settings: Mapping[str, Any],
     terms: SecAggTerms,
 ) -> Words:
-    """Write a weighted update as whole steps modulo 2^32, and two numbers behind it.
+    """Encode a weighted update as integer steps modulo 2^32, followed by two numbers.
 
-    They are its weight, and 1 if it was longer than the clip: what a sum has of them counts who is
-    in it and whose update was shortened, and names no client.
+    They are its weight, and 1 if it was longer than the clip: their sums count the clients and the
+    clipped updates, without naming a client.
 
-    The update is shortened once more, in float64: the numbers that clients train are rounded to the
-    precision of the wire, by which a short update from a distant start grows longer than the clip,
-    and a sum of such updates would run over.
+    The update is clipped once more, in float64: trained numbers are rounded to the precision of the
+    message, which may make a clipped update from a distant start longer than the clip, and a sum of
+    such updates would overflow.
 
     Args:
         update: float64 [P].
-        weight: Of the client.
-        cut: Whether the update was longer than the clip, before it was shortened.
-        clip: The greatest norm of an update; None: that of the config.
-        settings: Of the stage: the step.
-        terms: What clients insist on.
+        weight: The client's weight.
+        cut: Whether the update was longer than the clip before clipping.
+        clip: The largest norm of an update; None: that of the config.
+        settings: Settings of the stage: the step.
+        terms: The clients' conditions.
     """
     if not bool(torch.isfinite(update).all()):
         raise ClientError("its update contains NaN or infinity. Lower local.lr")
@@ -354,7 +354,7 @@ def _whole(
 
 
 def _masked(client: int, memory: Memory, whole: Words) -> Words:
-    """Hide whole numbers behind a client's own mask and those of its pairs."""
+    """Add a client's own mask and those of its pairs to integers."""
     row = whole + own_mask(memory["seed"], len(whole))
     for other in memory["near"]:
         public = memory["keys"][str(other)]["mask"]

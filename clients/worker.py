@@ -45,20 +45,20 @@ log = logging.getLogger(__name__)
 
 @dataclass
 class Job:
-    """A training request and its progress.
+    """Hold a training request and its progress.
 
     Attributes:
-        request: What is asked.
-        base: The weights that they start from.
-        downlink: What they train, from what they hold.
-        moments: With which their optimizers begin, [K, ...] by name.
-        residues: What rounding left of what they sent last, [K, ...] by name; none is kept: {}.
-        hidden: Whether what they send is rounded and masked, and only then known to be sent.
-        places, results: Of the clients that have trained, part after part.
-        failures: Why others have not, by id.
+        request: The request.
+        base: The weights from which clients start.
+        downlink: The instructions, with the clients' own state.
+        moments: Initial moments of their optimizers, [K, ...] by name.
+        residues: Residues of their last quantized updates, [K, ...] by name; empty if not kept.
+        hidden: Whether updates are rounded and masked, so that only then is it known who sends.
+        places, results: Of the trained clients, part after part.
+        failures: Why other clients failed, by id.
         notes: Sentences for the ledger.
-        cut: Whether the update of each was longer than the clip, where there is one.
-        coded: Their rows in fewer bits; None where these are sent as they are.
+        cut: Whether each update was longer than the clip, if there is one.
+        coded: Their quantized rows; None if rows are not quantized.
     """
 
     request: TrainRequest
@@ -96,14 +96,14 @@ class Job:
 
 @dataclass(eq=False)
 class Worker:
-    """Trains clients on one replica.
+    """Train clients on one replica.
 
     Attributes:
         trainer: Trains a chunk as one batch.
         replica: The base weights.
-        store: What its clients keep between rounds.
-        terms: What its clients insist on in secure aggregation; None: the run has none.
-        limit: The most clients a batch may hold, once memory ran out with more; None before.
+        store: Its clients' state between rounds.
+        terms: Its clients' conditions for secure aggregation; None without it.
+        limit: The most clients of a batch after memory ran out; None before.
     """
 
     trainer: CohortTrainer
@@ -118,11 +118,12 @@ class Worker:
         return Measurer(self.trainer)
 
     def train(self, ask: Ask) -> Answer:
-        """Answer a request.
+        """Answer a training request.
 
-        A chunk that raises is cut in halves until the clients at fault stand alone: they are
-        reported by id, the others' results are used. Where memory runs out nobody is at fault:
-        batches hold half as many clients from there on.
+        A chunk that raises is halved until the failing clients are isolated: they are reported by
+            id, and
+        the others' results are used. If memory runs out, no client is at fault: from then on
+        batches have half as many clients.
 
         Raises:
             WireError: If a run with secure aggregation is asked for more than sums, or the other
@@ -171,7 +172,7 @@ class Worker:
         return self._reply(job)
 
     def _attempt(self, job: Job, places: list[int]) -> list[list[int]]:
-        """Train the clients at ``places`` as one batch; give the parts that must be tried again."""
+        """Train the clients at ``places`` as one batch; return the parts to try again."""
         request, base = job.request, job.base
         part, clients = job.downlink, request.clients
         moments, residues = job.moments, job.residues
@@ -192,18 +193,18 @@ class Worker:
             )
         except OF_THE_RUN:
             raise
-        except Exception as error:  # whatever a model or data set raises is the client's
+        except Exception as error:  # an error of a model or data set counts as the client's
             failure = f"{self.trainer.blamed(error)}{type(error).__name__}: {error}"
             starved = is_out_of_memory(error)
-            if not starved:  # what is said of a training function needs no traceback
+            if not starved:  # errors of a user's training function need no traceback
                 shown = not isinstance(error, ClientError) or error.__cause__ is not None
                 log.warning("round %d: clients failed", request.round_, exc_info=shown)
-        # Out of the handler: the error's traceback would keep the attempt's memory alive.
+        # Outside the handler: the error's traceback would keep the attempt's memory alive.
         if result is not None:
             local = self.trainer.local
             for client, state in result.states.items():
                 self.store.remember(client, request.round_, state)
-            if request.clip is not None:  # first: what clients keep is what they send
+            if request.clip is not None:  # first, since clients keep the values that they send
                 result = sending(partial(job.shorten, request.clip), result, part, base)
             if job.coded is not None:
                 changes = Changes(request.uplink, part, base, clients)
@@ -225,10 +226,10 @@ class Worker:
         return parts(places, -(-len(places) // 2))
 
     def _shrink(self, job: Job, places: list[int], failure: str) -> list[list[int]]:
-        """Halve the largest batch, for the rest of the run, and cut these clients to it.
+        """Halve the largest batch for the rest of the run, and split these clients accordingly.
 
         Raises:
-            ConfigError: If a single client is too many.
+            ConfigError: If a single client does not fit.
         """
         round_ = job.request.round_
         gc.collect()
@@ -250,7 +251,7 @@ class Worker:
         return parts(places, self.limit)
 
     def _masked(self, job: Job, stage: Stage, terms: SecAggTerms) -> Staged:
-        """Hide what clients send from everyone; see `fedraclora.clients.secure`."""
+        """Mask the clients' updates; see `fedraclora.clients.secure`."""
         request, downlink, base, local = job.request, job.downlink, job.base, self.trainer.local
         places, layout = torch.tensor(job.places, dtype=torch.int64), downlink.layout
         updates, weights = torch.zeros(0, layout.size).double(), torch.zeros(0).double()
@@ -298,19 +299,18 @@ def answer_of(
     mask: torch.Tensor | None = None,
     coded: Coded | None = None,
 ) -> FromTraining:
-    """Build the answer of a chunk from its results.
+    """Build the reply of a chunk from its results.
 
     Args:
-        result: Of the clients that trained, or None if none did.
-        request: What was asked. With ``reduce``, rows are checked and summed here, so that what
-            goes back does not grow with the chunk.
-        clients: Who trained, int64 [k], a part of ``request.clients``.
-        layout: What each client sends.
+        result: The result of the trained clients, or None if none trained.
+        request: The request. With ``reduce``, rows are checked and summed here, so that the size of
+            the reply does not grow with the chunk.
+        clients: The trained clients, int64 [k], a part of ``request.clients``.
+        layout: Layout of each client's update.
         failures: Why a client trained nothing, by id.
         notes: Sentences for the ledger.
         mask: Which numbers of its row each client sends, bool [k, P]; None: all.
-        coded: The rows in fewer bits, where ``result`` has them as they will be read; None: they
-            are sent as they are.
+        coded: The quantized rows, if ``result`` has them as decoded; None: rows are not quantized.
     """
     if result is None:  # every client of the chunk failed
         none = torch.zeros(0, dtype=torch.int64)
@@ -349,7 +349,7 @@ def answer_of(
 
 
 def summed(answer: Summed, request: TrainRequest) -> Summed:
-    """Replace the rows of an answer by weighted sums of blocks, without unusable rows.
+    """Replace the rows of a reply by weighted sums of blocks, without unusable rows.
 
     Args:
         answer: Whose numbers are the rows of its clients, [k, P].
@@ -371,7 +371,7 @@ def summed(answer: Summed, request: TrainRequest) -> Summed:
 
 
 def leaving(local: LocalConfig, program: ClientProgram, result: LocalResult) -> LocalResult:
-    """Select the tensors that clients send, as the programs of a round say."""
+    """Select the tensors that clients send, as defined by the round's programs."""
     for each in (*local.added, program):
         with told_as(ClientError, f"{local.told(each)}: ", "selecting what is sent"):
             result = each.sent(result)
@@ -389,7 +389,7 @@ def sending(
     downlink: RoundInstructions,
     base: Tree,
 ) -> LocalResult:
-    """Replace the rows that clients send by ``change(rows, start)``."""
+    """Replace the uploaded rows by ``change(rows, start)``."""
     layout = downlink.layout
     rows = sent_rows(result, layout)
     new = change(rows, opening_rows(downlink, base, layout, torch.arange(len(rows))))
@@ -400,12 +400,12 @@ def sending(
 def in_steps(
     rows: torch.Tensor, start: torch.Tensor, weights: torch.Tensor, step: float
 ) -> torch.Tensor:
-    """Round rows as secure aggregation does: updates, weighted, to whole steps."""
+    """Round rows as secure aggregation does: weighted updates, to integer steps."""
     each = weights[:, None]
     return start + torch.round((rows - start) * each / step) * step / each
 
 
 def parts(places: list[int], size: int | None) -> list[list[int]]:
-    """Cut a list into parts of at most ``size`` places; None: one part."""
+    """Split a list into parts of at most ``size`` places; None: one part."""
     step = size or len(places)
     return [places[i : i + step] for i in range(0, len(places), step)]

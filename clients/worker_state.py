@@ -1,4 +1,4 @@
-"""The state of a worker process: model, data, base weights."""
+"""Hold the state of a worker process: model, data, base weights."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from fedraclora.wire.exchange import Ask
 
 
 class RequestHandler:
-    """Answers requests that bring the state of their clients.
+    """Answer requests that bring the state of their clients.
 
     Args:
         worker: Trains; what it keeps itself is not used.
@@ -22,14 +22,14 @@ class RequestHandler:
         self.worker = worker
 
     def train(self, ask: Ask, stored: Tree) -> tuple[Answer, Tree]:
-        """Answer an ask.
+        """Answer a request.
 
         Args:
-            ask: What is asked.
-            stored: What its clients hold (`fedraclora.run.client_state.ClientStore.part`).
+            ask: The request.
+            stored: The clients' state (`fedraclora.run.client_state.ClientStore.part`).
 
         Returns:
-            The answer, and what was kept in this round.
+            The reply, and the state stored in this round.
         """
         store = self.worker.store = ClientStore()
         store.restore(stored)
@@ -38,15 +38,16 @@ class RequestHandler:
 
 
 class WorkerState(RequestHandler):
-    """Trains clients on a replica that follows the server's.
+    """Train clients on a replica that follows the server's.
 
     Args:
-        builder: Builds what trains; it travels once to each machine, data included.
+        builder: Builds task and trainer; it is sent once to each machine, with the data.
     """
 
     def __init__(self, builder: TaskBuilder) -> None:
         builder.fix_bits()
         self.replica = Replica(builder.plan, builder.built.device)
-        base = weights_of(builder.task.model)  # the server's, if it begins with them
+        # the server's version, if it begins with these weights
+        base = weights_of(builder.task.model)
         self.replica.take(base, 0, fingerprint(base))
         super().__init__(Worker(builder.trainer, self.replica, terms=builder.terms))
