@@ -110,8 +110,7 @@ class Measurer:
         """Encode the metrics of clients as vectors for secure aggregation.
 
         A client without samples sends zeros: it reveals nothing, and its neighbours' masks need not
-            be
-        removed.
+        be removed.
 
         Returns:
             A function that returns each client's words, by id, and their description.
@@ -149,7 +148,7 @@ class Measurer:
         if not stays and not any(f.per_client for f in downlink.named.values()):
             known, of, weights = self._shared
             if known is not base or of is not ask.downlink:  # serves all chunks of an exchange
-                weights = self._standing(base, downlink, {})
+                weights = self._current_weights(base, downlink, {})
                 self._shared = base, ask.downlink, weights
             return self._sent(weights, *samples)
         owned = (store.weights_of(c, ask.request.round_) for c in clients.tolist())
