@@ -8,7 +8,7 @@ SHELL := /bin/bash
 PYTHON ?= python3
 # For example an --extra-index-url, to take a CPU-only build of torch.
 PIP_ARGS ?=
-# Passed on by simulate, bench, test and golden: make simulate ARGS="seed=1 method.rank=8"
+# Passed on by simulate, bench, test and golden: make simulate ARGS="seeds=3 rounds=50"
 ARGS ?=
 
 VENV := .venv
@@ -58,8 +58,10 @@ $(RUNTIME): pyproject.toml requirements-data.txt
 	$(BIN)/python -m pip install $(PIP_ARGS) --no-deps --requirement requirements-data.txt
 	@touch $@
 
-simulate: $(RUNTIME) ## Run the main job: Fed-RAC-LoRA over 200 simulated clients (ARGS="key=value ...")
-	$(BIN)/fedraclora simulate $(ARGS)
+simulate: $(RUNTIME) ## Compare three methods over 200 simulated clients on real digits (ARGS="key=value ...")
+	$(BIN)/fedraclora compare method=fed_rac_lora,fedavg_lora,fedavg reference=fedavg_lora \
+		fed_rac_lora:method.rank=32,compression.uplink=eden2,compression.downlink=eden2 \
+		local.lr=0.1 fed_rac_lora:local.lr=0.5 $(ARGS)
 
 test: style ## Check style, imports and types, and run the tests (not the slow ones, no GPU)
 	$(MAKE) --no-print-directory --jobs 2 types tests

@@ -166,7 +166,7 @@ def board(name: str, results: Path) -> str:
         results: The folder of all results.
     """
     folder = results / name
-    command = f"`fedraclora compare experiment={name} out=experiments/results/{name}`"
+    command = f"`fedraclora compare study={name} out=experiments/results/{name}`"
     if not (folder / "leaderboard.md").is_file():
         return f"Not run yet: {command}.\n"
     text = (folder / "leaderboard.md").read_text(encoding="utf-8")

@@ -1,8 +1,8 @@
 """Fed-RAC-LoRA: federated fine-tuning by a sequence of merged random low-rank updates.
 
 ``fedraclora.simulate(...)`` runs a method on a task in this process and returns a `RunResult`;
-``fedraclora.read_run(folder)`` reads one, and ``fedraclora.tune(...)`` finds settings. See
-`fedraclora.api`.
+``fedraclora.read_run(folder)`` reads one, ``fedraclora.compare(...)`` compares methods, and
+``fedraclora.tune(...)`` finds settings. See `fedraclora.api`.
 """
 
 from __future__ import annotations
@@ -23,27 +23,33 @@ if TYPE_CHECKING:
         simulate,
         tune,
     )
+    from fedraclora.commands.compare.run import Compared, compare
     from fedraclora.compatibility import Feature
     from fedraclora.protocol.program import ClientProgram
 
 __all__ = [
     "Callback",
     "ClientProgram",
+    "Compared",
     "Feature",
     "Metric",
     "RoundStep",
     "RunResult",
     "Tuned",
+    "compare",
     "read_run",
     "simulate",
     "tune",
 ]
 
-# Names that a node of a deployment, which has no entry points, may import from here.
+# Names that are not in `fedraclora.api`: those that a node of a deployment, which has no entry
+# points, may import from here, and those of a command.
 HOMES = {
     "Callback": "fedraclora.run.callback",
     "ClientProgram": "fedraclora.protocol.program",
+    "Compared": "fedraclora.commands.compare.run",
     "Feature": "fedraclora.compatibility",
+    "compare": "fedraclora.commands.compare.run",
     "RoundStep": "fedraclora.strategies.server.round_step",
 }
 

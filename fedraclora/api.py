@@ -162,7 +162,7 @@ def simulate(
         "callbacks": callbacks,
         "on_round": on_round,
     }
-    plain, typed, watching, given = _asked(choices, said | keys)
+    plain, typed, watching, given = asked_of(choices, said | keys)
     output = section(plain, "output")
     place = place_of(plain, output, folder)
     if place is None:
@@ -225,7 +225,7 @@ def tune(
         raise ConfigError("a whole config leaves nothing to tune: give tune only some keys")
     own = [c for c in choices if isinstance(c, str) and c.startswith("tune.")]
     rest = [c for c in choices if c not in own]
-    plain, typed, watching, steps = _asked((*rest,), given)
+    plain, typed, watching, steps = asked_of((*rest,), given)
     output = section(plain, "output")
     place = place_of(plain, output, folder)
     plain["output"] = {**output, "dir": None if place is None else str(place)}
@@ -249,7 +249,7 @@ class Asked(NamedTuple):
     steps: list[RoundStep]
 
 
-def _asked(choices: tuple[str | Mapping[str, object], ...], given: Mapping[str, Any]) -> Asked:
+def asked_of(choices: tuple[str | Mapping[str, object], ...], given: Mapping[str, Any]) -> Asked:
     """Compose the config from arguments of `simulate`, and register its objects."""
     keys = dict(given)
     model, data, train = (keys.pop(name, None) for name in ("model", "data", "train"))

@@ -24,11 +24,12 @@ COMMANDS += ("predict", "export")
 COMMANDS += ("compact", "report", "watch", "study", "tune", "theory", "init", "bench")
 HELP = {"-h", "--help"}
 VERBOSE = {"-v", "--verbose"}
-TOLD = ("deploy", "theory", "bench")  # whose help is the docstring of their module
+TOLD = ("compare", "deploy", "theory", "bench")  # whose help is the docstring of their module
 # Commands that no file here is called after, and the module that runs each.
 HOMES = {name: f"fedraclora.experiments.{name}.command" for name in ("bench", "theory")}
 HOMES |= {"study": "fedraclora.commands.study.run", "report": "fedraclora.commands.report.page"}
 HOMES |= {"watch": "fedraclora.commands.watch.command"}
+HOMES["compare"] = "fedraclora.commands.compare.command"
 
 
 @printing()

@@ -197,7 +197,7 @@ def read_files(folder: Path) -> RunFiles:
 
 
 _NAME = "method.name"
-_ABSENT = "absent"
+ABSENT = "absent"
 _LONGEST = 40  # characters of settings that make a label
 
 
@@ -263,7 +263,7 @@ def group_runs(runs: Sequence[RunFiles], by: Sequence[str], notes: list[str]) ->
     Raises:
         ConfigError: If a key of ``by`` does not exist, or may mean several.
     """
-    shown = [_resolve(key, runs) for key in by] if by else _differing(runs)
+    shown = [_resolve(key, runs) for key in by] if by else differing(runs)
     whole = sorted({key for run in runs for key in run.keys})
     parted: dict[str, list[RunFiles]] = {}
     for run in runs:
@@ -311,7 +311,7 @@ def _resolve(key: str, runs: Sequence[RunFiles]) -> str:
     return found[0]
 
 
-def _differing(runs: Sequence[RunFiles]) -> list[str]:
+def differing(runs: Sequence[RunFiles]) -> list[str]:
     """The keys that tell the groups apart, besides the method's name.
 
     A key of a named section (``method.rank``, ``data.labels``) that differs only because the
@@ -340,7 +340,7 @@ def values(runs: Iterable[RunFiles], key: str) -> list[str]:
 
 def _text(run: RunFiles, key: str) -> str:
     if key not in run.keys:
-        return _ABSENT
+        return ABSENT
     value = run.keys[key]
     return value if isinstance(value, str) else json.dumps(value, sort_keys=True, default=str)
 

@@ -82,7 +82,7 @@ def make_logarithmic(panel: Axes, which: str) -> None:
         axis = panel.xaxis if which == "x" else panel.yaxis
         panel.set(**{f"{which}scale": "log"})
         decades = math.log10(max(values) / min(values))
-        steps = FEW if decades < 1 else (1, 2, 5) if decades < 2.5 else (1,)
+        steps = FEW if decades < 1 else (1, 2, 5) if decades < 1.7 else (1,)
         axis.set_major_locator(LogLocator(subs=steps, numticks=9))
         axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
         axis.set_minor_formatter(NullFormatter())

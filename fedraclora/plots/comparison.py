@@ -26,7 +26,7 @@ from fedraclora.plots.axes import (
 )
 from fedraclora.plots.palette import Look, looks
 
-_POSITIONS = {  # of a curve: column, title, and what one unit of it is
+POSITIONS = {  # of a curve: column, title, and what one unit of it is
     "round": ("round", 1.0),
     "uplink": ("uplink of all clients so far (MB)", MEGABYTE),
     "traffic": ("uplink + downlink with catch-up so far (MB)", MEGABYTE),
@@ -46,7 +46,7 @@ def compare_figure(
     path: Path,
     *,
     methods: Mapping[str, str],
-    against: Collection[str] = tuple(_POSITIONS),
+    against: Collection[str] = tuple(POSITIONS),
 ) -> None:
     """Draw a metric against rounds, uplink, all traffic and time, one line per group of runs.
 
@@ -59,16 +59,16 @@ def compare_figure(
 
     Args:
         curves: By label, the columns of a mean curve, such as ``statistics.mean_curve`` gives: of
-            `_POSITIONS`, ``value``, ``least``, ``greatest`` and ``runs``.
+            `POSITIONS`, ``value``, ``least``, ``greatest`` and ``runs``.
         metric: Its name.
         path: The PNG to write.
         methods: Name of the method of each curve, by label: it decides the color.
-        against: Of `_POSITIONS`, what gets a panel, if a run has it.
+        against: Of `POSITIONS`, what gets a panel, if a run has it.
     """
     labels = [fill(label, 75) for label in curves]
     legend_columns = max(1, min(len(curves), 85 // (max(map(len, labels), default=0) + 8)))
     legend_rows = math.ceil(len("\n".join(labels).splitlines()) / legend_columns)
-    drawn = [key for key in _POSITIONS if key in against]
+    drawn = [key for key in POSITIONS if key in against]
     known = [k for k in drawn if any(np.isfinite(curve[k]).any() for curve in curves.values())]
     styles = looks([methods[label] for label in curves])
     columns = 2  # of a page that may be narrow: the texts of more would be too small there
@@ -77,7 +77,7 @@ def compare_figure(
     figure.suptitle(f"{metric}: mean over seeds, band from least to greatest", fontsize=12)
     panels = new_panels(figure, lines_of_panels, columns, len(known), sharey=True)
     for place, (panel, key) in enumerate(zip(panels, known, strict=True)):
-        title, unit = _POSITIONS[key]
+        title, unit = POSITIONS[key]
         for look, curve in zip(styles, curves.values(), strict=True):
             _draw_mean(panel, np.asarray(curve[key]) / unit, curve, look, log=unit == MEGABYTE)
         label_axes(panel, title, "" if place % columns else metric)

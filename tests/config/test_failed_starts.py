@@ -15,7 +15,7 @@ import yaml
 
 from fedraclora.api import simulate
 from fedraclora.commands.cli import main
-from fedraclora.commands.compare import compare
+from fedraclora.commands.compare.table import compare_runs
 from fedraclora.commands.simulate import sweep_name
 from fedraclora.compose.overrides import composed
 from fedraclora.config.run_config import RunConfig, from_plain
@@ -351,5 +351,5 @@ def test_a_sweep_with_a_long_name_runs_and_is_found_again(
     assert [log.count(" trained: ") for log in logs] == [1, 1]  # also without progress
     assert command(*words, "resume=auto")[0] == 0
     assert sorted(path.name for path in tmp_path.iterdir()) == folders
-    table: Any = compare([tmp_path], tmp_path / "out")
+    table: Any = compare_runs([tmp_path], tmp_path / "out")
     assert {row[1] for row in table.cells} == {"fed_rac_lora rank=1", "fed_rac_lora rank=2"}

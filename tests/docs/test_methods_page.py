@@ -29,7 +29,7 @@ def test_traits_and_marks_are_those_of_the_method() -> None:
 
 
 def test_a_board_is_shown_once_it_is_there(tmp_path: Path) -> None:
-    assert board("small", tmp_path).startswith("Not run yet: `fedraclora compare experiment=small")
+    assert board("small", tmp_path).startswith("Not run yet: `fedraclora compare study=small")
     (tmp_path / "small").mkdir()
     (tmp_path / "small" / "leaderboard.md").write_text("| method |\n| --- |\n| a |\n")
     shown = board("small", tmp_path)

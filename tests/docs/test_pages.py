@@ -44,7 +44,7 @@ DEPLOYMENTS = [line for line in LINES if line.startswith("fedraclora deploy")]
 THEORIES = [line for line in LINES if line.startswith("fedraclora theory")]
 # A page may show what a command is refused with: the error is what it prints.
 REFUSED = re.compile(r"```bash\n(fedraclora simulate [^\n]+)\n```\n+```text\nerror: ([^\n;:]+)")
-COMPARED = "fedraclora compare experiment="
+COMPARED = "fedraclora compare study="
 COMPARISONS = [line for line in LINES if line.startswith(COMPARED) and ".yaml" not in line]
 BENCHES = [line for line in LINES if line.startswith("fedraclora bench")]
 
@@ -71,7 +71,7 @@ def test_each_deployment_composes(line: str) -> None:
 @pytest.mark.parametrize("line", COMPARISONS)
 def test_each_comparison_finds_its_study_and_rows(line: str) -> None:
     said = key_values(shlex.split(line)[2:])
-    assert chosen(find(str(said["experiment"])), said, []).rows
+    assert chosen(find(str(said["study"])), said, []).rows
 
 
 def test_the_study_of_ones_own_is_one() -> None:

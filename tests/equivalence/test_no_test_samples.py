@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import fedraclora
-from fedraclora.commands import compare
+from fedraclora.commands.compare.table import compare_runs
 from fedraclora.commands.report.page import page_of, read_shown
 from fedraclora.compose.overrides import composed
 from fedraclora.config.build import build_task
@@ -60,7 +60,7 @@ def test_every_command_reads_a_run_that_nobody_measured(
     assert "not finite" not in text
     run.plot(tmp_path / "a.png")
     with pytest.raises(CheckpointError, match=r"none .*evaluated"):
-        compare.compare([run.folder], tmp_path / "table")
+        compare_runs([run.folder], tmp_path / "table")
     with pytest.raises(ConfigError, match="no test samples"):
         run.evaluate()
     assert run.evaluate(CLIENTS[0])["accuracy"] <= 1

@@ -11,8 +11,8 @@ import pytest
 import yaml
 
 from fedraclora.commands import cli
-from fedraclora.commands import compare as comparing
-from fedraclora.commands.compare import compare
+from fedraclora.commands.compare import table as comparing
+from fedraclora.commands.compare.table import compare_runs
 from fedraclora.commands.run_files import find_runs, read_files
 from fedraclora.errors import CheckpointError, ConfigError
 from fedraclora.run.digests import sealed, write_digests
@@ -150,7 +150,7 @@ def test_groups_are_held_at_the_traffic_of_the_run_that_took_least(
 ) -> None:
     make("rac", rac(), final=0.7, up=1000)
     make("avg", {"name": "fedavg"}, final=0.8, up=3000)
-    table = compare([tmp_path / "sweep"], tmp_path / "out")
+    table = compare_runs([tmp_path / "sweep"], tmp_path / "out")
     other, record = table.records
     assert record["metric_at_traffic"] == pytest.approx(0.7)
     # A third of its rounds, 6.7, are within it; evaluated was round 6.
@@ -158,13 +158,13 @@ def test_groups_are_held_at_the_traffic_of_the_run_that_took_least(
     title = f"accuracy at {ROUNDS * (1000 * COHORT + 30) / 1e6:.4g} MB both ways"
     assert dict(zip(table.header, table.cells[0], strict=True))[title] == "0.24"
     make("large", {"name": "full"}, final=0.9, up=30_000)
-    first, *_ = compare([tmp_path / "sweep"], tmp_path / "out").cells
+    first, *_ = compare_runs([tmp_path / "sweep"], tmp_path / "out").cells
     # Not 0, which is the untrained model's.
     assert dict(zip(table.header, first, strict=True))[title] == "before its first evaluation"
     lost = make("lost", rac(2), up=1)  # a run that diverged sets no budget
     (lost / "summary.json").unlink()
     (lost / "stopped.json").write_text('{"kind": "diverged", "round": 0, "reason": "NaN"}')
-    again = compare([tmp_path / "sweep"], tmp_path / "out")
+    again = compare_runs([tmp_path / "sweep"], tmp_path / "out")
     assert again.header == table.header
 
 
@@ -173,7 +173,7 @@ def test_seeds_are_joined_and_the_numbers_are_right(make: Make, tmp_path: Path) 
     for seed, final in enumerate(finals):
         make(f"rac/{seed}", rac(), seed, final=final, up=1000)
         make(f"avg/{seed}", {"name": "fedavg"}, seed, final=0.4, up=50_000, error=1e-3)
-    table = compare([tmp_path / "sweep"], tmp_path / "out", None, target=0.72)
+    table = compare_runs([tmp_path / "sweep"], tmp_path / "out", None, target=0.72)
     assert [r["label"] for r in table.records] == ["fed_rac_lora", "fedavg"]
     record, other = table.records
     assert (record["rank"], other["rank"]) == (1, 2)
@@ -203,7 +203,7 @@ def test_the_error_of_aggregation_is_a_figure_or_a_word(make: Make, tmp_path: Pa
     make("rac", rac(), final=0.9)
     make("avg", {"name": "fedavg_lora", "rank": 4}, final=0.8, error=0.01)
     make("other", {"name": "of a later version"}, final=0.7)
-    table = compare([tmp_path / "sweep"], tmp_path / "out")
+    table = compare_runs([tmp_path / "sweep"], tmp_path / "out")
     shown = dict(zip(table.header, zip(*table.cells, strict=True), strict=True))
     assert shown["aggregation error, last"] == ("exact", "0.2", "not measured")
 
@@ -211,7 +211,7 @@ def test_the_error_of_aggregation_is_a_figure_or_a_word(make: Make, tmp_path: Pa
 def test_what_fewer_bits_cost_gets_columns(make: Make, tmp_path: Path) -> None:
     make("float32", rac(), wire={"uplink": "float32"})
     make("int8", rac(), wire={"uplink": "int8"}, rounding=0.01)
-    table = compare([tmp_path / "sweep"], tmp_path / "out")
+    table = compare_runs([tmp_path / "sweep"], tmp_path / "out")
     shown = dict(zip(table.header, zip(*table.cells, strict=True), strict=True))
     assert sorted(shown["rounding error, up"]) == ["-", f"{0.01 * (ROUNDS + 1) / 2:.4g}"]
     assert "rounding error, down" not in shown
@@ -221,7 +221,7 @@ def test_virtual_time_and_dropped_clients_get_columns(make: Make, tmp_path: Path
     for seed, pace in enumerate((30.0, 50.0)):
         make(f"phones/{seed}", rac(), seed, pace=pace, system={"name": "phones"})
     make("none", rac(), 0, final=0.1, system={"name": "none"})
-    table = compare([tmp_path / "sweep"], tmp_path / "out", target=0.72)
+    table = compare_runs([tmp_path / "sweep"], tmp_path / "out", target=0.72)
     phones, none = table.records
     assert [phones["label"], none["label"]] == [
         "fed_rac_lora system=phones",
@@ -241,7 +241,7 @@ def test_virtual_time_and_dropped_clients_get_columns(make: Make, tmp_path: Path
 
 def test_without_devices_there_is_no_column_of_theirs(make: Make, tmp_path: Path) -> None:
     make("a", rac())
-    table = compare([tmp_path / "sweep"], tmp_path / "out", target=0.1)
+    table = compare_runs([tmp_path / "sweep"], tmp_path / "out", target=0.1)
     assert not any("virtual" in title or "dropped" in title for title in table.header)
 
 
@@ -250,7 +250,7 @@ def test_the_files_hold_the_table(make: Make, tmp_path: Path) -> None:
         make(f"a{seed}", rac(), seed, final=0.5 + 0.1 * seed)
     make("b", {"name": "fedavg"}, 0, final=0.1, local__name="a|b")
     out = tmp_path / "out"
-    table = compare([tmp_path / "sweep"], out, "accuracy", target=0.55)
+    table = compare_runs([tmp_path / "sweep"], out, "accuracy", target=0.55)
     text = (out / "table.md").read_text()
     assert text == table.markdown()
     assert "| 1 | fed_rac_lora local=sgd | 0.55 ± 0.071 | 20 (1 of 2 runs) |" in text
@@ -300,35 +300,35 @@ def test_labels_are_built_from_what_differs(
 ) -> None:
     for index, (method, more) in enumerate(runs):
         make(f"run{index}", method, **more)
-    table = compare([tmp_path / "sweep"], tmp_path / "out")
+    table = compare_runs([tmp_path / "sweep"], tmp_path / "out")
     assert [r["label"] for r in table.records] == labels
 
 
 def test_by_parts_the_groups_and_says_what_it_pools(make: Make, tmp_path: Path) -> None:
     for index, (rank, lr) in enumerate([(4, 0.1), (4, 0.2), (8, 0.1)]):
         make(f"run{index}", rac(rank), index, local__lr=lr)
-    table = compare([tmp_path / "sweep"], tmp_path / "out", by=["rank"])
+    table = compare_runs([tmp_path / "sweep"], tmp_path / "out", by=["rank"])
     assert [r["label"] for r in table.records] == ["fed_rac_lora rank=4", "fed_rac_lora rank=8"]
     assert [r["seeds"] for r in table.records] == [2, 1]
     assert table.notes == ("fed_rac_lora rank=4: pools runs that differ in local.lr",)
     with pytest.raises(ConfigError, match=r"unknown config key 'rnk'.*method\.rank"):
-        compare([tmp_path / "sweep"], tmp_path / "out", by=["rnk"])
+        compare_runs([tmp_path / "sweep"], tmp_path / "out", by=["rnk"])
     with pytest.raises(ConfigError, match="may mean"):
-        compare([tmp_path / "sweep"], tmp_path / "out", by=["name"])
+        compare_runs([tmp_path / "sweep"], tmp_path / "out", by=["name"])
     with pytest.raises(ConfigError, match="one group"):
-        compare([tmp_path / "sweep"], tmp_path / "out", by=["seed"])
+        compare_runs([tmp_path / "sweep"], tmp_path / "out", by=["seed"])
 
 
 def test_a_loss_reaches_a_target_from_above(make: Make, tmp_path: Path) -> None:
     make("a", rac())
-    table = compare([tmp_path / "sweep"], tmp_path / "out", "loss", target=2.5)
+    table = compare_runs([tmp_path / "sweep"], tmp_path / "out", "loss", target=2.5)
     assert table.records[0]["target_rounds"] == 10
 
 
 def test_different_tasks_are_compared_with_a_warning(make: Make, tmp_path: Path) -> None:
     make("a", rac())
     make("b", rac(), metric="f1", data__name="digits")
-    table = compare([tmp_path / "sweep"], tmp_path / "out")
+    table = compare_runs([tmp_path / "sweep"], tmp_path / "out")
     assert len(table.records) == 2
     assert any("different tasks (data.name: mnist, digits)" in note for note in table.notes)
     assert any("sweep/b: accuracy is absent" in note for note in table.notes)
@@ -337,7 +337,7 @@ def test_different_tasks_are_compared_with_a_warning(make: Make, tmp_path: Path)
 def test_a_metric_that_is_not_finite_is_not_averaged_away(make: Make, tmp_path: Path) -> None:
     make("a", rac(), 0)
     make("b", rac(), 1, final=math.nan)  # with a finite loss: as a correlation with constants
-    table = compare([tmp_path / "sweep"], tmp_path / "out")
+    table = compare_runs([tmp_path / "sweep"], tmp_path / "out")
     assert math.isnan(float(str(table.records[0]["metric_mean"])))
     assert any("sweep/b: accuracy is absent or not finite" in note for note in table.notes)
 
@@ -346,11 +346,11 @@ def test_a_metric_that_is_not_finite_is_not_averaged_away(make: Make, tmp_path: 
 def test_runs_are_ranked_by_the_metric(make: Make, tmp_path: Path) -> None:
     for index, final in enumerate((0.5, 0.9, 0.7)):
         make(f"run{index}", rac(index + 1), final=final)
-    table = compare([tmp_path / "sweep"], tmp_path / "out")
+    table = compare_runs([tmp_path / "sweep"], tmp_path / "out")
     assert [row[0] for row in table.cells] == ["1", "2", "3"]
     assert [r["metric_mean"] for r in table.records] == pytest.approx([0.9, 0.7, 0.5])
     make("more", {"name": "fedavg"}, metric="mse", final=0.1)
-    loss = compare([tmp_path / "sweep"], tmp_path / "out", "loss")
+    loss = compare_runs([tmp_path / "sweep"], tmp_path / "out", "loss")
     assert [r["rank"] for r in loss.records] == [1, 2, 3, 4]
 
 
@@ -369,7 +369,7 @@ def test_a_diverged_run_is_named_and_not_advised_to_go_on(make: Make, tmp_path: 
     summary["ledger_digest"] = ledger.digest()
     put_summary(tmp_path / "sweep" / "lost1", summary)
     stopped(make("stopped", rac(2)), {"kind": "diverged", "round": ROUNDS, "reason": "loss"})
-    table = compare([tmp_path / "sweep"], tmp_path / "out")
+    table = compare_runs([tmp_path / "sweep"], tmp_path / "out")
     assert [row[:3] for row in table.cells] == [
         ("1", "fed_rac_lora rank=4", "0.8"),
         ("-", "fed_rac_lora rank=8", "1 of 2 diverged (round 12)"),
@@ -388,7 +388,7 @@ def test_an_unfinished_run_is_shown_without_a_rank(make: Make, tmp_path: Path) -
         stopped(folder, {"kind": "interrupted", "round": round_, "reason": ""})
         Ledger(folder / "ledger.jsonl").cut(round_)
     (tmp_path / "sweep" / "b2" / "stopped.json").unlink()  # as after kill -9
-    table = compare([tmp_path / "sweep"], tmp_path / "out")
+    table = compare_runs([tmp_path / "sweep"], tmp_path / "out")
     assert [row[:4] for row in table.cells] == [
         ("1", "fed_rac_lora", "0.8", "1"),
         ("-", "fed_rac_lora (unfinished, rounds 12 to 16 of 20)", "0.693 ± 0.14", "2"),
@@ -426,7 +426,7 @@ def test_a_long_label_breaks_and_no_number_does(
     for seed in range(2):
         make(f"warm{seed}", rac(), seed, final=0.7 + 0.1 * seed, init_from=start)
     make("cold", rac(), 0, final=0.5, init_from=None)
-    table = compare([tmp_path / "sweep"], tmp_path / "out")
+    table = compare_runs([tmp_path / "sweep"], tmp_path / "out")
     assert [record["label"] for record in table.records] == [
         "warm0 and 1 more",
         "fed_rac_lora init_from=null",
@@ -475,7 +475,7 @@ def test_a_table_in_a_pipe_shows_the_columns_that_fit(
 def test_a_seed_that_comes_twice_is_told(make: Make, tmp_path: Path) -> None:
     make("a", rac(), 3)
     make("b", rac(), 3)
-    (note,) = compare([tmp_path / "sweep"], tmp_path / "out").notes
+    (note,) = compare_runs([tmp_path / "sweep"], tmp_path / "out").notes
     assert "2 runs but 1 different seeds" in note
     assert "sweep/a" in note
     assert "sweep/b" in note
@@ -524,13 +524,13 @@ def test_bad_runs_are_named_and_left_out(make: Make, tmp_path: Path, case: str) 
     spoil(bad)
     with pytest.raises(CheckpointError, match=words):
         read_files(bad)
-    table = compare([tmp_path / "sweep"], tmp_path / "out")
+    table = compare_runs([tmp_path / "sweep"], tmp_path / "out")
     assert [r["seeds"] for r in table.records] == [1]
     (note,) = table.notes
     assert str(bad) in note
     assert note.replace("<", "&lt;") in (tmp_path / "out" / "table.md").read_text()
     with pytest.raises(CheckpointError, match=r"no run to compare\n.*sweep/bad"):
-        compare([bad], tmp_path / "out")
+        compare_runs([bad], tmp_path / "out")
 
 
 def test_runs_are_found_below_a_folder_once(make: Make, tmp_path: Path) -> None:
@@ -590,15 +590,15 @@ def test_a_run_that_was_never_evaluated_has_nothing_to_compare(make: Make, tmp_p
     ledger.append({"round": 1, "metrics": {}})
     put_summary(folder, {"rounds": 1, "weights_digest": "w"})
     with pytest.raises(CheckpointError, match=r"none .*runs was evaluated"):
-        compare([folder], tmp_path / "out")
+        compare_runs([folder], tmp_path / "out")
 
 
 def test_an_unknown_metric_names_the_known_ones(make: Make, tmp_path: Path) -> None:
     make("a", rac())
     with pytest.raises(ConfigError, match="There are: accuracy, loss"):
-        compare([tmp_path / "sweep"], tmp_path / "out", "acuracy")
+        compare_runs([tmp_path / "sweep"], tmp_path / "out", "acuracy")
     with pytest.raises(ConfigError, match="target=nan"):
-        compare([tmp_path / "sweep"], tmp_path / "out", "accuracy", float("nan"))
+        compare_runs([tmp_path / "sweep"], tmp_path / "out", "accuracy", float("nan"))
 
 
 def test_the_command_prints_the_table_or_the_error(
@@ -624,10 +624,10 @@ def test_the_command_prints_the_table_or_the_error(
 @pytest.mark.parametrize("name", ["table.md", "compare.png"])
 def test_files_of_somebody_elses_are_not_overwritten(name: str, make: Make, tmp_path: Path) -> None:
     runs, out = make("a", rac()), tmp_path / "out"
-    compare([runs], out)
-    compare([runs], out)  # its own are
+    compare_runs([runs], out)
+    compare_runs([runs], out)  # its own are
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / name).write_text("mine")
     with pytest.raises(ConfigError, match=name):
-        compare([runs], tmp_path / "mine")
+        compare_runs([runs], tmp_path / "mine")
     assert {p.name: p.read_text() for p in (tmp_path / "mine").iterdir()} == {name: "mine"}

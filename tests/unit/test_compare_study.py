@@ -1,4 +1,4 @@
-"""``compare experiment=...``: methods run alike, resumed, ranked; what is not alike is refused."""
+"""``compare study=...``: methods run alike, resumed, ranked; what is not alike is refused."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def ran(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tiny study, run by the command."""
     folder = tmp_path_factory.mktemp("study")
     (folder / "tiny.yaml").write_text(TINY)
-    words = [f"experiment={folder}/tiny.yaml", f"out={folder}/out", "local.batch_size=8"]
+    words = [f"study={folder}/tiny.yaml", f"out={folder}/out", "local.batch_size=8"]
     assert cli.run("compare", words) == 0
     return folder
 
@@ -97,7 +97,7 @@ def test_what_is_unverified_or_personal_is_marked_and_not_ranked(ran: Path) -> N
 def test_a_value_at_the_edge_of_its_grid_is_marked_in_every_table(
     ran: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    words = [f"experiment={ran}/tiny.yaml", f"out={ran}/out", "local.batch_size=8", "table=true"]
+    words = [f"study={ran}/tiny.yaml", f"out={ran}/out", "local.batch_size=8", "table=true"]
     assert cli.run("compare", words) == 0
     printed = capsys.readouterr().out.splitlines()[-1]
     assert printed.startswith(f"written: {ran}/out/leaderboard.md, ")
@@ -113,7 +113,7 @@ def test_a_value_at_the_edge_of_its_grid_is_marked_in_every_table(
 
 def test_what_has_run_is_not_run_again(ran: Path) -> None:
     before = (ran / "out" / "runs.jsonl").read_bytes()
-    words = [f"experiment={ran}/tiny.yaml", f"out={ran}/out", "local.batch_size=8"]
+    words = [f"study={ran}/tiny.yaml", f"out={ran}/out", "local.batch_size=8"]
     assert cli.run("compare", words) == 0
     assert cli.run("compare", [*words, "table=true"]) == 0
     assert (ran / "out" / "runs.jsonl").read_bytes() == before
@@ -122,7 +122,7 @@ def test_what_has_run_is_not_run_again(ran: Path) -> None:
 def test_results_of_other_settings_are_not_taken_for_these(
     ran: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    words = [f"experiment={ran}/tiny.yaml", f"out={ran}/out", "local.batch_size=4"]
+    words = [f"study={ran}/tiny.yaml", f"out={ran}/out", "local.batch_size=4"]
     assert cli.run("compare", words) == 1
     said = capsys.readouterr().err
     assert "local.batch_size=8" in said
@@ -165,12 +165,12 @@ def test_a_row_of_another_task_is_refused_unless_the_study_is_about_it(tmp_path:
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["experiment=leaderboard_mnst"], "did you mean 'leaderboard_mnist'"),
-        (["experiment=fedslop_mnist", "jobs=0"], "jobs=0"),
-        (["experiment=fedslop_mnist", "target=high"], "target='high'"),
-        (["experiment=fedslop_mnist", "fedavg"], "form key=value"),
-        (["experiment=fedslop_mnist", "table=true", "out={here}"], "whose final runs"),
-        (["experiment=fedslop_mnist", "metod=fedavg", "out={here}"], "metod"),
+        (["study=leaderboard_mnst"], "did you mean 'leaderboard_mnist'"),
+        (["study=fedslop_mnist", "jobs=0"], "jobs=0"),
+        (["study=fedslop_mnist", "target=high"], "target='high'"),
+        (["study=fedslop_mnist", "fedavg"], "form key=value"),
+        (["study=fedslop_mnist", "table=true", "out={here}"], "whose final runs"),
+        (["study=fedslop_mnist", "metod=fedavg", "out={here}"], "metod"),
     ],
 )
 def test_wrong_words_end_in_one_line(
@@ -281,6 +281,6 @@ def test_a_study_overwrites_no_file_of_somebody_elses(
     (tmp_path / "tiny.yaml").write_text(TINY)
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / name).write_text("mine: 1\n")
-    assert cli.run("compare", [f"experiment={tmp_path}/tiny.yaml", f"out={tmp_path}/out"]) == 1
+    assert cli.run("compare", [f"study={tmp_path}/tiny.yaml", f"out={tmp_path}/out"]) == 1
     assert name in capsys.readouterr().err
     assert [p.read_text() for p in (tmp_path / "out").iterdir()] == ["mine: 1\n"]

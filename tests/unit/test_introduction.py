@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 import fedraclora
-from fedraclora.commands.compare import compare
+from fedraclora.commands.compare.table import compare_runs
 from fedraclora.commands.report.page import page_of, read_shown
 from fedraclora.errors import ConfigError
 from fedraclora.models.built import seeded
@@ -199,7 +199,7 @@ def test_reports_and_comparisons_show_what_runs_learn(tmp_path: Path) -> None:
         run(folder=tmp_path / "runs" / name, local={"lr": lr})
     page = page_of([read_shown(tmp_path / "runs" / name) for name in "ab"])
     assert "cross_entropy (guessed" in page
-    notes = "\n".join(compare([tmp_path / "runs"], tmp_path / "out").notes)
+    notes = "\n".join(compare_runs([tmp_path / "runs"], tmp_path / "out").notes)
     assert notes.count("cross_entropy (guessed") == 1  # of all runs
     assert "learning rate 0.1" in notes
     assert "learning rate 0.3" in notes

@@ -10,7 +10,7 @@ import pytest
 
 import fedraclora
 from fedraclora.commands import cli
-from fedraclora.commands.compare import compare
+from fedraclora.commands.compare.table import compare_runs
 from fedraclora.errors import ConfigError
 from fedraclora.run.digests import read_sealed
 
@@ -51,7 +51,7 @@ def writers(run: Path) -> dict[str, Callable[[], object]]:
         "compact": lambda: command("compact", str(run), "--every", "2"),
         "report": lambda: command("report", str(run)),
         "export": lambda: command("export", str(run), "--format", "state_dict"),
-        "compare": lambda: compare([run], run / "compared"),
+        "compare": lambda: compare_runs([run], run / "compared"),
         "predict": lambda: command("predict", str(run), "--data", "test", "--out", f"{run}/p.csv"),
         "save": lambda: fedraclora.read_run(run).save(run / "saved"),
     }

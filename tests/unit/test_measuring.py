@@ -13,7 +13,7 @@ import scipy.stats
 import torch
 
 import fedraclora
-from fedraclora.commands.compare import compare
+from fedraclora.commands.compare.table import compare_runs
 from fedraclora.commands.report.figures import figures_of
 from fedraclora.commands.report.page import page_of, read_shown
 from fedraclora.config import pretraining
@@ -201,7 +201,7 @@ def test_a_metric_of_clients_stops_a_run_and_is_a_metric_like_any(tmp_path: Path
         simulated(*words, "stop.metric=clients.accuracy.p50")
     with pytest.raises(ConfigError, match=r"evaluate.clients=round"):
         simulated(metric, "stop.patience=1")
-    table = compare([tmp_path / "a"], tmp_path / "out", metric="clients.loss.mean")
+    table = compare_runs([tmp_path / "a"], tmp_path / "out", metric="clients.loss.mean")
     last = run.rows[2]["clients"]["loss"]["mean"]
     assert table.records[0]["metric_mean"] == pytest.approx(last)
     assert higher_is_better("clients.accuracy.worst10")

@@ -15,7 +15,7 @@ from torch import nn
 from torchmetrics import AUROC, MeanSquaredError
 
 import fedraclora
-from fedraclora.commands import compare as comparing
+from fedraclora.commands.compare import table as comparing
 from fedraclora.commands.report.page import Shown, results
 from fedraclora.commands.run_files import read_files
 from fedraclora.commands.study.file import refuse_lower
@@ -383,7 +383,7 @@ def test_who_chooses_by_a_metric_of_ones_own_knows_its_direction(
         best = min(run.rows, key=lambda row: row["validation"]["wrong"])
         assert run.summary["best"]["round"] == best["round"]  # type: ignore[index]
         assert run.summary["rounds"] < 9  # shares fall to an end, or do not move
-    table = comparing.compare([tmp_path], tmp_path / "out", "wrong", target=0.4)
+    table = comparing.compare_runs([tmp_path], tmp_path / "out", "wrong", target=0.4)
     means = [record["metric_mean"] for record in table.records]
     assert means == sorted(means)
     assert means[0] < means[1]

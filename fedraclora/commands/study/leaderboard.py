@@ -167,12 +167,12 @@ def _marked(record: Mapping[str, object]) -> str:
 
 
 STUDIES = LABORATORY / "studies"
-KEYS = ("experiment", "methods", "preset", "metric", "target", "tuned_by", "jobs", "out", "table")
+KEYS = ("study", "methods", "experiment", "metric", "target", "tuned_by", "jobs", "out", "table")
 
 
 def is_study(words: Sequence[str]) -> bool:
     """Check whether the words of ``compare`` ask for a study, not for folders of runs."""
-    return any(word.startswith("experiment=") for word in words)
+    return any(word.startswith("study=") for word in words)
 
 
 def compare_study(words: Sequence[str]) -> None:
@@ -186,7 +186,7 @@ def compare_study(words: Sequence[str]) -> None:
     """
     options, overrides = part(words, KEYS)
     key_values(overrides)  # each is KEY=VALUE
-    name = str(options["experiment"])
+    name = str(options["study"])
     study = chosen(find(name), options, overrides)
     out = Path(str(options.get("out", Path("runs/compare") / Path(name).stem)))
     only = options.get("table") is True
@@ -220,8 +220,7 @@ def find(name: str) -> Path:
 def chosen(path: Path, options: dict[str, object], overrides: Sequence[str]) -> Study:
     """Read a study, and change it as the words say."""
     study = Study.read(path, overrides)
-    names = {"metric": "metric", "preset": "experiment"}
-    changes = {name: options[key] for key, name in names.items() if key in options}
+    changes = {k: value for k, value in options.items() if k in {"metric", "experiment"}}
     if "target" in options:
         changes["target"] = _number("target", options["target"])
     if "methods" in options:

@@ -7,7 +7,7 @@ split), and the seeds of the final runs; without ``tune`` all rows have the grid
 ``--tuned-by`` takes what another study has tuned, of the same rows on a like task. ``--tuning``
 gives overrides to the tuning runs alone, and ``--row`` runs some of the rows; what is written shows
 all that have run. Every run that ends adds one line to ``runs.jsonl``;
-started again, the study goes on where it stopped. ``fedraclora compare experiment=STUDY`` does the
+started again, the study goes on where it stopped. ``fedraclora compare study=STUDY`` does the
 same and makes a leaderboard of it.
 """
 

@@ -1,27 +1,25 @@
-"""Compare runs: one table that ranks them and one figure, with the spread over seeds.
+"""Compare groups of runs, from their folders: one table that ranks them, and one figure.
 
-``fedraclora compare RUN [RUN ...] --out DIR --metric NAME --target X --by KEY[,KEY]``
-
-RUN is the folder of a run or of a sweep. Runs that differ in nothing but seed and output folder
-are one group. Groups are ranked by the metric; runs that diverged, or are unfinished, are named and
-have no rank; broken ones are left out. With ``experiment=STUDY`` the runs are made first:
-`fedraclora.commands.study.leaderboard`.
+Runs that differ in nothing but seed and output folder are one group. Groups are ranked by the
+metric; runs that diverged, or are unfinished, are named and have no rank; broken ones are left out.
 """
 
 from __future__ import annotations
 
-import argparse
 import math
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fedraclora.commands.run_files import (
+    ABSENT,
     BEGINS,
     ROUNDING_ERRORS,
     Group,
     RunFiles,
+    differing,
     find_runs,
     group_runs,
     is_result,
@@ -30,11 +28,10 @@ from fedraclora.commands.run_files import (
     values,
 )
 from fedraclora.commands.study.entries import UNTRAINED, is_exact, of_all, shown_error
-from fedraclora.commands.study.leaderboard import compare_study, is_study
 from fedraclora.errors import CheckpointError, ConfigError, FedRacLoraError, unknown
 from fedraclora.evaluation.metrics import higher_is_better
 from fedraclora.plots.axes import MEGABYTE
-from fedraclora.plots.comparison import compare_figure
+from fedraclora.plots.comparison import POSITIONS, compare_figure
 from fedraclora.protocol.uplinks import calmer
 from fedraclora.run.folder import resume_word
 from fedraclora.run.ledger import number
@@ -44,6 +41,7 @@ from fedraclora.run.statistics import (
     last,
     last_within,
     mean_curve,
+    paired,
     rounds_of,
 )
 from fedraclora.run.stopped import stop_reason
@@ -52,14 +50,21 @@ from fedraclora.terminal.tables import TextTable
 from fedraclora.wire.fields import printable
 
 if TYPE_CHECKING:
-    from pandas import DataFrame
+    from pandas import DataFrame, Series
 
 Ranked = tuple[Group, dict[str, object]]  # a group, and its numbers
 SHOWN = 8  # ways to begin that are told apart
+FILES = ("table.md", "table.csv", "compare.png")
+SETTINGS = {  # by title: keys that a reader looks for first in a row
+    "rank": "method.rank",
+    "precision up": "compression.uplink",
+    "precision down": "compression.downlink",
+    "learning rate": "local.lr",
+}
 _TASK = ("data.", "model.", "pretrain.")
 
 
-def compare(
+def compare_runs(
     paths: Sequence[Path],
     out: Path,
     metric: str | None = None,
@@ -85,19 +90,14 @@ def compare(
     """
     if target is not None and not math.isfinite(target):
         raise ConfigError(f"--target={target}: give a value of the metric")
-    refuse_linked(out)
-    if not is_result(out):
-        refuse_overwriting(out, ("table.md", "table.csv", "compare.png"))
+    refuse_others(out)
     runs, notes = _read(paths)
     metric = _metric(runs, metric, notes)
     groups = group_runs(runs, by, notes)
     _warn(runs, groups, notes)
     notes += _begun(groups)
-    whole = [run for run in runs if run.summary and run.diverged_at is None] or runs
-    higher = higher_is_better(metric, [name for run in runs for name in run.lower])
     rounds = rounds_of({run.folder: run.rows for run in runs}, [metric])
-    budget = last(rounds)["traffic"][[run.folder for run in whole]].min()
-    wanted = Wanted(metric, target, float(budget), higher)
+    wanted = Wanted.of(groups, rounds, metric, target)
     ranked = _ranked(groups, rounds, wanted)
     records = tuple(record for _, record in ranked)
     measured = {key for r in records for key in r if math.isfinite(number(r, key))}
@@ -105,10 +105,72 @@ def compare(
     table = replace(TextTable.of(shown, notes), records=records, texts=2)
     out.mkdir(parents=True, exist_ok=True)
     table.write(out, "table")
-    curves = {printable(g.title): mean_curve(_of_group(rounds, g), g.title) for g, _ in ranked}
-    methods = {printable(group.title): group.method for group in groups}
-    compare_figure(curves, metric, out / "compare.png", methods=methods)
+    draw([group for group, _ in ranked], rounds, metric, out)
     return table
+
+
+def compare_rows(
+    groups: Sequence[Group], reference: str, out: Path, metric: str | None = None
+) -> TextTable:
+    """Compare groups of runs of the same seeds with one of them; write the same three files.
+
+    Args:
+        groups: By name; their runs have rounds.
+        reference: Name of the one that the others are held against: by paired differences, and by
+            what it takes them to reach its final metric.
+        out: Folder of the files.
+        metric: Key of the ledger's metrics; None for the first metric of the first run.
+
+    Returns:
+        The table, the best group first.
+
+    Raises:
+        ConfigError: If there is no such metric.
+    """
+    runs, notes = [run for group in groups for run in group.runs], list[str]()
+    metric = _metric(runs, metric, notes)
+    rounds = rounds_of({run.folder: run.rows for run in runs}, [metric])
+    (held,) = (group for group in groups if group.name == reference)
+    wanted = Wanted.of(groups, rounds, metric, finals_of(held, metric).mean)
+    ranked = _ranked(groups, rounds, wanted)
+    records = tuple(
+        record | settings_of(group) | _difference(group, held, metric) for group, record in ranked
+    )
+    shown = [
+        _against(record, len(group.runs), wanted, reference)
+        for (group, _), record in zip(ranked, records, strict=True)
+    ]
+    if keys := differing(runs):
+        notes.append(f"The rows differ in method, {', '.join(keys)}; all else is the same.")
+    table = replace(TextTable.of(shown, notes), records=records)
+    out.mkdir(parents=True, exist_ok=True)
+    table.write(out, "table")
+    draw([group for group, _ in ranked], rounds, metric, out, against=("round", "traffic"))
+    return table
+
+
+def refuse_others(out: Path) -> None:
+    """Refuse a folder for the files that has somebody else's of these names.
+
+    Raises:
+        ConfigError: Naming one.
+    """
+    refuse_linked(out)
+    if not is_result(out):
+        refuse_overwriting(out, FILES)
+
+
+def draw(
+    groups: Sequence[Group],
+    rounds: DataFrame,
+    metric: str,
+    out: Path,
+    against: Collection[str] = POSITIONS,
+) -> None:
+    """Draw the mean curve of each group, in the color of its method, as ``compare.png``."""
+    curves = {printable(g.title): mean_curve(_of_group(rounds, g), g.title) for g in groups}
+    methods = {printable(group.title): group.method for group in groups}
+    compare_figure(curves, metric, out / "compare.png", methods=methods, against=against)
 
 
 @dataclass(frozen=True)
@@ -126,6 +188,17 @@ class Wanted:
     target: float | None
     budget: float
     higher: bool = True
+
+    @classmethod
+    def of(
+        cls, groups: Sequence[Group], rounds: DataFrame, metric: str, target: float | None
+    ) -> Wanted:
+        """Take the budget and the direction of the metric from the runs."""
+        runs = [run for group in groups for run in group.runs]
+        whole = [run for run in runs if run.summary and run.diverged_at is None] or runs
+        higher = higher_is_better(metric, [name for run in runs for name in run.lower])
+        budget = last(rounds)["traffic"][[run.folder for run in whole]].min()
+        return cls(metric, target, float(budget), higher)
 
 
 def _read(paths: Sequence[Path]) -> tuple[list[RunFiles], list[str]]:
@@ -227,10 +300,7 @@ def _record(group: Group, rounds: DataFrame, wanted: Wanted) -> dict[str, object
         rounds: Of the runs (`statistics.rounds_of`).
         wanted: What is compared.
     """
-    # A diverged seed makes the mean undefined: leaving it out would favour the method.
-    final = Spread.of(
-        math.nan if run.diverged_at is not None else run.final(wanted.metric) for run in group.runs
-    )
+    final = finals_of(group, wanted.metric)
     ends, by_run = last(rounds), rounds.groupby("run", sort=False)
     within = last_within(rounds, wanted.budget)
 
@@ -246,6 +316,7 @@ def _record(group: Group, rounds: DataFrame, wanted: Wanted) -> dict[str, object
         "metric": wanted.metric,
         "metric_mean": final.mean if math.isfinite(final.mean) else math.nan,
         "metric_std": final.deviation,
+        "metric_error": final.error,
         "exact": _is_exact(group.runs[0]),
     }
     for way in ("uplink", "downlink"):
@@ -277,6 +348,33 @@ def _record(group: Group, rounds: DataFrame, wanted: Wanted) -> dict[str, object
     }
 
 
+def finals_of(group: Group, metric: str) -> Spread:
+    """Average what the runs came to; NaN where one diverged, since without it a method gains."""
+    return Spread.of(_by_seed(group, metric))
+
+
+def _by_seed(group: Group, metric: str) -> Series:
+    from pandas import Series
+
+    found = {
+        str(run.seed): math.nan if run.diverged_at is not None else run.final(metric)
+        for run in group.runs
+    }
+    return Series(found, dtype=float)
+
+
+def _difference(group: Group, held: Group, metric: str) -> dict[str, object]:
+    """Give the mean difference of runs of the same seeds, and its standard error."""
+    found = paired(_by_seed(group, metric), _by_seed(held, metric))
+    return {"difference": found.mean, "difference_error": found.error}
+
+
+def settings_of(group: Group) -> dict[str, object]:
+    """Give what rows of a comparison are told apart by, besides the name; "-" where it has none."""
+    found = {title: values(group.runs, key) for title, key in SETTINGS.items()}
+    return {title: "-" if each == [ABSENT] else ", ".join(each) for title, each in found.items()}
+
+
 def _is_exact(run: RunFiles) -> bool:
     """Check whether aggregates were means; False where the method is none of this version's."""
     try:
@@ -297,13 +395,7 @@ def _shown(
         measured: Keys that some record has a number of; the others have no column, if they may
             be absent.
     """
-
-    def text(key: str) -> str:
-        value = number(record, key)
-        if not math.isfinite(value):
-            return "-"
-        return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
-
+    text = partial(shown_number, record)
     mean, spread = text("metric_mean"), number(record, "metric_std")
     if not math.isfinite(number(record, "metric_mean")):
         mean = str(record["state"]) or mean
@@ -353,23 +445,48 @@ def _shown(
     return shown | {"seconds of rounds": text("round_seconds")}
 
 
-def main(words: Sequence[str]) -> None:
-    """Run the command; see the module's docstring."""
-    parser = argparse.ArgumentParser(
-        prog="fedraclora compare",
-        description="Compare and rank runs: table.md, table.csv, compare.png.",
-        epilog="Or experiment=STUDY [KEY=VALUE ...]: run methods alike first, and rank them.",
-    )
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run or sweep folder")
-    parser.add_argument("--out", type=Path, default=Path("runs/compare"), help="output folder")
-    parser.add_argument("--metric", help="metric to compare (the runs' first one)")
-    parser.add_argument("--target", type=float, help="value of the metric to be reached")
-    parser.add_argument("--by", default="", metavar="KEY[,KEY]", help="config keys to group by")
-    if is_study(words):
-        compare_study(words)
-        return
-    chosen = parser.parse_args(words)
-    by = [key.strip() for key in chosen.by.split(",") if key.strip()]
-    table = compare(chosen.runs, chosen.out, chosen.metric, chosen.target, by)
-    table.print()
-    print(f"written: {chosen.out}/table.md, table.csv, compare.png")  # with every column
+def shown_number(record: Mapping[str, object], key: str) -> str:
+    """Write a number of a record as a table shows it."""
+    value = number(record, key)
+    if not math.isfinite(value):
+        return "-"
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+
+
+def _against(
+    record: dict[str, object], runs: int, wanted: Wanted, reference: str
+) -> dict[str, str]:
+    """What the table shows of a record that is held against a reference, by title.
+
+    Args:
+        record: Of `_record`, with its settings and the difference to the reference.
+        runs: Of the group.
+        wanted: What is compared.
+        reference: Its label.
+    """
+    text = partial(shown_number, record)
+
+    def spread(key: str, error: str, sign: str = "", lost: str = "-") -> str:
+        mean, around = number(record, key), number(record, error)
+        if not math.isfinite(mean):
+            return lost
+        return f"{mean:{sign}.4f}" + (f" ± {around:.2g}" if math.isfinite(around) else "")
+
+    there = record.get("target_reached", 0)
+    own = record["label"] == reference
+    shown = {
+        "method": str(record["label"]),
+        **{title: str(record[title]) for title in SETTINGS},
+        f"{wanted.metric}, ± standard error": spread(
+            "metric_mean", "metric_error", lost=str(record["state"]) or "-"
+        ),
+        f"less {reference}, paired": "" if own else spread("difference", "difference_error", "+"),
+        "MB up": text("uplink_mb"),
+        "MB down": text("downlink_mb"),
+    }
+    if wanted.target is not None and math.isfinite(wanted.target):
+        missed = of_all(there, runs)
+        for title, key in {"rounds": "target_rounds", "MB": "target_traffic_mb"}.items():
+            reached = text(key) + missed if there else "not reached"
+            shown[f"{title} to {wanted.target:.4f}"] = reached
+    return shown | {"seconds": text("round_seconds"), "seeds": text("seeds")}

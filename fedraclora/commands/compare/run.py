@@ -1,0 +1,307 @@
+"""Run methods alike, on the same seeds, and compare them: `fedraclora.compare`.
+
+Each run is an ordinary one, in a folder of its own that is named by the row of the comparison and
+by a digest of its settings. So what has run is not run again, by the same comparison or another.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from hashlib import sha256
+from itertools import product
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fedraclora.api import asked_of, simulate
+from fedraclora.binding import PlainDict, section
+from fedraclora.commands.compare.outcome import won
+from fedraclora.commands.compare.table import compare_rows, refuse_others
+from fedraclora.commands.report.page import FILE, page_of, read_shown
+from fedraclora.commands.run_files import Group, read_files
+from fedraclora.compose.choices import groups
+from fedraclora.compose.overrides import key_of
+from fedraclora.compose.resume import laid_over
+from fedraclora.config.build import resolved
+from fedraclora.config.run_config import from_plain
+from fedraclora.data.locate import user_path
+from fedraclora.errors import ConfigError, DivergenceError, FedRacLoraError, unknown
+from fedraclora.imports import refuse_run
+from fedraclora.run.folder import is_finished
+from fedraclora.run.stopped import divergence
+from fedraclora.strategies.methods import METHODS
+from fedraclora.trust import is_function
+from fedraclora.trust import trust as trust_all
+from fedraclora.weights.files import keep_private
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
+
+OUT = "runs/compare"
+NOT_IN_A_DIGEST = ("seed", "output", "resume")
+UNSAFE = re.compile(r"[^\w.+-]")  # in the name of a folder
+Settings = tuple[tuple[str | Mapping[str, object], ...], dict[str, object]]
+
+
+@dataclass(frozen=True)
+class Compared:
+    """What a comparison found.
+
+    Attributes:
+        folder: Where table.md, table.csv, compare.png and report.html are.
+        table: A row for each method, the best first, with plain numbers.
+        runs: The folders of the runs, one for each seed, by row: `fedraclora.read_run` reads one.
+        said: In a sentence, what each row gains or loses beside the reference.
+    """
+
+    folder: Path
+    table: DataFrame
+    runs: Mapping[str, list[Path]]
+    said: str
+
+
+def compare(
+    *choices: str | Mapping[str, object],
+    methods: str | Sequence[str] | Mapping[str, object],
+    seeds: int = 1,
+    reference: str | None = None,
+    metric: str | None = None,
+    folder: str | Path | None = None,
+    trust: Sequence[str] = (),
+    **given: Any,
+) -> Compared:
+    """Run methods alike, and compare what they reach and what they send.
+
+    All that is said for all rows is the same: data, model, clients, rounds, seeds. Each method has
+    its own learning rate where you name none. The same call resumes what was interrupted, and
+    reads what has run.
+
+    Args:
+        choices: As for `simulate`, for all methods.
+        methods: Names of methods; or by a name of your choice the settings of a row: a list of
+            words (``["method.rank=32"]``), a mapping of keys, an instance of a method's class, or
+            None. A row of a name that is no method's says ``method`` among its settings.
+        seeds: How many runs each row has: the seeds from ``seed`` on.
+        reference: The row that the others are held against; None: the first.
+        metric: By which they are compared; None: the first that the runs have.
+        folder: Where all is written, as ``output.dir``; None: ``runs/compare``.
+        trust: As for `simulate`.
+        given: Model, data and further arguments of `simulate`, for all methods.
+
+    Returns:
+        ``table`` (a pandas frame), ``runs`` (their folders), ``said`` (a sentence), ``folder``.
+
+    Raises:
+        ConfigError: If a row cannot be composed, before any is run.
+        FedRacLoraError: If rows failed, once the others are compared; a row that diverged is
+            shown as that.
+    """
+    refuse_run()
+    trust_all(trust)
+    rows = {name: (choices, given, own) for name, own in settings_of_rows(methods).items()}
+    held = next(iter(rows)) if reference is None else reference
+    if held not in rows:
+        raise unknown("reference", held, rows)
+    if isinstance(seeds, bool) or not isinstance(seeds, int) or seeds < 1:
+        raise ConfigError(f"seeds={seeds!r} is no number of runs; give 1 or more.")
+    found = {name: Row.of(name, *row) for name, row in rows.items()}
+    out = user_path("folder", folder or next(iter(found.values())).out or OUT)
+    refuse_others(out)
+    failed = run_all(found, out, seeds)
+    if held in failed or len(failed) == len(found):
+        raise FedRacLoraError(f"{held}: {failed[held]}")
+    return outcome(found, out, Asked(seeds, held, metric), failed)
+
+
+@dataclass(frozen=True)
+class Asked:
+    """How rows are compared: the number of seeds, the reference's name, and the metric or None."""
+
+    seeds: int
+    reference: str
+    metric: str | None
+
+
+@dataclass(frozen=True)
+class Row:
+    """A method of a comparison, with its settings.
+
+    Attributes:
+        name: Of the row.
+        choices, given: Arguments of `simulate`.
+        plain: The config that they make.
+    """
+
+    name: str
+    choices: tuple[str | Mapping[str, object], ...]
+    given: Mapping[str, Any]
+    plain: PlainDict
+
+    @classmethod
+    def of(
+        cls,
+        name: str,
+        choices: tuple[str | Mapping[str, object], ...],
+        given: Mapping[str, Any],
+        own: Settings,
+    ) -> Row:
+        """Compose a row, and check its values.
+
+        Raises:
+            ConfigError: Naming it.
+        """
+        words, keys = own
+        try:
+            plain = asked_of((*choices, *words), {**given, **keys}).plain
+            check(plain)
+        except ConfigError as error:
+            raise ConfigError(f"{name}: {error}") from error
+        return cls(name, (*choices, *words), {**given, **keys}, plain)
+
+    @property
+    def out(self) -> object:
+        """The folder that is asked for in the config; None where none is."""
+        return section(self.plain, "output").get("dir")
+
+    def folders(self, out: Path, seeds: int) -> dict[int, Path]:
+        """Give the folder of each run, by seed."""
+        kept = {key: value for key, value in self.plain.items() if key not in NOT_IN_A_DIGEST}
+        text = json.dumps(laid_over(kept, {"data.root": None}), sort_keys=True, default=str)
+        digest = sha256(text.encode()).hexdigest()[:8]
+        folder = out / f"{UNSAFE.sub('_', self.name)}_{digest}"
+        first = int(str(self.plain["seed"]))
+        return {seed: folder / f"seed_{seed}" for seed in range(first, first + seeds)}
+
+    def run(self, seed: int, folder: Path) -> None:
+        """Run one seed, or resume it.
+
+        Raises:
+            FedRacLoraError: Whatever goes wrong, as for `simulate`.
+        """
+        given = {**self.given, "seed": seed}
+        simulate(*self.choices, {"output": {"dir": None}}, folder=folder, resume=True, **given)
+
+
+def check(plain: PlainDict) -> None:
+    """Check the values of a config as a run does at its start, with any rate for one to be found.
+
+    Raises:
+        ConfigError: Naming the key.
+    """
+    known = resolved(plain)
+    if section(known, "local").get("lr") == "auto":
+        known = laid_over(known, {"local.lr": 1.0})
+    from_plain(known, METHODS)
+
+
+def settings_of_rows(methods: str | Sequence[str] | Mapping[str, object]) -> dict[str, Settings]:
+    """Read which methods are compared, and the settings of each.
+
+    Returns:
+        By row: choices and further arguments of `simulate`.
+
+    Raises:
+        ConfigError: If a method is not known or comes twice, or there is none.
+    """
+    if isinstance(methods, str):
+        methods = [name.strip() for name in methods.split(",")]
+    if not isinstance(methods, Mapping):
+        if twice := sorted({name for name in methods if [*methods].count(name) > 1}):
+            raise ConfigError(
+                f"{', '.join(twice)} is named twice; name a second row as you like, and give it "
+                f"NAME:method={twice[0]} and what it differs in."
+            )
+        methods = dict.fromkeys(methods)
+    if not methods:
+        raise ConfigError("no method is named; give the names of two or more.")
+    return {str(name): _settings(str(name), own) for name, own in methods.items()}
+
+
+def _settings(name: str, own: object) -> Settings:
+    words: tuple[str | Mapping[str, object], ...] = ()
+    given: dict[str, object] = {}
+    if isinstance(own, str):
+        words = (own,)
+    elif isinstance(own, Mapping):
+        # An instance of a class is no value of a config.
+        plain = isinstance(own.get("method"), str | Mapping | None)
+        given = {} if plain else {"method": own["method"]}
+        words = ({key: value for key, value in own.items() if key not in given},)
+    elif isinstance(own, Sequence):
+        words = tuple(own)
+    elif own is not None:
+        given = {"method": own}
+    if not given and not any(map(_chooses, words)):
+        if name not in groups()["method"] and not is_function(name):
+            raise unknown("method", name, groups()["method"])
+        words = (f"method={name}", *words)
+    return words, given
+
+
+def _chooses(settings: str | Mapping[str, object]) -> bool:
+    """Check whether some settings name a method; a mapping of its keys need not."""
+    if isinstance(settings, str):
+        return key_of(settings) == "method"
+    method = settings.get("method")
+    return "name" in method if isinstance(method, Mapping) else method is not None
+
+
+def run_all(rows: Mapping[str, Row], out: Path, seeds: int) -> dict[str, str]:
+    """Run all seeds of all rows that have not run; a row that fails has no further runs.
+
+    Returns:
+        Why rows failed, by name; one that diverged is none of them.
+    """
+    failed, total = dict[str, str](), seeds * len(rows)
+    for place, (step, row) in enumerate(product(range(seeds), rows.values()), 1):
+        seed, folder = [*row.folders(out, seeds).items()][step]
+        title = f"[{place} of {total}] {row.name}, seed {seed}"
+        if row.name in failed:
+            continue
+        if is_finished(folder) or divergence(folder) is not None:
+            print(f"{title}: has run, in {folder}")
+            continue
+        print(title, flush=True)
+        try:
+            row.run(seed, folder)
+        except DivergenceError as error:  # a result of the row
+            print(f"{title}: {error}")
+        except FedRacLoraError as error:
+            failed[row.name] = str(error)
+            print(f"{title} failed: {error}")
+        except KeyboardInterrupt as error:
+            error.add_note("the same command resumes the comparison")
+            raise
+    return failed
+
+
+def outcome(
+    rows: Mapping[str, Row], out: Path, asked: Asked, failed: Mapping[str, str]
+) -> Compared:
+    """Write and print what the runs say.
+
+    Raises:
+        FedRacLoraError: At the end, if rows failed.
+    """
+    from pandas import DataFrame
+
+    kept = {n: [*r.folders(out, asked.seeds).values()] for n, r in rows.items() if n not in failed}
+    compared = [Group(name, [read_files(f) for f in folders]) for name, folders in kept.items()]
+    table = compare_rows(compared, asked.reference, out, asked.metric)
+    shown = [read_shown(folder) for folders in kept.values() for folder in folders]
+    (out / FILE).write_text(page_of(shown, f"{', '.join(kept)}: compared"), encoding="utf-8")
+    keep_private(out / FILE)
+    table.print()
+    said = won(table.records, asked.reference, compared)
+    print(f"written to {out}: table.md, table.csv, {FILE}")
+    print(f"figure: {out / 'compare.png'}")
+    print(said)
+    if failed:
+        lines = "".join(f"\n  {name}: {why}" for name, why in failed.items())
+        raise FedRacLoraError(
+            f"{len(failed)} of {len(rows)} rows failed and are in no table; the same command tries "
+            f"them again{lines}"
+        )
+    return Compared(out, DataFrame(list(table.records)), kept, said)

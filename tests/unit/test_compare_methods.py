@@ -1,0 +1,240 @@
+"""``compare method=...``: methods run alike, each seed once, and held against one of them."""
+
+from __future__ import annotations
+
+import csv
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+import fedraclora
+from fedraclora.commands import cli
+from fedraclora.commands.compare.command import names_methods
+from fedraclora.commands.compare.outcome import won
+from fedraclora.commands.run_files import Group, RunFiles, read_files
+from fedraclora.errors import ConfigError
+from fedraclora.rng import generator
+from fedraclora.strategies.methods.fed_rac_lora import FedRacLora
+from tests.common import summary_of
+
+TASK = ["data=digits", "pretrain=none", "model.hidden=[8]", "clients=6", "clients_per_round=3"]
+TASK += ["rounds=2", "local.steps=2", "local.lr=0.1", "output=study"]
+WORDS = ["method=fed_rac_lora,fedavg_lora", "fed_rac_lora:method.rank=2,compression.uplink=eden2"]
+WORDS += ["fedavg_lora:method.rank=3", "fedavg_lora:method.alpha=6", "reference=fedavg_lora"]
+
+
+def run(folder: Path, *words: str) -> int:
+    return cli.run("compare", [*words, *TASK, f"output.dir={folder}"])
+
+
+@pytest.fixture(scope="module")
+def compared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two methods on two seeds."""
+    folder = tmp_path_factory.mktemp("compared")
+    assert run(folder, *WORDS, "seeds=2") == 0
+    return folder
+
+
+def summaries(folder: Path, row: str) -> list[dict[str, Any]]:
+    return [
+        dict(summary_of(path.parent)) for path in sorted(folder.glob(f"{row}_*/*/summary.json"))
+    ]
+
+
+def records(folder: Path) -> dict[str, dict[str, str]]:
+    with (folder / "table.csv").open() as file:
+        return {row["label"]: row for row in csv.DictReader(file)}
+
+
+def test_each_method_runs_the_same_seeds_with_its_own_settings(compared: Path) -> None:
+    found = {
+        row: [yaml.safe_load(path.read_text()) for path in compared.glob(f"{row}_*/*/config.yaml")]
+        for row in ("fed_rac_lora", "fedavg_lora")
+    }
+    for row, configs in found.items():
+        assert sorted(config["seed"] for config in configs) == [0, 1]
+        assert {config["method"]["name"] for config in configs} == {row}
+        assert {config["rounds"] for config in configs} == {2}
+    rac, avg = (configs[0] for configs in found.values())
+    assert (rac["method"]["rank"], avg["method"]["rank"]) == (2, 3)
+    assert avg["method"]["alpha"] == 6
+    assert (rac["compression"]["uplink"], avg["compression"]["uplink"]) == ("eden2", "float32")
+
+
+def test_the_table_has_what_the_runs_say(compared: Path) -> None:
+    rows = records(compared)
+    scores = {row: [s["metrics"]["accuracy"] for s in summaries(compared, row)] for row in rows}
+    for row, record in rows.items():
+        one, two = scores[row]
+        assert float(record["metric_mean"]) == pytest.approx((one + two) / 2)
+        assert float(record["metric_error"]) == pytest.approx(abs(one - two) / 2)
+        sent = [s["uplink_total"] + s["downlink_total"] for s in summaries(compared, row)]
+        assert float(record["traffic_mb"]) == pytest.approx(sum(sent) / 2e6)
+    differences = [a - b for a, b in zip(*scores.values(), strict=True)]
+    first, other = rows.values()
+    sign = 1 if first["label"] == "fed_rac_lora" else -1
+    mine = rows["fed_rac_lora"]
+    assert float(mine["difference"]) == pytest.approx(sign * sum(differences) / 2)
+    assert float(mine["difference_error"]) == pytest.approx(
+        abs(differences[0] - differences[1]) / 2
+    )
+    assert float(rows["fedavg_lora"]["difference"]) == 0
+    assert (mine["rank"], mine["precision up"]) == ("2", "eden2")
+    assert other["precision down"] == "float32"
+    assert float(first["metric_mean"]) >= float(other["metric_mean"])
+    text = (compared / "table.md").read_text()
+    assert "method.rank" in text
+    assert "compression.uplink" in text
+    assert "data.name" not in text  # it is the same
+
+
+def test_a_figure_and_a_report_are_written(compared: Path) -> None:
+    picture = (compared / "compare.png").read_bytes()
+    assert picture[:4] == b"\x89PNG"
+    assert len(picture) > 10_000
+    text = (compared / "report.html").read_text()
+    assert "fed_rac_lora" in text
+    assert "fedavg_lora" in text
+
+
+def test_what_has_run_is_not_run_again(
+    compared: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither by the same command, nor by one of fewer methods."""
+
+    def never(*_: object, **__: object) -> None:
+        raise AssertionError("a run began")
+
+    kept = (compared / "table.csv").read_bytes()
+    capsys.readouterr()
+    with monkeypatch.context() as patch:
+        patch.setattr("fedraclora.commands.compare.run.simulate", never)
+        assert run(compared, *WORDS[:-1], "seeds=1") == 0
+        assert [*records(compared)["fed_rac_lora"]["seeds"]] == ["1"]
+        assert run(compared, *WORDS, "seeds=2") == 0
+    assert (compared / "table.csv").read_bytes() == kept
+    *_, where, said = capsys.readouterr().out.splitlines()
+    assert str(compared / "compare.png") in where
+    rows = records(compared)
+    assert f"{float(rows['fed_rac_lora']['metric_mean']):.4f}" in said
+    assert f"{float(rows['fedavg_lora']['metric_mean']):.4f}" in said
+
+
+def test_other_settings_are_other_runs(compared: Path) -> None:
+    before = {*compared.glob("*/*/summary.json")}
+    assert run(compared, "method=fedavg_lora", "rounds=1", "ffa:method=ffa_lora") == 0
+    more = {*compared.glob("*/*/summary.json")} - before
+    assert sorted(path.parts[-3].rpartition("_")[0] for path in more) == ["fedavg_lora", "ffa"]
+    assert set(records(compared)) == {"fedavg_lora", "ffa"}
+
+
+@pytest.mark.parametrize(
+    ("words", "match"),
+    [
+        (["method=fed_rac_lora,fedavgg"], "did you mean 'fedavg'"),
+        (["method=fedavg,ffa_lora", "fedavg_lora:method.rank=2"], "fedavg_lora.*not compared"),
+        (["method=fedavg,ffa_lora", "reference=fedavg_lora"], "unknown reference"),
+        (["method=fedavg,ffa_lora", "method.rank=2"], "fedavg.*rank"),
+        (["method=fedavg,ffa_lora", "fedavg:clients=0"], "clients"),
+        (["method=fedavg,ffa_lora", "seeds=0"], "seeds=0"),
+        ([], "method=A,B"),
+        (["method=fedavg,ffa_lora", "metric=acuracy"], "did you mean 'accuracy'"),
+    ],
+)
+def test_what_is_wrong_is_said(
+    words: list[str], match: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(tmp_path / "out", *words) != 0
+    told = capsys.readouterr()
+    assert re.search(match, told.err + told.out)
+    assert not [*tmp_path.glob("out/*.md")]
+    ran = [*tmp_path.glob("out/*/seed_0")]
+    assert bool(ran) == (words[-1:] == ["metric=acuracy"])  # which only a run can tell
+
+
+def test_a_row_that_diverges_is_shown_and_not_run_again(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["method=fedavg,ffa_lora", "ffa_lora:local.lr=1e30"]
+    assert run(tmp_path, *words) == 0
+    assert "diverged" in capsys.readouterr().out.splitlines()[-1]
+    (kept,) = tmp_path.glob("ffa_lora_*/seed_0/stopped.json")
+    before = kept.stat().st_mtime_ns
+    assert run(tmp_path, *words) == 0
+    assert kept.stat().st_mtime_ns == before
+    assert math.isnan(float(records(tmp_path)["ffa_lora"]["metric_mean"] or "nan"))
+
+
+def test_a_row_that_fails_leaves_the_others(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What only shows in the run: a sample cannot be divided among so many clients."""
+    words = ["method=fedavg,ffa_lora", "ffa_lora:clients=100000"]
+    assert run(tmp_path, *words) != 0
+    assert "1 of 2 rows failed" in capsys.readouterr().err
+    assert set(records(tmp_path)) == {"fedavg"}
+
+
+def test_objects_of_a_program_are_compared(tmp_path: Path) -> None:
+    x = torch.from_numpy(generator(0, "compared").normal(size=(60, 4))).float()
+    data = [(part, (part[:, 0] > 0).long()) for part in x.split(20)]
+    net = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+    given: dict[str, Any] = {"model": net, "data": data, "local": {"lr": 0.1}, "rounds": 2}
+    methods = {
+        "ffa_lora": None,
+        "mine": FedRacLora(rank=2),
+        "r=4": {"method": {"name": "fed_rac_lora", "rank": 4}},
+    }
+    found = fedraclora.compare(
+        "output.progress=false", methods=methods, folder=tmp_path, seeds=2, **given
+    )
+    assert set(found.table["label"]) == {"ffa_lora", "mine", "r=4"}
+    assert {row: len(folders) for row, folders in found.runs.items()} == dict.fromkeys(methods, 2)
+    ranks = {row: read_files(f[0]).config["method"]["rank"] for row, f in found.runs.items()}  # type: ignore[index]
+    assert (ranks["mine"], ranks["r=4"]) == (2, 4)
+    assert "ffa_lora" in found.said
+    assert (found.folder / "compare.png").is_file()
+    with pytest.raises(ConfigError, match="twice"):
+        fedraclora.compare(methods=["fedavg", "fedavg"], folder=tmp_path)
+
+
+def test_a_folder_may_be_named_like_a_choice(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As those of a sweep are."""
+    (tmp_path / "method=fedavg,seed=0").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert not names_methods(["method=fedavg,seed=0"])
+    assert names_methods(["method=fedavg"])
+    assert names_methods(["mine:method=fedavg"])
+    assert not names_methods(["runs/a", "--out", "x"])
+
+
+@pytest.mark.parametrize(
+    ("metric", "difference", "error", "words"),
+    [
+        ("accuracy", 0.02, 0.001, "better"),
+        ("accuracy", -0.02, 0.001, "worse"),
+        ("loss", 0.02, 0.001, "worse"),
+        ("loss", -0.02, math.nan, "better"),
+        ("accuracy", 0.02, 0.015, "level"),
+        ("accuracy", 0.0, 0.0, "level"),
+    ],
+)
+def test_the_sentence_says_what_the_numbers_say(
+    metric: str, difference: float, error: float, words: str
+) -> None:
+    groups = [Group(name, [RunFiles(Path(), {}, [], {"rounds": 1})]) for name in ("base", "ours")]
+    base = {"label": "base", "metric": metric, "metric_mean": 0.9, "traffic_mb": 200.0}
+    ours = base | {"label": "ours", "difference": difference, "difference_error": error}
+    ours |= {"metric_mean": 0.9 + difference, "traffic_mb": 50.0}
+    said = won([base, ours], "base", groups)
+    found = [word for word in ("better", "worse", "level") if word in said]
+    assert found == [words]
+    assert "25 %" in said
+    assert "4 times" in won([ours, base | {"difference": -difference}], "ours", groups)
