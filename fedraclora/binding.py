@@ -111,8 +111,8 @@ def object_of(
 
     Args:
         key: The key of the config, for messages.
-        value: ``module:name``, or a name from `fedraclora.objects.register_object`; or a mapping
-            with that as its ``name``, whose other keys are parameters. Or the object itself.
+        value: ``module:name``, or a name of `fedraclora.object_registry`; or a mapping with that
+            as its ``name``, whose other keys are parameters. Or the object itself.
         kind: The wanted class: an instance is returned, a class or a function is called with the
             parameters. None: a callable is wanted: a class is called with the parameters, a
             function receives them beside its other arguments.
