@@ -121,8 +121,8 @@ class Worker:
         """Answer a training request.
 
         A chunk that raises is halved until the failing clients are isolated: they are reported by
-            id, and
-        the others' results are used. If memory runs out, no client is at fault: from then on
+        id, and the others' results are used. If memory runs out, no client is at fault: from then
+        on
         batches have half as many clients.
 
         Raises:

@@ -1,1 +1,1 @@
-"""Server side: the methods, and the one round loop (`base`) that runs any of them."""
+"""Run the server side: the methods, and the one round loop (`base`) that runs any of them."""

@@ -34,21 +34,21 @@ from fedraclora.weights.update import BaseWeights
 
 
 class FedStrategy:
-    """Runs a method round by round.
+    """Run a method round by round.
 
     Args:
-        run: Method, local settings (for the step size that the ledger logs and clients are told),
-            settings of the loop, and devices.
+        run: Method, local settings (for the step size in the ledger and in requests), settings of
+            the loop, and devices.
         state: The method's state before the next round.
         replica: Where new base weights are published.
-        recorder: Ledger, chain and checkpoints.
-        steps: What happens to a round besides, in the order in which updates pass it.
-        callbacks: What watches the rounds, or ends them early.
-        model: Of this run alone: it holds the weights of each round, so that its first ones are let
-            go. None: there is none, or others begin from it.
+        recorder: Ledger, merges and checkpoints.
+        steps: The steps of a round, in the order in which updates pass them.
+        callbacks: The callbacks that watch the run, or end it early.
+        model: A model of this run only, which receives the weights of each round, so that its
+            initial ones are released. None: there is none, or other runs begin from it.
 
     Attributes:
-        divisible: Whether a round can be closed again without a client, as far as the steps can.
+        divisible: Whether a round can be closed again without a client, if the steps allow it.
     """
 
     divisible = True
@@ -82,7 +82,7 @@ class FedStrategy:
             self.devices.now = number(self.recorder.ledger.rows[-1], "virtual_seconds")
 
     def run(self, grid: Grid, last: int | None = None) -> None:
-        """Run the rounds that are left; the weights are not written out.
+        """Run the remaining rounds; the weights are not written out.
 
         Args:
             grid: Where clients run.
@@ -107,7 +107,7 @@ class FedStrategy:
         self.recorder.save(self.state, self.done, self.catch_up)
 
     def begin(self, grid: Grid) -> None:
-        """Publish the weights that the next round begins from; write row 0 where there is none."""
+        """Publish the initial weights of the next round; write row 0 if it is missing."""
         self.steps.open(self.recorder, self.done)
         self.replica.publish(self.state.base, self.catch_up.version)
         point_at(self.parameters, self.state.base)
@@ -122,10 +122,10 @@ class FedStrategy:
                 self._publish_row(row | self.devices.clock)
 
     def _attempt(self, grid: Grid, round_: int) -> None:
-        """Run one round; retry it if too few clients answered, since it changed nothing.
+        """Run one round; repeat it if too few clients replied, since it changed nothing.
 
         Raises:
-            ClientError: That of the last time.
+            ClientError: The error of the last attempt.
         """
         cost, send = Cost(), partial(grid.ask, timeout=self.loop.timeout)
         for left in reversed(range(self.loop.retries + 1)):
@@ -140,15 +140,15 @@ class FedStrategy:
                 grid.incidents.append(f"run again: {error}")
 
     def close(self, exchange: Exchange, send: Send, grid: Grid, cost: Cost) -> None:
-        """Run a round that has been opened to its end.
+        """Run an opened round to its end.
 
-        Exchanges follow until the method closes it; then it is measured and written.
+        Exchanges follow until the method closes it; then it is evaluated and recorded.
 
         Args:
-            exchange: Its first.
-            send: Asks clients, and gives what comes.
-            grid: What knows of traffic and incidents.
-            cost: Counts what the round takes, all its attempts together.
+            exchange: Its first exchange.
+            send: Sends requests, and returns replies.
+            grid: The grid, with traffic and incidents.
+            cost: Counts the cost of the round, over all attempts.
         """
         watch, round_ = cost.watch, exchange.round_
         while True:
@@ -165,7 +165,7 @@ class FedStrategy:
             exchange = self._exchange_of(again, exchange.survivors(), round_, exchange)
         after = self._sound(exchange, raw, got)
         columns = self.steps.columns(exchange, got)
-        # Only now: a round that fails must not count its clients as caught up.
+        # Only now: after a failed round clients must not count as caught up.
         cost.fetch(self.catch_up, exchange, taken_traffic(grid))
         self._close(exchange, after)
         watch.lap("close")
@@ -190,7 +190,7 @@ class FedStrategy:
     def _exchanged(
         self, send: Send, exchange: Exchange, cost: Cost, traffic: Traffic | None
     ) -> tuple[Uplinks, Uplinks]:
-        """Ask clients; give what came, and the same treated; count it, whatever becomes of it."""
+        """Send requests; return raw and processed replies, and count their cost in any case."""
         try:
             raw = self.steps.receive(send, exchange, self.state.base)
             return raw, self._treated(raw, exchange)
@@ -199,7 +199,7 @@ class FedStrategy:
             cost.count(exchange, traffic)
 
     def _give_up(self, exchange: Exchange, grid: Grid, why: str, cost: Cost) -> None:
-        """Skip a round that real clients cannot answer again; the weights stay as they are."""
+        """Skip a round that real clients cannot repeat; the weights stay unchanged."""
         round_ = exchange.round_
         cost.fetch(self.catch_up, exchange, taken_traffic(grid))
         self.done = round_
@@ -209,7 +209,7 @@ class FedStrategy:
         self._write(row, 0.0, cost.watch, grid)
 
     def _write(self, row: Row, step: object, watch: Stopwatch, grid: Grid) -> None:
-        """Publish the row of a round, and save a checkpoint where one is due."""
+        """Publish the row of a round, and save a checkpoint if one is due."""
         incidents = {"incidents": [*grid.incidents]} if grid.incidents else {}
         grid.incidents.clear()
         self._publish_row(row | {"effective_step": step} | watch.columns | incidents)
@@ -233,16 +233,16 @@ class FedStrategy:
         return self.steps.close(own, self.state, exchange, got)
 
     def _sound(self, exchange: Exchange, raw: Uplinks, got: Uplinks) -> State:
-        """Compute the next state, and check that it is finite: if it is not, a client has failed.
+        """Compute the next state, and check that it is finite: if not, a client has failed.
 
         Args:
-            exchange: The last of the round.
-            raw: What came.
-            got: The same, treated.
+            exchange: The round's last exchange.
+            raw: The raw updates.
+            got: The updates after all steps.
 
         Raises:
             ClientError: Naming the client with the largest update, if it may not be left out; a
-                DivergenceError where no client can be named.
+                DivergenceError if no client can be named.
         """
         after = self._next(exchange, got)
         while names := overflowing(after, self.state):
@@ -262,7 +262,7 @@ class FedStrategy:
         return after
 
     def _close(self, exchange: Exchange, after: State) -> None:
-        """Keep the next state, and publish its weights."""
+        """Store the next state, and publish its weights."""
         self.state = self.rounding.closed(self.state, after, exchange.downlink, exchange.round_)
         self.catch_up.add(self.state.link)
         self.replica.publish(self.state.base, self.catch_up.version, self.state.link)
@@ -303,7 +303,7 @@ class FedStrategy:
         self.callbacks.row(self.recorder.ledger.rows[-1])
 
     def open(self, round_: int) -> Exchange:
-        """Draw the cohort and open a round: its first exchange, with what is asked."""
+        """Sample the clients of a round and open it: return its first exchange."""
         loop = self.loop
         clients = self.steps.cohort(round_)
         weights = client_weights(loop.weights, self.examples(clients))
@@ -314,7 +314,7 @@ class FedStrategy:
     def _exchange_of(
         self, downlink: RoundInstructions, cohort: Cohort, round_: int, before: Exchange | None
     ) -> Exchange:
-        """Open an exchange with the clients whose replies will count."""
+        """Open an exchange with the clients whose replies will be used."""
         downlink = self.rounding.sent(downlink, round_)
         in_time, downlink, timeline = self.devices.race(
             round_, cohort, downlink, self.sizes, None if before else self.catch_up, self.loop
@@ -326,7 +326,7 @@ class FedStrategy:
     def _asked(
         self, sent: RoundInstructions, round_: int, counted: Cohort, asked: Cohort, **more: Any
     ) -> Exchange:
-        """Make an exchange of this run; ``more`` are attributes of it."""
+        """Build an exchange of this run; ``more`` are attributes of it."""
         version, rate_scale = self.catch_up.version, self.local.rate_scale(round_, self.loop.rounds)
         more |= {"rate_scale": rate_scale, "base": self.state.base}
         exchange = Exchange(sent, round_, version, counted, asked, self.loop, **more)
@@ -335,7 +335,7 @@ class FedStrategy:
 
 
 def taken_traffic(grid: Grid) -> Traffic | None:
-    """Take what a grid has counted since it was last taken; None where nothing is sent."""
+    """Return the traffic of a grid since the last call; None if no messages are sent."""
     found = grid.traffic
     grid.traffic = None if found is None else Traffic()
     return found

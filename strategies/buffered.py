@@ -1,24 +1,23 @@
-"""Buffered asynchronous rounds (FedBuff), on the virtual clock of the devices.
+"""Run buffered asynchronous rounds (FedBuff), on the virtual clock of the devices.
 
-A round is a step of the server. Who starts in it, and when each will answer, is known from the
-clock alone, so those who start are trained at once, in one exchange, and their replies lie in wait
-until the clock has come to them. Bytes are counted where a client starts. A step merges the replies
-that have come:
+A round is a server step. The clock determines the clients that start in it, and the time of each
+reply, so starting clients are trained at once, in one exchange, and their replies are kept until
+the clock reaches their time. Bytes are counted when a client starts. A step merges the replies that
+have arrived:
 
     W <- W + sum_i w_i (1 + tau_i)^(-1/2) Delta_i / sum_i w_i      over the replies of the buffer
 
-Delta_i is the change of a client's weights since it started, tau_i the rounds that have passed
-since, w_i its aggregation weight. A reply belongs to the sketch under which it was trained, so
-replies of one round are merged with that round's own sketch: a link for each (`Link.rest`), exact,
-since every B stands beside its A. What lives on in the same coordinates goes
-together.
+Delta_i is the change of a client's weights since it started, tau_i the number of rounds since then,
+w_i its aggregation weight. A reply belongs to the sketch under which it was trained, so replies of
+one round are merged with that round's sketch: one merge for each (`Link.rest`), exact, since every
+B is multiplied by its own A. Factors that keep their coordinates are merged together.
 
-Everything that a later round needs is in the moments of the state, so that it is in the checkpoint.
+All data for later rounds are in the moments of the state, and therefore in the checkpoint.
 
 References:
     Nguyen et al., *Federated learning with buffered asynchronous aggregation*, AISTATS 2022, arXiv
     2106.06639 (FedBuff; its discount of stale replies, ``(1 + tau)^(-1/2)``, known from summaries).
-    Links by sketch are ours.
+    Merges by sketch are ours.
 """
 
 from __future__ import annotations
@@ -53,18 +52,18 @@ from fedraclora.strategies.server.guard import hold_to_traits
 from fedraclora.tree import Tree, below
 from fedraclora.wire.exchange import DTYPES
 
-PREFIX = "buffer/"  # of the moments that are replies on their way
+PREFIX = "buffer/"  # prefix of moments that are pending replies
 
 
 class BufferedStrategy(FedStrategy):
-    """Runs a method without waiting for clients; arguments as for `FedStrategy`."""
+    """Run a method without waiting for clients; arguments as for `FedStrategy`."""
 
-    divisible = False  # replies of other rounds are merged with this one's
+    divisible = False  # replies of other rounds are merged with this round's
     _leg: AsyncStep | None = None
 
     @override
     def open(self, round_: int) -> Exchange:
-        """Advance the clock by the round, and ask those who start in it."""
+        """Advance the clock by the round, and ask the clients that start in it."""
         any_ = Cohort(torch.arange(1), torch.ones(1, dtype=torch.float64))
         sent = self.method.open_round(self.state, round_, any_, self.draw)
         sent = self.rounding.sent(self.steps.send(sent, self.state), round_)
@@ -79,7 +78,7 @@ class BufferedStrategy(FedStrategy):
         return self._asked(sent, round_, asked.select(answers), asked, timeline=timeline)
 
     def _passed(self, round_: int, sent: RoundInstructions) -> AsyncStep:
-        """Find who starts in a round, and who answers."""
+        """Find the clients that start in a round, and those that reply."""
         devices, loop = self.devices, self.loop
 
         def load(clients: torch.Tensor) -> Load:
@@ -122,12 +121,12 @@ class BufferedStrategy(FedStrategy):
 
 @dataclass(frozen=True)
 class Batch:
-    """Replies to one downlink.
+    """Hold replies to one downlink.
 
     Attributes:
-        round_: Of the downlink.
+        round_: The downlink's round.
         sent: The downlink.
-        flights: Who answers when, in ascending order of client.
+        flights: The time of each client's reply, in ascending order of client.
         rows: Their changes since they started, [K, P].
         weights: Aggregation weights, float64 [K].
     """
@@ -139,7 +138,7 @@ class Batch:
     weights: torch.Tensor
 
     def select(self, flights: frozenset[PendingClient]) -> Batch:
-        """Keep these clients alone."""
+        """Keep only these clients."""
         kept = [i for i, flight in enumerate(self.flights) if flight in flights]
         places = torch.tensor(kept, dtype=torch.int64)
         return replace(
@@ -153,13 +152,13 @@ class Batch:
 def batch_of(
     got: Uplinks, sent: RoundInstructions, base: Tree, started: tuple[PendingClient, ...]
 ) -> Batch:
-    """Make a batch of the replies of a round, of all clients that answer sooner or later.
+    """Build a batch from the replies of a round, of all clients that will reply.
 
     Args:
-        got: What they sent.
-        sent: What they were asked.
-        base: What they trained from.
-        started: Who started in the round; those whose training failed are left out.
+        got: Their updates.
+        sent: Their instructions.
+        base: The base weights of their start.
+        started: The clients that started in the round; those whose training failed are left out.
     """
     start = opening_rows(sent, base, got.layout, torch.arange(len(got.clients)))
     own = {f.client: f for f in started if not f.lost}
@@ -170,19 +169,19 @@ def batch_of(
 
 @dataclass(frozen=True)
 class Waiting:
-    """Replies in flight: batches in ascending order of round, and clients that will drop out."""
+    """Hold pending replies: batches in ascending order of round, and clients that will drop out."""
 
     batches: tuple[Batch, ...] = ()
     lost: tuple[PendingClient, ...] = ()
 
 
 def write_batches(batches: list[Batch], lost: tuple[PendingClient, ...], dtype: str) -> Tree:
-    """Write what is on its way as tensors; batches without clients are left out.
+    """Convert pending replies to tensors; batches without clients are left out.
 
     Args:
-        batches: Of the rounds that are not over.
-        lost: Clients that will vanish.
-        dtype: Of numbers on the wire.
+        batches: Batches of unfinished rounds.
+        lost: Clients that will drop out.
+        dtype: Type of sent numbers.
     """
     if not lost and not any(batch.flights for batch in batches):
         return {}
@@ -190,14 +189,14 @@ def write_batches(batches: list[Batch], lost: tuple[PendingClient, ...], dtype: 
     pairs = zip(batches, sent, strict=True)
     kept = tuple(replace(batch, sent=asked) for batch, asked in pairs if batch.flights)
     tensors, plain = split(Waiting(kept, lost), PREFIX[:-1])
-    # Copied: products round by where a matrix lies, and after a resume it lies by itself.
+    # Copied: products round by alignment, and after a resume each tensor is separate.
     tensors = {n: t.clone(memory_format=torch.contiguous_format) for n, t in tensors.items()}
     text = json.dumps(plain).encode()
     return tensors | {f"{PREFIX}fields": torch.tensor([*text], dtype=torch.uint8)}
 
 
 def read_batches(state: State) -> Waiting:
-    """Read what `write_batches` wrote."""
+    """Read the tensors of `write_batches`."""
     stored = below(state.moments, PREFIX)
     if not stored:
         return Waiting()
@@ -212,12 +211,12 @@ def merge(
     Args:
         method: Closes a round for each downlink.
         state: Before the step.
-        batches: The replies that came, in ascending order of round.
-        now: What this round asks: stale replies in the same coordinates go with it.
+        batches: The arrived replies, in ascending order of round.
+        now: This round's instructions: stale replies in the same coordinates are merged with it.
         round_: From 1.
 
     Returns:
-        The next state, with one link and the staleness in its report.
+        The next state, with one merge and the staleness in its report.
 
     Raises:
         ConfigError: If a stale reply cannot be merged with its own downlink.
@@ -241,7 +240,7 @@ def merge(
 
 
 def _check_late(late: list[list[Batch]], state: State) -> None:
-    """Reject replies to older downlinks where these depended on more than the weights."""
+    """Reject replies to older downlinks if these depended on more than the weights."""
     if late and state.depends_on_past:
         raise conflict(SystemConfig, BEYOND_WEIGHTS)
 

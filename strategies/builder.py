@@ -57,20 +57,20 @@ from fedraclora.training.chunking import ChunkPlan, plan_chunk
 from fedraclora.training.precision import check_base
 from fedraclora.tree import Tree, weights_of
 
-Measure = Callable[[Tree], dict[str, float]]  # of weights
+Measure = Callable[[Tree], dict[str, float]]  # kinds of weights
 
 
 class RunBuilder(TaskBuilder, RoundsBuilder):  # type: ignore[override]
-    """Builds a run from its config, each part once: when it is first read.
+    """Build a run from its config; each part is built once, when it is first read.
 
     Args:
         config: Checked settings.
-        folder: The run folder; None: the run leaves nothing behind.
-        resume: Whether to go on with the run in the folder.
-        callbacks: What watches the rounds besides, or ends them early.
-        steps: Round steps of a program's own, which the config names.
-        engine: Where clients run; None: as the config says.
-        pretrain: Whether the model is pretrained where the config says so.
+        folder: The run folder; None: the run writes no files.
+        resume: Whether to resume the run in the folder.
+        callbacks: Further callbacks.
+        steps: The program's own round steps, which the config names.
+        engine: Where clients run; None: as in the config.
+        pretrain: Whether to pretrain the model if the config says so.
     """
 
     config: RunConfig
@@ -100,13 +100,13 @@ class RunBuilder(TaskBuilder, RoundsBuilder):  # type: ignore[override]
 
     @cached_property
     def own_steps(self) -> list[RoundStep]:
-        """The user's round steps, in their order."""
+        """Return the user's round steps, in order."""
         return steps_of(self.config.steps, self._given)
 
     @cached_property
     @override
     def engine(self) -> Engine:  # type: ignore[override]
-        """Where clients run."""
+        """Return the engine, where clients run."""
         return engine_of(self)
 
     @cached_property
@@ -140,7 +140,7 @@ class RunBuilder(TaskBuilder, RoundsBuilder):  # type: ignore[override]
     @cached_property
     @override
     def method(self) -> Method:  # type: ignore[override]
-        """The algorithm, with what the config puts around it."""
+        """Return the method, with the wrappers of the config."""
         return method_of(self.config, self.task)
 
     @cached_property
@@ -159,7 +159,7 @@ class RunBuilder(TaskBuilder, RoundsBuilder):  # type: ignore[override]
         base = self.initial_weights
         state = self.method.initial_state(base, self.plan, self.draw)
         name, server = self.config.choices["method"], self.config.server_optimizer
-        self.initial_state = state  # of which the first downlink is made
+        self.initial_state = state  # for the first downlink
         first = self.first_instructions
         moved = any(state.base[name] is not weight for name, weight in base.items())
         changes = {
@@ -180,7 +180,7 @@ class RunBuilder(TaskBuilder, RoundsBuilder):  # type: ignore[override]
 
     @cached_property
     def chunk(self) -> ChunkPlan:
-        """The number of clients that train as one batch, and the reason for it."""
+        """Return the number of clients that train as one batch, and the reason for it."""
         asked = self.config.engine.chunk
         stored = resolved_setting(self.folder, "chunk") if self.resume and self.folder else None
         if self.config.local.train is not None:
@@ -201,14 +201,14 @@ class RunBuilder(TaskBuilder, RoundsBuilder):  # type: ignore[override]
 
     @cached_property
     def trained(self) -> TrainedPart:
-        """The parts of the model that clients train."""
+        """Return the parts of the model that clients train."""
         return trained_of(self.first_instructions, self.plan.shapes)
 
     @cached_property
     @override
     def loop(self) -> LoopConfig:  # type: ignore[override]
-        """Settings of the round loop."""
-        # Hosts of others are asked for each client by itself: so one fails alone.
+        """Return the settings of the round loop."""
+        # Remote hosts are asked for each client separately, so that clients fail separately.
         chunk = 1 if self.engine.elsewhere else self.chunk.chunk
         return loop_of(self.config, self.built, chunk, self.trainer.dtype)
 
@@ -228,13 +228,13 @@ class RunBuilder(TaskBuilder, RoundsBuilder):  # type: ignore[override]
             chain=config.output.chain,
             store=self.store,
             free=("device", *config.free_keys),  # the device is in `resolved`
-            source=None  # of weights that nobody else has
+            source=None  # weights that no other run uses
             if config.pretrain.epochs or config.init_from is not None
             else source_of(config.model.group, task.head, self.initial_weights),
         )
 
     def _code(self) -> dict[str, dict[str, str]]:
-        """Hash the code that a user has brought: of what the config names, and of the steps."""
+        """Hash the user's code: objects that the config names, and steps."""
         code = {step_name(step): object_digest(type(step_of(step))) for step in self.own_steps}
         code |= self.config.code
         return {"code": code} if code else {}
@@ -271,9 +271,9 @@ class RunBuilder(TaskBuilder, RoundsBuilder):  # type: ignore[override]
         ]
 
     def measure(self, split: str) -> Measure:
-        """Build what measures weights: on the server, or on clients if a part stays there.
+        """Build the function that measures weights: the server's, or clients' with personal parts.
 
-        The figures of clients' own models have names of their own, ``personal_...``.
+        Metrics of personal models are named ``personal_...``.
         """
         config, built, store = self.config, self.built, self.store
         task, batch, count = built.task, config.evaluate.batch_size, config.evaluate.sample
@@ -281,7 +281,7 @@ class RunBuilder(TaskBuilder, RoundsBuilder):  # type: ignore[override]
 
         def own(weights: Tree) -> dict[str, float]:
             owned = {c: self._personal(own) for c, own in store.latest(count).items()}
-            if not owned and not local:  # nobody has trained yet: all have the server's
+            if not owned and not local:  # no client has trained yet: all have the server's weights
                 owned = {client: {} for client in spread_clients(built.clients, count).tolist()}
             counts = built.label_counts(torch.tensor(list(owned), dtype=torch.int64))
             return personal_accuracy(task.model, weights, owned, samples, counts, batch)

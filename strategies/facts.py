@@ -1,4 +1,4 @@
-"""Facts of a run at its start, as plain values; `terminal.opening` prints them."""
+"""Collect facts of a run at its start, as plain values; `terminal.opening` prints them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from fedraclora.protocol.plan import frozen_layers, thawed
 from fedraclora.strategies.builder import RunBuilder
 
 Facts = dict[str, Any]  # JSON values
-FLOATS = 100  # rounds at most over which the numbers that a client sends are averaged at the start
+FLOATS = 100  # most rounds over which the numbers that a client sends are averaged at the start
 
 
 def facts_of(run: RunBuilder) -> Facts:
@@ -52,7 +52,7 @@ def facts_of(run: RunBuilder) -> Facts:
 
 
 def mean_floats(run: RunBuilder, rounds: int) -> tuple[float, float]:
-    """Count the numbers that a client sends and is sent in a round, the mean over so many rounds.
+    """Count the numbers that a client sends and receives in a round, averaged over some rounds.
 
     They differ from round to round where a first round begins from seeds, or factors take turns.
     """
@@ -65,7 +65,7 @@ def mean_floats(run: RunBuilder, rounds: int) -> tuple[float, float]:
 
 
 def learning_facts(run: RunBuilder) -> Facts:
-    """Collect what is learnt and how: for the summary, too."""
+    """Collect facts on task and training, also for the summary."""
     task, config = run.task, run.config
     wide = math.prod(task.test.target.shape[1:]) if task.loss == "squared_error" else 1
     known = len(measured_samples(task, config.evaluate.split)) or task.held
@@ -84,35 +84,35 @@ def learning_facts(run: RunBuilder) -> Facts:
 
 
 def optimizer_facts(config: RunConfig) -> Facts:
-    """Collect how clients take their steps, and what the server makes of their mean."""
+    """Collect facts on the clients' optimizer and the server's."""
     local, server = config.local, config.server_optimizer
     keys = ("lr", "full_lr", "momentum", "weight_decay", "schedule", "epochs", "steps")
     return {
         "name": local.optimizer,
         **{key: getattr(local, key) for key in (*keys, "batch_size")},
         "train": None if local.train is None else local.train.partition("@")[0],
-        "most": config.method.most_steps,  # of which one number each is sent
+        "most": config.method.most_steps,  # one number is sent for each
         "extras": [extra.setting for extra in local.added],
         "server": server.name,
     }
 
 
 def choice_facts(asked: Questions) -> Facts:
-    """Collect how many questions are asked, and the answers of the first of them."""
+    """Collect the number of multiple-choice questions, and the answers of the first ones."""
     return {"questions": len(asked.characters), "answers": [*asked.answers]}
 
 
 def held_facts(run: RunBuilder) -> Facts:
-    """Collect which clients measure on what."""
+    """Collect facts on which clients evaluate, and on which samples."""
     task, asked, held = run.task, run.config.evaluate, run.task.held
     found: Facts = {"own": task.info.get("tests_of_clients", 0), "clients": None}
     if held is None:
         return found
     found |= {"clients": asked.clients, "portion": asked.portion}
     found |= {"own_tests": asked.source["own_tests"], "least": None, "rows": None}
-    if run.config.veiled:  # nobody learns who holds nothing out, nor how many do
+    if run.config.veiled:  # the number of clients that hold samples out is secret
         found["least"] = asked.min_clients
-    elif held.data.table is not None:  # others are made or read when they are asked
+    elif held.data.table is not None:  # other clients are created or read on demand
         sizes = held.data.sizes(torch.arange(run.built.clients))
         found |= {"rows": int(sizes.sum()), "without": torch.nonzero(sizes == 0).flatten().tolist()}
     return found | {"unscored": [*scored(Measure.of_task(task))]}

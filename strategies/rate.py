@@ -31,7 +31,7 @@ from fedraclora.strategies.wrappers import method_of
 from fedraclora.training.localconfig import LocalConfig
 from fedraclora.tree import weights_of
 
-# c, by the optimizer and the factors that clients train.
+# c, by optimizer and trained factors.
 FITTED = {"adamw": {"B": 55.0, "A": 55.0, "BA": 27.5}, "sgd": {"B": 1.1, "A": 0.2, "BA": 0.1}}
 NARROWEST = 96  # of the layers that c was fitted to: narrower ones would have huge rates
 KNOWN = "the rule covers sgd and adamw without momentum, clipping or extras, on two factors a layer"

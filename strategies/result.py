@@ -1,4 +1,4 @@
-"""The result of a finished run: metrics, weights, evaluation, prediction and export."""
+"""Use a finished run: metrics, weights, evaluation, prediction and export."""
 
 from __future__ import annotations
 
@@ -43,19 +43,19 @@ SPLITS = ("test", "validation")
 
 @dataclass(frozen=True, repr=False)
 class RunResult:
-    """Result of a finished run.
+    """Hold the result of a finished run.
 
     Attributes:
         summary: Its final figures, as in ``summary.json``: ``metrics``, ``rounds``,
             ``uplink_total`` and ``downlink_total`` in bytes, ``weights_digest`` and more.
-        rows: The rows of its ledger. Row 0 is what it began from, then one per round: ``round``,
+        rows: The rows of its ledger: row 0 for the initial weights, then one per round: ``round``,
             ``metrics`` by name, ``uplink_total`` and ``downlink_total`` so far in bytes,
-            ``train_loss``, ``seconds`` by phase, and what the choices of the run add.
-        folder: Where its files lie; None where it ran in memory.
+            ``train_loss``, ``seconds`` by phase, and further columns of the run's choices.
+        folder: The run folder; None if it ran in memory.
         settings: Its checked settings.
-        effective: Gives the weights for `weights`.
-        builder: Builds the task: the model, and what it is measured on.
-        by_clients: Gives the columns of `clients`.
+        effective: Returns the weights for `weights`.
+        builder: Builds the task: model and samples.
+        by_clients: Returns the columns of `clients`.
     """
 
     summary: dict[str, object]
@@ -73,15 +73,15 @@ class RunResult:
 
     @cached_property
     def config(self) -> dict[str, object]:
-        """The whole config as plain values; `fedraclora.simulate` takes it for the same run."""
+        """Return the whole config as plain values, which `fedraclora.simulate` accepts."""
         return dict(self.settings.plain)
 
     @cached_property
     def clients(self) -> DataFrame:
-        """What single clients measured (``evaluate.clients``), a row for each round and client.
+        """Return the clients' metrics (``evaluate.clients``), a row for each round and client.
 
-        ``round``, ``client``, ``samples`` it measured on, local ``steps`` it took between, ``when``
-        (before or after these), and each metric; empty where none measured.
+        Columns: ``round``, ``client``, ``samples`` (measured), local ``steps`` in between, ``when``
+        (before or after these), and each metric; empty if no client measured.
         """
         import pandas as pd
 
@@ -89,9 +89,9 @@ class RunResult:
 
     @cached_property
     def history(self) -> DataFrame:
-        """The rows as a frame, one per round, by ``round``: a metric is a column of its name.
+        """Return the ledger as a frame, indexed by ``round``, with a column for each metric.
 
-        What a round tells in parts stands in columns of dotted names (``seconds.train``).
+        Nested values have columns with dotted names (``seconds.train``).
         """
         import pandas as pd
 
@@ -103,19 +103,18 @@ class RunResult:
     def weights(self, round: int | None = None) -> Tree:  # noqa: A002
         """Return the effective weights after the last round, all adapters merged.
 
-        Where clients keep a part of the model to themselves, these are the server's weights.
+        If clients keep a personal part of the model, these are the server's weights.
 
         Args:
-            round: Those after another round, from the chain of a run with a folder.
+            round: Another round, from the stored merges of a run with a folder.
 
         Returns:
-            Name of a parameter of the model -> tensor of the parameter's shape, copied to the CPU:
-            ``model.load_state_dict(run.weights(), strict=False)`` takes it.
+            Name of a parameter of the model -> tensor of the parameter's shape, copied to the CPU,
+            for ``model.load_state_dict(run.weights(), strict=False)``.
 
         Raises:
-            ConfigError: If a run in memory is asked for another round.
-            CheckpointError: If they are read from the files of a run that was finished before, and
-                one is missing or damaged.
+            ConfigError: If the run is in memory and the round is not the last.
+            CheckpointError: If they are read from files, and one is missing or damaged.
         """
         if round is not None and self.folder is None:
             raise ConfigError(
@@ -147,14 +146,16 @@ class RunResult:
         Args:
             data: As for `read`.
             target: As for `read`.
-            round: Of the weights, from the chain of a run with a folder; None: those of the end.
+            round: The round of the weights, from the stored merges of a run with a folder; None:
+                the end.
 
         Returns:
-            The metrics of the run, by name; of its own samples, those of the row of that round.
+            The metrics of the run, by name; for its own samples, those in that round's row.
 
         Raises:
-            ConfigError: If the run has no such samples, or no whole model: clients keep a part.
-            DataError: If the samples are not such as the run's.
+            ConfigError: If the run has no such samples, or no complete model, since clients keep a
+                part.
+            DataError: If the samples have another form than the run's.
             CheckpointError: If a file of the run is missing or damaged.
         """
         weights, asked, task = self._whole(round), self.settings.evaluate, self.builder.task
@@ -168,19 +169,19 @@ class RunResult:
         """Predict with the trained model.
 
         Args:
-            data: As for `read`; a target is not needed, nor looked at.
+            data: As for `read`; a target is not needed, and ignored.
             round: As for `evaluate`.
 
         Returns:
-            One row for each row of the data, in their order, with the index of a frame. Of classes
-            the column ``prediction`` has the value that the target has for it (its name, or where
-            it has none its number, an int), and ``probability.NAME`` that of each; of a
-            number ``prediction`` is on its raw scale; of conversations it is the answer. A row that
-            the run's own data would leave out (``data.missing=drop``, an empty text) has none.
+            One row for each row of the data, in order, with a frame's index. For classes,
+            ``prediction`` has the target's value (the class name, or its number, an int), and
+            ``probability.NAME`` the probability of each; for numbers, ``prediction`` is on the raw
+            scale; for conversations, it is the answer. Rows that the run's own data would leave out
+            (``data.missing=drop``, an empty text) have none.
 
         Raises:
             ConfigError: As `evaluate`.
-            DataError: If the samples are not such as the run's.
+            DataError: If the samples have another form than the run's.
             CheckpointError: If a file of the run is missing or damaged.
         """
         import pandas as pd
@@ -201,7 +202,8 @@ class RunResult:
         frame = pd.json_normalize(rows, sep=".")
         if int in {type(row.get("prediction")) for row in rows} and len(words) < len(rows):
             answers = [row.get("prediction", np.nan) for row in rows]
-            frame["prediction"] = pd.Series(answers, dtype=object)  # beside NaN they became floats
+            # beside NaN, integers became floats
+            frame["prediction"] = pd.Series(answers, dtype=object)
         index = getattr(data, "index", None)
         return frame.set_axis(index) if isinstance(index, pd.Index) else frame
 
@@ -209,21 +211,21 @@ class RunResult:
         """Encode samples as the run encoded its own: columns, classes, scale, tokens, template.
 
         Args:
-            data: ``"test"`` or ``"validation"``, the run's own; the path of a file of the kind that
-                the run was trained on (of arrays a ``.npz`` file); or samples in memory: for a run
-                on a table or on texts a frame of pandas; ``(inputs, target)``, or inputs alone
-                where nothing is measured, raw as the run's were; a data set of torch or of Hugging
-                Face; a list of texts, of prompts, or of dicts that are conversations.
-            target: Of a frame or a Hugging Face data set, the column to predict; None: as in the
+            data: ``"test"`` or ``"validation"``, the run's own; the path of a file of the same kind
+                as the run's training data (for arrays a ``.npz`` file); or samples in memory: for a
+                run on a table or on texts a pandas frame; ``(inputs, target)``, or only inputs if
+                nothing is measured, raw like the run's; a data set of torch or Hugging Face; a list
+                of texts, of prompts, or of dicts that are conversations.
+            target: The column to predict of a frame or a Hugging Face data set; None: as in the
                 run.
             measured: Whether there must be a target.
 
         Returns:
-            The samples on the run's device, and which rows of ``data`` they are.
+            The samples on the run's device, and their row numbers in ``data``.
 
         Raises:
             ConfigError: If the run has no such samples, or a column is missing.
-            DataError: If the samples are not such as the run's.
+            DataError: If the samples have another form than the run's.
         """
         if isinstance(data, Read):
             return data
@@ -248,7 +250,8 @@ class RunResult:
         if named := {key: name for key, name in named.items() if hasattr(reader, key)}:
             reader = replace(reader, **named)
         read: Read = reader(data, built.task.reading, target=measured)
-        wanted = built.task.test.inputs or read.samples.inputs  # token ids that no server has seen
+        # token ids that the server has not seen
+        wanted = built.task.test.inputs or read.samples.inputs
         own = next(iter(wanted.values())).dtype
         dtype = own if own.is_floating_point else None
         samples = read.samples.clone().to(built.device, dtype)
@@ -270,7 +273,7 @@ class RunResult:
         return replace(read, samples=samples)
 
     def _whole(self, round_: int | None) -> Tree:
-        """Give the weights on the run's device; refuse those of which clients have a part."""
+        """Return the weights on the run's device; refuse a model with personal parts."""
         config = self.settings
         if config.method.client_state or config.head == "personal":
             kept = "its head (head=personal)"
@@ -287,7 +290,7 @@ class RunResult:
         """Draw the curves of the run; return a figure that a notebook shows.
 
         Args:
-            path: Where to write them as a PNG, too; None: nowhere.
+            path: A PNG to write as well; None: none.
         """
         from fedraclora.plots.axes import write_png
         from fedraclora.plots.run import figure_of
@@ -306,23 +309,24 @@ class RunResult:
         *,
         check: bool = True,
     ) -> dict[str, object]:
-        """Write the trained model in a form that other libraries read, with a model card.
+        """Write the trained model in a format of other libraries, with a model card.
 
         Args:
-            folder: Made where it is missing.
+            folder: The target folder; created if missing.
             format: ``peft`` (an adapter of W_T - W_0), ``hf`` (a merged Hugging Face folder),
                 ``state_dict`` (one safetensors file) or ``gguf`` (models of Llama form).
-            rank: With ``peft``, the largest rank of a layer; None: the rank that its change has.
-            round: Of the weights, from the chain of a run with a folder; None: those of the end.
-            check: Read back what was written, by the library that it is for.
+            rank: With ``peft``, the largest rank of a layer; None: the rank of its change.
+            round: The round of the weights, from the stored merges of a run with a folder; None:
+                the end.
+            check: Read the files back with the library that they are for.
 
         Returns:
-            What ``export.json`` holds of it beside the run's own facts: with ``peft`` for each
-            layer its ``rank``, the ``rank_of_change``, and the ``relative_error``.
+            The export's entries in ``export.json``: with ``peft``, for each layer its ``rank``, the
+            ``rank_of_change``, and the ``relative_error``.
 
         Raises:
-            ConfigError: If the format does not fit the model, or the folder holds something.
-            ModelError: If the format has no place for a layer.
+            ConfigError: If the format does not fit the model, or the folder is not empty.
+            ModelError: If the format does not support a layer.
             CheckpointError: If a file of the run is missing or damaged.
         """
         from fedraclora.export import export
@@ -336,7 +340,7 @@ class RunResult:
         return {**record, "folder": str(place)}
 
     def _facts(self, round_: int | None) -> dict[str, object]:
-        """Collect what a model card says of the run, as it was after a round."""
+        """Collect the facts of a model card, as they were after a round."""
         last = self.rows[-1]["round"] if round_ is None else round_
         row: Mapping[str, object] = next((r for r in self.rows if r["round"] == last), {})
         return {
@@ -357,15 +361,15 @@ class RunResult:
         """Write the result to a folder: weights, history, summary, config.
 
         Args:
-            folder: Made where it is missing. It is no run folder: a run that is to be gone on with
-                is run with ``folder=...`` in the first place.
+            folder: The target folder; created if missing. It is no run folder: to resume a run
+                later, run it with ``folder=...``.
 
         Returns:
             The folder, with ``model.safetensors`` (`weights`), ``history.csv``, ``summary.json``
             and ``config.yaml``.
 
         Raises:
-            ConfigError: If the folder holds something already, or cannot be made.
+            ConfigError: If the folder is not empty, or cannot be created.
         """
         place = user_path("folder", folder)
         try:

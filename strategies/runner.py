@@ -46,11 +46,11 @@ from fedraclora.tree import digest
 
 log = logging.getLogger(__name__)
 
-SHOWN = 1000  # clients in partition.png, spread over the population
+SHOWN = 1000  # most clients in partition.png, spread over the population
 
 
 def finished(config: RunConfig, folder: Path) -> RunResult:
-    """Read a run from its folder, with its summary if it has come to its end; nothing is written.
+    """Read a run from its folder, with its summary if it has finished; no file is written.
 
     Args:
         config: Its settings, as they are stored.
@@ -69,17 +69,17 @@ def finished(config: RunConfig, folder: Path) -> RunResult:
 
 
 class StoredTask(TaskBuilder):
-    """Builds the task of a run from its folder, whose weights need no pretraining."""
+    """Build the task of a run from its folder, without pretraining."""
 
     def __init__(self, config: RunConfig, folder: Path) -> None:
-        found = located(folder, config.data.group)  # who asks may work in another folder
+        found = located(folder, config.data.group)  # the reader may work in another folder
         super().__init__(replace(config, data=replace(config.data, group=found)), pretrain=False)
         self.folder = folder
 
     @cached_property
     @override
     def built(self) -> BuiltTask:
-        check_data(self.folder, self.config.data.group)  # of other data other scales could come
+        check_data(self.folder, self.config.data.group)  # other data could have other scales
         return super().built
 
 
@@ -87,15 +87,14 @@ def execute(run: RunBuilder, *watching: Callback) -> RunResult:
     """Execute a run, write its files, and return the finished run.
 
     Args:
-        run: Of which nothing is built yet. Its folder is taken away again where the run cannot
-            begin.
-        watching: What watches the rounds, or ends them early, before the run's own callbacks.
+        run: The run, with no part built yet. Its folder is removed if the run cannot begin.
+        watching: Callbacks before the run's own.
 
     Returns:
         The run, its engine ended.
 
     Raises:
-        FedRacLoraError: Whatever is wrong with the config, the data, the folder or the clients.
+        FedRacLoraError: If config, data, folder or clients are wrong.
     """
     began = time.perf_counter()
     config, folder, resume = run.config, run.folder, run.resume
@@ -140,9 +139,9 @@ def execute(run: RunBuilder, *watching: Callback) -> RunResult:
 
 @contextmanager
 def stopping_noted(run: RunBuilder, folder: Path | None) -> Iterator[None]:
-    """Tell those who watch a run that it stopped before its end, if it does.
+    """Report to callbacks that a run stopped before its end, if it does.
 
-    Its reason and its curves are written into the folder.
+    The reason and the curves are written into the folder.
     """
     if folder is not None:
         forget_stop(folder)
@@ -156,7 +155,7 @@ def stopping_noted(run: RunBuilder, folder: Path | None) -> Iterator[None]:
             note_stop(folder, run.strategy.done, error)
             if run.config.output.plots:
                 draw(run, folder)
-        except Exception as second:  # must not hide the first
+        except Exception as second:  # must not hide the first error
             log.warning("cannot write in %s why the run stopped: %r", folder, second)
         raise
 
@@ -165,8 +164,8 @@ def summarize(run: RunBuilder, seconds: float) -> dict[str, object]:
     """Collect the final figures of a run.
 
     Args:
-        run: At its end.
-        seconds: What it took: this process, and the rounds of those before it.
+        run: The finished run.
+        seconds: Its duration: this process, and the rounds of earlier processes.
     """
     strategy, ledger = run.strategy, run.recorder.ledger
     measured = [r for r in ledger.rows if r.get("metrics")]
@@ -184,7 +183,7 @@ def summarize(run: RunBuilder, seconds: float) -> dict[str, object]:
         more["best"] = {key: best[key] for key in keys if key in best}
     if best is not None or strategy.callbacks.ended:
         more["stopped"] = strategy.done < run.config.rounds
-    # What numbers in fewer bits are off by, relative to what was rounded.
+    # The error of quantized numbers, relative to the unquantized ones.
     errors = {key: known_mean(ledger.rows, key) for key in ("rounding_up", "rounding_down")}
     more |= {key: error for key, error in errors.items() if math.isfinite(error)}
     more |= strategy.steps.summary(ledger.rows[-1])

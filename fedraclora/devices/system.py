@@ -169,8 +169,7 @@ class SystemConfig(Limited, group="system"):
 
         Clients are tried in a random order until enough are available, in searches of doubling
         size. Each search has a new order: by symmetry the result of the last one is a uniform
-            sample, and
-        all searches together cost twice the last.
+        sample, and all searches together cost twice the last.
 
         Args:
             seed: Of the run.

@@ -281,8 +281,8 @@ def predict(
 
     Returns:
         One record per sample, in order. ``prediction`` is a class (or a list: of the labels that
-            apply,
-        of all tokens or of all pixels), a number on the scale of the raw samples, or the next
+        apply, of all tokens or of all pixels), a number on the scale of the raw samples, or the
+        next
         token. A class has the name or number of the data; else the model's name for it, or its
         number. ``probability`` is by class, or that of the token. For a loss of another package,
         with outputs of any meaning, there is only ``output``.

@@ -242,8 +242,8 @@ def traced(
 
     Returns:
         Results of ``look`` by name: for the outputs of modules, in order, then for the model's
-            output
-        and the gradients of weights (None if there is none). For a module that is called several
+        output and the gradients of weights (None if there is none). For a module that is called
+        several
         times, the last one.
     """
     found: dict[str, T] = {}

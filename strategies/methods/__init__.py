@@ -1,4 +1,4 @@
-"""The federated methods: one file each, and the table of them (`METHODS`)."""
+"""List the federated methods, one file each, in the table `METHODS`."""
 
 from __future__ import annotations
 
@@ -58,11 +58,11 @@ METHODS: dict[str, type[Method]] = {
     "slora": SLora,
     "subspace_rac_lora": SubspaceRacLora,
     "xgblora": XgbLora,
-    # Settings of methods above that have names of their own.
+    # Settings of the methods above under names of their own.
     "fed_cola": FedAvgLora,
     "fed_relora": FedAvgLora,
     "fedslop": FedRacLora,
-    # The chain methods of one client are those above, under the names that the field gives them.
+    # The sequential methods for one client are those above, under their names in the literature.
     "lora": FedAvgLora,
     "asymmetric_lora": FedRacLora,
     "cola": FedAvgLora,

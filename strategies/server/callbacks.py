@@ -1,4 +1,4 @@
-"""Callbacks of a run: evaluation, early stopping, and those of your program."""
+"""Run the callbacks of a run: evaluation, early stopping, and those of your program."""
 
 from __future__ import annotations
 
@@ -32,27 +32,28 @@ log = logging.getLogger(__name__)
 
 
 class Callbacks:
-    """Calls all callbacks in order; the hooks are those of `Callback`.
+    """Call all callbacks in order; the hooks are those of `Callback`.
 
     Attributes:
-        list: Who is told; more may be added.
+        list: The callbacks; more may be added.
         ended: Whether one of them has ended the run.
     """
 
     def __init__(self, callbacks: Sequence[Callback]) -> None:
         self.list, self.ended = list(callbacks), False
         self._begun: list[Callback] = []
-        self._columns: list[tuple[str, Row]] = []  # of a program's own, for the next row
-        self._rows: list[Row] = []  # copies, for a program's own
+        # columns of a program's callbacks, for the next row
+        self._columns: list[tuple[str, Row]] = []
+        self._rows: list[Row] = []  # copies for a program's callbacks
 
     def begin(self, run: Begin) -> None:
-        """Have each get ready."""
+        """Call `begin` of each callback."""
         for callback in self.list:
             callback.begin(run)
             self._begun.append(callback)
 
     def measure(self, weights: Callable[[], Tree], round_: int) -> Row:
-        """Collect the columns of new weights, which are computed if somebody measures them."""
+        """Collect the columns for new weights, which are computed if a callback needs them."""
         measuring = [c for c in self.list if _measures(c)]
         row: Row = {"metrics": {}}
         now = weights() if measuring else {}
@@ -64,7 +65,7 @@ class Callbacks:
         return row
 
     def own_columns(self, row: Row) -> Row:
-        """Lay what a program's own callbacks have measured over a row.
+        """Add the columns of a program's callbacks to a row.
 
         Raises:
             ConfigError: If the row has such a column already.
@@ -75,12 +76,12 @@ class Callbacks:
         return row
 
     def row(self, row: Row) -> None:
-        """Show each the row of a round."""
+        """Pass the row of a round to each callback."""
         for callback in self.list:
             callback.row(row)
 
     def ends(self, rows: Sequence[Row]) -> bool:
-        """Ask each whether the run is at its end."""
+        """Return whether a callback ends the run."""
         self._rows += copy.deepcopy(rows[len(self._rows) :])
         self.ended = any(
             c.ends(self._rows if isinstance(c, GuardedHooks) else rows) for c in self.list
@@ -88,7 +89,7 @@ class Callbacks:
         return self.ended
 
     def end(self, summary: Mapping[str, object], *, failed: bool = False) -> None:
-        """Have each close that has begun; after a failure nothing may hide why the run stopped."""
+        """Call `end` of each started callback; after a failure no error may hide the first one."""
         while self._begun:
             try:
                 self._begun.pop(0).end(summary, failed=failed)
@@ -104,10 +105,10 @@ def _measures(callback: Callback) -> bool:
 
 
 def joined(row: Row, found: Mapping[str, object], who: str) -> Row:
-    """Add columns of a program's own to a row.
+    """Add columns of a program's callback to a row.
 
     Raises:
-        ConfigError: If they are no columns, the ledger has such already, or cannot hold them.
+        ConfigError: If they are no columns, exist already, or cannot be written to the ledger.
     """
     if not isinstance(found, Mapping):
         raise ConfigError(
@@ -131,12 +132,12 @@ def joined(row: Row, found: Mapping[str, object], who: str) -> Row:
 
 @dataclass
 class Evaluate(Callback):
-    """Measures the weights of a run on its own samples.
+    """Measure the weights of a run on its own samples.
 
     Attributes:
-        metrics: Gives them by name.
-        answering: Has a language model answer prompts; None: it does not.
-        rounds: Of the run in all.
+        metrics: Computes the metrics by name.
+        answering: Generates a language model's answers; None: none.
+        rounds: Rounds of the run.
     """
 
     metrics: Callable[[Tree], dict[str, float]]
@@ -154,15 +155,15 @@ class Evaluate(Callback):
 
 @dataclass
 class Stopping(Callback):
-    """Early stopping on a metric of the validation split or of clients.
+    """Stop early by a metric of the validation split or of clients.
 
-    It is read off the ledger, so that a run that is resumed stops where it would have stopped. The
-    run ends with the weights of its last round; the summary names the best round beside it.
+    The decision depends on the ledger only, so that a resumed run stops at the same round. The run
+    ends with the weights of its last round; the summary also names the best round.
 
     Attributes:
         config: Metric and patience; without patience nothing is measured and nothing stops.
-        validated: Gives the metrics of dense weights on the validation split; None: clients do.
-        lower: Metrics of the user's own of which less is better.
+        validated: Computes the metrics of weights on the validation split; None: clients do.
+        lower: The user's own metrics for which lower is better.
     """
 
     config: StopConfig = field(default_factory=StopConfig)
@@ -171,7 +172,7 @@ class Stopping(Callback):
 
     @override
     def measure(self, weights: Tree, round_: int) -> Row:
-        """Compute the ledger's column ``validation``; none where it decides nothing.
+        """Compute the ledger's column ``validation``; empty if it is not needed.
 
         Raises:
             ConfigError: If the metric is not among those of the data set.
@@ -198,7 +199,7 @@ class Stopping(Callback):
         return after >= self.config.patience
 
     def best(self, rows: Sequence[Row]) -> Row | None:
-        """Find the row of the best evaluation, the first of equals; None without any."""
+        """Find the row of the best evaluation, the first among equals; None without any."""
         measured = [(cost, row) for row in rows if (cost := self._cost(row)) is not None]
         return min(measured, key=itemgetter(0), default=(0.0, None))[1]
 
@@ -215,16 +216,16 @@ class Stopping(Callback):
 
 @dataclass
 class AfterRound(Callback):
-    """Calls a function with each new row of the ledger; the function must return None."""
+    """Call a function with each new row of the ledger; the function must return None."""
 
     call: Callable[[Row], object]
 
     @override
     def row(self, row: Row) -> None:
-        """Call it.
+        """Call the function.
 
         Raises:
-            ConfigError: If it returns something, as if that could end the run.
+            ConfigError: If it returns a value, which cannot end the run.
         """
         if (found := self.call(row)) is not None:
             raise ConfigError(
@@ -235,7 +236,7 @@ class AfterRound(Callback):
 
 
 def unchanged(things: Mapping[str, object]) -> Callback:
-    """Refuse objects of the user's, by what to call them, that change from round to round."""
+    """Refuse the user's objects, by name, that change from round to round."""
     own = {key: (it, held(it)) for key, it in things.items() if not of_project(type(it))}
 
     def check(_: Row) -> None:
@@ -246,7 +247,7 @@ def unchanged(things: Mapping[str, object]) -> Callback:
 
 
 class Undefined(Callback):
-    """Logs which metrics have no value, once, and the targets that they got."""
+    """Log metrics without a value, once, with their targets."""
 
     def __init__(self, target: torch.Tensor) -> None:
         self.got, self.said = "samples of the clients", False
@@ -268,13 +269,13 @@ class Undefined(Callback):
 
 
 class GuardedHooks:
-    """Wraps an object of your program, so that an error in a hook names the object.
+    """Wrap an object of your program, so that an error in a hook names the object.
 
     Args:
         inner: The object.
-        name: For a reader.
-        checks: Of what hooks give, by name.
-        copies: Whether its hooks get copies; those of rows are made as they come.
+        name: Its name for messages.
+        checks: Checks of the hooks' results, by hook.
+        copies: Whether its hooks receive copies; rows are copied before.
     """
 
     own = True
@@ -287,7 +288,7 @@ class GuardedHooks:
     def __getattr__(self, attribute: str) -> Any:
         """Fetch an attribute of the object."""
         found = getattr(self.inner, attribute)
-        inherited = of_project(found) and not self.copies  # what it calls is not its own
+        inherited = of_project(found) and not self.copies  # its own method calls are not wrapped
         if not callable(found) or inherited:
             return found
 
@@ -313,7 +314,7 @@ class GuardedHooks:
 
 @contextmanager
 def in_round(round_: int) -> Iterator[None]:
-    """Add to what an object of a program's own raises, or gives, the round in which it did."""
+    """Add the round to errors of a program's objects."""
     try:
         yield
     except Exception as error:
@@ -326,11 +327,11 @@ def own_callbacks(key: str, given: object) -> list[Callback]:
     """Check the callbacks of a program.
 
     Args:
-        key: What it is said by, for messages.
-        given: Callbacks and functions, one or several; None: nobody.
+        key: The argument's name, for messages.
+        given: Callbacks and functions, one or several; None: none.
 
     Raises:
-        ConfigError: If something is neither.
+        ConfigError: If an object is neither.
     """
     things = [(_callback(key, thing), _name(thing)) for thing in each_of(given)]
     return [
@@ -359,7 +360,7 @@ def _callback(key: str, thing: Any) -> Callback:
         )
     try:
         signature(thing).bind({})
-    except ValueError:  # of some functions of C nobody knows
+    except ValueError:  # some functions in C have no signature
         pass
     except TypeError as error:
         raise ConfigError(f"{key}: {_name(thing)} must take one row: {error}") from error

@@ -1,4 +1,4 @@
-"""Sum the rows of a cohort as replies come, if no step needs single updates."""
+"""Sum the rows of a round's clients as replies arrive, if no step needs single updates."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from fedraclora.wire.exchange import Ask
 
 Taken = tuple[
     FromTraining, list[Refusal]
-]  # what is left of a reply, and whose rows the sum leaves out
+]  # the rest of a reply, and the clients whose rows the sum excludes
 
 
 class CohortSum(RunningSum):
-    """Adds rows in the order of clients; a reply that comes early waits for its turn.
+    """Add rows in the order of clients; an early reply waits for its turn.
 
     Args:
-        downlink: What is asked.
-        cohort: Whose replies count.
+        downlink: The instructions.
+        cohort: The clients whose replies are used.
         weighting: ``samples`` or ``uniform``.
         size: Numbers of a row.
 
@@ -42,11 +42,11 @@ class CohortSum(RunningSum):
         self.longest: tuple[int, float] | None = None
 
     def take(self, ask: Ask, reply: FromTraining | None) -> Iterator[Taken]:
-        """Take what answers an ask, and yield the replies whose rows have been added by it.
+        """Accept the reply to a request, and yield the replies whose rows were added because of it.
 
         Args:
-            ask: What was asked.
-            reply: What came; None where its clients failed.
+            ask: The request.
+            reply: The reply; None if its clients failed.
         """
         self.waiting[ask.request.first] = ask.clients, reply
         while self.turn in self.waiting:
@@ -56,16 +56,16 @@ class CohortSum(RunningSum):
                 yield self._added(asked, reply)
 
     def rest(self) -> Iterator[Taken]:
-        """Yield the replies that waited for clients that did not answer."""
+        """Yield the replies that waited for clients that did not reply."""
         for place in sorted(self.waiting):
             asked, reply = self.waiting.pop(place)
             if reply is not None:
                 yield self._added(asked, reply)
 
     def _added(self, asked: Sequence[int], reply: FromTraining) -> Taken:
-        """Check and add the rows of a reply, and give the rest of it, which holds no view of them.
+        """Check and add the rows of a reply; return the rest of it, without views of the rows.
 
-        A reply of clients that were not asked is left as it is.
+        A reply of clients that were not asked is not changed.
         """
         if not set(reply.clients.tolist()) <= set(asked):
             return reply, []
@@ -87,7 +87,7 @@ class CohortSum(RunningSum):
         if len(norms):
             self.add(pieces, weights, places)
             found = int(reply.clients[norms.argmax()]), float(norms.max())
-            # Of equal norms that of the first client.
+            # Among equal norms that of the first client.
             self.longest = max(self.longest or found, found, key=lambda pair: pair[1])
         width = sum(piece.shape[1] for piece in pieces)
         return replace(reply, pieces=(pieces[0].new_empty(0, width),)), refused

@@ -19,16 +19,16 @@ from fedraclora.wire.exchange import payload_bytes
 
 @dataclass
 class DeviceSimulator:
-    """A fleet of devices on the virtual clock of one run.
+    """Simulate a fleet of devices on the virtual clock of one run.
 
-    Who will be late or vanish is known before anyone trains, so only clients whose replies count
-    are trained; the bytes that went down to the others are counted. Time is that of bytes without
-    coding: who is late must not depend on the version of a coder.
+    Stragglers and dropouts are known before training, so only clients whose replies are used are
+    trained; the bytes sent to the others are counted. Time depends on bytes without coding, since
+    stragglers must not depend on the version of a coder.
 
     Attributes:
-        system: What devices are like.
-        seed: Of the run.
-        local: Local settings: how many samples a client passes over.
+        system: Settings of the devices.
+        seed: The seed of the run.
+        local: Local settings, for the sample passes of a client.
         now: Virtual seconds since the run began.
     """
 
@@ -39,7 +39,7 @@ class DeviceSimulator:
 
     @property
     def clock(self) -> dict[str, object]:
-        """Virtual seconds since the run began, as a column of the ledger; {} if ideal."""
+        """Return virtual seconds since the run began, as a column of the ledger; {} if ideal."""
         return {"virtual_seconds": self.now} if self.system.timed else {}
 
     def ranks(self, clients: torch.Tensor, method: Method) -> torch.Tensor | None:
@@ -57,20 +57,20 @@ class DeviceSimulator:
         catch_up: CatchUp | None,
         loop: LoopConfig,
     ) -> tuple[Cohort, RoundInstructions, Timeline | None]:
-        """Compute whose replies will count, and advance the clock.
+        """Compute which replies will be used, and advance the clock.
 
         Args:
             round_: From 1.
-            asked: Who is asked.
-            downlink: What.
-            sizes: Gives the samples of each client, int64 [K].
-            catch_up: Tells what each must fetch before; None in a later exchange of a round,
-                where all who are asked are waited for.
+            asked: The asked clients.
+            downlink: The instructions.
+            sizes: Returns the samples of each client, int64 [K].
+            catch_up: Computes what each must fetch first; None in a later exchange of a round,
+                which waits for all asked clients.
             loop: Settings of the round loop.
 
         Returns:
-            The clients that answer in time with their part of the downlink, and the exchange on
-            the clock; everyone and None for ideal devices.
+            The clients that reply in time with their part of the downlink, and the exchange on the
+            clock; all clients and None for ideal devices.
         """
         if not self.system.enabled:
             return asked, downlink, None
@@ -92,7 +92,7 @@ class DeviceSimulator:
         catch_up: CatchUp | None,
         loop: LoopConfig,
     ) -> Load:
-        """Compute what is asked of clients (ids, int64 [K]); arguments as for `race`."""
+        """Compute the work of clients (ids, int64 [K]); arguments as for `race`."""
         (up, down), count = loop.kinds, len(clients)
         fetched = torch.full((count,), payload_bytes(downlink, count, down))
         if catch_up is not None:
@@ -103,11 +103,11 @@ class DeviceSimulator:
         )
 
     def passes(self, sizes: torch.Tensor, most: int | None = None) -> torch.Tensor:
-        """Count the samples that clients pass over in a round, int64 [K].
+        """Count the sample passes of clients in a round, int64 [K].
 
         Args:
             sizes: Samples of each, int64 [K].
-            most: Local steps after which the recipe ends, if there is such a bound.
+            most: The largest number of local steps, if there is one.
         """
         local = self.local
         batch = sizes if not local.batch_size else sizes.clamp(max=local.batch_size)

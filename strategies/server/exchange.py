@@ -1,4 +1,4 @@
-"""One exchange with the cohort: build its requests, and check the replies."""
+"""Run one exchange with the clients: build its requests, and check the replies."""
 
 from __future__ import annotations
 
@@ -46,35 +46,35 @@ from fedraclora.wire.reply import Wanted, checked
 
 @dataclass
 class Exchange:
-    """One downlink and its replies.
+    """Hold one downlink and its replies.
 
     Attributes:
-        downlink: What is asked.
+        downlink: The instructions.
         round_: From 1.
-        version: Of the base weights the clients train from.
-        cohort: The clients whose replies count: who is asked.
-        asked: Who was asked: those whose device was too slow or vanished included.
+        version: Version of the base weights from which the clients train.
+        cohort: The clients whose replies are used.
+        asked: All asked clients, including stragglers and dropouts.
         loop: Settings of the round loop.
-        rate_scale: Of the step sizes.
-        reduce: Whether sums of clients are enough for what follows.
+        rate_scale: Factor of the step sizes.
+        reduce: Whether sums of clients are enough for the next steps.
         replies: In ascending order of client, once collected.
         failures: Clients whose reply is not used.
-        received: Bytes of the numbers that clients sent, those of refused clients included, as far
-            as their replies could be read.
-        sizes: Of these the bytes of each client, by id, where they are coded.
-        asks: What was asked of each chunk of clients.
+        received: Bytes of the clients' numbers, also of refused clients whose replies could be
+            read.
+        sizes: The bytes of each client, by id, if they are coded.
+        asks: The request of each chunk of clients.
         before: The exchange before this one in the same round.
         mean_loss: Mean training loss over the clients whose replies are used, with their
             aggregation weights.
-        metrics: Means of what their training functions say, as the loss, by name.
+        metrics: Means of metrics of their training functions, weighted like the loss, by name.
         steps: Local steps of these clients.
         timeline: The exchange on the virtual clock, or None.
-        clip: The greatest norm of an update that clients are to send; None: any.
-        reduced: Whether sums were asked for.
-        sum: Of the rows that have come, where it is enough; None: the rows are kept.
-        base: The weights that clients train from, by which changes in fewer bits are read.
-        rounding: Mean of what rounding added to the changes of these clients, each relative to its
-            norm; None where they send numbers as they are.
+        clip: The largest norm of an update that clients may send; None: any.
+        reduced: Whether sums were requested.
+        sum: Sum of the arrived rows, if it is enough; None: the rows are kept.
+        base: The weights from which clients train, to decode quantized changes.
+        rounding: Mean rounding error of these clients' changes, each relative to its norm; None if
+            they are not quantized.
         measure: As in the request.
     """
 
@@ -104,10 +104,10 @@ class Exchange:
     measure: str | None = None
 
     def __post_init__(self) -> None:
-        """Fix the layout of the uplink, and see that the method heeds the rank budgets."""
+        """Set the layout of the uplink, and check that the method obeys the rank budgets."""
         check_budgets(self.downlink, self.cohort)
         self.layout = self.downlink.layout
-        # Where a client may fail, a round may have to be closed again without its row.
+        # If a client may fail, a round may have to be closed again without its row.
         if self.reduce and not self.loop.untrusted and not self.loop.max_failures:
             self.sum = CohortSum(self.downlink, self.cohort, self.loop.weights, self.layout.size)
 
@@ -115,7 +115,7 @@ class Exchange:
         """Build the request for each chunk of the cohort."""
         loop, clients = self.loop, self.cohort.clients
         coding = NONE if loop.uplink == FULL else loop.uplink_coding
-        # Sums of blocks: only where no block lies in two chunks, and no bytes are to be counted.
+        # Sums of blocks: only if no block is in two chunks, and no bytes must be counted.
         self.reduced = self.reduce and coding == NONE and loop.whole_blocks(len(clients))
         request = TrainRequest(
             self.round_,
@@ -145,7 +145,7 @@ class Exchange:
         return self.asks
 
     def payload_bytes(self, clients: int = 1) -> int:
-        """Count the payload of one message to so many of its clients."""
+        """Count the payload of one message to this many of its clients."""
         (_, kind), coding = self.loop.kinds, self.loop.downlink_coding
         return payload_bytes(self.downlink, len(self.cohort), kind, clients, coding)
 
@@ -153,16 +153,16 @@ class Exchange:
         """Read, check and sort the replies.
 
         Args:
-            came: What came, in any order.
+            came: The replies, in any order.
 
         Returns:
             The uplinks of the clients that passed, in ascending order of id.
 
         Raises:
-            ClientError: If more clients failed than allowed, or none is left; or if one met what
-                is no client's fault, which `max_failures` does not excuse.
-            WireError: If a reply is of another round, another layout or another client; where
-                clients are other people's machines, that is a failure of the client.
+            ClientError: If more clients failed than allowed, or none is left; or for an error that
+                is no client's fault, which `max_failures` does not cover.
+            WireError: If a reply is of another round, another layout or another client; for
+                untrusted clients, that is a failure of the client.
         """
         try:
             self._read_all(came)
@@ -172,7 +172,8 @@ class Exchange:
         except Exception as error:
             if not self.loop.untrusted:
                 raise
-            # What other machines sent must end in words and a checkpoint, whatever it was.
+            # Messages of other machines must lead to a clear error and a checkpoint, whatever they
+            # contain.
             reason = printable(f"{type(error).__name__}: {error}")
             raise ClientError(
                 f"round {self.round_}: the replies cannot be used ({reason})"
@@ -180,7 +181,7 @@ class Exchange:
 
     def _used(self) -> Uplinks:
         """Return the uplinks of the clients that pass; raises as `collect` does."""
-        if not len(self.cohort):  # the coins of Poisson sampling may choose nobody
+        if not len(self.cohort):  # Poisson sampling may choose no client
             none = torch.zeros(0, dtype=torch.int64)
             return Uplinks(none, none.double(), self.layout, torch.zeros(0, self.layout.size))
         if not self.replies and self.failures:
@@ -226,29 +227,29 @@ class Exchange:
             raise too_many(self.all_failures, self.round_, self.loop.rule)
 
     def _joined(self, name: str) -> torch.Tensor:
-        """Join what all replies have of one name, in the order of the replies."""
+        """Join one field of all replies, in their order."""
         parts = [getattr(reply, name) for reply in self.replies]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def _bytes_of(self, reply: FromTraining, refused: Sequence[Refusal]) -> int:
-        """Count the bytes of the numbers in a reply, those included that a sum leaves out."""
+        """Count the bytes of the numbers in a reply, including those that a sum excludes."""
         out = torch.tensor([f.client for f in refused], dtype=torch.int64)
         came = torch.cat([reply.clients, out])
         if isinstance(reply, TrainedAnswer) and reply.sizes is not None:
             return sum(self.sizes[client] for client in came.tolist())
-        if self.downlink.ranks is None:  # each sends as many
+        if self.downlink.ranks is None:  # each client sends the same number
             return len(came) * int(self._each[0])
         return int(self._each[torch.searchsorted(self.cohort.clients, came)].sum())
 
     @cached_property
     def _each(self) -> torch.Tensor:
-        """The bytes that each client of the cohort sends; where all send as many, those of one."""
+        """Return the bytes sent by each client; of one client if all send the same number."""
         up, _ = self.loop.kinds
         cohort = 1 if self.downlink.ranks is None else len(self.cohort)
         return uploaded_bytes(self.downlink, cohort, up)
 
     def _measure(self, clients: torch.Tensor, weights: torch.Tensor) -> None:
-        """Compute the figures of the clients whose replies are used; weights: theirs."""
+        """Compute the figures of the clients whose replies are used; ``weights`` are theirs."""
         used = torch.isin(self._joined("clients"), clients)
 
         def of(name: str) -> torch.Tensor:
@@ -265,16 +266,16 @@ class Exchange:
 
     @property
     def longest(self) -> tuple[int, float] | None:
-        """The client whose row had the largest norm, and that norm; None where rows are kept."""
+        """Return the client whose row has the largest norm, and the norm; None if rows are kept."""
         return None if self.sum is None else self.sum.longest
 
     @cached_property
     def counts(self) -> torch.Tensor:
-        """How many numbers each client of the cohort sends, int64 [K]."""
+        """Return how many numbers each client sends, int64 [K]."""
         return uploaded_numbers(self.downlink, len(self.cohort))
 
     def _read_all(self, came: Came) -> None:
-        """Read each answer, and note whose ask it answers."""
+        """Read each reply, and record which request it answers."""
         left = {id(ask) for ask in self.asks}
         for ask, answer in came:
             clients, asked = ask.clients, id(ask) in left
@@ -284,12 +285,12 @@ class Exchange:
             elif not self.loop.untrusted:
                 self._take(self._read(ask, answer, clients if asked else []))
             elif asked:
-                left.remove(id(ask))  # whatever else answers it is a replay
+                left.remove(id(ask))  # any other reply is a repetition
                 try:
                     reply = self._read(ask, answer, clients)
                     if reply is not None:
                         check_reply(reply, ask, self.loop, self.counts[ask.request.order])
-                except Exception as error:  # whatever another machine may send
+                except Exception as error:  # another machine may send anything
                     why = printable(f"its reply is refused: {error}")
                     self.failures += [Refusal(c, why) for c in clients]
                 else:
@@ -298,10 +299,10 @@ class Exchange:
             self._take(added, refused)
 
     def failed(self, answer: NoAnswer) -> str:
-        """Record why clients have no answer.
+        """Record why clients have no result.
 
         Raises:
-            ClientError: If they met what is no client's fault.
+            ClientError: For an error that is no client's fault.
         """
         if answer.of_the_run and not self.loop.untrusted:
             raise ClientError(f"round {self.round_} cannot be run: {answer.reason}")
@@ -310,7 +311,7 @@ class Exchange:
     def _read(
         self, ask: Ask, answer: Answer | NoAnswer, asked: Sequence[int]
     ) -> FromTraining | None:
-        """Check what came; None where it is a failure, which is noted."""
+        """Check a reply; None if it is a failure, which is recorded."""
         if isinstance(answer, NoAnswer):
             why = printable(self.failed(answer))
             self.failures += [Refusal(c, why) for c in asked]
@@ -333,7 +334,7 @@ class Exchange:
             self.failures += [*(Refusal(c, r) for c, r in reply.failures.items()), *out]
 
     def _check_ids(self, clients: Sequence[int]) -> None:
-        """Check who answered against the cohort: each once and none else; note who is silent."""
+        """Check that each asked client replied at most once, and no others; record missing ones."""
         answered = sorted([*clients, *(f.client for f in self.failures)])
         asked = self.cohort.clients.tolist()
         if answered == asked:
@@ -346,7 +347,7 @@ class Exchange:
         self.failures += [Refusal(c, "no reply in time") for c in missing]
 
     def without(self, got: Uplinks, client: int, reason: str) -> Uplinks:
-        """Take a client out of what was collected: it failed.
+        """Remove a client from the collected updates: it failed.
 
         Raises:
             ClientError: If more clients failed than allowed, or none is left.
@@ -357,39 +358,39 @@ class Exchange:
         return got
 
     def survivors(self) -> Cohort:
-        """The clients whose replies were used: those whom the next exchange asks."""
+        """Return the clients whose replies were used, which the next exchange asks."""
         failed = torch.tensor([f.client for f in self.failures], dtype=torch.int64)
         kept = ~torch.isin(self.cohort.clients, failed)
         return self.cohort.select(kept)
 
     @property
     def so_far(self) -> list[Exchange]:
-        """The exchanges of this round, this one last."""
+        """Return the exchanges of this round, this one last."""
         return [self] if self.before is None else [*self.before.so_far, self]
 
     @property
     def first(self) -> Exchange:
-        """The exchange that opened the round."""
+        """Return the exchange that opened the round."""
         return self.so_far[0]
 
     @property
     def dropped(self) -> list[Refusal]:
-        """Clients that were asked in this round and did not answer in time."""
+        """Return clients that were asked in this round and did not reply in time."""
         clocks = [each.timeline for each in self.so_far if each.timeline is not None]
         return [refusal for clock in clocks for refusal in clock.dropped]
 
     @property
     def all_failures(self) -> list[Refusal]:
-        """Clients that failed in this round so far."""
+        """Return the clients that have failed in this round."""
         return [refusal for each in self.so_far for refusal in each.failures]
 
     @property
     def local_steps(self) -> int:
-        """Local steps of this round so far."""
+        """Return the local steps of this round so far."""
         return sum(each.steps for each in self.so_far)
 
     @property
     def notes(self) -> list[str]:
-        """Notes of the workers in this round so far."""
+        """Return the notes of the workers in this round so far."""
         told = [said for each in self.so_far for said in (each.timeline, *each.replies)]
         return [note for said in told if said is not None for note in said.notes]

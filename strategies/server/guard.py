@@ -1,6 +1,6 @@
 """Check replies of untrusted clients, and the weights that a method returns.
 
-So must what a method makes of them be what it has promised.
+A method's result must also match its declared traits.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ def check_reply(reply: Worked, ask: Ask, loop: LoopConfig, counts: torch.Tensor)
     """Check a reply against the message that it answers.
 
     Args:
-        reply: What came; its fields and its layout have been checked.
-        ask: What was asked.
-        loop: Settings: the kind of numbers, and the most samples of a client.
-        counts: How many numbers each of these clients is to send, int64 [k].
+        reply: The reply; its fields and its layout have been checked.
+        ask: The request.
+        loop: Settings: the number format, and the most samples of a client.
+        counts: How many numbers each of these clients must send, int64 [k].
 
     Raises:
-        WireError: Saying what came and what was wanted.
+        WireError: Naming the found and the expected value.
     """
     clients, first = ask.clients, ask.request.first
     answered = reply.clients.tolist()
@@ -50,7 +50,7 @@ def check_reply(reply: Worked, ask: Ask, loop: LoopConfig, counts: torch.Tensor)
         raise WireError(f"the numbers of the reply are {reply.numbers.dtype}, expected {expected}")
     most = loop.max_samples
     for name, found, least in (("samples", reply.samples, 1), ("steps", reply.steps, 0)):
-        low = found <= 0 if found.is_floating_point() else found < least  # of Flower's apps
+        low = found <= 0 if found.is_floating_point() else found < least  # of Flower apps
         if (low | (found > most)).any():
             raise WireError(
                 f"the reply reports {found.tolist()} {name}, expected {least} to {most}"
@@ -72,7 +72,7 @@ def check_reply(reply: Worked, ask: Ask, loop: LoopConfig, counts: torch.Tensor)
 
 
 def _check_sums(reply: Summed, clients: Sequence[int]) -> None:
-    """Check sums against who is in them: clients have checked their own rows."""
+    """Check sums against the clients in them, which have checked their own rows."""
     blocks = -(-len(clients) // SUM_BLOCK)
     if len(reply.numbers) != blocks:
         raise WireError(f"the reply has {len(reply.numbers)} sums, expected {blocks}")
@@ -85,10 +85,10 @@ def _check_sums(reply: Summed, clients: Sequence[int]) -> None:
 def hold_to_traits(method: Method, before: State, after: State, sent: RoundInstructions) -> State:
     """Return the state after a round, checked against the method's traits.
 
-    A round in which clients took no step may take the first factors out of the base.
+    A round without client steps may subtract the first factors from the base.
 
     Raises:
-        ConfigError: If a method that says that it merges nothing has changed an adapted weight.
+        ConfigError: If a method that declares no merges has changed an adapted weight.
     """
     for name in before.plan.targets if sent.program.trains and not method.traits.merges else ():
         old, new = before.base[name], after.base[name]
@@ -103,9 +103,9 @@ def hold_to_traits(method: Method, before: State, after: State, sent: RoundInstr
 def overflowing(after: State, before: State) -> list[str]:
     """Return the tensors of a new state that are too large or not finite; only changed ones.
 
-    From such weights every client would fail, in the next round and in every resume. Norms of the
-    carried factors of one layer are multiplied, as the factors are; what else is carried (lengths
-    of rows, a method's own sums) counts by itself. One pass and no copy.
+    With such weights every client would fail, in the next round and in every resume. Norms of a
+    layer's factors are multiplied, like the factors; other tensors (row lengths, a method's own
+    sums) are checked separately. One pass without copies.
     """
     new = [*after.base.items(), *after.carried.items(), *after.moments.items()]
     old = {id(t) for tree in (before.base, before.carried, before.moments) for t in tree.values()}

@@ -1,4 +1,4 @@
-"""Settings of the round loop, built from the config of a run."""
+"""Define the settings of the round loop, built from the config of a run."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ from fedraclora.protocol.uplinks import SUM_BLOCK
 
 @dataclass(frozen=True)
 class LoopConfig(WaitPolicy):
-    """Settings of the round loop.
+    """Hold the settings of the round loop.
 
     Attributes:
         rounds: Rounds to run in all.
         clients: Size of the population.
         cohort: Clients per round.
-        chunk: Clients per ask.
-        seed: Of the run.
+        chunk: Clients per request.
+        seed: The seed of the run.
         weights: ``samples`` or ``uniform``.
-        dtype: Of numbers on the wire, that of the base weights.
-        uplink, downlink: How they travel: as they are, or rounded to fewer bits
+        dtype: Type of sent numbers, that of the base weights.
+        uplink, downlink: Their number format: full, or quantized
             (`fedraclora.protocol.quantized`).
-        feedback: Whether clients keep what rounding left (`fedraclora.wire.feedback`).
-        uplink_coding, downlink_coding: How what is in fewer bits is coded
+        feedback: Whether clients use error feedback (`fedraclora.wire.feedback`).
+        uplink_coding, downlink_coding: Lossless coding of quantized numbers
             (`fedraclora.protocol.coding`).
         evaluate_every: Rounds between evaluations; the last round is always evaluated.
         max_failures: Clients that may fail in a round before the run stops.
@@ -52,20 +52,20 @@ class LoopConfig(WaitPolicy):
     max_failures: int = 0
 
     def allowed(self, cohort: int) -> int:
-        """How many clients of a cohort may fail."""
+        """Return how many clients of a round may fail."""
         if not self.untrusted:
             return self.max_failures
         return cohort - min(self.min_clients or cohort, cohort)
 
     @property
     def kinds(self) -> tuple[str, str]:
-        """Kinds of numbers that go up and down: keys of `quantized.WIDTHS` or of its levels."""
+        """Return the number formats up and down: keys of `quantized.WIDTHS` or of its levels."""
         up, down = (self.dtype if k == FULL else k for k in (self.uplink, self.downlink))
         return up, down
 
     @property
     def rule(self) -> str:
-        """The key of the limit with its value, for messages."""
+        """Return the key of the limit with its value, for messages."""
         if self.untrusted:
             return f"engine.min_clients={'all' if self.min_clients is None else self.min_clients}"
         return f"max_failures={self.max_failures}"
@@ -137,7 +137,7 @@ class LoopConfig(WaitPolicy):
         return self.feedback
 
     def whole_blocks(self, cohort: int) -> bool:
-        """Return whether every summation block of a cohort lies in one chunk."""
+        """Return whether every summation block of a round is in one chunk."""
         return self.chunk % SUM_BLOCK == 0 or self.chunk >= cohort
 
 

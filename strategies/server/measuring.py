@@ -1,4 +1,4 @@
-"""Federated evaluation after a round: ask clients, and compute the columns of the row."""
+"""Run federated evaluation after a round: ask clients, and compute the columns of the row."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ from fedraclora.wire.reply import Wanted, checked
 
 @dataclass(frozen=True)
 class Measuring:
-    """Settings of federated evaluation: which clients, when, and which metrics.
+    """Hold the settings of federated evaluation: which clients, when, and which metrics.
 
     Attributes:
         asked: The settings.
         measure: The metrics.
-        alone: Whether the server has no samples: then the metrics of a row are theirs.
-        noisy: Whether noisy means are all that is kept.
+        alone: Whether the server has no samples: then a row's metrics are the clients'.
+        noisy: Whether only noisy means are kept.
     """
 
     asked: EvaluateConfig
@@ -47,7 +47,7 @@ class Measuring:
 
     @classmethod
     def of(cls, asked: EvaluateConfig, task: Task, *, noisy: bool = False) -> Measuring | None:
-        """Make it of the settings of a run; None where no client measures."""
+        """Create it from the settings of a run; None if no client measures."""
         if not asked.by_clients:
             return None
         alone = not len(measured_samples(task, asked.split))
@@ -60,46 +60,46 @@ class Measuring:
 
     @property
     def pooled(self) -> list[str]:
-        """Names of the metrics that sums tell of all samples together; of noise, of all clients."""
+        """Return the metrics of all samples together that sums give; with noise, of all clients."""
         unknown = [] if self.noisy else scored(self.measure)
         return [name for name in self.names if name not in unknown]
 
     @property
     def points(self) -> list[str]:
-        """What is before the names of metrics of each point of a round."""
+        """Return the prefix of metrics for each point of a round."""
         return ["", AFTER] if self.asked.personal else [""]
 
     @property
     def named(self) -> list[str]:
-        """The same as `stop`, studies and tables name them: ``clients.accuracy.worst10``."""
+        """Return the names that `stop`, studies and tables use: ``clients.accuracy.worst10``."""
         kinds = ["mean"] if self.noisy else spread("", np.zeros(1), 0.0)
         names = [point + name for point in self.points for name in self.names]
         return [f"{BY_CLIENTS}{name}.{kind}" for name in names for kind in kinds]
 
     def count(self, loop: LoopConfig) -> int:
-        """Count the clients that are asked to measure, where their number is drawn the mean."""
+        """Count the clients that are asked to measure; the mean if their number is random."""
         return loop.clients if self.asked.clients == "all" else loop.cohort
 
     def due(self, round_: int, rounds: int) -> bool:
-        """Check whether they measure the weights that a round has made."""
+        """Check whether clients measure the weights of a round."""
         return round_ % self.asked.clients_every == 0 or round_ == rounds
 
 
 class Measurement(Exchange):
-    """One exchange in which clients measure.
+    """Run one exchange in which clients measure.
 
     Args:
-        measuring: What they send.
-        downlink: From which they begin.
-        cohort: Who is asked.
+        measuring: The settings.
+        downlink: The downlink from which they begin.
+        cohort: The asked clients.
         round_: The round that begins from these weights.
-        version: Of the base weights.
+        version: Version of the base weights.
         loop: Settings of the round loop.
-        rate_scale: Of the step sizes, where they train, too.
+        rate_scale: Factor of the step sizes, if they also train.
 
     Attributes:
-        when: What is before the names of metrics, by when they are measured.
-        summed: What came of a sum, in place of replies; None: there was none.
+        when: Prefix of the names of metrics, by when they are measured.
+        summed: The sum, in place of replies; None: there was none.
         beside: Other columns of the row.
     """
 
@@ -113,24 +113,24 @@ class Measurement(Exchange):
         loop: LoopConfig,
         rate_scale: float,
     ) -> None:
-        # Whoever fails is named, and ends nothing.
+        # Failed clients are named, and do not end the run.
         loop = replace(loop, max_failures=len(cohort), min_clients=1, uplink=FULL, feedback=False)
         super().__init__(downlink, round_, version, cohort, cohort, loop, rate_scale)
-        # What clients are first asked for may be gradients, of which no weights come.
+        # A first exchange may ask for gradients, which give no weights.
         personal = measuring.asked.personal and downlink.program.trains
         self.when = {"before": ""} | ({"after": AFTER} if personal else {})
         self.measuring, self.measure = measuring, [*self.when][-1]
-        self.layout = Layout(())  # known once they have answered
-        self.untold = set[int]()  # who have no samples for it, which is their own affair
+        self.layout = Layout(())  # known once they have replied
+        self.untold = set[int]()  # clients without samples, which is no failure
         self.summed: Row | None = None
         self.beside = Row()
         self.ask()
 
     def gather(self, send: Callable[[Sequence[Ask]], Came]) -> None:
-        """Ask clients and read their answers; an invalid answer counts as a failure.
+        """Ask clients and read their replies; an invalid reply counts as a failure.
 
         Raises:
-            ClientError: If one failed where all are this machine's.
+            ClientError: If one failed and all clients are on this machine.
         """
         silent, why = {*self.cohort.clients.tolist()}, "no answer in time"
         try:
@@ -141,7 +141,7 @@ class Measurement(Exchange):
                     continue
                 try:
                     self._add(ask, answer)
-                except Exception as error:  # whatever another machine may send
+                except Exception as error:  # another machine may send anything
                     self._failed(ask, f"its answer is refused: {error}")
         except ClientError as error:
             if not self.loop.untrusted:
@@ -170,14 +170,14 @@ class Measurement(Exchange):
         self._fail(ask.clients, printable(why))
 
     def _add(self, ask: Ask, answer: Answer) -> None:
-        """Check an answer against its ask, and keep it."""
+        """Check a reply against its request, and store it."""
         answer = checked(answer, ask, Measured, Wanted(self.round_, self.version))
         names = sums_named(self.measuring.measure, self.when.values())
         if [name for name, _ in answer.layout.shapes] != (names if len(answer.clients) else []):
             raise WireError(f"it has {answer.layout.shapes}, expected {names}")
         sizes = torch.tensor([answer.layout.size])
         check_reply(answer, ask, self.loop, counts=sizes.expand(len(ask.clients)))
-        # Where noise covers what each client sends, none may take those of its chunk with it.
+        # If noise covers each client's values, no client may remove those of its chunk.
         finite = self.measuring.noisy or torch.isfinite(answer.numbers).all()
         if self.loop.untrusted and not finite:
             raise WireError("its metrics contain NaN or infinity")
@@ -186,11 +186,11 @@ class Measurement(Exchange):
         self.untold |= {*answer.failures} if self.measuring.noisy else set()
 
     def columns(self, recorder: RunRecorder, took: Row) -> Row:
-        """Give the columns of the ledger, and hand what single clients measured to the recorder.
+        """Return the columns of the ledger, and pass the clients' metrics to the recorder.
 
         Args:
-            recorder: Of the run.
-            took: The bytes of it.
+            recorder: The recorder of the run.
+            took: The bytes of the exchange.
         """
         column = self.summed or {}
         if self.replies:
@@ -215,7 +215,7 @@ class Measurement(Exchange):
             yield values_of(self.measuring.measure, own, prefix)
 
     def own(self) -> dict[str, Floats]:
-        """Compute the metrics of clients, by the names that the row has; empty of nobody."""
+        """Compute the clients' metrics, by the names in the row; empty without clients."""
         if not self.replies:
             names = self.measuring.names
             return {point + n: np.zeros(0) for point in self.when.values() for n in names}

@@ -38,8 +38,7 @@ def greet(host: str, port: int, patience: float) -> float:
 
     Returns:
         Seconds until the response, without those of the connection, which depend on the network:
-            after a
-        broken connection they do not show how busy a host is.
+        after a broken connection they do not show how busy a host is.
     """
     with socket.create_connection((host, port), patience) as link:
         began = time.monotonic()

@@ -56,8 +56,7 @@ class SampleLevel(ClientProgram):
         """See `ClientProgram.gradients`.
 
         Every sample is treated as a client of its own: trained tensors are repeated for each
-            sample,
-        so that each sample has its own gradient.
+        sample, so that each sample has its own gradient.
         """
 
         def apart(tensor: torch.Tensor) -> torch.Tensor:
