@@ -78,9 +78,7 @@ def defined(path: Path) -> set[str]:
 # What shared code defines and a single method uses besides, and why it stands there.
 ONE_USER = {
     "fedraclora/sketch/__init__.py": {"sparse_sign"},  # a law of drawings, in the table of them
-    "fedraclora/training/extras/pairs.py": {
-        "projected"
-    },  # by local.precondition; GaLore's is its own
+    "fedraclora/training/extras/pairs.py": {"projected"},  # of local.precondition
     "fedraclora/training/optimizer.py": {"_of_kind"},  # for an optimizer that derives from it
     "strategies/shared/factors.py": {"Label", "OTHER"},  # of two keys
     "strategies/shared/layerwise.py": {"LowRankMethod", "keeps", "subset"},  # what a method may say
@@ -123,6 +121,7 @@ NAMED = {
     "fedraclora/__init__.py": (1, "the project has the name of its method"),
     "fedraclora/api.py": (2, "how an instance is made, and an example that runs"),
     "fedraclora/client.py": (1, "an example that runs"),
+    "fedraclora/commands/compare/command.py": (1, "an example in the help"),
     "fedraclora/flower/server.py": (1, "how an instance is made"),
     "fedraclora/plots/palette.py": (2, "an example of names"),
 }
