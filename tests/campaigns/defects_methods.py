@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch.nn.functional import normalize
 
-import fedraclora.strategies.methods.fedex_lora
 import fedraclora.strategies.methods.fedsvd
 import fedraclora.strategies.methods.frlora
 import fedraclora.strategies.shared.layer
@@ -99,10 +98,11 @@ def residual_merged_without_the_scale(planting: Planting) -> None:
 
 @defect("fedex_lora", "FedLLM-Factory fedexlora.py")
 def weighted_products_and_unweighted_means(planting: Planting) -> None:
-    def alike(left: torch.Tensor, right: torch.Tensor, p: torch.Tensor) -> Product:
-        return stack_products(left, right, torch.full_like(p, 1 / (len(p) + 1)))
+    def alike(self: Replies) -> Product | None:
+        B, A, p = self.B[:-1] - self.mean("B"), self.A[:-1] - self.A[-1], self.p[:-1]
+        return stack_products(B, A, torch.full_like(p, 1 / (len(p) + 1)))
 
-    planting.put(fedraclora.strategies.methods.fedex_lora, "stack_products", alike)
+    planting.put(Replies, "residual", property(alike))
 
 
 @defect("flexlora", "FedLLM-Factory flexlora.py: B = U sqrt(S), A = V")
