@@ -89,6 +89,7 @@ fmt: install ## Format the code and mend what ruff can mend
 
 conf: install ## Write the files of conf/ from the signatures: every key, its default and its meaning
 	$(BIN)/python -m fedraclora.experiments.choice_files
+	$(BIN)/python -m fedraclora.experiments.pages
 
 docs: install ## Build the site of the documentation in site/ (a link that leads nowhere is an error)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict

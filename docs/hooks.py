@@ -27,14 +27,27 @@ ROW = re.compile(r"^\| \[.*?\]\((.*?)\) \|", re.MULTILINE)  # of a table of cont
 HEADED = re.compile(r"^## ([^\n]+)\n(.*?)(?=^## |\Z)", re.MULTILINE | re.DOTALL)
 SUBHEADED = re.compile(r"^### ([^\n]+)\n(.*?)(?=^### |\Z)", re.MULTILINE | re.DOTALL)
 METHOD = re.compile(r"strategies/methods/(\w+)\.py")
-# A page of the reference -> its title, and the modules whose public names it shows (`__all__`), or
-# single names.
+# A page of the reference -> its title, what it is for, and the modules whose public names it shows
+# (`__all__`), or single names.
 REFERENCE = {
-    "python": ("fedraclora", ["fedraclora"]),
-    "client": ("fedraclora.client", ["fedraclora.client"]),
-    "flower": ("fedraclora.flower", ["fedraclora.flower"]),
+    "python": (
+        "fedraclora",
+        "What `import fedraclora` gives. [From Python](../python.md) teaches it.",
+        ["fedraclora"],
+    ),
+    "client": (
+        "fedraclora.client",
+        "For a training function of your own. [Custom client code](../training.md) teaches it.",
+        ["fedraclora.client"],
+    ),
+    "flower": (
+        "fedraclora.flower",
+        "For a Flower app of your own. [Flower: your own app](../flower.md) teaches it.",
+        ["fedraclora.flower"],
+    ),
     "parts": (
-        "Base classes of your own parts",
+        "Base classes",
+        "To derive your own parts from. [Your own parts](../own.md) teaches them.",
         [
             "fedraclora.attacks.Attack",
             "fedraclora.protocol.method.Traits",
@@ -45,8 +58,16 @@ REFERENCE = {
             "fedraclora.strategies.weights.load_weights",
         ],
     ),
-    "methods": ("Methods", []),  # those that docs/methods.md links to
-    "errors": ("fedraclora.errors", ["fedraclora.errors"]),
+    "methods": (
+        "Methods",
+        "The classes behind `method=`. [Methods](../methods.md) has their formulas side by side.",
+        [],  # those that docs/methods.md links to
+    ),
+    "errors": (
+        "fedraclora.errors",
+        "What fedraclora raises. Every error derives from `FedRacLoraError`.",
+        ["fedraclora.errors"],
+    ),
 }
 
 
@@ -130,7 +151,7 @@ def grouped(index: str) -> Nav:
 
 def on_config(config: MkDocsConfig) -> None:
     """List all pages by the groups of docs/README.md, the records and decisions by their own."""
-    reference = [{title: f"reference/{name}.md"} for name, (title, _) in REFERENCE.items()]
+    reference = [{title: f"reference/{name}.md"} for name, (title, *_) in REFERENCE.items()]
     nav = grouped((ROOT / "docs" / "README.md").read_text())
     groups = {title: pages for group in nav for title, pages in group.items()}
     groups["Start"] = [{"What it is": "index.md"}, *groups["Start"], {"All pages": "contents.md"}]
@@ -145,7 +166,7 @@ def on_config(config: MkDocsConfig) -> None:
 
 
 def names_of(places: list[str]) -> list[str]:
-    """List the public names of modules, and the names that are none."""
+    """List the public names of modules, functions first, and the names that are none."""
     found = []
     for place in places:
         file = ROOT.joinpath(*place.split("."))
@@ -157,7 +178,7 @@ def names_of(places: list[str]) -> list[str]:
             if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__"
         ]
         defined = [n.name for n in tree.body if isinstance(n, ast.ClassDef) and n.name[0] != "_"]
-        names = public[0] if public else defined
+        names = sorted(public[0] if public else defined, key=lambda name: name[0].isupper())
         found += [f"{place}.{name}" for name in names] if path.is_file() else [place]
     return found
 
@@ -183,11 +204,11 @@ def on_files(files: Files, config: MkDocsConfig) -> None:
         what = {"content": text} if place.endswith(".md") else {"abs_src_path": str(ROOT / path)}
         files.append(File.generated(config, place, inclusion=level, **what))
     methods = METHOD.findall((ROOT / "docs" / "methods.md").read_text())
-    for name, (title, names) in REFERENCE.items():
+    for name, (title, about, names) in REFERENCE.items():
         of = names_of(names) or [
             f"fedraclora.strategies.methods.{method}" for method in dict.fromkeys(methods)
         ]
-        text = f"# {title}\n\n" + "".join(f"::: {each}\n\n" for each in of)
+        text = f"# {title}\n\n{about}\n\n" + "".join(f"::: {each}\n\n" for each in of)
         files.append(File.generated(config, f"reference/{name}.md", content=text))
 
 
