@@ -80,9 +80,14 @@ def check_config(folder: Path) -> bytes:
     """Read the config of a run folder, and verify its checksum.
 
     Raises:
-        CheckpointError: If it was changed since the run wrote it.
+        CheckpointError: If it was changed since the run wrote it, or no run wrote it.
     """
     path, digests = folder / "config.yaml", folder / FILE
+    if not digests.is_file():
+        raise CheckpointError(
+            f"{folder} is not a run folder: it has no {FILE} beside config.yaml. Name the folder "
+            "of a run, or restore that file from a copy"
+        )
     text = path.read_bytes()
     if _text_digest(text) not in read_sealed(digests).get("config", ()):
         raise CheckpointError(
