@@ -1,7 +1,7 @@
-"""The ServerApp of ``fedraclora deploy``, which executes a run in a process of Flower.
+"""Define the ServerApp of ``fedraclora deploy``, which executes a run in a process of Flower.
 
-The run's config comes as JSON in the run config, ``cfg-json``; ``fedraclora deploy`` writes it.
-What simulate leaves in its run folder is left in ``output.dir``.
+The run's config is JSON in Flower's run config, ``cfg-json``, which ``fedraclora deploy`` writes.
+The run folder is ``output.dir``, with the same files as in a simulation.
 """
 
 from __future__ import annotations
@@ -59,14 +59,14 @@ def on_hosts(
     shared: bool,
     ended: Callable[[], bool],
 ) -> Engine:
-    """Make the engine of real SuperNodes; each message brings what its client's weights lack.
+    """Create the engine of real SuperNodes; each message brings the updates that its clients need.
 
     Args:
         flower: Flower's own grid.
         settings: How long to wait, and how many clients are enough.
-        folder: Of the run, whose name clients know it by.
-        known: Whether clients can make the initial weights themselves.
-        shared: Whether others may use the folder.
+        folder: The run folder, whose name identifies the run for clients.
+        known: Whether clients can build the initial weights themselves.
+        shared: Whether other users may access the folder.
         ended: Tells whether the runtime has ended.
     """
     history = WeightHistory()
@@ -109,9 +109,9 @@ def config_from_text(text: str, *, resuming: bool = False) -> RunConfig:
 def watch() -> Callable[[], bool]:
     """Build the function that tells whether the runtime around this thread has ended.
 
-    It is the main thread, which ends when its backend fails, while a ServerApp would wait on for
-    replies. And it must end with the process that started it: Flower watches for that, but its
-    signal is raised in another thread, and not heard while the main thread waits for this one.
+    The main thread ends if its backend fails, while a ServerApp would wait for replies for ever.
+    The ServerApp must also end with the process that started it: Flower checks that, but raises its
+    signal in another thread, which has no effect while the main thread waits for this one.
     """
     parent = os.getppid()
     return lambda: not threading.main_thread().is_alive() or os.getppid() != parent
@@ -121,7 +121,7 @@ def settings_of(config: RunConfig) -> DeployConfig:
     """Return the settings of the engine.
 
     Raises:
-        ConfigError: If it is another one.
+        ConfigError: If it is another engine.
     """
     if not isinstance(config.engine, DeployConfig):
         raise ConfigError(

@@ -1,4 +1,4 @@
-"""Where a run begins if not at the weights of its model: a finished run, or a PEFT adapter."""
+"""Start a run from a finished run or a PEFT adapter, instead of its model's weights."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from fedraclora.strategies.weights import load_weights
 
 
 def resolved_start(plain: Mapping[str, object]) -> PlainDict:
-    """Write the digest of what a run begins from beside its path, for a config that is to be kept.
+    """Write the checksum of a run's start beside its path, for a config that is stored.
 
     Args:
         plain: The config of a new run.
 
     Raises:
-        FedRacLoraError: If there is nothing to begin from.
+        FedRacLoraError: If the start does not exist.
     """
     start = plain.get("init_from")
     if not isinstance(start, str):
@@ -37,11 +37,11 @@ def resolved_start(plain: Mapping[str, object]) -> PlainDict:
 
 
 def start_digest(folder: Path) -> str:
-    """Give the digest of a run's weights, as its summary has it, or of an adapter's files.
+    """Return the checksum of a run's weights, from its summary, or of an adapter's files.
 
     Raises:
-        CheckpointError: If the run has not come to its end.
-        ConfigError: If the folder holds neither.
+        CheckpointError: If the run has not finished.
+        ConfigError: If the folder has neither.
     """
     if is_adapter(folder):
         return adapter_digest(folder)
@@ -59,14 +59,14 @@ def start_digest(folder: Path) -> str:
 
 
 def begin_from(config: RunConfig, model: nn.Module) -> dict[str, str]:
-    """Bring a model to where its run begins; nothing happens where ``start`` is not set.
+    """Set a model to the start of its run; unchanged if ``init_from`` is not set.
 
     Args:
-        config: Of the run, its start settled.
-        model: At its own weights, which are changed in place.
+        config: The config of the run, with a resolved start.
+        model: The model, which is changed in place.
 
     Returns:
-        What the summary says of it.
+        Facts for the summary.
 
     Raises:
         FedRacLoraError: If it has changed since the run began, or does not fit the model.
@@ -104,7 +104,7 @@ def begin_from(config: RunConfig, model: nn.Module) -> dict[str, str]:
 
 
 def _take_weights(folder: Path, model: nn.Module, own: Plain) -> None:
-    """Copy the weights of a finished run; its code is trusted, or named by the user's config."""
+    """Copy the weights of a finished run, whose code must be trusted or the user's own."""
     before = from_plain(read_trusted(folder, own), METHODS, resuming=True)
     if before.method.client_state:
         raise ConfigError(

@@ -1,4 +1,4 @@
-"""What a run trained, with the factors of its change: what an export is made from."""
+"""Collect a trained model, with the factors of its change, for an export."""
 
 from __future__ import annotations
 
@@ -45,20 +45,20 @@ def trained_model(
     facts: Mapping[str, object],
     round_: int | None = None,
 ) -> TrainedModel:
-    """Collect what a run trained.
+    """Collect a run's trained model.
 
     Args:
-        config: Of the run.
+        config: The config of the run.
         folder: Its folder; None: it ran in memory.
         task: Its task, the model at W_0.
-        effective: Gives the weights, for a run in memory.
-        facts: What the card says of it; the digest of the weights is added.
-        round_: Of the weights, from the chain; None: those of the end.
+        effective: Returns the weights, for a run in memory.
+        facts: Facts for the card; the digest of the weights is added.
+        round_: The round of the weights, from the stored merges; None: the end.
 
     Raises:
-        ConfigError: If clients keep a factor of every adapter to themselves, so that there is no
-            whole model, or a run in memory is asked for an earlier round.
-        CheckpointError: If a file is missing or damaged, or does not reach so far.
+        ConfigError: If clients keep a factor of every adapter, so that there is no complete model,
+            or if the run is in memory and the round is not the last.
+        CheckpointError: If a file is missing or damaged, or the run did not reach the round.
     """
     method = method_of(config)
     if method.client_state:
@@ -83,7 +83,7 @@ def trained_model(
         if isinstance(method, Dora):
             magnitudes = {name: state.carried[magnitude_of(name)] for name in plan.targets}
     start, weights = dense(start), dense(weights)
-    model.to(next(iter(weights.values())).dtype)  # a narrow base widens with what is added to it
+    model.to(next(iter(weights.values())).dtype)  # a narrow base becomes wide with the added change
     put_weights(model, weights)
     name_classes(model, task.reading.get("classes"))
     source, tokenizer = _sources(config)
@@ -105,10 +105,10 @@ def trained_model(
 def _from_start(
     folder: Path, config: RunConfig, method: Method, state: State, round_: int | None
 ) -> tuple[Tree, dict[str, Product]]:
-    """Give W_0, and of each weight whose change since is known by factors, those factors."""
+    """Return W_0, and the factors of each weight whose change is known by factors."""
     draw, known, past = Draw(config.seed), Known(), Tree()
     links = [n for n, _, _ in islice(read_links(folder / "chain"), 1)]
-    if links != [0]:  # the run kept no chain
+    if links != [0]:  # the run stored no merges
         return {
             n: p.detach().cpu() for n, p in build_task(config).task.model.named_parameters()
         }, {}
@@ -139,13 +139,13 @@ def _current_update(method: Method, state: State, draw: Draw) -> Link | None:
 
 
 def _collect(known: Known, link: Link, plan: Plan, past: Tree) -> None:
-    """Add a link to what is known: its low-rank terms beside those before.
+    """Add a merge to the known changes: its low-rank terms beside the earlier ones.
 
     Args:
-        known: What is known. Modified.
-        link: The link.
-        plan: Of the run.
-        past: What the last link trained, by its name in base weights. Modified.
+        known: The known changes. Modified.
+        link: The merge.
+        plan: The plan of the run.
+        past: The last trained factors, by name in base weights. Modified.
     """
     for part in link.parts():
         for name, term in part.terms.items():
@@ -169,7 +169,7 @@ def _collect(known: Known, link: Link, plan: Plan, past: Tree) -> None:
 
 
 def _bounded(change: Product) -> Product:
-    """Compress a sum of products once it has twice as many components as its matrix can have."""
+    """Compress a sum of products when it has twice as many components as its matrix can have."""
     left, right = change
     most = min(left.shape[0], right.shape[1])
     if left.shape[1] <= 2 * most:
@@ -179,7 +179,7 @@ def _bounded(change: Product) -> Product:
 
 
 def _sources(config: RunConfig) -> tuple[str | None, str | None]:
-    """Give where the pretrained model and its tokenizer are, for ``from_pretrained``."""
+    """Return the sources of the pretrained model and its tokenizer, for ``from_pretrained``."""
     path, data = config.model.get("path"), config.data
     name, root = data.get("tokenizer"), data.get("root")
     source = model_source(str(path), key="model.path", root=None)[0] if path else None

@@ -1,4 +1,4 @@
-"""The trained weights of a run, read from its folder."""
+"""Read the trained weights of a run from its folder."""
 
 from __future__ import annotations
 
@@ -28,18 +28,18 @@ def load_weights(
 ) -> Tree:
     """Read the effective weights after a round, W_t: what the run measured, bit for bit.
 
-    They are what a model with the parameters of the run takes (``load_state_dict``): what adapters
-    carry is folded in, whatever the method.
+    They fit a model with the parameters of the run (``load_state_dict``): adapters are merged, for
+    every method.
 
     Args:
         folder: The run folder.
-        round_: 0 to the last one, from the chain; None takes the last checkpoint.
+        round_: 0 to the last round, from the stored merges; None: the last checkpoint.
         own: A config of the user's own: code that it names the folder's may name, too.
         trust: Modules that the run may name, as for `fedraclora.read_run`.
 
     Returns:
-        The weights by name, on the CPU. Where clients keep a part of the model to themselves (a
-        local head, a factor of their own), these are the server's.
+        The weights by name, on the CPU. If clients keep a personal part of the model (a personal
+        head, a factor of their own), these are the server's.
 
     Raises:
         CheckpointError: If a file is damaged, missing or of another run, or does not reach so far.

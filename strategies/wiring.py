@@ -1,6 +1,6 @@
-"""Wires a run: the one place where the strategy, its files and its engine meet.
+"""Connect the parts of a run: the one place where strategy, files and engine meet.
 
-Whatever runs rounds goes through here: runs of a config (`strategies.builder`), the benchmark, the
+All rounds are run through this module: runs of a config (`strategies.builder`), the benchmark, the
 curves of the theory, the contract tests.
 """
 
@@ -35,11 +35,11 @@ INITIAL = (
     "initial_weights",
     "initial_state",
     "first_instructions",
-)  # else they last for all rounds
+)  # otherwise they last for all rounds
 
 
 class RoundsBuilder:
-    """Builds what runs rounds from some parts, each other part once: when it is first read.
+    """Build the parts that run rounds; each is built once, when it is first read.
 
     Args:
         method: The algorithm.
@@ -75,77 +75,77 @@ class RoundsBuilder:
 
     @cached_property
     def draw(self) -> Draw:
-        """The randomness of the method."""
+        """Return the method's random sketches."""
         return Draw(self.loop.seed)
 
     @cached_property
     def initial_weights(self) -> Tree:
-        """The weights of the model; let go once there is a strategy."""
+        """Return the initial weights of the model; released once there is a strategy."""
         return weights_of(self.trainer.task.model)
 
     @cached_property
     def initial_state(self) -> State:
-        """The method's state before round 1; let go once there is a strategy."""
+        """Return the method's state before round 1; released once there is a strategy."""
         return self.method.initial_state(self.initial_weights, self.trainer.plan, self.draw)
 
     @cached_property
     def first_instructions(self) -> RoundInstructions:
-        """What the method sends in round 1, for its shapes; let go once there is a strategy."""
+        """Return round 1's instructions, for their shapes; released once there is a strategy."""
         return first_instructions(self.method, self.initial_state, self.draw, self.loop.cohort)
 
     @cached_property
     def store(self) -> ClientStore:
-        """What clients keep between rounds, where they run in this process."""
+        """Return the clients' state between rounds, if they run in this process."""
         return ClientStore()
 
     @cached_property
     def terms(self) -> SecAggTerms | None:
-        """What clients insist on in secure aggregation; None without it."""
+        """Return the clients' conditions for secure aggregation; None without it."""
         return None
 
     @cached_property
     def recorder(self) -> RunRecorder:
-        """Ledger, chain and checkpoints."""
+        """Return the recorder of ledger, merges and checkpoints."""
         return RunRecorder(None, store=self.store)
 
     @cached_property
     def steps(self) -> Sequence[RoundStep]:
-        """What happens to a round besides."""
+        """Return the steps of a round."""
         return round_steps({"local": self.trainer.local})
 
     @cached_property
     def callbacks(self) -> Sequence[Callback]:
-        """What watches the rounds, or ends them early."""
+        """Return the callbacks."""
         return ()
 
     @cached_property
     def measuring(self) -> Measuring | None:
-        """Which clients measure on samples of their own, and when; None: none does."""
+        """Return which clients measure on their own samples, and when; None: none."""
         return None
 
     @cached_property
     def system(self) -> SystemConfig:
-        """The clients' devices."""
+        """Return the clients' devices."""
         return SystemConfig()
 
     @cached_property
     def sizes(self) -> Sizes:
-        """Gives the samples of clients [K], where the server knows them before they train."""
+        """Return the function for clients' samples [K], if the server knows them in advance."""
         return torch.ones_like
 
     @cached_property
     def examples(self) -> Sizes:
-        """Gives the same, unpacked: what clients are weighted by."""
+        """Return the same function for samples before packing, which weight clients."""
         return torch.ones_like
 
     @cached_property
     def kind(self) -> type[FedStrategy]:
-        """The strategy that the devices need."""
+        """Return the class of strategy that the devices need."""
         return FedStrategy if self.system.buffer is None else BufferedStrategy
 
     @cached_property
     def context(self) -> RunContext:
-        """What round steps may know of the run."""
+        """Return the facts of the run for round steps."""
         local = self.trainer.local
         devices = DeviceSimulator(self.system, self.loop.seed, local)
         given = self.sizes, self.examples, self.measuring
@@ -153,7 +153,7 @@ class RoundsBuilder:
 
     @cached_property
     def strategy(self) -> FedStrategy:
-        """What drives the rounds; it stands where the run goes on."""
+        """Return the strategy, resumed if the run is."""
         state = self.initial_state
         strategy = self.kind(
             self.context,
@@ -176,15 +176,15 @@ class RoundsBuilder:
 
     @cached_property
     def grid(self) -> Grid:
-        """Where clients are asked; what runs them is started."""
-        _ = self.strategy  # what cannot run is refused before anything starts
+        """Return the grid; its processes are started."""
+        _ = self.strategy  # impossible runs are refused before any process starts
         return self.engine.start(self.trainer, self.store, self.terms)
 
     def ready(self) -> Self:
-        """Build every part now, and end the engine where that fails; whoever has the run closes it.
+        """Build every part now; if that fails, end the engine. The caller closes it otherwise.
 
         Raises:
-            FedRacLoraError: Whatever cannot be together, or does not start.
+            FedRacLoraError: If parts are incompatible, or fail to start.
         """
         try:
             self.build()
@@ -194,11 +194,11 @@ class RoundsBuilder:
         return self
 
     def build(self) -> None:
-        """Build every part now, in an order in which what is cheap to refuse comes first."""
+        """Build every part now, beginning with those that are cheap to refuse."""
         _ = self.grid
 
     def start(self, last: int | None = None) -> None:
-        """Run the rounds that are left.
+        """Run the remaining rounds.
 
         Args:
             last: The last round; None: that of the loop.
@@ -209,10 +209,10 @@ class RoundsBuilder:
         self.strategy.run(self.grid, last)
 
     def weights(self) -> Tree:
-        """Return the effective weights now: name of a parameter -> tensor of its shape."""
+        """Return the current effective weights: name of a parameter -> tensor of its shape."""
         return dense(self.strategy.method.weights(self.strategy.state, self.strategy.draw))
 
     def close(self) -> None:
-        """End what the engine started."""
+        """Stop the engine's processes."""
         if "engine" in vars(self):
             self.engine.close()

@@ -1,17 +1,16 @@
-"""Downlink quantization: the server rounds an update before it applies it, so copies stay equal.
+"""Quantize the downlink: the server rounds an update before it applies it, so copies stay equal.
 
     link:     W <- W + s Q(B_bar) A;   a tensor trained in full:  x <- x + Q(x_new - x)
     carried:  B_bar <- Q(B_bar), as the next round sends it
     pool:     S <- S + B_bar;  B^(j) <- Q(S), or W <- W + s Q(S) A where the pool is folded
     frozen:   A <- Q(A), as the first round of its link sends it; then it stays
 
-A frozen factor that is computed from the last link follows from Q(B_bar), and is not rounded. One
-whose numbers are sent is rounded by a draw of its link, and for as long as that lasts it is carried
-as it was sent (`FROZEN`): clients train under the same bits in each round, and the server measures
-and merges under these.
+A frozen factor that is computed from the last merge follows from Q(B_bar), and is not rounded. One
+whose numbers are sent is rounded once per merge period, and kept as it was sent (`FROZEN`): clients
+train with the same bits in each round, and the server measures and merges with these.
 
-So the state at the server, the files of the chain, every replica, whoever comes late and a run that
-goes on have the same bits, and a round is exact of what was sent.
+So the server's state, the stored merges, every replica, late clients and a resumed run have the
+same bits, and a round is exact for the sent numbers.
 
 S is the sum of all links under one sketch of a pool, which only the server has: what rounding left
 of it, S - Q(S), is kept for the next link. So a part is off by one rounding, however often it is
@@ -44,7 +43,7 @@ from fedraclora.protocol.quantized import FULL, rounded
 from fedraclora.rng import generator
 from fedraclora.tree import Tree, parameters
 
-RESIDUE = "residue/"  # of the names in `State.moments`; the rest is the name of the part
+RESIDUE = "residue/"  # prefix in `State.moments`; the rest is the name of the part
 
 
 @dataclass
@@ -52,10 +51,10 @@ class DownlinkRounding:
     """Quantizes the result of a round, and the downlink.
 
     Attributes:
-        kind: How numbers go down; `FULL` leaves everything as it is.
-        seed: Of the run.
-        feedback: Whether the server keeps what rounding left of what lives on.
-        squares: Of the last round that was closed: of what it left, and of what rounding added.
+        kind: Number format of the downlink; `FULL`: no quantization.
+        seed: The seed of the run.
+        feedback: Whether the server uses error feedback for continued tensors.
+        squares: Sums of squares in the last round: of its results, and of the rounding errors.
     """
 
     kind: str
@@ -65,7 +64,7 @@ class DownlinkRounding:
 
     @property
     def columns(self) -> dict[str, float]:
-        """Compute what rounding added to what the last round left, relative to its norm."""
+        """Compute the rounding error of the last round, relative to the norm of its results."""
         left, added = self.squares
         return {} if self.kind == FULL else {"rounding_down": (added / (left or 1.0)) ** 0.5}
 
@@ -76,7 +75,7 @@ class DownlinkRounding:
 
         def change(name: str, factor: Factor) -> Factor:
             rows = factor.per_client
-            # Sent again in each round of its link, also after one that was lost.
+            # Sent again in each round of its merge period, also after a failed round.
             keys = ("frozen", downlink.link) if stays(factor) else (round_,)
             return factor.with_numbers(lambda t: self._rounded(t, *keys, name, apart=rows))
 
@@ -90,9 +89,9 @@ class DownlinkRounding:
         """Quantize the result of a round.
 
         Args:
-            before: The state in which it was opened.
-            after: The state that closed it.
-            sent: What the cohort was asked last.
+            before: The state before the round.
+            after: The state after the round.
+            sent: The last instructions.
             round_: From 1.
         """
         if self.kind == FULL:
@@ -108,7 +107,7 @@ class DownlinkRounding:
                 for name, term in part.terms.items()
             }
             for name in parameters(part.dense):
-                value = part.dense[name].double()  # of the host; the base may lie on a GPU
+                value = part.dense[name].double()  # on the host; the base may be on a GPU
                 change = self._with_left(value - base[name].to(value), name, moments)
                 keys = ("link", i, name, 0)
                 found = self._counted(change, round_, *keys, nearest=self.feedback)
@@ -117,7 +116,7 @@ class DownlinkRounding:
             values = part.dense.keys() - parameters(part.dense).keys()
             kept = {
                 n: self._part(n, part.dense[n], moments, round_)
-                if weight_of(n) is None  # of a pool
+                if weight_of(n) is None  # for a pool
                 else self._counted(part.dense[n].cpu(), round_, "link", n).to(part.dense[n])
                 for n in sorted(values)
             }
@@ -138,7 +137,7 @@ class DownlinkRounding:
             carried[name] = found.to(carried[name])
             if not ends:
                 self._keep(name, whole, carried[name], moments)
-        if not ends and sent.program.trains:  # else the factors have only now begun
+        if not ends and sent.program.trains:  # otherwise the factors have just begun
             carried |= {FROZEN + n: t for n, t in frozen.items() if not same(n, t, carried)}
         first, *rest = parts
         link = after.link and replace(first, rest=tuple(rest))
@@ -164,19 +163,19 @@ class DownlinkRounding:
         return found.to(value.dtype)
 
     def _with_left(self, value: torch.Tensor, name: str, moments: Tree) -> torch.Tensor:
-        """Add what rounding left of a value the last time."""
+        """Add the residue of a value from its last rounding."""
         left = moments.get(RESIDUE + name)
         return value if left is None else value.double() + left
 
     def _keep(self, name: str, whole: torch.Tensor, found: torch.Tensor, moments: Tree) -> None:
-        """Keep what rounding left, where clients do, too."""
+        """Keep the residue of a value, if clients also do."""
         if self.feedback:
             moments[RESIDUE + name] = whole.double() - found.double()
 
     def _counted(
         self, tensor: torch.Tensor, *keys: str | int, nearest: bool = False
     ) -> torch.Tensor:
-        """Round a tensor, and add to the squares."""
+        """Round a tensor, and add to the sums of squares."""
         found = self._rounded(tensor, *keys, nearest=nearest)
         self._count(tensor, found)
         return found
@@ -200,7 +199,7 @@ class DownlinkRounding:
 
 
 def stays(factor: Factor) -> bool:
-    """Return whether it is a frozen factor, the same for all, whose numbers are sent."""
+    """Return whether a factor is frozen, shared by all clients, and sent as numbers."""
     return not (factor.trained or factor.numbers is None or factor.per_client)
 
 

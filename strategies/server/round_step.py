@@ -1,7 +1,7 @@
-"""Round steps: the hooks by which a step changes a round, and the list that runs them.
+"""Define round steps, whose hooks change a round, and the list that runs them.
 
-A step stands between the method and its clients. The list has the order in which updates pass it,
-from the wire to the next state; every hook is called in that order.
+A step works between the method and its clients. The list has the order in which updates pass the
+steps, from the reply to the next state; every hook is called in that order.
 """
 
 # ruff: noqa: ARG002
@@ -39,22 +39,22 @@ from fedraclora.wire.exchange import Ask
 Send = Callable[[Sequence[Ask]], Came]
 Sizes = Callable[[torch.Tensor], torch.Tensor]
 CloseRound = Callable[[Uplinks], State]
-PLAIN = (str, int, float, tuple, type(None))  # values that have one repr everywhere
+PLAIN = (str, int, float, tuple, type(None))  # values whose repr is the same everywhere
 CohortOf = Callable[[int], torch.Tensor]
 
 
 @dataclass(frozen=True)
 class RunContext:
-    """Facts of a run that a step may use.
+    """Hold facts of a run that a step may use.
 
     Attributes:
         method: The algorithm.
         local: Settings of the clients.
         loop: Settings of the round loop.
-        devices: What the clients run on.
-        sizes: Gives the samples of clients, int64 [K].
-        examples: Gives what clients are weighted by, int64 [K]: samples, unpacked.
-        measuring: Which clients measure, and when; None: none does.
+        devices: The clients' devices.
+        sizes: Returns the samples of clients, int64 [K].
+        examples: Returns the samples that weight clients, int64 [K], before packing.
+        measuring: Which clients measure, and when; None: none.
     """
 
     method: Method
@@ -67,7 +67,7 @@ class RunContext:
 
     @property
     def draw(self) -> Draw:
-        """The randomness of the method."""
+        """Return the method's random sketches."""
         return Draw(self.loop.seed)
 
     @Feature(
@@ -88,22 +88,21 @@ class RunContext:
 class RoundStep:
     """Base class of round steps: every hook does nothing; override those that you need.
 
-    One of a program's own is given to ``fedraclora.simulate(steps=[...])``. It serves one run at a
-    time, which calls `begin` first. What it does not go with it declares by
+    Pass your own to ``fedraclora.simulate(steps=[...])``. It serves one run at a time, which calls
+    `begin` first. It declares incompatible features by
     ``@fedraclora.Feature(name, instead=..., avoids={...})`` (`fedraclora.compatibility`).
 
     Attributes:
-        settings: What the key of the config says that has chosen it; None where a program makes it.
-        first: Of a program's own: whether it sees what came before all other steps; else it
-            stands behind them, and sees what the method gets.
-        individuals: Whether it looks at the updates of single clients; if not, a sum is enough.
-            Where the server gets a sum alone, it is refused before the first round.
-        repeatable: Whether `treat` may be called twice in a round, the second time without a
-            client whose update turned out to be too large.
-        spent: The column of the ledger whose last value is that of the whole run; None: there is
-            none.
+        settings: The value of the config key that chose it; None if a program created it.
+        first: For a program's step: whether it sees the raw updates before all other steps; else it
+            comes last, and sees the method's input.
+        individuals: Whether it needs the updates of single clients; if not, a sum is enough. If the
+            server only receives a sum, such a step is refused before the first round.
+        repeatable: Whether `treat` may be called twice in a round, the second time without a client
+            whose update was too large.
+        spent: The column of the ledger whose last value holds for the whole run; None: none.
         own: Whether it is a program's own.
-        run: What it may know; `RoundSteps` says it.
+        run: Facts of the run, set by `RoundSteps`.
     """
 
     settings: Any = None
@@ -127,28 +126,28 @@ class RoundStep:
         """Prepare before the first round, with its state.
 
         Raises:
-            ConfigError: If the run is not one that this step can serve.
+            ConfigError: If this step does not support the run.
         """
 
     def open(self, recorder: RunRecorder, done: int, cohort_of: CohortOf) -> None:
         """Restore the state of the step, before round ``done + 1``.
 
         Args:
-            recorder: Of the run: its folder and its ledger.
-            done: Rounds that are over.
-            cohort_of: Gives whom a round asks, by its number.
+            recorder: The run's recorder, with folder and ledger.
+            done: Finished rounds.
+            cohort_of: Returns the clients that a round asks, by its number.
         """
 
     def cohort(self, round_: int) -> torch.Tensor | None:
-        """Draw whom a round asks, ids in ascending order, int64; None: as the devices say."""
+        """Draw the clients that a round asks, ids ascending, int64; None: as the devices decide."""
         return None
 
     def send(self, sent: RoundInstructions, state: State) -> RoundInstructions:
-        """Change what the method sends to the cohort."""
+        """Change the method's instructions to the clients."""
         return sent
 
     def bound(self, *, first: bool) -> float | None:
-        """Return the greatest norm of an update that clients are told to send; None: any.
+        """Return the largest norm of an update that clients may send; None: any.
 
         Args:
             first: Whether this exchange opens the round.
@@ -156,40 +155,40 @@ class RoundStep:
         return None
 
     def receive(self, send: Send, exchange: Exchange, base: Tree) -> Uplinks | None:
-        """Ask clients and give what came, checked; None: as every exchange does.
+        """Run an exchange and return its checked updates; None: the default exchange.
 
         Args:
-            send: Asks clients, and gives what comes.
-            exchange: With what is asked.
-            base: What clients train from.
+            send: Sends requests, and returns replies.
+            exchange: The exchange.
+            base: The weights from which clients train.
         """
         return None
 
     def measurers(self, round_: int) -> torch.Tensor | None:
-        """Draw who measures after a round, ids in ascending order, int64; None: as is set."""
+        """Draw the clients that measure after a round, ids ascending, int64; None: by config."""
         return None
 
     def measure(self, send: Send, measurement: Measurement) -> bool:
-        """Have clients measure, and tell the measurement what came; False: as every run does.
+        """Let clients measure, and pass the replies to the measurement; False: the default way.
 
         Args:
-            send: Asks clients, and gives what comes.
-            measurement: With what is asked.
+            send: Sends requests, and returns replies.
+            measurement: The measurement.
         """
         return False
 
     def treat(self, got: Uplinks, context: AggregationContext) -> Uplinks:
-        """Change the cohort's uplinks for the next step."""
+        """Change the uplinks for the next step."""
         return got
 
     def close(self, close: CloseRound, state: State, exchange: Exchange, got: Uplinks) -> State:
         """Compute the next state.
 
         Args:
-            close: Gives it from uplinks: the steps behind this one, and the method last.
-            state: Before the round.
-            exchange: The last of the round.
-            got: What came, treated.
+            close: Computes it from uplinks: the following steps, and then the method.
+            state: The state before the round.
+            exchange: The round's last exchange.
+            got: The updates after all steps.
         """
         return close(got)
 
@@ -197,27 +196,27 @@ class RoundStep:
         """Compute this step's columns of the ledger.
 
         Args:
-            exchange: The last of the round.
-            got: What came, treated; None where the round was given up, since too few clients
-                answered: then `treat` may not have been called in this round.
+            exchange: The round's last exchange.
+            got: The updates after all steps; None if the round was skipped since too few clients
+                replied: then `treat` may not have been called in this round.
         """
         return {}
 
 
 def step_of(step: object) -> object:
-    """Give the step itself, where it is a program's own."""
+    """Return the program's own step inside a wrapper, or the step itself."""
     return step.inner if isinstance(step, GuardedHooks) else step
 
 
 def step_name(step: object) -> str:
-    """Name a step for a reader."""
+    """Return a step's name for messages."""
     return type(step_of(step)).__qualname__
 
 
 def described(step: object) -> str:
-    """Say what a step of a program's own is: its class, and what it was made with.
+    """Describe a program's own step: its class, and its arguments.
 
-    That is what it keeps under the names of its arguments. By this a run that goes on knows it.
+    Arguments are read from attributes with their names. A resumed run recognizes the step by this.
     """
     inner = step_of(step)
     kept = [name for name in signature(type(inner)).parameters if name in vars(inner)]
@@ -229,10 +228,10 @@ def described(step: object) -> str:
 
 
 def own_steps(given: object) -> list[RoundStep]:
-    """Check the steps of a program's own; those that the config names are made later.
+    """Check a program's own steps; those that the config names are created later.
 
     Raises:
-        ConfigError: If something is none.
+        ConfigError: If an object is no step.
     """
     things = [thing for thing in each_of(given) if not isinstance(thing, str | Mapping)]
     for thing in things:
@@ -256,11 +255,11 @@ def steps_of(said: Sequence[object], given: Sequence[RoundStep]) -> list[RoundSt
     """List the user's steps of a run, in their order.
 
     Args:
-        said: The key ``steps``: what stands for an object, or the words for one that is given.
-        given: Those of a program's own.
+        said: The key ``steps``: names of objects, or descriptions of passed ones.
+        given: The program's own steps.
 
     Raises:
-        ConfigError: If other steps are given than those that the config tells.
+        ConfigError: If the passed steps differ from those in the config.
     """
     left, found = [*given], []
     for place, word in enumerate(said):
@@ -281,15 +280,15 @@ def steps_of(said: Sequence[object], given: Sequence[RoundStep]) -> list[RoundSt
 
 
 class RoundSteps:
-    """Runs the steps of a round; the hooks are those of `RoundStep`.
+    """Run the steps of a round; the hooks are those of `RoundStep`.
 
     Args:
         steps: In the order in which updates pass them.
-        run: What they may know.
-        state: Before the first round.
+        run: Facts of the run.
+        state: The state before the first round.
 
     Raises:
-        ConfigError: What cannot be together.
+        ConfigError: If steps are incompatible.
     """
 
     def __init__(self, steps: Sequence[RoundStep], run: RunContext, state: State) -> None:
@@ -301,7 +300,7 @@ class RoundSteps:
 
     @property
     def sums_are_enough(self) -> bool:
-        """Return whether nobody looks at a single client's update."""
+        """Return whether no step needs single clients' updates."""
         method = self.run.method
         looks = method.looks_at_clients or any(step.individuals for step in self.steps)
         return method.traits.linear and not looks
@@ -312,12 +311,12 @@ class RoundSteps:
         return all(step.repeatable for step in self.steps)
 
     def open(self, recorder: RunRecorder, done: int) -> None:
-        """Fetch what a run keeps."""
+        """Restore the state of all steps."""
         for step in self.steps:
             step.open(recorder, done, self.cohort)
 
     def cohort(self, round_: int) -> torch.Tensor:
-        """Draw whom a round asks; ids in ascending order, int64."""
+        """Draw the clients that a round asks; ids in ascending order, int64."""
         for step in self.steps:
             if (drawn := step.cohort(round_)) is not None:
                 return drawn
@@ -325,41 +324,41 @@ class RoundSteps:
         return devices.system.ask(loop.seed, round_, loop.clients, loop.cohort, devices.now)
 
     def send(self, sent: RoundInstructions, state: State) -> RoundInstructions:
-        """Pass what the method sends to the cohort through all steps."""
+        """Pass the method's instructions through all steps."""
         for step in self.steps:
             sent = step.send(sent, state)
         return sent
 
     def bound(self, *, first: bool) -> float | None:
-        """Return the greatest norm of an update that clients are told to send: the first named."""
+        """Return the largest norm of an update that clients may send: of the first such step."""
         named = (step.bound(first=first) for step in self.steps)
         return next((bound for bound in named if bound is not None), None)
 
     def receive(self, send: Send, exchange: Exchange, base: Tree) -> Uplinks:
-        """Ask what an exchange asks and give what came, checked."""
+        """Run an exchange and return its checked updates."""
         for step in self.steps:
             if (got := step.receive(send, exchange, base)) is not None:
                 return got
         return exchange.collect(send(exchange.asks))
 
     def measurers(self, round_: int) -> torch.Tensor | None:
-        """Draw who measures after a round; None: as is set."""
+        """Draw the clients that measure after a round; None: as configured."""
         named = (step.measurers(round_) for step in self.steps)
         return next((drawn for drawn in named if drawn is not None), None)
 
     def measure(self, send: Send, measurement: Measurement) -> None:
-        """Have clients measure; the measurement has what came."""
+        """Let clients measure; the measurement stores the replies."""
         if not any(step.measure(send, measurement) for step in self.steps):
             measurement.gather(send)
 
     def treat(self, got: Uplinks, context: AggregationContext) -> Uplinks:
-        """Pass the cohort's uplinks through all steps, to the method."""
+        """Pass the uplinks through all steps, to the method."""
         for step in self.steps:
             got = step.treat(got, context)
         return got
 
     def close(self, close: CloseRound, state: State, exchange: Exchange, got: Uplinks) -> State:
-        """Compute the next state; ``close`` is the method's own."""
+        """Compute the next state; ``close`` is the method's own function."""
         for step in reversed(self.steps):
             close = partial(step.close, close, state, exchange)
         return close(got)
@@ -369,7 +368,7 @@ class RoundSteps:
         return [step.columns(exchange, got) for step in self.steps]
 
     def added(self, row: Row, columns: Sequence[Row]) -> Row:
-        """Lay the columns of each step over a row.
+        """Add the columns of each step to a row.
 
         Raises:
             ConfigError: If a step of a program's own has a column that the row has already.

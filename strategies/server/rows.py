@@ -1,4 +1,4 @@
-"""The ledger row of a round, and the count of its bytes."""
+"""Build the ledger row of a round, and count its bytes."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from fedraclora.weights.chain import CatchUp
 
 @dataclass
 class Cost:
-    """What a round costs, all its attempts together: payload bytes of the cohort, and seconds.
+    """Count the cost of a round over all its attempts: payload bytes and seconds.
 
     Attributes:
-        up, down: What clients sent, and what they were sent.
-        fetched: What they caught up on.
-        transport: Where messages leave the machine: what these are longer by.
+        up, down: Bytes that clients sent and received.
+        fetched: Bytes of their catch-up.
+        transport: Further bytes of messages that leave the machine.
         watch: Measures the seconds.
     """
 
@@ -34,12 +34,12 @@ class Cost:
     watch: Stopwatch = field(default_factory=Stopwatch)
 
     def count(self, exchange: Exchange, traffic: Traffic | None) -> None:
-        """Add an exchange, also one that failed: what was sent to clients, and every row that came.
+        """Add an exchange, also a failed one: all sent instructions, and every received row.
 
         Args:
-            exchange: Which has just ended.
-            traffic: What went over the wire since; None in a simulation, where each client that
-                is asked is sent its message once.
+            exchange: The exchange that has just ended.
+            traffic: Communication since; None in a simulation, where each asked client receives its
+                message once.
         """
         size = cache(exchange.payload_bytes)
         self.up += exchange.received
@@ -56,8 +56,8 @@ class Cost:
 
         Args:
             catch_up: The versions that clients hold.
-            exchange: The last of the round, which did not fail.
-            sent: What went over the wire; None in a simulation, where `catch_up` says it.
+            exchange: The round's last exchange, which did not fail.
+            sent: Communication; None in a simulation, where `catch_up` computes it.
         """
         asked = exchange.first.asked.clients
         if sent is None:
@@ -69,7 +69,7 @@ class Cost:
         self.transport = sent.serialized - self.up - self.down - self.fetched
 
     def add(self, part: Cost) -> Row:
-        """Add what it took that clients measured; give its bytes up, and down with catch-up."""
+        """Add the cost of a measurement; return its bytes up, and down with catch-up."""
         self.up, self.down = self.up + part.up, self.down + part.down
         self.fetched += part.fetched
         if part.transport is not None:
@@ -88,10 +88,10 @@ def ledger_row(
 
     Args:
         exchange: The last exchange of the round.
-        state: The state that closed it.
-        measured: ``metrics`` of the new weights, empty where they were not measured; and
-            ``validation`` where that decides when to stop.
-        cost: Of the round.
+        state: The state after the round.
+        measured: ``metrics`` of the new weights, empty if they were not measured; and
+            ``validation`` if early stopping needs it.
+        cost: The cost of the round.
         totals: Bytes up and down (with catch-up) before it.
 
     Returns:

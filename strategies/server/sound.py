@@ -1,7 +1,7 @@
 """Check the values that objects of your program return, so that an error names the object.
 
-A check gets what to call the object by, what it gave, the object, and what it was called with; it
-gives what is to be used.
+A check receives the object's name, its result, the object, and its arguments; it returns the value
+to use.
 """
 
 # ruff: noqa: ARG001
@@ -26,7 +26,7 @@ INTEGERS = (torch.int64, torch.int32)
 
 
 def told(found: object) -> str:
-    """Describe what came: a tensor by its shape and type, other things by their type."""
+    """Describe a value: a tensor by its shape and type, others by their type."""
     if isinstance(found, torch.Tensor):
         return f"a tensor {[*found.shape]} of {str(found.dtype).removeprefix('torch.')}"
     if found is None:
@@ -37,7 +37,7 @@ def told(found: object) -> str:
 
 
 def truth(who: str, found: object, owner: object, given: tuple[Any, ...]) -> bool:
-    """Check a truth value; None, from a function without a return, is False."""
+    """Check a truth value; None, from a function without a return, counts as False."""
     one = isinstance(found, torch.Tensor) and found.numel() == 1 and found.dtype == torch.bool
     if one or isinstance(found, bool | np.bool_ | None):
         return bool(found)
@@ -74,7 +74,7 @@ def norm(who: str, found: object, owner: object, given: tuple[Any, ...]) -> floa
 
 
 def of_kind(kind: type, *, optional: bool = False) -> HookCheck:
-    """Make a check that something is of a class of the project's."""
+    """Create a check for a class of the project."""
 
     def check(who: str, found: object, owner: object, given: tuple[Any, ...]) -> object:
         if isinstance(found, kind) or (optional and found is None):
@@ -130,8 +130,8 @@ def tree(who: str, found: object, wanted: Tree) -> None:
     """Reject tensors whose names or shapes differ from the expected ones.
 
     Raises:
-        ConfigError: Naming the first that is odd.
-        DivergenceError: Where one is not finite.
+        ConfigError: Naming the first wrong one.
+        DivergenceError: If one is not finite.
     """
     if not isinstance(found, Mapping):
         raise ConfigError(f"{who} returns {told(found)}, expected a dict of tensors by name")

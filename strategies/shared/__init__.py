@@ -1,6 +1,6 @@
-"""Building blocks that methods share.
+"""Provide building blocks that methods share.
 
-`layerwise`: the loop over matrices, with `layer`, one of them as a method sees it; `factors`:
-methods with a factor that is drawn, or with two that are trained; `initials`, `past`: where
-factors begin; `common`: dense tensors beside them, and how a round closes.
+`layerwise`: the loop over matrices, with `layer`, a method's view of one; `factors`: methods with
+one drawn factor, or with two trained ones; `initials`, `past`: initialization of factors; `common`:
+dense tensors beside them, and the end of a round.
 """

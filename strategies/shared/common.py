@@ -1,4 +1,4 @@
-"""Shared by methods: tensors trained in full beside the adapters, and merges after some rounds."""
+"""Handle tensors trained in full beside the adapters, and merges after some rounds."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ from fedraclora.tree import Tree
 
 
 def dense_slots(state: State) -> dict[str, Factor]:
-    """Head, biases and other tensors that the plan trains in full, averaged or kept by clients."""
+    """Build the slots of fully trained tensors (head, biases), averaged or kept by clients."""
     plan, shapes = state.plan, state.plan.shapes
     names = (*plan.dense, *plan.local)
     return {n: to_train(shapes[n], main=False, upload=n not in plan.local) for n in names}
 
 
 def dense_means(state: State, mean: Tree, step: float = 1.0) -> Tree:
-    """Averages of the tensors of `dense_slots`, in the precision of the base.
+    """Average the tensors of `dense_slots`, in the precision of the base.
 
     Args:
-        state: Before the round.
-        mean: What the cohort sent, averaged.
-        step: The server's; 1 takes the average itself.
+        state: The state before the round.
+        mean: The averaged updates.
+        step: The server's step size; 1: the average.
     """
     return {
         name: server_step(state.base[name], mean[name], step).to(state.base[name].dtype)
@@ -40,12 +40,12 @@ def dense_means(state: State, mean: Tree, step: float = 1.0) -> Tree:
 
 
 def server_step(old: torch.Tensor | None, mean: torch.Tensor, step: float) -> torch.Tensor:
-    """Compute ``old + step (mean - old)``; the mean to the bit if step is 1; None stands for 0."""
+    """Compute ``old + step (mean - old)``; exactly the mean if step is 1; None stands for 0."""
     if step == 1.0:
         return mean
     if old is None:
         return step * mean
-    old = old.to(mean.device)  # means are of the host, and the base may lie on a GPU
+    old = old.to(mean.device)  # means are on the host, and the base may be on a GPU
     return old + step * (mean - old)
 
 
@@ -60,10 +60,11 @@ def closed(
     """Build the state after a round.
 
     Args:
-        state: Before it.
-        link: How the round changes the base.
-        carried: Factors that live on.
-        ends: Whether the link ends: what is trained next is another thing, so that moments end.
+        state: The state before it.
+        link: The round's change of the base.
+        carried: Factors that are continued.
+        ends: Whether the merge period ends, so that the next trained factors are new and moments
+            are reset.
         report: Figures for the ledger.
     """
     sketch, age = state.counters.sketch, state.counters.age + 1
@@ -84,20 +85,20 @@ def turned(plan: Plan) -> tuple[str, ...]:
 
 
 def as_matrices(stored: torch.Tensor, *, turned: bool) -> torch.Tensor:
-    """View weights [K, ...] as [K, out, in]; ``turned`` where they are stored (in, out)."""
+    """View weights [K, ...] as [K, out, in]; ``turned`` if they are stored (in, out)."""
     return stored.mT if turned else stored.reshape(*stored.shape[:2], -1)
 
 
 def column_parts(gradient: torch.Tensor, parts: int) -> torch.Tensor:
-    """Number the columns of a gradient [K, m, r] by the part they belong to, of equal ones: [r]."""
+    """Number the columns of a gradient [K, m, r] by their part, of equal parts: [r]."""
     columns = gradient.shape[-1]
     return torch.arange(columns, device=gradient.device) * parts // columns
 
 
 def opening(slot: Factor, like: torch.Tensor) -> torch.Tensor:
-    """Return where a factor starts, in the precision and at the place of ``like``.
+    """Return the start of a factor, in the precision and on the device of ``like``.
 
-    Where each client starts elsewhere that is the mean over them.
+    If clients start at different values, their mean.
     """
     start = slot.opening()
     if start is None:
@@ -106,18 +107,18 @@ def opening(slot: Factor, like: torch.Tensor) -> torch.Tensor:
 
 
 def dense_floats(plan: Plan) -> int:
-    """Numbers in the tensors of `dense_slots`."""
+    """Count the numbers in the tensors of `dense_slots`."""
     return sum(prod(plan.shapes[name]) for name in plan.dense)
 
 
 class RoundError:
-    """Distance of a round's result from the mean of the clients, relative to the mean change."""
+    """Compute a round's distance from the clients' mean, relative to the mean change."""
 
     def __init__(self) -> None:
         self.missed = self.change = 0.0
 
     def add(self, mean: Product, old: Product | None, new: Product, scale: float) -> None:
-        """Count one weight: mean of the clients' terms, the term before, and what came of it."""
+        """Add one weight: the mean of the clients' terms, the old term, and the new one."""
         self.missed += (scale * product_norm(*sum_products(new, minus(mean)))) ** 2
         moved = mean if old is None else sum_products(mean, minus(old))
         self.change += (scale * product_norm(*moved)) ** 2

@@ -1,10 +1,10 @@
-"""Base classes of methods: one factor is random, or clients train both.
+"""Base classes of methods with one random factor, or with two trained ones.
 
     client k: (B_k, A_k) from (B_0, A_0), local steps on both;  effective weight W + s B A
-    server:   per weight, what the next round starts from and what is folded into W
+    server:   per weight, the start of the next round, and the merge into W
 
-A method says the second line in its ``update``; how the factors start is here. A drawing stays for
-as long as a link lives, or is a factor's first value only.
+A method defines the second line in its ``update``; the initialization of factors is here. A drawn
+factor stays until the next merge, or is only a factor's first value.
 """
 
 from __future__ import annotations
@@ -45,21 +45,21 @@ from fedraclora.strategies.shared.layerwise import (
 )
 from fedraclora.tree import Tree
 
-# What is drawn: A (right), B (left), or the larger factor.
+# The drawn factor: A (right), B (left), or the larger one.
 Label = Annotated[str, OneOf(("B", "A", "auto"))]
 OTHER = {"B": "A", "A": "B", "auto": "auto"}
 
 
 @dataclass(frozen=True)
 class Asymmetric(LayerMethod):
-    """Hyperparameters that all of them have, beside those of `LowRankMethod`.
+    """Hyperparameters of methods with one drawn factor, beside those of `LowRankMethod`.
 
-    The rank is bounded by a part of the drawn side: n / G where A is drawn.
+    The rank is bounded by a part of the drawn side: n / G if A is drawn.
 
     Attributes:
         sketch: A key of `fedraclora.sketch.SKETCHES`.
         normalize: ``rows``, ``identity`` (of each part) or ``none`` (`fedraclora.sketch`).
-        sketches: G, equal parts of one drawing, of the rank each.
+        sketches: G, equal parts of one drawing, each of the rank.
     """
 
     draws = "A"
@@ -76,7 +76,7 @@ class Asymmetric(LayerMethod):
         check_sketch(self.sketch, self.normalize, "independent")
 
     def sides(self, shape: tuple[int, int]) -> tuple[str, str]:
-        """Return the labels of the factor that is drawn and of the one that is trained."""
+        """Return the labels of the drawn and the trained factor."""
         return ("A", "B") if self.drawn(shape) == "A" else ("B", "A")
 
     @property
@@ -86,16 +86,16 @@ class Asymmetric(LayerMethod):
 
     @override
     def scale_of(self, rank: int) -> float:
-        # E[A^T A] = I is that of all rows together, and each part has a G-th of it.
+        # E[A^T A] = I holds for all rows together, and each part has a G-th of it.
         parts = self.sketches**0.5 if self.normalize == "identity" else 1.0
         return super().scale_of(rank) * parts
 
 
 @dataclass(frozen=True)
 class Drawn(LayerMethod):
-    """Hyperparameters that all of them have, beside those of `LowRankMethod`.
+    """Hyperparameters of methods with an initially drawn factor, beside those of `LowRankMethod`.
 
-    The rank is bounded by the drawn side: n where A is drawn.
+    The rank is bounded by the drawn side: n if A is drawn.
 
     Attributes:
         init: How the drawn factor begins, a key of `fedraclora.sketch.SKETCHES`.
@@ -118,15 +118,15 @@ class Drawn(LayerMethod):
     def first(
         self, layer: Layer, now: RoundContext, label: str = "A", index: int = 0
     ) -> SketchSpec:
-        """Draw a factor as it begins; another ``index`` is another drawing."""
+        """Draw a factor's first value; another ``index`` gives an independent one."""
         return now.sketch(layer, label, self.init, index=index)
 
 
 @dataclass(frozen=True)
 class Cored(Drawn):
-    """Hyperparameters of methods that train a core R between two frozen factors, which are drawn.
+    """Hyperparameters of methods that train a core R between two frozen, drawn factors.
 
-    The rank is bounded by the smaller side. R starts at zero, and its mean goes on.
+    The rank is bounded by the smaller side. R starts at zero, and its mean is continued.
 
     Attributes:
         init: How B and A are drawn, a key of `fedraclora.sketch.SKETCHES`.
@@ -134,7 +134,7 @@ class Cored(Drawn):
 
     traits = Traits(exact=True, linear=True, merges=False)
     link_rounds = None
-    draws = None  # both are
+    draws = None  # both factors are
 
     init: str = "orthonormal"
 
@@ -154,7 +154,7 @@ class Cored(Drawn):
 
 @dataclass(frozen=True)
 class Factored(Probing, Drawn):
-    """Hyperparameters that all of them have, beside those of `LowRankMethod`.
+    """Hyperparameters of methods that train both factors, beside those of `LowRankMethod`.
 
     Attributes:
         init: How the drawn factor begins, a key of `fedraclora.sketch.SKETCHES`; or how both do,
@@ -165,7 +165,8 @@ class Factored(Probing, Drawn):
 
     carries: ClassVar[bool] = True
     truncates: ClassVar[bool] = False
-    """Return whether a client with a budget has its own components alone, not the rest frozen."""
+    """Return whether a client with a budget has only its own components, without the frozen rest.
+    """
 
     zero_init: Label = "B"
 
@@ -184,11 +185,11 @@ class Factored(Probing, Drawn):
         drawn = self.drawn(layer.shape)
         if layer.carried or drawn is None:
             return super().factors(layer, now)
-        start = self.first(layer, now, drawn, layer.link)  # each link has its own
+        start = self.first(layer, now, drawn, layer.link)  # each merge period has its own
         return {label: layer.trained(label, start if label == drawn else None) for label in "BA"}
 
     @PARTS_OF_WEIGHTS
-    def _begins_with_parts(self) -> str:  # some begin with a probe, which holds none yet
+    def _begins_with_parts(self) -> str:  # some methods begin with a probe, which holds none yet
         return f"method.init={self.init}" if self.init in STARTS else ""
 
     @override
@@ -245,10 +246,10 @@ class Factored(Probing, Drawn):
 
 
 def truncated(sent: RoundInstructions, ranks: torch.Tensor) -> RoundInstructions:
-    """Send each client its own components of the factors that are carried, and zeros beside them.
+    """Send each client its own components of continued factors, and zeros for the others.
 
     Args:
-        sent: What all are sent.
+        sent: The instructions for all clients.
         ranks: Their budgets (`RoundInstructions.ranks`).
     """
 

@@ -1,6 +1,6 @@
 """Initialization of adapter factors beyond random and zero (``method.init``).
 
-``pissa``: the principal part of the weight, which is taken out of it.
+``pissa``: the principal part of the weight, which is subtracted from it.
 
     W = U S V^T;  B_0 = U_r (S_r / s)^(1/2),  A_0 = (S_r / s)^(1/2) V_r^T;  W <- W - s B_0 A_0
 
@@ -11,41 +11,41 @@ X_1 and X_2 have independent entries N(0, 1 / 100):
     A_0 = Q_1^T X_1,  B_0 = X_2 Q_2;  B_0 A_0 = X_2 (Q_2 Q_1^T) X_1 = 0
 
 ``lora_ga``: singular vectors of the loss's gradient G at the start, the first r on the right and
-the next r on the left, so that the first step follows G; the product is taken out of the weight.
+the next r on the left, so that the first step follows G; the product is subtracted from the weight.
 
     G = U S V^T;  A_0 = c V_[1..r]^T,  B_0 = c U_[r+1..2r],  c = m^(1/4) / gamma^(1/2),  gamma = 16
     W <- W - s B_0 A_0
 
-G is the mean of the clients' gradients over their local batches, and it never travels: round 1
-finds its range, and trains nothing. With q = min(4 r, m, n) and a drawn Omega (q x n):
+G is the mean of the clients' gradients over their local batches, and it is never sent: round 1
+finds its range, and does not train. With q = min(4 r, m, n) and a drawn Omega (q x n):
 
     exchange 1: Y_k = G_k Omega^T;   Q = an orthonormal basis of sum_k p_k Y_k  (m x q)
     exchange 2: Z_k = Q^T G_k;       G ~ Q sum_k p_k Z_k, exact where the rank of G is at most q
 
 - Effective weights at the start are the base weights: to rounding, since W - s B_0 A_0 is rounded.
-- Bytes: r (m + n) numbers down to each client in the first round that trains, where a drawing costs
-  a seed. ``lora_ga`` has a round more: q (m + n) numbers up, q m and a seed down, and r (m + n) to
-  catch up. Nobody is charged for W - s B_0 A_0 of ``pissa``, which a client forms by itself.
-- Fits methods whose clients train both factors and carry them on; a link that ends would need a
-  start anew. Rank budgets are refused: a client would lack a part of W. So is
-  ``compression.downlink`` in fewer bits: factors go down whole, and the part of W that they hold
-  would be rounded with them.
+- Bytes: r (m + n) numbers down to each client in the first training round, where a drawing costs a
+seed. ``lora_ga`` has a round more: q (m + n) numbers up, q m and a seed down, and r (m + n) to
+  catch up. W - s B_0 A_0 of ``pissa`` costs no bytes, since a client computes it by itself.
+- Fits methods whose clients train both factors and continue them; after a merge a new start would
+be
+  needed. Rank budgets are refused, since a client would lack a part of W. So is a quantized
+  ``compression.downlink``: the part of W in the factors would be rounded with them.
 - Server: an SVD of each m x n weight (``pissa``), or O((m + n) q^2) (``lora_ga``).
 - Sources: Meng, Wang and Zhang, *PiSSA*, NeurIPS 2024, arXiv 2404.02948. ``orthogonal``: the choice
   of that name of the PEFT library. Wang, Yu and Li, *LoRA-GA*, NeurIPS 2024, arXiv 2407.05000;
   which vectors, the scale and gamma as in its public code's defaults.
 - Departures: federated, all of them are ours. An odd rank is split unevenly where PEFT refuses it.
-  LoRA-GA's range finder has one pass, where its code iterates on a gradient that it holds.
+  LoRA-GA's range finder has one pass, while its code iterates on a stored gradient.
 
-Where clients train one factor, the first frozen one may be taken from the gradient
+If clients train one factor, the first frozen one may be computed from the gradient
 (``method.init=gradient``):
 
-    round 1:  nothing is trained; G ~ Q Z, the mean gradient of the clients' local batches
+    round 1:  no training; G ~ Q Z, the mean gradient of the clients' local batches
     link 0:   A = the leading right singular vectors of Q Z (left links: B = the left ones)
 
-Later links are as they were. The probe is that of LoRA-GA: with q =
-min(4 r, m, n), q (m + n) numbers up and q m and a seed down per matrix and client, and in link 0
-the factor goes down in each round, where a drawing costs a seed. The server needs sums alone.
+Later merge periods do not change. The probe is that of LoRA-GA: with q = min(4 r, m, n), q (m + n)
+numbers up, and q m and a seed down, per matrix and client; in period 0 the factor is sent in each
+round, where a drawing costs a seed. The server only needs sums.
 
 - Source of the choice: Wang, Yu and Li, *LoRA-GA*, NeurIPS 2024, arXiv 2407.05000, for factors that
   are both trained; Ponkshe et al., *LoRA-SB*, arXiv 2411.19557, for frozen ones.
@@ -96,8 +96,8 @@ def check_start(initial: str, *, fits: bool, why: str) -> None:
 
     Args:
         initial: The name.
-        fits: Whether both factors are trained and live on.
-        why: Factors where they do not.
+        fits: Whether both factors are trained and continued.
+        why: What the factors do otherwise.
 
     Raises:
         ConfigError: If the name does not exist, or the start does not fit.
@@ -113,10 +113,10 @@ def check_start(initial: str, *, fits: bool, why: str) -> None:
 
 
 def bounded(initial: str, found: Rank, plan: Plan, name: str, *, cap: bool) -> Rank:
-    """Cut the rank of a layer at what a start can serve: half the smaller side for ``lora_ga``.
+    """Cut the rank of a layer to the limit of a start: half the smaller side for ``lora_ga``.
 
     Raises:
-        ConfigError: If the rank is above it and no cap is wanted, or a side is 1.
+        ConfigError: If the rank is above it without ``cap``, or a side is 1.
     """
     most = min(plan.targets[name].shape) // 2
     if initial != "lora_ga" or found.value <= most:
@@ -162,17 +162,17 @@ def gradient_factors(left: torch.Tensor, right: torch.Tensor, rank: int) -> Prod
 def begun(
     state: State, factors: Mapping[str, Product], scales: Mapping[str, float]
 ) -> tuple[Tree, Link]:
-    """Build factors as the state carries them, and the link that takes their product out of W.
+    """Build factors as the state carries them, and the merge that subtracts their product from W.
 
     Args:
-        state: Says in which precision.
+        state: A state, for the precision.
         factors: B_0 and A_0 by weight.
-        scales: Of the adapters.
+        scales: Scales of the adapters.
     """
     carried: Tree = {}
     terms = {}
     for name, pair in factors.items():
-        # Whole rows in memory, as a restored state has them: products round by layout.
+        # Contiguous rows, as in a restored state: products round by layout.
         B, A = (t.to("cpu", state.base[name].dtype).contiguous() for t in pair)
         carried |= {f"{name}/B": B, f"{name}/A": A}
         terms[name] = Term.of((B, A), -scales[name])
@@ -182,14 +182,14 @@ def begun(
 def begin(
     state: State, initial: str, ranks: Mapping[str, int], scales: Mapping[str, float], draw: Draw
 ) -> State:
-    """Build the state before the first round for a start that needs no client.
+    """Build the state before the first round for a start without clients' gradients.
 
     Args:
-        state: Holds the weights.
+        state: The state with the weights.
         initial: ``pissa`` or ``orthogonal``.
-        ranks: Of the adapters.
-        scales: Of the adapters.
-        draw: Gives the seeds.
+        ranks: Ranks of the adapters.
+        scales: Scales of the adapters.
+        draw: The method's sketches.
     """
     factors: dict[str, Product] = {}
     for name, view in state.plan.targets.items():
@@ -203,7 +203,7 @@ def begin(
 
 
 def probe_rank(plan: Plan, name: str, rank: int) -> int:
-    """Columns of the range finder of one layer: q."""
+    """Return the columns of a layer's range finder: q."""
     return min(OVERSAMPLED * rank, *plan.targets[name].shape)
 
 
@@ -219,12 +219,12 @@ def probe_floats(plan: Plan, ranks: Mapping[str, int]) -> tuple[int, int]:
 def first_probe(
     plan: Plan, ranks: Mapping[str, int], draw: Draw, purpose: str
 ) -> RoundInstructions:
-    """Ask for ``G_k Omega^T``: the gradient of B = 0 under A = Omega, with the scale 1.
+    """Request ``G_k Omega^T``: the gradient of B = 0 under A = Omega, with the scale 1.
 
     Args:
-        plan: Of the run.
-        ranks: Vectors wanted of each layer.
-        draw: The method's randomness.
+        plan: The run's plan.
+        ranks: Number of vectors for each layer.
+        draw: The method's sketches.
         purpose: `Probing.purpose`.
     """
     adapters = {}
@@ -236,7 +236,7 @@ def first_probe(
 
 
 def second_probe(sent: RoundInstructions, got: Uplinks) -> RoundInstructions | None:
-    """Ask for ``Q^T G_k``, Q from what came back; None where that was asked."""
+    """Request ``Q^T G_k``, Q from the first probe; None if that was the second."""
     adapters, mean = {}, got.mean()
     for name, adapter in sent.adapters.items():
         omega = adapter.factors["A"]
@@ -250,10 +250,10 @@ def second_probe(sent: RoundInstructions, got: Uplinks) -> RoundInstructions | N
 
 @dataclass(frozen=True)
 class Probing(LayerMethod):
-    """A method that may begin with a round that asks for the gradient alone, in two exchanges."""
+    """Base of methods that may begin with a round for the gradient only, in two exchanges."""
 
     purpose: ClassVar[str] = ""
-    """Parts what the probe draws from what else is drawn of a layer."""
+    """Name of the probe's draws, different from other draws of a layer."""
 
     @property
     def probe_rounds(self) -> int:
@@ -264,8 +264,9 @@ class Probing(LayerMethod):
         """Build the state after the probe.
 
         Args:
-            state: Before it.
-            gradients: Of each weight, as a product [m, q] [q, n] in float64, on the CPU.
+            state: The state before it.
+            gradients: The gradient of each weight, as a product [m, q] [q, n] in float64, on the
+                CPU.
         """
         raise NotImplementedError
 
@@ -310,10 +311,10 @@ FIRST = ("random", "gradient")
 
 @dataclass(frozen=True, kw_only=True)
 class GradientFirst(Probing):
-    """Hyperparameters of them, beside those of `LowRankMethod`.
+    """Hyperparameters of methods that may compute their first frozen factor from the gradient.
 
     Attributes:
-        init: Where the frozen factor of the first link comes from: ``random``, or ``gradient``.
+        init: Source of the first frozen factor: ``random``, or ``gradient``.
     """
 
     purpose = "/probe"
@@ -331,11 +332,11 @@ class GradientFirst(Probing):
             )
 
     def first_factor(self, layer: Layer, gradient: Product) -> Tree:
-        """Compute what is carried into the first link, by label.
+        """Compute the factors of the first merge period, by label.
 
         Args:
             layer: The layer.
-            gradient: Of its weight, as a product [m, q] [q, n].
+            gradient: The gradient of its weight, as a product [m, q] [q, n].
         """
         raise NotImplementedError
 

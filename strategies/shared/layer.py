@@ -1,4 +1,4 @@
-"""One adapted matrix as a method sees it: its factors, its replies and its update."""
+"""Give methods a view of one adapted matrix: its factors, its replies and its update."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from fedraclora.sketch import SketchSpec
 from fedraclora.strategies.shared.common import opening, server_step
 from fedraclora.tree import Tree
 
-Factors = dict[str, FactorLike]  # of a layer, by label
+Factors = dict[str, FactorLike]  # factors of a layer, by label
 
 
 def known(label: str, labels: Sequence[str] = LABELS) -> str:
     """Return the label of a factor.
 
     Raises:
-        ConfigError: If no factor has it: nothing would read what it names.
+        ConfigError: If no factor has it.
     """
     if label in labels:
         return label
@@ -39,21 +39,21 @@ def known(label: str, labels: Sequence[str] = LABELS) -> str:
 
 @dataclass(frozen=True)
 class Layer:
-    """One adapted matrix W, as a method sees it.
+    """Hold one adapted matrix W with its factors.
 
     Attributes:
-        name: Of its weight.
+        name: The name of its weight.
         shape: (m, n): outputs and inputs.
         rank: r.
         scale: s.
-        carried: The factors that live on from the last round, by label, in W's precision.
-        link: Number of the link in progress.
-        ends: Whether the link ends with this round.
+        carried: Factors continued from the last round, by label, in W's precision.
+        link: Number of merges so far.
+        ends: Whether this round ends with a merge.
         dtype: Precision of W.
-        past: The factor that the last link trained, where that said so (`LayerUpdate.keep`), as
-            replicas hold it.
-        frozen: Frozen factors of the link in progress as they were sent in fewer bits, by label:
-            they take the place of what the method computes.
+        past: The factor trained before the last merge, if kept (`LayerUpdate.keep`), as replicas
+            hold it.
+        frozen: Frozen factors since the last merge as they were sent after quantization, by label:
+            they replace those that the method computes.
     """
 
     name: str
@@ -69,12 +69,12 @@ class Layer:
 
     @property
     def m(self) -> int:
-        """Outputs: the rows of W and of B."""
+        """Return the outputs: the rows of W and of B."""
         return self.shape[0]
 
     @property
     def n(self) -> int:
-        """Inputs: the columns of W and of A."""
+        """Return the inputs: the columns of W and of A."""
         return self.shape[1]
 
     def trained(
@@ -85,11 +85,11 @@ class Layer:
         rank: int | None = None,
         upload: bool = True,
     ) -> Factor:
-        """Ask clients to train a factor.
+        """Describe a factor that clients train.
 
         Args:
             label: ``B`` [m, r], ``A`` [r, n] or ``R`` [r, r].
-            start: Where it starts if it is not carried; None: at zero.
+            start: Its start if it is not continued; None: zero.
             rank: r, if it is not that of the layer.
             upload: False for a factor that stays at the client.
         """
@@ -100,7 +100,7 @@ class Layer:
 
 @dataclass(frozen=True)
 class RoundContext:
-    """The current round, and its random factors.
+    """Hold the current round, and draw its random factors.
 
     Attributes:
         number: From 1.
@@ -111,7 +111,7 @@ class RoundContext:
     draw: Draw
 
     def generator(self, purpose: str, *keys: str | int) -> np.random.Generator:
-        """Return a generator of the run's seed tree, for draws that the server alone makes."""
+        """Return a generator of the run's seed tree, for draws by the server only."""
         return generator(self.draw.seed, purpose, *keys)
 
     def sketch(
@@ -133,11 +133,11 @@ class RoundContext:
             layer: The layer.
             label: ``A`` or ``B``.
             kind: A key of `fedraclora.sketch.SKETCHES`.
-            index: Number of the drawing: another one is independent.
+            index: Number of the drawing; different numbers give independent drawings.
             rank: r, if it is not that of the layer.
             normalize: How rows are scaled (`fedraclora.sketch`).
             blocks: ``independent``, or ``cover`` (row blocks of one basis).
-            density: Share of non-zero entries, of ``sparse_sign`` alone.
+            density: Share of non-zero entries, only for ``sparse_sign``.
             seed: None: the layer's own.
         """
         return SketchSpec(
@@ -155,15 +155,15 @@ class RoundContext:
 
 @dataclass(frozen=True)
 class LayerUpdate:
-    """The result of a round for one layer. Products are without the scale s.
+    """Hold the result of a round for one layer. Products are without the scale s.
 
     Attributes:
-        carried: Factors that live on, by label; a drawing only if it is of `LayerMethod.keeps`.
-        merged: Factors whose product is folded into W, times s; None: nothing is.
-        aggregate: What stands for the mean of the clients' products in the error of the round;
-            None: what is carried and what is merged, together.
-        keep: Label, ``B`` or ``A``, of the merged factor from which the next link takes its frozen
-            one (`fedraclora.protocol.factor`): a matrix, no drawing; None: it does not.
+        carried: Factors to continue, by label; a drawing only if it is in `LayerMethod.keeps`.
+        merged: Factors whose product is merged into W, times s; None: none.
+        aggregate: The product that is compared with the mean of the clients' products in the error
+            of the round; None: continued and merged factors together.
+        keep: Label, ``B`` or ``A``, of the merged factor from which the next frozen one is computed
+            (`fedraclora.protocol.factor`): a matrix, no drawing; None: none.
     """
 
     carried: Mapping[str, FactorLike] = field(default_factory=dict)
@@ -174,12 +174,12 @@ class LayerUpdate:
 
 @dataclass(frozen=True)
 class RoundReplies:
-    """Replies of a round, for all layers.
+    """Hold the replies of a round, for all layers.
 
     Attributes:
-        state: Before the round.
-        sent: What was asked.
-        got: What came.
+        state: The state before the round.
+        sent: The instructions.
+        got: The updates.
     """
 
     state: State
@@ -188,22 +188,22 @@ class RoundReplies:
 
     @cached_property
     def mean(self) -> Tree:
-        """Weighted means of everything that was sent, float64, by name."""
+        """Return the weighted means of all updates, float64, by name."""
         return self.got.mean()
 
     @cached_property
     def stack(self) -> Tree:
-        """Everything that was sent, [K, ...], by name."""
+        """Return all updates, [K, ...], by name."""
         return self.got.stack()
 
 
 @dataclass(frozen=True)
 class Replies:
-    """Replies of a cohort for one layer, in float64.
+    """Hold the replies of a round's clients for one layer, in float64.
 
     Attributes:
-        all: What it sent of all layers.
-        name: Of the layer's weight.
+        all: Their replies for all layers.
+        name: The name of the layer's weight.
     """
 
     all: RoundReplies
@@ -211,7 +211,7 @@ class Replies:
 
     @property
     def adapter(self) -> Adapter:
-        """What was asked of the layer."""
+        """Return the instructions for the layer."""
         return self.all.sent.adapters[self.name]
 
     def __getitem__(self, label: str) -> Factor:
@@ -225,11 +225,11 @@ class Replies:
         return asked
 
     def _factor(self, label: str) -> Factor:
-        """Return what was asked of a factor."""
+        """Return the instructions for a factor."""
         return self.adapter.factors[known(label, [*self.adapter.factors])]
 
     def _trained(self, label: str) -> Factor:
-        """Return what was asked of a factor that clients trained and sent."""
+        """Return the instructions for a factor that clients trained and sent."""
         asked = self._factor(label)
         if not asked.trained:
             raise ConfigError(
@@ -243,8 +243,8 @@ class Replies:
         """Compute the weighted mean of a trained factor, ``sum_k p_k F_k``.
 
         Args:
-            label: Of the factor.
-            step: The server's, from where the factor started; 1 gives the mean itself.
+            label: The label of the factor.
+            step: The server's step size, from the factor's start; 1: the mean.
         """
         asked = self._trained(label)
         start = asked.opening() if step != 1.0 else None
@@ -257,7 +257,7 @@ class Replies:
 
         Args:
             step: As in `mean`.
-            drawn: False leaves out frozen ones that are no numbers: they need not be carried.
+            drawn: False: leave out frozen ones that are drawn, which need not be continued.
         """
         return {
             label: self.mean(label, step) if asked.trained else asked
@@ -269,29 +269,29 @@ class Replies:
         """Stack each client's own factor, [K, ...].
 
         Raises:
-            ShapeError: If only the sum came.
+            ShapeError: If only the sum is known.
         """
         self._trained(label)
         return self.all.stack[f"{self.name}/{label}"].to(torch.float64)
 
     @property
     def B(self) -> torch.Tensor:  # noqa: N802 (the field's own letter)
-        """Each client's B, [K, m, r]."""
+        """Return each client's B, [K, m, r]."""
         return self.stack("B")
 
     @property
     def A(self) -> torch.Tensor:  # noqa: N802
-        """Each client's A, [K, r, n]."""
+        """Return each client's A, [K, r, n]."""
         return self.stack("A")
 
     @property
     def mean_factors(self) -> Product:
-        """Compute the means of both factors, each by itself."""
+        """Compute the means of both factors, each separately."""
         return self.mean("B"), self.mean("A")
 
     @property
     def residual(self) -> Product | None:
-        """Compute what separate averages miss, ``sum_k p_k B_k A_k - B_bar A_bar``.
+        """Compute the error of separate averages, ``sum_k p_k B_k A_k - B_bar A_bar``.
 
         Since ``sum_k p_k (B_k - B_bar) = 0`` the last client drops out; None for one client.
         """
@@ -303,13 +303,13 @@ class Replies:
 
     @property
     def p(self) -> torch.Tensor:
-        """Aggregation weights with sum 1, [K]."""
+        """Return aggregation weights with sum 1, [K]."""
         got, came = self.all.got, next(iter(self.all.stack.values()))
         return got.weights.to(came.device, torch.float64) / got.total
 
     @property
     def kept(self) -> torch.Tensor:
-        """Return which components each client has, bool [K, r]."""
+        """Return a mask of each client's components, bool [K, r]."""
         B, sent, got = self.B, self.all.sent, self.all.got
         if sent.ranks is None:
             return torch.ones(len(B), B.shape[2], dtype=torch.bool, device=B.device)
@@ -318,23 +318,23 @@ class Replies:
 
     @property
     def carried(self) -> Product | None:
-        """Return both factors before the round, float64; None where the adapter was zero."""
+        """Return both factors before the round, float64; None if the adapter was zero."""
         carried, labels = self.all.state.carried, self.adapter.factors
         held = {label: carried.get(f"{self.name}/{label}") for label in labels}
         return self.product_of({label: t for label, t in held.items() if t is not None})
 
     @property
     def start(self) -> Product:
-        """Return both factors before the round, drawn or zero where none were carried."""
+        """Return both factors before the round; drawn or zero if none were continued."""
         if (found := self.carried) is not None:
             return found
         B, A = (opening(self.adapter.factors[k], self.B) for k in "BA")
         return B, A
 
     def product_of(self, values: Mapping[str, FactorLike]) -> Product | None:
-        """Multiply factors by label; a frozen one that is not among them is as it was sent.
+        """Multiply factors by label; missing frozen ones are taken as sent.
 
-        None where one that is trained is missing: the adapter is zero.
+        None if a trained one is missing, so that the adapter is zero.
         """
         asked = self.adapter.factors
         if any(f.trained and label not in values for label, f in asked.items()):
@@ -344,8 +344,8 @@ class Replies:
     def product(self) -> Product:
         """Write ``sum_k p_k B_k A_k`` as one product.
 
-        Where one factor is trained it is that of the mean; else it is stacked, without components
-        that nobody has.
+        If one factor is trained, it is the product of the mean; else it is stacked, without
+        components that no client has.
         """
         factors = self.adapter.factors
         trained = [label for label, asked in factors.items() if asked.trained]
@@ -365,7 +365,7 @@ class Replies:
 
 
 def multiplied(factors: Iterable[FactorLike]) -> Product:
-    """Write a product of two factors or more as one of two float64 matrices; drawings are drawn."""
+    """Write a product of two or more factors, also drawn ones, as one of two float64 matrices."""
     found = [Factor.of(given) for given in factors]
     like = next((f.numbers for f in found if f.numbers is not None), torch.empty(0))
     left, *others = (float64(f, like) for f in found)
@@ -373,5 +373,5 @@ def multiplied(factors: Iterable[FactorLike]) -> Product:
 
 
 def float64(given: Factor, like: torch.Tensor) -> torch.Tensor:
-    """Give the matrix of a factor on the device of a tensor."""
+    """Return a factor's matrix on the device of a tensor."""
     return given.draw().to(like.device, torch.float64)

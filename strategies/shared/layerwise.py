@@ -1,14 +1,15 @@
-"""Methods that treat one adapted matrix at a time.
+"""Define methods that treat one adapted matrix at a time.
 
     client k: local steps on the trained factors of  W + s F_1 F_2 (F_3)
-    server:   per matrix, which factors live on and what is folded into W
+    server:   per matrix, which factors are continued and which are merged into W
 
-A method says the first line in `LayerMethod.factors` and the second in `LayerMethod.update`. What
-every method has is here: the loop over matrices, the tensors that are trained in full beside them,
-rounding, the age of links, effective weights, the count of what is sent, and the error of a round.
+A method defines the first line in `LayerMethod.factors` and the second in `LayerMethod.update`. The
+common parts are here: the loop over matrices, the tensors that are trained in full beside them,
+rounding, the rounds since the last merge, effective weights, the count of sent numbers, and the
+error of a round.
 """
 
-# A hook has arguments that an override uses.
+# Hooks have arguments that only some overrides use.
 # ruff: noqa: ARG002
 
 from __future__ import annotations
@@ -80,7 +81,7 @@ class LowRankMethod(Limited, Method, group="method"):
     Attributes:
         rank: r; ``full``; a fraction of the bounding side if written with a dot (0.25); or these by
             layer (`fedraclora.protocol.plan.own_rank`). The bounding side is the smaller one, or
-            the one that a drawing has.
+            that of a drawing.
         alpha: Numerator of the scale s = alpha / r, or ``auto`` (s = 1).
         rslora: Scale s = alpha / sqrt(r) instead.
         cap: Cut the rank at the bounding side, with a note; False refuses a larger one.
@@ -95,42 +96,43 @@ class LowRankMethod(Limited, Method, group="method"):
     def __post_init__(self) -> None:
         """Reject impossible hyperparameters."""
         super().__post_init__()
-        if isinstance(self.rank, Mapping):  # layers may be named by numbers
+        if isinstance(self.rank, Mapping):  # layers may have numbers as names
             object.__setattr__(self, "rank", {str(k): rank for k, rank in self.rank.items()})
         check_rank(self.rank)
         resolve_scale(self.alpha, 1, rslora=self.rslora)
 
 
-LowRank = LowRankMethod  # as methods outside of the project import it
+LowRank = LowRankMethod  # for methods outside of the project that import it
 
 
 def drawn_of(label: str | None, shape: tuple[int, int]) -> str | None:
-    """Return the label of the factor that is drawn; of ``auto`` it is the larger one."""
+    """Return the label of the drawn factor; for ``auto`` the larger one."""
     return ("A" if shape[1] >= shape[0] else "B") if label == "auto" else label
 
 
 @dataclass(frozen=True)
 class LayerMethod(LowRankMethod):
-    """A method that treats every adapted matrix alike; it has the settings of `LowRankMethod`."""
+    """Base of methods that treat every adapted matrix alike, with `LowRankMethod`'s settings."""
 
     carries: ClassVar[bool] = False
-    """Return whether what is trained outlives its link; False: it is merged at the end."""
+    """Return whether trained factors outlive their merge period; False: they are merged at its end.
+    """
     keeps: ClassVar[tuple[str, ...]] = ()
-    """Labels of frozen factors that are carried, through all links: as numbers, if drawn, too."""
+    """Labels of frozen factors that are kept through all merges, as numbers even if drawn."""
     draws: ClassVar[str | None] = None
-    """Return the factor that is drawn, whose dimension bounds the rank: ``A``, ``B``, or the larger
-    one (``auto``); None: neither or both, and the smaller side does."""
+    """Return the drawn factor, whose dimension bounds the rank: ``A``, ``B``, or the larger one
+    (``auto``); None: neither or both, and the smaller side bounds it."""
     parts_are: ClassVar[str] = "factors (`parts` of the method)"
-    """Return what shares that dimension, for messages."""
+    """Return the reason why the dimension is shared, for messages."""
 
-    # What a method says.
+    # The hooks of a method.
 
     def factors(self, layer: Layer, now: RoundContext) -> Factors:
-        """Return what clients get for one matrix, by label; here they train both factors.
+        """Return the factors of one matrix for clients, by label; here they train both.
 
         Returns:
-            Of each what clients train (`Layer.trained`), or a frozen factor: a tensor that is
-            sent, a drawing (a seed), or what is computed from the last link.
+            For each label a trained factor (`Layer.trained`), or a frozen one: a tensor that is
+            sent, a drawing (a seed), or one computed from the last merge.
         """
         return {"B": layer.trained("B"), "A": layer.trained("A")}
 
@@ -138,8 +140,8 @@ class LayerMethod(LowRankMethod):
         """Compute the result of a round for one matrix.
 
         Args:
-            layer: As it was when the round was opened.
-            replies: What the cohort sent of it.
+            layer: The layer as it was when the round was opened.
+            replies: The clients' replies for it.
         """
         raise ConfigError(
             f"{type(self).__name__} has no method update(layer, replies), which computes the "
@@ -149,9 +151,9 @@ class LayerMethod(LowRankMethod):
     @property
     @override
     def link_rounds(self) -> int | None:
-        """Rounds for which what is trained keeps its coordinates; None: for ever.
+        """Return for how many rounds trained factors keep their coordinates; None: for all.
 
-        That is the hyperparameter ``merge_every`` where a method has one, else 1.
+        That is the hyperparameter ``merge_every`` if a method has one, else 1.
         """
         return getattr(self, "merge_every", 1)
 
@@ -162,18 +164,18 @@ class LayerMethod(LowRankMethod):
 
     @property
     def begins_carried(self) -> bool:
-        """Return whether factors are carried before the first round already."""
+        """Return whether the state has factors before the first round."""
         return False
 
     def subset(self, plan: Plan, round_: int) -> Plan:
-        """Choose the matrices that a round adapts; all, unless a method says otherwise."""
+        """Choose the matrices that a round adapts; all by default."""
         return plan
 
     def program(self, plan: Plan) -> ClientProgram:
-        """Return the client program, if there is more than plain local steps; here none.
+        """Return the client program, if clients do more than plain local steps; here none.
 
         Args:
-            plan: Of the matrices that the round adapts.
+            plan: The plan with the round's adapted matrices.
         """
         return PLAIN
 
@@ -188,17 +190,17 @@ class LayerMethod(LowRankMethod):
 
     @property
     def parts(self) -> int:
-        """How many factors of a layer's rank share the dimension that bounds it."""
+        """Return how many factors of a layer's rank share the dimension that bounds it."""
         return 1
 
-    # What follows from it.
+    # Derived functions.
 
     def drawn(self, shape: tuple[int, int]) -> str | None:
-        """Return the label of the factor that is drawn; None where none or both are."""
+        """Return the label of the drawn factor; None if none or both are drawn."""
         return drawn_of(self.draws, shape)
 
     def layer_rank(self, plan: Plan, name: str) -> Rank:
-        """Compute the rank of one layer, and a note where it is not the one that was asked for."""
+        """Compute the rank of one layer, and a note if it is not the requested one."""
         shape, parts, of = plan.targets[name].shape, self.parts, self.parts_are
         drawn = self.drawn(shape)
         dim = min(shape) if drawn is None else shape["BA".index(drawn)]
@@ -213,7 +215,7 @@ class LayerMethod(LowRankMethod):
         return self.layer_rank(plan, name).value
 
     def scale_of(self, rank: int) -> float:
-        """Return the scale s of a layer of some rank."""
+        """Return the scale s of a layer with a rank."""
         return resolve_scale(self.alpha, rank, rslora=self.rslora)
 
     def ranks_and_scales(self, plan: Plan) -> tuple[dict[str, int], dict[str, float]]:
@@ -265,7 +267,7 @@ class LayerMethod(LowRankMethod):
         )
 
     def adapter(self, layer: Layer, now: RoundContext) -> Adapter:
-        """Return the factors of one matrix in the order of their product."""
+        """Return the adapter of one matrix, with factors in the order of their product."""
         found = factors_of(self, layer, now)
         found |= {
             label: Factor.of(sent)
@@ -309,10 +311,10 @@ class LayerMethod(LowRankMethod):
         return closed(state, link, carried=carried, ends=ends, report=report)
 
     def as_carried(self, layer: Layer, label: str, given: Factor) -> torch.Tensor:
-        """Return the numbers of a factor that is carried; those of a drawing if it is of `keeps`.
+        """Return the numbers of a continued factor, or of a drawing in `keeps`.
 
         Raises:
-            ConfigError: If it is another drawing: `floats` would not count its numbers.
+            ConfigError: If it is another drawing, whose numbers `floats` does not count.
         """
         if given.numbers is None and label not in self.keeps:
             raise ConfigError(
@@ -324,12 +326,12 @@ class LayerMethod(LowRankMethod):
         return given.draw().detach()
 
     def merge(self, state: State, terms: dict[str, Term], dense: Tree) -> Link:
-        """Build the link of a round from its products and means: each is folded into its W."""
+        """Build the merge of a round from its products and means."""
         return Link(terms, dense)
 
     @override
     def weights(self, state: State, draw: Draw, own: Tree | None = None) -> Tree:
-        """Compute W + s times the product of the factors as they stand, for every matrix."""
+        """Compute W + s times the product of the current factors, for every matrix."""
         held = dense({name: state.base[name] for name in state.plan.targets})
         base = widened(parameters(state.base) | held)
         return apply_link(base, self.current_update(state, draw, own), state.plan)
@@ -340,20 +342,20 @@ class LayerMethod(LowRankMethod):
         for layer in self.layers_of(state):
             found = self.adapter(layer, now).factors.items()
             factors = [Factor.of(own.get(f"{layer.name}/{label}", f)) for label, f in found]
-            if not any(f.blank for f in factors):  # else one is zero, and so is their product
+            if not any(f.blank for f in factors):  # otherwise one is zero, and so is their product
                 terms[layer.name] = Term(tuple(factors), layer.scale)
         return Link(terms)
 
     @override
     def floats(self, plan: Plan, round_: int = 1) -> tuple[int, int]:
-        """Count what is sent: of what is carried all numbers, of others those they begin with."""
+        """Count the sent numbers: all of continued factors, and the starts of others."""
         lasts = None if self.carries else self.link_rounds
-        first = 1 + (round_ - 1) // lasts * lasts if lasts else 1  # of the link
+        first = 1 + (round_ - 1) // lasts * lasts if lasts else 1  # number of merges
         ranks = self.components(NOBODY, RoundContext(round_, Draw(0)))
         up, down = dense_floats(plan), 0
         for name in self.subset(plan, round_).targets:
             carried = {*"BA"} if self.begins_carried else {*self.keeps} if round_ > 1 else set()
-            # Factors that take turns are carried after a round each: two rounds show them all.
+            # Factors that take turns are continued after one round each: two rounds show both.
             for before in range(first, min(round_, first + 2)):
                 factors = self.asked(plan, name, before).factors.items()
                 carried |= {label for label, f in factors if f.trained and f.upload}
@@ -364,18 +366,18 @@ class LayerMethod(LowRankMethod):
         return up, down
 
     def asked(self, plan: Plan, name: str, round_: int) -> Adapter:
-        """Return what clients get in a round for a matrix of which nothing is carried."""
+        """Return the factors for clients in a round, for a matrix without continued ones."""
         rank, link = self.rank_of(plan, name), (round_ - 1) // (self.link_rounds or round_)
         layer = Layer(name, plan.targets[name].shape, rank, self.scale_of(rank), {}, link)
         return self.adapter(layer, RoundContext(round_, Draw(0)))
 
 
-# For a round of which only the size is asked.
+# For a round of which only the size is needed.
 NOBODY = Cohort(torch.zeros(1, dtype=torch.int64), torch.ones(1, dtype=torch.float64))
 
 
 def _left(layer: Layer, replies: Replies, update: LayerUpdate) -> Product:
-    """Add what is carried on and what is merged; an empty product where there is neither."""
+    """Add continued and merged factors; an empty product if there are none."""
     factors, carried = replies.adapter.factors, update.carried
     crosses = any(f.trained and k in carried for k, f in factors.items())
     if layer.ends and crosses and not factors.keys() <= carried.keys():
@@ -391,6 +393,6 @@ def _left(layer: Layer, replies: Replies, update: LayerUpdate) -> Product:
 
 
 def _rounded(merged: tuple[FactorLike, ...], dtype: torch.dtype) -> tuple[Factor, ...]:
-    """Round matrices to the precision in which they are kept; an empty product gives nothing."""
+    """Round matrices to the precision in which they are stored; an empty product gives none."""
     found = tuple(Factor.of(f).with_numbers(lambda t: t.detach().to(dtype)) for f in merged)
     return found if all(prod(f.shape) for f in found) else ()

@@ -1,4 +1,4 @@
-"""Frozen factors taken from the change that the last link made."""
+"""Compute frozen factors from the change of the last merge."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ from fedraclora.protocol.factor import Factor, FactorLike, as_rows, combined, la
 from fedraclora.protocol.link import Term, matrices
 from fedraclora.sketch import SketchSpec
 
-Change = tuple[FactorLike, ...]  # B and A of a link, or what stands for them
-Kept = tuple[int, float]  # how many rows of a frozen factor come from before, and their length
-NOISE = 1e-6  # singular values of a trained factor up to this share of the largest are rounding
+Change = tuple[FactorLike, ...]  # B and A of a merge, or equivalent factors
+Kept = tuple[int, float]  # number of rows of a frozen factor that are kept, and their length
+# singular values of a trained factor up to this share of the largest count as rounding errors
+NOISE = 1e-6
 
 
 def leading(change: Change, side: str, kept: int, least: float = 0.0) -> torch.Tensor:
@@ -22,9 +23,9 @@ def leading(change: Change, side: str, kept: int, least: float = 0.0) -> torch.T
 
     Args:
         change: B and A.
-        side: Which.
-        kept: How many at most.
-        least: Those whose singular value is no more than this share of the largest are left out.
+        side: The side.
+        kept: Most vectors.
+        least: Vectors whose singular value is at most this share of the largest are left out.
 
     Returns:
         [m, k] or [k, n], float64, strongest first.
@@ -36,10 +37,10 @@ def leading(change: Change, side: str, kept: int, least: float = 0.0) -> torch.T
 
 
 def completed(kept: torch.Tensor, drawn: torch.Tensor) -> torch.Tensor:
-    """Append random rows to orthonormal ones, orthonormal to them and to one another.
+    """Append random rows to orthonormal ones, orthonormal to all others.
 
     Given the kept rows, the others span a uniform subspace of the complement: a rotation (for
-    coordinates: a permutation) of the complement leaves the law of the drawing as it is.
+    coordinates: a permutation) of the complement does not change the distribution of the drawing.
 
     Args:
         kept: [k, d]. Not modified.
@@ -54,18 +55,18 @@ def completed(kept: torch.Tensor, drawn: torch.Tensor) -> torch.Tensor:
 
 
 def lengths(rank: int, kept: Kept) -> torch.Tensor:
-    """Return the lengths of frozen rows, [rank, 1]: those of the kept ones, which come first."""
+    """Return the lengths of frozen rows, [rank, 1]; kept rows come first."""
     count, length = kept
     return torch.tensor([length] * count + [1.0] * (rank - count), dtype=torch.float64)[:, None]
 
 
 def framed(rows: torch.Tensor, drawing: SketchSpec, kept: Kept) -> torch.Tensor:
-    """Complete the kept rows of a factor by drawn ones, and give all their lengths.
+    """Complete the kept rows of a factor by drawn ones, and scale all to their lengths.
 
     Args:
-        rows: Orthonormal, [k, d], float64; k is at most as many as are to be kept. Not modified.
-        drawing: Gives the others.
-        kept: How many rows are kept ones, and their length.
+        rows: Orthonormal, [k, d], float64; k is at most the number of kept rows. Not modified.
+        drawing: The drawing of the other rows.
+        kept: Number of kept rows, and their length.
 
     Returns:
         [rank, d], float64.
@@ -74,25 +75,25 @@ def framed(rows: torch.Tensor, drawing: SketchSpec, kept: Kept) -> torch.Tensor:
     return lengths(drawing.rank, kept) * completed(rows, drawn)
 
 
-@lru_cache(maxsize=256)  # asked for in each round of a link, and for each evaluation
+@lru_cache(maxsize=256)  # called in each round of a merge period, and for each evaluation
 def factor(
     past: torch.Tensor, drawing: SketchSpec, before: Kept, kept: Kept, dtype: torch.dtype
 ) -> Factor:
-    """Build the frozen factor of a link from what the one before it trained.
+    """Build a frozen factor from the factor trained before the last merge.
 
-    The frozen rows of that were orthogonal, so that s B A has the left singular vectors of B times
-    their lengths; where A was trained, the right ones likewise.
+    The frozen rows then were orthogonal, so that s B A has the left singular vectors of B times
+    their lengths; if A was trained, the right ones in the same way.
 
     Args:
-        past: What was trained, B [m, p] or A [p, n], which clients hold. Not modified.
-        drawing: Gives the fresh rows; its side is that of the factor.
-        before: Of the last link: how many of its frozen rows were kept ones, and their length.
-        kept: The same of this link.
-        dtype: In which the factor is sent where it is.
+        past: The trained factor, B [m, p] or A [p, n], which clients hold. Not modified.
+        drawing: The drawing of fresh rows; its side is that of the factor.
+        before: Number of kept rows of the last frozen factor, and their length.
+        kept: The same for this factor.
+        dtype: Type in which the factor is sent, if it is.
 
     Returns:
-        A combination of what the last link trained and of the drawing; or the factor itself, where
-        that is no more bytes (of float32).
+        A combination of the trained factor and the drawing; or the factor itself, if that needs no
+        more bytes (of float32).
     """
     label = label_of(drawing)
     trained = past.to("cpu", torch.float64)

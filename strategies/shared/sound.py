@@ -1,4 +1,4 @@
-"""What a method says of one matrix, called and checked: an error of torch would not name it."""
+"""Check the values that a method returns for one matrix; torch's errors would not name it."""
 
 from __future__ import annotations
 
@@ -26,21 +26,21 @@ from fedraclora.strategies.shared.layer import (
 
 
 class OfLayers(Protocol):
-    """What a method says of one matrix."""
+    """Define a method's hooks for one matrix."""
 
     def factors(self, layer: Layer, now: RoundContext) -> Factors:
-        """Return what clients get."""
+        """Return the factors for clients."""
 
     def update(self, layer: Layer, replies: Replies) -> LayerUpdate:
-        """Return what a round makes of it."""
+        """Return the result of a round."""
 
 
 def factors_of(method: OfLayers, layer: Layer, now: RoundContext) -> dict[str, Factor]:
-    """Ask a method what clients get for a matrix; give it in the order of the product.
+    """Return a method's factors for a matrix, in the order of the product.
 
     Raises:
-        ConfigError: Naming the method, the layer, what came and what is wanted.
-        DivergenceError: The same, of numbers of a user's method that are not finite.
+        ConfigError: Naming the method, the layer, and the found and the expected value.
+        DivergenceError: The same, if numbers of a user's method are not finite.
     """
     with _calling(method, "factors", layer):
         found: object = method.factors(layer, now)
@@ -52,7 +52,7 @@ def factors_of(method: OfLayers, layer: Layer, now: RoundContext) -> dict[str, F
 
 
 def update_of(method: OfLayers, layer: Layer, replies: Replies) -> LayerUpdate:
-    """Ask a method what a round makes of a matrix.
+    """Return a method's update for a matrix.
 
     Raises:
         ConfigError: As `factors_of`.
@@ -88,7 +88,7 @@ def update_of(method: OfLayers, layer: Layer, replies: Replies) -> LayerUpdate:
 
 
 def kept_place(update: LayerUpdate, layer: Layer) -> int | None:
-    """Give the place, in the product that is merged, of the factor that stays beside the weight."""
+    """Return the position, in the merged product, of the factor that stays beside the weight."""
     if update.keep is None:
         return None
     merged = update.merged or ()
@@ -110,7 +110,7 @@ LABELLED = (
 
 
 def _calling(method: OfLayers, hook: str, layer: Layer) -> AbstractContextManager[None]:
-    """Tell what a method of the user's raises by its name, and let ours raise what it does."""
+    """Name a user's method in its errors; errors of the project's methods pass unchanged."""
     if of_project(type(method)):
         return nullcontext()
     said = f"{type(method).__name__}, {layer.name}: "
@@ -119,12 +119,12 @@ def _calling(method: OfLayers, hook: str, layer: Layer) -> AbstractContextManage
 
 @dataclass(frozen=True)
 class _Said:
-    """What a method says of a matrix.
+    """Check the values that a method returns for a matrix.
 
     Attributes:
-        method: Who says it.
-        text: What messages begin with.
-        clients: Whether numbers may have an axis of clients.
+        method: The method.
+        text: The start of messages.
+        clients: Whether numbers may have a client axis.
     """
 
     method: OfLayers
@@ -145,7 +145,7 @@ class _Said:
         }
 
     def matrix(self, what: str, given: object) -> Factor:
-        """Take a factor; refuse what is no matrix of finite floating-point numbers."""
+        """Convert a factor; refuse one that is no matrix of finite floating-point numbers."""
         said, expected = f"{self.text} {what}", "expected a matrix of floating-point numbers"
         if not isinstance(given, FactorLike):
             raise ConfigError(
@@ -175,7 +175,7 @@ class _Said:
 
 
 def _check_product(said: str, factors: Sequence[Factor], layer: Layer) -> None:
-    """Reject factors whose product has not the shape of the matrix; of none there is nothing."""
+    """Reject factors whose product does not have the shape of the matrix."""
     shapes = [factor.shape for factor in factors]
     ends = (shapes[0][0], shapes[-1][-1]) if shapes else layer.shape
     if ends != layer.shape or any(one[-1] != other[0] for one, other in pairwise(shapes)):

@@ -1,22 +1,22 @@
-"""Methods whose clients send numbers along drawn directions of all that is trained.
+"""Define methods whose clients send numbers along random directions of all trained weights.
 
     V <- mu V + sum_p c_kp z_kp;   W <- W + V    for the rows k = 0, 1, ... in turn
 
 All weights of a walk share its numbers c. The direction with number j is one drawing for each
-weight, keyed by its name, with E[z z^T] = I; the next row goes on where the last one ended. A walk
-is computed in float64, direction by direction, and rounded once, so that whoever takes it has the
-same bits on one build. Where there is momentum, V stays beside each weight, as what the last link
-trained does (`fedraclora.protocol.factor`).
+weight, keyed by its name, with E[z z^T] = I; the next row continues the numbering. A walk is
+computed in float64, direction by direction, and rounded once, so that every copy has the same bits
+on one build. With momentum, V stays beside each weight, like the last trained factor
+(`fedraclora.protocol.factor`).
 
-Clients that look along directions train the numbers c themselves, by differences of losses and no
-backward pass. Local step t of a client looks along P directions:
+Clients that look along directions train the numbers c, by differences of losses without a backward
+pass. Local step t of a client looks along P directions:
 
     g_p = (L(W + eps z_p) - L(W - eps z_p)) / (2 eps)      the gradient of c_p is g_p / P
     W <- W + sum_j (c_j - c_j before) z_j                  (with V between, under momentum)
 
-The optimizer takes its step on c: SGD and its momentum on c are those on W. All clients of a chunk
-look at once, in two forward passes a direction, with the same dropout in both. The loss that is
-reported is the mean of the two, up to eps^2 that of W.
+The optimizer steps on c: SGD and its momentum on c equal those on W. All clients of a chunk look at
+once, in two forward passes a direction, with the same dropout in both. The reported loss is the
+mean of the two, up to eps^2 that of W.
 """
 
 from __future__ import annotations
@@ -56,20 +56,20 @@ from fedraclora.sketch import SketchSpec, check_sketch
 from fedraclora.tree import Tree, parameters, wide
 from fedraclora.wire.fields import whole
 
-MOVES = "seeds/moves"  # what clients send: numbers, by direction
+MOVES = "seeds/moves"  # clients' numbers, by direction
 
 
 @dataclass(frozen=True)
 class Walk(Move):
-    """Directions of some weights, and how far they go.
+    """Describe directions of some weights, and the numbers along them.
 
     Attributes:
-        seed: Of all directions.
+        seed: The seed of all directions.
         first: Number of the first direction.
-        law: Of a direction, a key of `fedraclora.sketch.SKETCHES`.
+        law: Distribution of a direction, a key of `fedraclora.sketch.SKETCHES`.
         momentum: mu.
-        scalars: c, [rows, directions of a row]; None: nobody has gone yet.
-        turned: Those of the weights that are stored (in, out): their directions are turned as well.
+        scalars: c, [rows, directions of a row]; None: no step yet.
+        turned: Weights that are stored (in, out); their directions are transposed, too.
     """
 
     name = "walk"
@@ -131,7 +131,7 @@ class Walk(Move):
 
 @dataclass(frozen=True)
 class AlongDirections(ClientProgram, group="method"):
-    """Clients move whole weights, and send numbers along directions in their place.
+    """Clients train whole weights, and send numbers along directions instead.
 
     Attributes:
         walk: The directions.
@@ -179,7 +179,7 @@ class LookAlong(AlongDirections, group="method"):
 
     Attributes:
         eps: How far a client looks along a direction.
-        directions: Of a local step.
+        directions: Directions of a local step.
     """
 
     forms_gradients = True
@@ -189,7 +189,7 @@ class LookAlong(AlongDirections, group="method"):
 
     @property
     def by_direction(self) -> bool:
-        """Return whether a number is sent for each direction; else for each look along one."""
+        """Return whether a number is sent for each direction; False: for each look along one."""
         return False
 
     @property
@@ -212,17 +212,17 @@ class LookAlong(AlongDirections, group="method"):
         size: int,
         steps: int,  # noqa: ARG002
     ) -> torch.Tensor:
-        """Choose the direction of each look, int64 [1 or K, looks]; here each has its own."""
+        """Choose the direction of each look, int64 [1 or K, looks]; here a different one each."""
         return torch.arange(size)[None]
 
 
 class Looking:
-    """Forms the gradients of the numbers of a chunk of clients, and moves their weights.
+    """Compute the gradients of the numbers of a chunk of clients, and move their weights.
 
     Args:
         program: How clients look.
-        chunk: Of clients; its values are the numbers.
-        base: The weights from which they go, with what stands beside them.
+        chunk: The clients; its values are the numbers.
+        base: The weights from which they start, with the tensors beside them.
         steps: The most local steps of a client.
     """
 
@@ -231,7 +231,7 @@ class Looking:
         values = chunk.values[MOVES]
         K, size = len(values), int(values[0].numel())
         self.drawn = program.drawn(chunk, base, size, steps)
-        # The direction of each number: [1, size] where clients share them.
+        # The direction of each number: [1, size] if clients share them.
         self.numbers = torch.arange(size)[None] if program.by_direction else self.drawn
         self.weights = {n: base[n].expand(K, *base[n].shape).clone() for n in self.walk.names}
         self.moving: Tree = {}
@@ -244,7 +244,7 @@ class Looking:
     def gradients(
         self, chunk: ClientChunk, forward: Forward, active: int, width: int, step: int
     ) -> tuple[torch.Tensor, Tree]:
-        """Compute losses and gradients, as `ClientProgram.gradients` does; then weights move."""
+        """Compute losses and gradients, as in `ClientProgram.gradients`; then weights move."""
         del width
         values, eps, count = chunk.values[MOVES], self.program.eps, self.program.directions
         if step:
@@ -275,7 +275,7 @@ class Looking:
         return torch.stack([each[j] for j in drawn.tolist()]).to(weight)
 
     def _follow(self, now: torch.Tensor) -> None:
-        """Move weights by what the optimizer made of the numbers."""
+        """Move weights by the optimizer's change of the numbers."""
         active = len(now)
         moved, self.seen = (now - self.seen[:active]).cpu(), now.clone()
         columns = moved.any(dim=0).nonzero().flatten().tolist()
@@ -297,7 +297,7 @@ class Looking:
 )
 @dataclass(frozen=True)
 class Walking(Method):
-    """Base class: a fresh set of directions in each round, along which the server goes the mean."""
+    """Base of methods with new directions each round, along which the server moves."""
 
     @override
     def initial_state(self, base: Tree, plan: Plan, draw: Draw) -> State:
@@ -312,11 +312,11 @@ class Walking(Method):
         raise NotImplementedError
 
     def program(self, walk: Walk, round_: int) -> AlongDirections:
-        """Return what clients do along the directions of a round."""
+        """Return the clients' program for the directions of a round."""
         raise NotImplementedError
 
     def walk(self, plan: Plan, round_: int, draw: Draw) -> Walk:
-        """Say along which directions a round goes."""
+        """Return the directions of a round."""
         names = (*plan.weights, *plan.dense)
         first = (round_ - 1) * int(torch.Size(self.shape(plan)).numel())
         stored = (n for n, view in plan.targets.items() if view.kind == "conv1d")
@@ -331,7 +331,7 @@ class Walking(Method):
         return RoundInstructions(dense={MOVES: slot}, program=self.program(walk, round_))
 
     def applied_moves(self, walk: Walk, mean: torch.Tensor, plan: Plan) -> tuple[Walk, ...]:  # noqa: ARG002
-        """Say how the server goes; ``mean`` is what clients sent, as it is stored."""
+        """Return the server's move; ``mean`` is the clients' mean, as it is stored."""
         return (replace(walk, scalars=mean),)
 
     @override
@@ -351,7 +351,7 @@ class Walking(Method):
 
 
 def walk_of(sent: RoundInstructions) -> Walk:
-    """Return the directions of what a method of this kind has asked."""
+    """Return the directions in the instructions of such a method."""
     return cast(AlongDirections, sent.program).walk
 
 

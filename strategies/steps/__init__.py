@@ -1,9 +1,9 @@
-"""What may happen to a round besides its method, one step in one file.
+"""List the steps that a round may have besides its method, one step per file.
 
 A step is a `strategies.server.round_step.RoundStep` and overrides the hooks that it needs. `STEPS`
-is the table of them all: their order, and by which key of the config each is chosen. The first of a
-list is `compatible`, which refuses what does not go together. The strategy knows the hooks and none
-of the steps.
+is the table of all steps: their order, and the config key that chooses each. The first of a list is
+`compatible`, which refuses incompatible features. The strategy knows the hooks, and none of the
+steps.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ from fedraclora.strategies.steps.scaffold import ControlVariates
 from fedraclora.strategies.steps.secure import SecureSum
 from fedraclora.training.extras.settings import SampleLevel
 
-# In the order in which updates pass them, which columns of the ledger follow, too: a key of the
-# config, and the step that its value asks for.
+# In the order in which updates pass them, also that of the ledger's columns: a config key, and the
+# step for its value.
 STEPS: tuple[tuple[str, Callable[[Any], RoundStep | None]], ...] = (
     ("local", lambda local: None if follows_gradient(local) else WithoutGradientFigures()),
     ("attack", lambda it: Attackers(it) if it.share or it.colludes else None),
@@ -45,11 +45,11 @@ STEPS: tuple[tuple[str, Callable[[Any], RoundStep | None]], ...] = (
 
 
 def round_steps(chosen: Mapping[str, Any], own: Sequence[RoundStep] = ()) -> list[RoundStep]:
-    """List the steps of a run; what was not chosen is no step.
+    """List the steps of a run; keys that are not chosen give none.
 
     Args:
-        chosen: Settings by key of the config; a key that is not there chooses nothing.
-        own: Steps of a program's own.
+        chosen: Settings by key of the config; a missing key chooses none.
+        own: A program's own steps.
     """
     steps = [step for step in own if step.first]
     for key, make in STEPS:

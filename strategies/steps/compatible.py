@@ -1,6 +1,6 @@
-"""Refuses what does not go together, before the first round and in each one.
+"""Refuse incompatible features, before the first round and in each one.
 
-What that is each part of a run says itself (`fedraclora.compatibility`).
+Each part of a run declares its own incompatibilities (`fedraclora.compatibility`).
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from fedraclora.strategies.wrappers.around import inside
 
 
 class CompatibilityCheck(RoundStep):
-    """Compares the features of all parts of a run.
+    """Compare the features of all parts of a run.
 
     Args:
         steps: All other steps.
@@ -27,14 +27,14 @@ class CompatibilityCheck(RoundStep):
 
     def __init__(self, steps: Sequence[RoundStep]) -> None:
         self.steps = steps
-        self.sent: RoundInstructions | None = None  # what was looked at last
+        self.sent: RoundInstructions | None = None  # the last checked instructions
         self.found = Features(())  # before the first round
 
     def parts(self) -> Iterator[object]:
         """Yield the parts of a run that stay the same in all its rounds."""
         run = self.run
         yield from (run, run.loop, run.devices.system, run.local, *run.local.added)
-        yield from reversed([*inside(run.method)])  # the method, then what is put around it
+        yield from reversed([*inside(run.method)])  # the method, then its wrappers
         for step in self.steps:
             yield from (step_of(step), step.settings)
 

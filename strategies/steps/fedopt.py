@@ -1,23 +1,23 @@
-"""A server optimizer between the mean of a round and the next state, for any method.
+"""Apply a server optimizer between the mean of a round and the next state, for any method.
 
-In the space of **weights** Delta is the change of the effective weights that the method would make,
-whatever it is made of, and what the optimizer adds to it goes into the base weights:
+In the space of **weights** Delta is the method's change of the effective weights, of any form, and
+the optimizer's correction goes into the base weights:
 
     W_new = W_old + step(Delta);   Delta = W(after) - W(before), dense
 
-The moments are dense, and stay at the server. The step has no low rank, so what an absent client
-must catch up on is the dense weight: m n numbers per matrix and round, where a link of a
-low-rank method has r m; and what the next link is computed from (`fedraclora.protocol.factor`).
-Uplink and what the cohort trains stay as they are.
+The moments are dense, and stay at the server. The step has full rank, so an absent client must
+catch up on the dense weight: m n numbers per matrix and round, instead of r m for a low-rank merge;
+and on the factor from which the next one is computed (`fedraclora.protocol.factor`). Uplink and
+trained tensors do not change.
 
-In the space of **factors** Delta is the mean of what clients sent less what they started from, and
-the method gets start + step(Delta) for the mean: links, bytes and merges are those of the method.
-Moments of a factor belong to the frozen factor beside it. Where that changes from round to round
-momentum is moved along (`fedraclora.protocol.change_of_basis`), which keeps a share r/n of its
-energy for a fresh sketch; the ledger says what was kept (``momentum_kept``). Second moments have
-no such form.
+In the space of **factors** Delta is the mean of the clients' updates less their start, and the
+method receives start + step(Delta) as the mean: bytes and merges are those of the method. Moments
+of a factor belong to the frozen factor beside it. If that changes from round to round, momentum is
+transformed (`fedraclora.protocol.change_of_basis`), which keeps a share r/n of its energy for a
+fresh sketch; the ledger has the kept share (``momentum_kept``). Second moments cannot be
+transformed.
 
-The exactness of a method is then that of Delta: the server goes on from it.
+A method's exactness then refers to Delta, from which the server continues.
 
 References:
     Reddi et al., arXiv 2003.00295. The two spaces for low-rank methods are ours.
@@ -59,7 +59,7 @@ from fedraclora.tree import Tree
 
 
 class OptimisedServer(RoundStep):
-    """Closes a round with the server's step in the place of the mean.
+    """Close a round with the server's step in place of the mean.
 
     Args:
         rule: The optimizer.
@@ -90,19 +90,19 @@ class OptimisedServer(RoundStep):
 def step_in_weights(
     rule: ServerOptimizer, method: Method, before: State, after: State, draw: Draw
 ) -> State:
-    """Take the server's step where the method has taken the mean.
+    """Replace the method's mean step in weight space by the server's step.
 
     Args:
         rule: The optimizer.
-        method: Tells effective weights.
+        method: Computes effective weights.
         before: The state before the round.
-        after: The one that the method made.
-        draw: The method's randomness.
+        after: The method's state after it.
+        draw: The method's sketches.
 
     Returns:
-        ``after`` with another base and link: its effective weights are those of ``before`` and the
-        step. A dense value stands in the link for each weight into which the method has merged, or
-        whose step is not the mean change; and for what the next link is computed from.
+        ``after`` with another base and merge: its effective weights are those of ``before`` plus
+        the step. The merge has a dense value for each weight into which the method has merged, or
+        whose step is not the mean change; and for the factor from which the next one is computed.
     """
     plan = before.plan
     old, new = (
@@ -114,18 +114,18 @@ def step_in_weights(
     given = {} if after.link is None else after.link.dense
     dense = {n: t for n, t in given.items() if n not in change}
     for name in names:
-        # What the method carries beside the base stays as it is. Where the step is the mean change
-        # there is nothing to add: a last bit would, and make a whole weight of nothing.
+        # The method's tensors beside the base stay unchanged. If the step is the mean change, the
+        # correction is skipped: its last bit would make a full weight necessary.
         base, own = after.base[name], not torch.equal(steps[name], change[name])
         if own:
             base = (base.double() + (old[name] + steps[name] - new[name])).to(base.dtype)
         if own or base is not before.base[name]:
             dense[name] = base
-    # What the next link is computed from stands in no term of this one.
+    # No term of this merge contains the factor from which the next one is computed.
     beside = {name: t for name, t in after.base.items() if weight_of(name) is not None}
     dense |= {name: t for name, t in beside.items() if t is not before.base.get(name)}
     link = Link(dense=dense)
-    like = before.base  # of the moment ``first/<name>`` that of the name
+    like = before.base  # from the moment ``first/<name>``, the name
     moments = {n: m.to(like[n.partition("/")[2]]) for n, m in moments.items()}
     return replace(
         after,
@@ -139,16 +139,16 @@ def step_in_weights(
 def step_in_factors(
     rule: ServerOptimizer, state: State, sent: RoundInstructions, got: Uplinks
 ) -> tuple[Uplinks, Tree, dict[str, float]]:
-    """Put start + step(mean - start) in the place of the mean of what clients sent.
+    """Replace the mean of the updates by start + step(mean - start).
 
     Args:
         rule: The optimizer.
-        state: Before the round.
-        sent: What was asked.
-        got: What came; its mean is enough.
+        state: The state before the round.
+        sent: The instructions.
+        got: The updates; their mean is enough.
 
     Returns:
-        Uplinks that have this mean, the new moments, and the report.
+        Uplinks with this mean, the new moments, and the report.
 
     Raises:
         ConfigError: If coordinates changed that have moments of their own.
@@ -166,10 +166,10 @@ def step_in_factors(
 
 
 def advanced(rule: ServerOptimizer, change: Tree, moments: Tree) -> tuple[Tree, Tree]:
-    """Let a server optimizer take its steps; check those of a user's.
+    """Run a server optimizer's step; check the result of a user's.
 
     Raises:
-        ConfigError: Naming the optimizer, and what it gives.
+        ConfigError: Naming the optimizer, and its result.
     """
     if of_project(type(rule)):
         return rule.advance(change, moments)
@@ -194,7 +194,7 @@ def advanced(rule: ServerOptimizer, change: Tree, moments: Tree) -> tuple[Tree, 
 def _beside(
     rule: ServerOptimizer, moments: Tree, sent: RoundInstructions
 ) -> tuple[Tree, dict[str, float]]:
-    """Move the moments of factors along with the frozen ones beside them; say what is left."""
+    """Transform the moments of factors with the frozen ones beside them; report the kept share."""
     out, before, after = dict(moments), 0.0, 0.0
     for weight, adapter in sent.adapters.items():
         if (pair := held_beside(adapter)) is None:
@@ -215,7 +215,7 @@ def _beside(
 
 
 def _own(state: State) -> Tree:
-    """Select the moments of the optimizer: the others are not its own."""
+    """Select the optimizer's moments: the others belong to other parts."""
     kinds = ("first/", "second/", "beside/")
     return {n: m for n, m in state.moments.items() if n.startswith(kinds)}
 

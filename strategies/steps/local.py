@@ -1,8 +1,8 @@
-"""Steps that local settings ask for: an account of privacy, and moments of rows.
+"""Run the steps of local settings: an account of privacy, and row moments.
 
-Second moments of rows are sent with each round, and averaged as they come back; the formulas are in
-`fedraclora.training.optimizer`. They travel as tensors that clients train, so that every engine and
-every rule for those serves them.
+Second moments of rows are sent with each round, and averaged on return; the formulas are in
+`fedraclora.training.optimizer`. They are sent like trained tensors, so that every engine and every
+rule for those supports them.
 """
 
 from __future__ import annotations
@@ -31,15 +31,15 @@ from fedraclora.training.optimizer import ROW_SLOT, row_slots
 def follows_gradient(local: LocalConfig) -> bool:
     """Check whether a component moves by a multiple of its gradient, the same for all of a client.
 
-    Adam's steps have one size whatever a row sees, and a preconditioner divides by the lengths of
-    rows, so that an estimate of the gradient from them would read its own step size back; a layer
-    that is clipped by itself would count for too little beside the others.
+    Adam's steps have the same size for every row, and a preconditioner divides by the lengths of
+    rows, so that an estimate of the gradient from them would only return the step size; a layer
+    that is clipped by itself would count too little beside the others.
     """
     return local.optimizer == "sgd" and not local.added and local.clip_by == "all"
 
 
 class WithoutGradientFigures(RoundStep):
-    """Leaves figures out of the ledger that local steps do not give (`Method.gradient_figures`)."""
+    """Remove ledger figures that local steps do not support (`Method.gradient_figures`)."""
 
     @override
     def close(self, close: CloseRound, state: State, exchange: Exchange, got: Uplinks) -> State:
@@ -50,11 +50,11 @@ class WithoutGradientFigures(RoundStep):
 
 @dataclass
 class SampleAccount(RoundStep):
-    """Counts the passes that clients have made over their data.
+    """Count the passes that clients have made over their data.
 
     Attributes:
         dp: Clip and noise.
-        passes: Of each client so far, int64 [N]; by `begin`.
+        passes: Passes of each client so far, int64 [N]; set by `begin`.
     """
 
     dp: SampleNoise
@@ -83,12 +83,12 @@ class SampleAccount(RoundStep):
         return {"train_loss": None, "sample_privacy": self.row()}
 
     def _count(self, asked: Callable[[], torch.Tensor]) -> None:
-        """Count a round; where devices differ, as if all clients had taken part."""
+        """Count a round; if devices differ, as if all clients had taken part."""
         everyone = torch.arange(len(self.passes))
         self.add(everyone if self.run.devices.system.enabled else asked())
 
     def add(self, clients: torch.Tensor) -> None:
-        """Count a round that these clients (ids, int64) took part in."""
+        """Count a round for these clients (ids, int64)."""
         local = self.run.local
         if local.steps is None:
             self.passes[clients] += local.epochs
@@ -99,17 +99,17 @@ class SampleAccount(RoundStep):
         self.passes[clients] += (local.steps + each - 1) // each
 
     def row(self) -> Row:
-        """What the ledger says: the cost to the samples of the client with the most passes."""
+        """Return the ledger's figures: the cost to samples of the client with the most passes."""
         most = int(self.passes.max())
         return {"epsilon": self.dp.epsilon(most), "delta": self.dp.delta, "passes": most}
 
 
 class RowMoments(RoundStep):
-    """Keeps them with the moments of the state."""
+    """Keep row moments with the moments of the state."""
 
     @override
     def send(self, sent: RoundInstructions, state: State) -> RoundInstructions:
-        if not sent.program.trains:  # gradients alone are asked for
+        if not sent.program.trains:  # only gradients are requested
             return sent
         return replace(sent, dense=sent.dense | row_slots(sent, state.moments))
 
@@ -122,6 +122,6 @@ class RowMoments(RoundStep):
         if not names or not len(got.clients):
             return after
         mean, dtype = got.mean(), next(iter(state.base.values())).dtype
-        # An attacker, or a rule that cuts updates apart, may leave less than nothing.
+        # Attackers, or a rule for single coordinates, may make a moment negative.
         moments = {n: mean[n].clamp(min=0).to("cpu", dtype) for n in names}
         return replace(after, moments=after.moments | moments)

@@ -1,4 +1,4 @@
-"""Client-level differential privacy in the rounds of a run."""
+"""Apply client-level differential privacy in the rounds of a run."""
 
 from __future__ import annotations
 
@@ -25,16 +25,16 @@ from fedraclora.strategies.server.round_step import CohortOf, RoundStep, Send
 
 @dataclass
 class PrivateRounds(RoundStep):
-    """Draws cohorts, adds noise and keeps the account.
+    """Sample clients, add noise and keep the privacy account.
 
     Attributes:
         config: Clip, noise, target.
-        secret: Where coins and noise come from; None: `open` fetches it from the run folder.
-        mechanism: The noise of the run, by `begin`.
+        secret: Source of sampling and noise; None: `open` reads it from the run folder.
+        mechanism: The noise of the run, set by `begin`.
         clip: C of the next round.
-        row: What the ledger says of the round that `treat` was last called in.
-        means: The noise on what clients measure; None: none does. By `begin`.
-        measured: How often they have.
+        row: The ledger's figures for the round of the last call of `treat`.
+        means: The noise on clients' metrics; None: none measure. Set by `begin`.
+        measured: Number of measurements so far.
     """
 
     config: ClientLevel
@@ -89,7 +89,7 @@ class PrivateRounds(RoundStep):
 
     @property
     def source(self) -> Secret:
-        """The secret, once it is there."""
+        """Return the secret once it is available."""
         if self.secret is None:
             raise CheckpointError(
                 "the noise has no key, since the step was not opened. Call open() before the "
@@ -98,7 +98,7 @@ class PrivateRounds(RoundStep):
         return self.secret
 
     @override
-    def cohort(self, round_: int) -> torch.Tensor:  # it may be nobody
+    def cohort(self, round_: int) -> torch.Tensor:  # possibly no clients
         return self.mechanism.drawn(self.source, round_, self.run.loop.clients)
 
     @override
@@ -109,12 +109,12 @@ class PrivateRounds(RoundStep):
 
     @override
     def treat(self, got: Uplinks, context: AggregationContext) -> Uplinks:
-        """Compute the noisy mean of updates; those that are too long are shortened here, too."""
+        """Compute the noisy mean of updates; too long ones are clipped here, too."""
         start = starts(context, got)
         clip, K = self.clip, len(got.clients)
         if not K:
             total, norms = torch.zeros_like(start), torch.zeros(0)
-        elif got.stacked is None:  # a secure sum: clients alone have shortened what they sent
+        elif got.stacked is None:  # secure aggregation: only clients can clip their updates
             total, norms = got.sum() - start * K, torch.zeros(0)
         else:
             rows = rows_of(got)
@@ -144,18 +144,18 @@ class PrivateRounds(RoundStep):
             measurement.gather(send)
         done = measurement.round_ - 1
         came = sum(len(answer.clients) for answer in measurement.replies)
-        values, measurement.replies = measurement.own(), []  # nothing of a single client is kept
+        values, measurement.replies = measurement.own(), []  # no single client's values are kept
         measurement.summed = {**self.means.released(values, came, self.source, done)}
         self.measured += 1
         if not self.row:  # before round 1
             self.note(done, self.clip)
-        self.row["epsilon"] = self._epsilon(done)  # of a row that has been handed on
+        self.row["epsilon"] = self._epsilon(done)  # a row that has already been returned
         measurement.beside = {"privacy": self.row}
         return True
 
     @override
     def columns(self, exchange: Exchange, got: Uplinks | None) -> Row:
-        if got is None:  # nothing is released, and it costs as much
+        if got is None:  # nothing is released, at the same privacy cost
             self.note(exchange.round_, self.clip)
         told = ["train_loss"]
         told += ["rounding_up"] if exchange.rounding is not None else []
@@ -163,7 +163,7 @@ class PrivateRounds(RoundStep):
         return {**dict.fromkeys(told), "privacy": self.row}  # no noise covers these
 
     def note(self, round_: int, clip: float) -> None:
-        """Write what the ledger says of a round whose clip was ``clip``."""
+        """Record the ledger's figures for a round with this clip."""
         self.row = {
             "epsilon": self._epsilon(round_),
             "delta": self.mechanism.delta,

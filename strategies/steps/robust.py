@@ -1,6 +1,6 @@
-"""Attackers of a simulation, and a robust rule in the place of the mean.
+"""Simulate attackers, and apply a robust rule in place of the mean.
 
-Attackers who know each other's updates act where all are known.
+Colluding attackers act where all updates are known.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from fedraclora.strategies.server.sound import uplinks
 
 
 class Attackers(RoundStep):
-    """Changes what came of the attackers, and counts them.
+    """Change the attackers' updates, and count them.
 
     Args:
         attack: What they do.
@@ -57,7 +57,7 @@ class Attackers(RoundStep):
 
 
 class RobustRule(RoundStep):
-    """Gives the method what a rule makes of the updates.
+    """Pass the result of a robust rule to the method.
 
     Args:
         aggregator: The rule.

@@ -1,10 +1,10 @@
-"""SCAFFOLD at the server: the mean variate, what of it goes down, and which methods it is for.
+"""Run SCAFFOLD at the server: the mean variate, its downlink, and the supported methods.
 
 The formulas are in `fedraclora.training.extras.variates`. The server keeps its part in the state of
 the run, the clients theirs between rounds, where the moments of their optimizers are.
 
-- Uplink: that of the method. Downlink: r m numbers per matrix and client more, as is trained.
-- Client state: as much as is trained; m n numbers per matrix where sketches are drawn anew.
+- Uplink: that of the method. Downlink: r m more numbers per matrix and client, as many as are
+trained. - Client state: as many numbers as are trained; m n per matrix if sketches change.
 """
 
 from __future__ import annotations
@@ -70,11 +70,11 @@ from fedraclora.tree import Tree
     },
 )
 class ControlVariates(RoundStep):
-    """Sends the server's variate down, and moves it by what came.
+    """Send the server's variate, and update it from the replies.
 
     Attributes:
-        lifted: Whether variates are dense estimates of gradients, since what is trained changes; by
-            `begin`.
+        lifted: Whether variates are dense estimates of gradients, since trained tensors change; set
+            by `begin`.
     """
 
     lifted: bool
@@ -100,15 +100,15 @@ class ControlVariates(RoundStep):
 
 
 def lifts(method: Method, state: State, draw: Draw) -> bool:
-    """Check whether clients keep dense estimates of gradients, since what is trained changes.
+    """Check whether clients keep dense estimates of gradients, since trained tensors change.
 
     Args:
         method: The method.
-        state: Before its first round.
-        draw: The method's randomness.
+        state: The state before its first round.
+        draw: The method's sketches.
 
     Raises:
-        ConfigError: If there are none, since factors begin anew.
+        ConfigError: If variates are impossible, since both factors are reset.
     """
     sent = first_instructions(method, state, draw, 2)
     if not sent.adapters or (not method.traits.merges and _lives_on(method, state, sent, draw)):
@@ -120,7 +120,7 @@ def lifts(method: Method, state: State, draw: Draw) -> bool:
 
 
 def _lives_on(method: Method, state: State, sent: RoundInstructions, draw: Draw) -> bool:
-    """Check whether the next round trains the same thing: a round without a change is closed."""
+    """Check whether the next round trains the same tensors, by closing a round without a change."""
     layout, cohort = sent.layout, Cohort(torch.arange(2), torch.ones(2).double())
     start = opening_rows(sent, state.base, layout, cohort.clients)
     got = Uplinks(cohort.clients, cohort.weights, layout, start.repeat(2, 1))
@@ -132,8 +132,8 @@ def open_corrected(sent: RoundInstructions, state: State, *, lifted: bool) -> Ro
     """Send the server's variates with a round.
 
     Args:
-        sent: What the method asks.
-        state: Has them, zero before the first round.
+        sent: The method's instructions.
+        state: The state with the variates, zero before the first round.
         lifted: Whether they are kept as dense estimates.
     """
     sent = with_variates(sent, {}, lifted=lifted)
@@ -148,21 +148,21 @@ def close_corrected(
     steps: int,
     share: float,
 ) -> Tree:
-    """Compute the moments of the next state: with the variates that a round leaves at the server.
+    """Compute the moments of the next state, with the server's new variates.
 
     Args:
-        state: Before the round.
-        sent: What was asked, by `open_corrected`.
-        got: What came; its mean is enough.
-        rates: Step sizes of what was trained.
+        state: The state before the round.
+        sent: The instructions, from `open_corrected`.
+        got: The updates; their mean is enough.
+        rates: Step sizes of trained tensors.
         steps: Local steps of each client.
-        share: Of the population that the cohort is, |S| / N.
+        share: Share of the population in the round, |S| / N.
     """
     layout = got.layout
     start = layout.unpack(opening_rows(sent, state.base, layout, torch.arange(len(got.clients))))
     end = {n: t.cpu() for n, t in got.mean().items()}
     new, kept = mean_gradients(start, end, steps, rates), _kept(state, sent)
-    # Clients have taken the c that went down into their steps, which may have been rounded.
+    # Clients used the received c in their steps, which may have been quantized.
     went = variates_of(sent)
     new = {n: new[n] + (c.double() - went[n].double()) for n, c in seen(kept, sent).items()}
     return state.moments | moved_by(kept, sent, new, share)

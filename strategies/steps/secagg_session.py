@@ -1,4 +1,4 @@
-"""The exchanges of secure aggregation: who is asked what, who answers, who has left."""
+"""Run the exchanges of secure aggregation, and track which clients reply or leave."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from fedraclora.wire.exchange import Ask, Stage
 from fedraclora.wire.reply import Wanted, checked
 
 Check = Callable[[int, Any, Any], None]
-Said = tuple[dict[int, Any], dict[int, str]]  # what clients said, and why others did not
+Said = tuple[dict[int, Any], dict[int, str]]  # the clients' replies, and reasons of failures
 NOTHING: Mapping[str, Any] = {}
-LONGEST_REASON = 500  # characters of what a client says of its failure
+LONGEST_REASON = 500  # most characters of a client's failure message
 
 
 @dataclass
 class Texts:
-    """Bytes of keys, shares and complaints in a round, all its attempts together."""
+    """Count bytes of keys, shares and complaints in a round, over all its attempts."""
 
     round_: int = 0
     up: int = 0
@@ -34,15 +34,15 @@ class Texts:
 
 
 class SecAggSession:
-    """The exchanges of one round: who is still there, who left when, and what it took.
+    """Run the exchanges of one round, and record clients that leave, and the cost.
 
     Args:
-        exchange: The train exchange, which notes the failures.
-        send: Asks clients, and gives what comes.
-        texts: Counts what is said besides.
+        exchange: The train exchange, which records failures.
+        send: Sends requests, and returns replies.
+        texts: Counts the bytes of other messages.
 
     Attributes:
-        settings: What all clients are told in each stage.
+        settings: Settings for all clients in each stage.
     """
 
     settings: ClassVar[dict[str, Any]] = {}
@@ -51,16 +51,16 @@ class SecAggSession:
         self.exchange, self.send, self.texts = exchange, send, texts
 
     def size(self, _answer: Staged) -> int:
-        """Return how many words the vectors of an answer must have."""
+        """Return the number of words in a reply's vectors."""
         return self.exchange.layout.size + 2
 
     def ask(self, stage: str, data: dict[int, Any], check: Check) -> dict[int, Any]:
-        """Ask clients for a stage in which nobody trains; give what each said.
+        """Ask clients for a stage without training; return each reply.
 
         Args:
             stage: Its name.
-            data: What each client is told, by id.
-            check: Holds what a client said against what it was told; raises if it does not fit.
+            data: The data for each client, by id.
+            check: Checks a client's reply against its data; raises if it does not fit.
 
         Raises:
             ClientError: If too few clients are left.
@@ -71,7 +71,7 @@ class SecAggSession:
         return answers
 
     def collect(self, stage: str, data: dict[int, Any], check: Check) -> Said:
-        """Ask as `ask` does; whoever does not answer is nobody's business yet."""
+        """Ask like `ask`; missing replies are not recorded yet."""
 
         def read(said: dict[int, Any], _answer: Staged) -> Said:
             found, bad = {}, {}
@@ -79,18 +79,18 @@ class SecAggSession:
                 try:
                     check(client, data[client], said[client])
                     found[client] = said[client]
-                except Exception as error:  # whatever another machine may send
+                except Exception as error:  # another machine may send anything
                     bad[client] = f"its reply is refused: {error!r}"
             return found, bad
 
         return self._talk(stage, data, read)
 
     def masked(self, pending: dict[int, Any], settings: dict[str, Any]) -> Said:
-        """Ask clients to train; return their masked vectors, or whose shares they could not open.
+        """Ask clients to train; return masked vectors, or senders of undecryptable shares.
 
         Args:
-            pending: What each client is told of its neighbours, by id.
-            settings: What all are told.
+            pending: Data on its neighbours for each client, by id.
+            settings: Settings for all clients.
         """
 
         def read(said: dict[int, Any], answer: Staged) -> Said:
@@ -119,13 +119,13 @@ class SecAggSession:
         read: Callable[[dict[int, Any], Staged], Said],
         settings: Mapping[str, Any] = NOTHING,
     ) -> Said:
-        """Ask clients; give what they said, and why others did not.
+        """Ask clients; return their replies, and reasons of failures.
 
-        What cannot be read, or comes from another client than was asked, is a failure of those
-        who were asked; a second answer to an ask is not looked at.
+        An unreadable reply, or one from other clients, counts as a failure of the asked clients; a
+        second reply to a request is ignored.
 
         Raises:
-            ClientError: If a client met what is no client's fault.
+            ClientError: For an error that is no client's fault.
         """
         asks = []
         for ask in self.exchange.asks:
@@ -148,7 +148,7 @@ class SecAggSession:
                 found, why = read(staged.stage.data, staged)
                 why |= staged.failures
                 self.texts.up += staged.stage.length
-            except Exception as error:  # whatever another machine may send
+            except Exception as error:  # another machine may send anything
                 why, found = dict.fromkeys(asked, f"its reply is refused: {error!r}"), {}
             answers |= {c: part for c, part in found.items() if c in asked}
             failures |= {c: text[:LONGEST_REASON] for c, text in why.items() if c in asked}
@@ -161,7 +161,7 @@ class SecAggSession:
         answers: dict[int, Any],
         failures: dict[int, str],
     ) -> None:
-        """Note who left at a stage.
+        """Record clients that left at a stage.
 
         Raises:
             ClientError: If more clients failed than allowed.
@@ -171,13 +171,13 @@ class SecAggSession:
         self.exchange.fail(Refusal(c, f"{said}: {why}") for c, why in left.items())
 
     def name(self, leaves: dict[int, str]) -> list[Refusal]:
-        """Note who leaves, and why; give what was noted."""
+        """Record leaving clients with their reasons; return the record."""
         noted = [Refusal(c, f"secure aggregation: {why}") for c, why in sorted(leaves.items())]
         self.exchange.failures += noted
         return noted
 
     def enough(self, clients: Collection[int], stage: str) -> None:
-        """Reject a sum of too few clients.
+        """Reject a sum over too few clients.
 
         Raises:
             ClientError: If fewer than `LEAST_CLIENTS` clients are left.

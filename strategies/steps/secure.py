@@ -1,4 +1,4 @@
-"""The server's side of secure aggregation: four exchanges that end in a sum."""
+"""Run the server's side of secure aggregation: four exchanges that end in a sum."""
 
 from __future__ import annotations
 
@@ -35,18 +35,18 @@ from fedraclora.weights.files import write_text
 from fedraclora.wire.answers import Staged
 from fedraclora.wire.secagg import LARGEST, signed
 
-FILE = "masked.round"  # the last round that asked real clients for vectors
-SLACK = 1 + 1e-4  # of norms: updates are rounded to the wire's precision
+FILE = "masked.round"  # file key: the last round that asked real clients for vectors
+SLACK = 1 + 1e-4  # tolerance of norms: updates are rounded to the precision of messages
 
 
 class MeasureSession(SecAggSession):
-    """The exchanges in which clients' measurements are summed.
+    """Run the exchanges that sum clients' measurements.
 
-    Clients tell by what sums they measure: a server without samples cannot know it. Those that tell
-    another thing than most are left out.
+    Clients report the layout of their sums, which a server without samples cannot know. Clients
+    with another layout than most are left out.
 
     Args:
-        measurement: What is asked.
+        measurement: The measurement.
         send: As for `SecAggSession`.
     """
 
@@ -63,7 +63,7 @@ class MeasureSession(SecAggSession):
 
     @property
     def summed(self) -> SummedMeasure:
-        """What reads the sum."""
+        """Return the decoder of the sum."""
         return SummedMeasure(self.measure, self.layout or Layout(()), self.points)
 
     @override
@@ -95,18 +95,18 @@ class MeasureSession(SecAggSession):
 
 @dataclass
 class SecureSum(RoundStep):
-    """Asks for the sum of a cohort, and sees nothing else of its updates.
+    """Request the sum over a round's clients, without seeing single updates.
 
     Attributes:
         config: Clip, neighbours, threshold, greatest weight.
-        row: What the ledger says of the last sum.
-        session: A round that failed after clients were asked for masked vectors; None: none did.
-        texts: What is said in a round besides numbers.
-        banned: Clients that are asked no more, and why.
-        answered: The last round of which clients of an earlier process may have been asked for
-            masked vectors.
-        counts: Whether clients tell if their updates were longer than the clip.
-        file: Where this is kept; None in a simulation, whose clients end with the process.
+        row: The ledger's figures for the last sum.
+        session: A round that failed after clients were asked for masked vectors; None: none.
+        texts: Bytes of other messages in a round.
+        banned: Clients that are not asked any more, with reasons.
+        answered: The last round for which an earlier process may have asked clients for masked
+            vectors.
+        counts: Whether clients report if their updates were longer than the clip.
+        file: Its file; None in a simulation, whose clients end with the process.
     """
 
     config: SecAgg
@@ -125,10 +125,10 @@ class SecureSum(RoundStep):
 
     @override
     def open(self, recorder: RunRecorder, done: int, cohort_of: CohortOf) -> None:
-        """Learn what earlier processes of a run have done.
+        """Read the progress of earlier processes of a run.
 
         Raises:
-            CheckpointError: If what the folder says of it is damaged.
+            CheckpointError: If the file in the folder is damaged.
         """
         folder, real = recorder.folder, self.run.loop.untrusted
         for row in recorder.ledger.rows:
@@ -148,17 +148,16 @@ class SecureSum(RoundStep):
     def bound(self, *, first: bool) -> float:
         if not first:
             raise conflict(SecAgg, ASKS_TWICE)
-        self.counts = True  # with the clip of privacy=client_level clients tell nothing
+        self.counts = True  # with the clip of privacy=client_level clients do not report it
         return self.config.clip
 
     @override
     def receive(self, send: Send, exchange: Exchange, base: Tree) -> Uplinks | None:
-        """Run the stages and give the sum; None where nobody is asked.
+        """Run the stages and return the sum; None if no client is asked.
 
         Raises:
             ClientError: If too few clients stay.
-            RoundLostError: If the sum cannot be had any more, or cannot be one of what clients may
-                send.
+            RoundLostError: If the sum is lost, or is no possible sum of valid updates.
         """
         if not len(exchange.cohort):
             return None
@@ -199,7 +198,7 @@ class SecureSum(RoundStep):
         return {"train_loss": None, "secure": self.row | lost}
 
     def _agree(self, exchange: Exchange, talk: SecAggSession, clip: float) -> Session:
-        """Exchange keys and shares among clients."""
+        """Exchange keys and shares between clients."""
         cohort = exchange.cohort.clients.tolist()
         out = {c: self.banned[c] for c in cohort if c in self.banned}
         exchange.failures += [Refusal(c, f"left out since a sum was lost: {out[c]}") for c in out]
@@ -231,8 +230,8 @@ class SecureSum(RoundStep):
     def measure(self, send: Send, measurement: Measurement) -> bool:
         """Sum what clients measured, in a session of its own: other keys, and other masks.
 
-        A sum that is lost is not asked for again; the row says why there is none. Clients give none
-        of fewer than ``evaluate.min_clients`` that have samples to measure on.
+        A lost sum is not requested again; the row says why it is missing. Clients refuse a sum over
+        fewer than ``evaluate.min_clients`` clients with samples to measure on.
         """
         if (clients := len(measurement.cohort)) > MOST_CLIENTS:
             raise ConfigError(
@@ -257,7 +256,7 @@ class SecureSum(RoundStep):
         return True
 
     def _gather(self, session: Session, talk: SecAggSession) -> None:
-        """Gather masked vectors, and what takes the masks off their sum."""
+        """Collect masked vectors, and the shares that remove the masks from their sum."""
         if not session.asked:
             self._mask(session, talk)
         missing = session.ask_for_shares()
@@ -269,7 +268,7 @@ class SecureSum(RoundStep):
         ]
 
     def _mask(self, session: Session, talk: SecAggSession) -> None:
-        """Gather the masked vectors, in a second exchange where shares cannot be opened."""
+        """Collect the masked vectors, with a second exchange if shares cannot be decrypted."""
         settings = {"step": session.step}
         waiting = {c: message for c, message in session.messages.items() if c not in session.words}
         failures: dict[int, str] = {}
@@ -292,7 +291,7 @@ class SecureSum(RoundStep):
         talk.enough(session.words, "unmask")
 
     def _checked(self, talk: SecAggSession, session: Session, clip: float, base: Tree) -> Uplinks:
-        """Check what can be checked on a sum, and give it."""
+        """Return the sum after all possible checks."""
         exchange, whole = talk.exchange, signed(session.total())
         clients, step = sorted(session.words), session.step
         K, weight, cut = len(clients), int(whole[-2]), int(whole[-1])

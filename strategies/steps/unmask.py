@@ -1,4 +1,4 @@
-"""What a round of secure aggregation agreed on, and how a sum comes out of it."""
+"""Hold the agreements of a round of secure aggregation, and unmask its sum."""
 
 from __future__ import annotations
 
@@ -25,28 +25,29 @@ from fedraclora.wire.secagg import (
     read_public,
 )
 
-KINDS = {"alive": 1, "gone": 2}  # of shares, and where the mark of each is among what was sealed
+# kinds of shares, and the position of their marks in the encrypted text
+KINDS = {"alive": 1, "gone": 2}
 
 
 @dataclass
 class Session:
-    """A round, from the first request for masked vectors on.
+    """Hold a round from the first request for masked vectors on.
 
-    Clients answer that request once, so a round that fails after it is not begun anew: it goes on
-    from here, and asks only those who have not answered.
+    Clients answer that request once, so a round that fails after it is not restarted: it continues
+    from here, and asks only the clients that have not replied.
 
     Attributes:
         round_: From 1.
-        keys: What each client said of its keys.
-        threshold: Shares that bring a secret back.
-        step: Of the whole numbers.
-        messages: What each client is told of its neighbours: ``shares`` by sender, and ``without``,
-            neighbours whose share it cannot open and masks with all the same.
-        left: Who left before.
+        keys: Each client's public keys.
+        threshold: Shares that recover a secret.
+        step: Quantization step.
+        messages: Data on its neighbours for each client: ``shares`` by sender, and ``without``,
+            neighbours whose share it cannot decrypt but masks with.
+        left: Clients that left before.
         words: Masked vectors.
-        asked: Of which neighbours each client is asked for which share.
-        shares: What clients gave.
-        notes: What else went wrong: sentences for the ledger.
+        asked: The neighbours of each client whose share is requested, and which one.
+        shares: The clients' shares.
+        notes: Other problems: sentences for the ledger.
     """
 
     round_: int
@@ -61,15 +62,15 @@ class Session:
     notes: list[str] = field(default_factory=list)
 
     def near(self, client: int) -> list[int]:
-        """The neighbours with whom a client masks its vector."""
+        """Return the neighbours with whom a client masks its vector."""
         message = self.messages[client]
         return [*map(int, message["shares"]), *message["without"]]
 
     def thin_out(self) -> dict[int, str]:
-        """Take out those who have too few neighbours left to mask with, through no fault of theirs.
+        """Remove clients with too few remaining neighbours, through no fault of theirs.
 
         Returns:
-            Who leaves, and why.
+            The leaving clients, with reasons.
         """
         leaves: dict[int, str] = {}
         while True:
@@ -84,7 +85,7 @@ class Session:
             self._forget(short)
 
     def _forget(self, gone: Collection[int]) -> None:
-        """Leave some out, and tell those who have not masked yet that they are no neighbours."""
+        """Remove clients, and from the neighbours of those that have not masked yet."""
         for client in gone:
             del self.messages[client]
             self.words.pop(client, None)
@@ -94,20 +95,21 @@ class Session:
             message["without"] = [n for n in message["without"] if n not in gone]
 
     def settle(self, complaints: dict[int, set[int]]) -> dict[int, str]:
-        """Decide what becomes of shares that their receivers cannot open.
+        """Decide how to handle shares that their receivers cannot decrypt.
 
-        Either end may be at fault, so nobody is blamed while enough neighbours hold a share of the
-        sender: they mask with it all the same. A sender with too few leaves, and is named.
+        Either end may be at fault, so no client is blamed while enough neighbours hold a share of
+        the sender: they still mask with it. A sender with too few valid shares leaves, and is
+            named.
 
         Args:
-            complaints: By receiver, whose shares it cannot open.
+            complaints: By receiver, the senders whose shares it cannot decrypt.
 
         Returns:
             Who leaves, and why.
 
         Raises:
-            RoundLostError: If two disagree and none of them can be left out, or a sender cannot
-                leave any more, since some have masked with it.
+            RoundLostError: If two disagree and neither can be left out, or a sender cannot leave
+                any more, since some clients have masked with it.
         """
         leaves = {}
         for sender in sorted(set().union(*complaints.values())):
@@ -135,7 +137,7 @@ class Session:
         return leaves
 
     def ask_for_shares(self) -> dict[int, Any]:
-        """Fix who is in the sum; give what is asked of those who have not answered yet."""
+        """Fix the clients of the sum; return the requests for clients that have not replied yet."""
         if not self.asked:
             self.asked = {
                 c: {
@@ -144,15 +146,15 @@ class Session:
                 }
                 for c in self.words
             }
-        # With fewer of them in the sum a client gives nothing.
+        # With fewer of them in the sum a client reveals none.
         able = [c for c, asked in self.asked.items() if len(asked["alive"]) >= self.threshold]
         return {c: self.asked[c] for c in able if c not in self.shares}
 
     def check_shares(self, client: int, sent: Any, answer: Any) -> None:
-        """Reject other shares than were sealed for a client.
+        """Reject shares other than those encrypted for a client.
 
         Raises:
-            WireError: Saying what came.
+            WireError: Naming the found value.
         """
         shares = self.messages[client]["shares"]
         for kind, place in KINDS.items():
@@ -167,11 +169,11 @@ class Session:
                     raise WireError(f"its share of client {owner} is not the one that was sealed")
 
     def total(self) -> Words:
-        """Add masked vectors and take off the masks that do not cancel.
+        """Add masked vectors, and remove the masks that do not cancel.
 
         Raises:
-            ClientError: If too few shares came.
-            RoundLostError: If the shares of a client are not those of its secret.
+            ClientError: If too few shares arrived.
+            RoundLostError: If a client's shares do not match its secret.
         """
         total = np.zeros_like(next(iter(self.words.values())))
         for client, row in self.words.items():
@@ -179,14 +181,15 @@ class Session:
         masked = {n for c in self.words for n in self.near(c)}
         for client in sorted(masked - self.words.keys()):
             scalar = self._secret("gone", client)
-            for other in self.words:  # what it would have added to take off its neighbour's mask
+            # the client would have added this to cancel its neighbour's mask
+            for other in self.words:
                 if client in self.near(other):
                     public = self.keys[other]["mask"]
                     total = total + pair_mask(scalar, public, len(total), add=client > other)
         return total
 
     def _secret(self, kind: str, owner: int) -> str:
-        """Rebuild the secret of a client: the seed of its own mask, or its key."""
+        """Rebuild a client's secret: the seed of its own mask, or its key."""
         answers = [answer[kind] for answer in self.shares.values()]
         came = [answer[str(owner)] for answer in answers if str(owner) in answer]
         if len(came) < self.threshold:
@@ -209,11 +212,11 @@ class Session:
 
 
 class CulpritError(RoundLostError):
-    """A round is lost by one client's doing.
+    """A client's misbehaviour made a round fail.
 
     Attributes:
-        client: Which.
-        why: What it did.
+        client: The client.
+        why: The misbehaviour.
     """
 
     def __init__(self, round_: int, client: int, why: str) -> None:
@@ -222,7 +225,7 @@ class CulpritError(RoundLostError):
 
 
 def check_keys(_client: int, _sent: Any, answer: Any) -> None:
-    """Reject a reply that has no public keys."""
+    """Reject a reply without public keys."""
     if {*answer} != {"mask", "box", "seed"}:
         raise WireError(f"it sent the keys {[*answer]}, expected mask, box and seed")
     for name in ("mask", "box"):
@@ -231,7 +234,7 @@ def check_keys(_client: int, _sent: Any, answer: Any) -> None:
 
 
 def check_sealed(_client: int, sent: Any, answer: Any) -> None:
-    """Reject a reply without one sealed text, with two marks, for each neighbour."""
+    """Reject a reply without one encrypted text, with two marks, for each neighbour."""
     if {*answer} != {*sent}:
         raise WireError(
             f"it sealed shares for the clients {[*answer]}, expected its neighbours {[*sent]}"

@@ -1,7 +1,7 @@
-"""What is put around a method and is a method again.
+"""Wrap methods as new methods.
 
-`allocated` chooses the layers that are adapted, or puts `pruned` around, which cuts components;
-`dora` gives adapted rows trained lengths.
+`allocated` chooses the adapted layers, or applies `pruned`, which cuts components; `dora` trains
+the lengths of adapted rows.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from fedraclora.strategies.wrappers.dora import Dora
 
 
 def method_of(config: RunConfig, task: Task | None = None) -> Method:
-    """Build the method of a run with what is put around it.
+    """Build the method of a run with its wrappers.
 
     Args:
-        config: Of the run.
-        task: Whose model scores layers by SYNFLOW; not wanted where no round is opened.
+        config: The config of the run.
+        task: The task, whose model scores layers by SYNFLOW; not needed if no round is opened.
 
     Raises:
-        ConfigError: If they do not fit.
+        ConfigError: If they are incompatible.
     """
     taken, sent = config.local.steps, config.method.most_steps  # of scalars
     if taken is not None and sent is not None and taken < sent:

@@ -1,19 +1,21 @@
-"""A method whose adapted layers are chosen by an `fedraclora.allocation` rule.
+"""Wrap a method so that a rule of `fedraclora.allocation` chooses its adapted layers.
 
 HeteroLoRA (``allocation=heterolora``), in round 1, or every so many rounds:
 
     exchange 1: clients send the gradients of all adapters where they start ;
                 score of a layer: GRAD-NORM ||g_A||_F + ||g_B||_F, or SNIP sum |A g_A| + sum |B g_B|
-    exchange 2: they train, as the method says, the layers of highest score alone
+    exchange 2: they train only the layers with the highest scores, by the method
 
 With SYNFLOW there is no first exchange: the server scores the model without data.
 
 - Bytes: with gradients, a round that chooses costs the uplink of a round over all layers, and its
   downlink once more; every round costs what the method does for the layers that are chosen.
-- A method that carries factors is asked once: a layer that is left out later would lose what it has
-  learnt. Those that begin anew each round may choose anew.
-- Refused: methods whose clients do more than plain local steps, those that change the base weights
-  before the first round, and client state: what a layer left behind would be forgotten.
+- A method that continues factors chooses once: a layer that is left out later would lose its
+training. Methods
+  that reset factors each round may choose again.
+- Refused: methods whose clients do more than plain local steps, or that change the base weights
+before the
+  first round, and client state, since the state of omitted layers would be lost.
 - Source: Zhang et al., *Unlocking the global synergies in low-rank adapters*, 2024, arXiv
   2406.14956.
 - Departures: federated: gradients are those of the mean loss of the cohort, and scores are taken of
@@ -54,11 +56,11 @@ Flow = Callable[[Tree, RoundInstructions, Plan], dict[str, float]]
 
 @dataclass(frozen=True)
 class Chosen(Counters):
-    """What a rule keeps.
+    """Hold the state of a rule.
 
     Attributes:
-        adapted: 1 for a layer that was adapted last, else 0, by weight; empty before the first
-            round: all.
+        adapted: 1 for a layer of the last choice, else 0, by weight; empty before the first round:
+            all.
     """
 
     adapted: dict[str, int] = field(default_factory=dict)
@@ -68,12 +70,12 @@ class Chosen(Counters):
 @CHOOSES_LAYERS
 @dataclass(frozen=True)
 class Allocated(Around):
-    """A method under a rule.
+    """Apply a rule to a method.
 
     Attributes:
         inner: The method.
         rule: Chooses its layers.
-        flow: Gives scores of SYNFLOW; None: there is no model to ask.
+        flow: Computes SYNFLOW scores; None: there is no model.
     """
 
     counters: ClassVar[type[Chosen]] = Chosen
@@ -98,7 +100,7 @@ class Allocated(Around):
 
     @override
     def at(self, state: State) -> tuple[Method, State]:
-        """Return the method, and the state with the layers that were chosen last."""
+        """Return the method, and the state with the layers of the last choice."""
         adapted = cast(Chosen, state.counters).adapted
         return self.inner, narrowed(state, {n for n in state.plan.targets if adapted.get(n, 1)})
 
@@ -156,15 +158,15 @@ class Allocated(Around):
 
 
 def allocated(method: Method, rule: Uniform, flow: Flow | None = None) -> Method:
-    """Put a method under a rule; the method itself where there is none.
+    """Apply a rule to a method; without a rule, return the method.
 
     Args:
         method: The method.
         rule: The rule.
-        flow: Scores the adapters of a downlink by SYNFLOW, where there is a model.
+        flow: Computes SYNFLOW scores of a downlink's adapters, if there is a model.
 
     Raises:
-        ConfigError: If they do not fit.
+        ConfigError: If they are incompatible.
     """
     if isinstance(rule, HeteroLora):
         return Allocated(method, rule, flow)
@@ -177,13 +179,13 @@ def allocated(method: Method, rule: Uniform, flow: Flow | None = None) -> Method
 
 
 def refused(method: Method, why: str, take: str = "another method") -> ConfigError:
-    """Build the error for a method that a rule does not fit."""
+    """Build the error for a method that is incompatible with a rule."""
     return ConfigError(
         f"allocation does not fit {type(method).__name__}: {why}. Use {take}, or allocation=none"
     )
 
 
 def narrowed(state: State, names: Collection[str]) -> State:
-    """Restrict the state to the layers that are named."""
+    """Restrict the state to some layers."""
     kept = {name: view for name, view in state.plan.targets.items() if name in names}
     return replace(state, plan=replace(state.plan, targets=kept))

@@ -1,4 +1,4 @@
-"""What all that is put around a method has of it."""
+"""Base of wrappers of methods."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from fedraclora.tree import Tree
 
 @dataclass(frozen=True)
 class Around(Method):
-    """A method around another one.
+    """Wrap another method.
 
     Attributes:
-        inner: The other; it knows nothing of this one.
+        inner: The wrapped method, which does not know the wrapper.
     """
 
     inner: Method
@@ -38,7 +38,7 @@ class Around(Method):
         return self.inner.recurs
 
     def at(self, state: State) -> tuple[Method, State]:
-        """Return the inner method as it stands in a round, and the state as that one knows it."""
+        """Return the inner method in a round, and its state."""
         return self.inner, state
 
     @override
@@ -62,12 +62,12 @@ class Around(Method):
 
     @override
     def floats(self, plan: Plan, round_: int = 1) -> tuple[int, int]:
-        """Numbers if all that may be adapted is: what is left out is not known beforehand."""
+        """Return the numbers for all layers, since the choice is not known in advance."""
         return self.inner.floats(plan, round_)
 
 
 def inside(method: Method) -> Iterator[Method]:
-    """Yield a method, and what it is put around, down to the method itself."""
+    """Yield a method's wrappers from the outside in, and the method itself."""
     yield method
     while isinstance(method, Around):
         method = method.inner

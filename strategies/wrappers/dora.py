@@ -1,4 +1,4 @@
-"""A method whose adapted rows have trained lengths of their own (``dora=true``).
+"""Wrap a method so that adapted rows have trained lengths (``dora=true``).
 
     V_k = W + s B_k A_k as the method has it;  client k: local steps on what it trains, and on M_k
     W'_k = diag(M_k / ||V_k||) V_k;   M <- sum_k p_k M_k;   V as the method makes it
@@ -8,11 +8,13 @@
 - Aggregation: **not exact**, whatever the method: M is averaged exactly, and V as the method
   averages it, but the mean of the clients' W' is not the W' of the means. What a method reports of
   its own error (``aggregation_error``) is that of V.
-- For methods that never fold an update into W: there is no low-rank term by which a client could
-  bring its W from one W' to the next. Clients that keep a factor for themselves share M.
+- For methods that never merge an update into W: no low-rank term could update a client's W from one
+W' to the
+  next. Clients with personal factors share M.
 - Refused: embeddings, where a row of the table is no output of the layer; rows of zeros, which have
-  no direction; starts from gradients (``lora_ga``); an `allocation`; and ``compression.downlink``
-  in fewer bits, which would round M.
+no
+  direction; starts from gradients (``lora_ga``); an `allocation`; and a quantized
+  ``compression.downlink``, which would round M.
 - Source: Liu et al., *DoRA: weight-decomposed low-rank adaptation*, ICML 2024, arXiv 2402.09353.
 - Departures: the federated form is ours. The rest is in `fedraclora.lowrank.dora`.
 """
@@ -37,7 +39,7 @@ from fedraclora.tree import Tree
 @DORA
 @dataclass(frozen=True)
 class Dora(Around):
-    """A method under magnitudes."""
+    """Add trained magnitudes to a method."""
 
     @property
     @override

@@ -1,4 +1,4 @@
-"""A method whose adapters lose components by importance (``allocation=adalora``).
+"""Wrap a method so that its adapters lose components by importance (``allocation=adalora``).
 
     after round t, for theta in (B, A) of every layer, g = theta_before - theta_after:
         I = |theta_before g|;  I_bar, U_bar smoothed;  an entry scores I_bar U_bar
@@ -7,15 +7,16 @@
     (`fedraclora.allocation.AdaLora`) the others are merged: W <- W + s B_out A_out, and B is
     scaled by s / s' where alpha / r changes
 
-- Bytes: those of the method at the ranks that are left, and r (m + n) numbers to catch up for each
-  component that is merged. Scores cost nothing: they are taken of what the round moved.
+- Bytes: those of the method at the remaining ranks, and r (m + n) numbers to catch up for each
+merged
+  component. Scores cost no bytes: they are computed from the round's change.
 - Aggregation: as the method's: a cut leaves the effective weights.
-- Fits methods whose components live on under one basis (`Method.cuts_components`).
+- Fits methods whose components are continued under one basis (`Method.cuts_components`).
 - Source: Zhang et al., *AdaLoRA: adaptive budget allocation for parameter-efficient fine-tuning*,
   ICLR 2023, arXiv 2303.10512: importance, uncertainty and the budget's schedule.
 - Departures: B and A stand for its P Lambda and Q: there are no singular values of their own, and
-  no penalty that keeps factors orthogonal. g is what a round moved, where the paper has those of
-  single steps. Components that are cut are merged and never come back, where the paper sets their
+  no penalty that keeps factors orthogonal. g is the change of a round, where the paper has
+  gradients of single steps. Cut components are merged and never return, while the paper sets their
   singular value to zero and may raise it again.
 """
 
@@ -53,12 +54,12 @@ SMOOTH = {"importance/": 0, "uncertainty/": 1}
 
 @dataclass(frozen=True)
 class RanksLeft(Counters):
-    """What the rule keeps.
+    """Hold the state of the rule.
 
     Attributes:
-        rank: Components that are left, by weight.
-        components: All with which the layers began.
-        rounds: That are over.
+        rank: Remaining components, by weight.
+        components: All initial components of the layers.
+        rounds: Finished rounds.
     """
 
     rank: dict[str, int] = field(default_factory=dict)
@@ -69,11 +70,11 @@ class RanksLeft(Counters):
 @ALLOCATED
 @dataclass(frozen=True)
 class Pruned(Around):
-    """A method under the rule.
+    """Apply the rule to a method.
 
     Attributes:
         inner: The method.
-        rule: When how many components are left.
+        rule: The schedule of components.
     """
 
     counters: ClassVar[type[RanksLeft]] = RanksLeft
@@ -105,7 +106,7 @@ class Pruned(Around):
         after = inner.close_round(at, sent, got)
         counters = replace(self.kept(after), rounds=self.kept(after).rounds + 1)
         after = replace(after, plan=state.plan, counters=counters)
-        if not sent.program.trains:  # the factors have only now begun
+        if not sent.program.trains:  # the factors have just begun
             return after
         smoothed = self._smoothed(state, sent, after)
         budget = self.rule.budget(counters.rounds, counters.components, len(state.plan.targets))
@@ -115,12 +116,12 @@ class Pruned(Around):
 
     @staticmethod
     def kept(state: State) -> RanksLeft:
-        """Compute the ranks that the rule leaves in a state."""
+        """Compute the remaining ranks in a state."""
         return cast(RanksLeft, state.counters)
 
     @override
     def at(self, state: State) -> tuple[Method, State]:
-        """Return the method at the ranks that are left, and its own state."""
+        """Return the method at the remaining ranks, and its own state."""
         left = self.kept(state).rank
         ranks = {n: r for n in state.plan.targets if (r := left[n])}
         plan = replace(state.plan, targets={n: state.plan.targets[n] for n in ranks})
@@ -174,14 +175,14 @@ class Pruned(Around):
                 carried[f"{prefix}{name}/B"] = smoothed[f"{prefix}{name}/B"][:, kept]
                 carried[f"{prefix}{name}/A"] = smoothed[f"{prefix}{name}/A"][kept]
         link = Link(terms, before.dense)
-        another = after.counters.sketch + 1  # what is trained is another thing now
+        another = after.counters.sketch + 1  # the trained tensors change now
         counters = replace(self.kept(after), rank=left, sketch=another)
         base = apply_link(state.base, link, state.plan)
         return replace(after, base=base, carried=carried, counters=counters, link=link)
 
 
 def joined(term: Term | None, more: Product, scale: float) -> Term:
-    """Add a product to what a link folds into one weight, at the same scale."""
+    """Add a product to a weight's merged term, at the same scale."""
     if term is None:
         return Term.of(more, scale)
     first, second = (factor.draw() for factor in term.factors)
