@@ -47,6 +47,7 @@ def frontier_figure(
     best_of = max if higher else min
     finals = [best_of(y for _, y in row) for rows, _ in groups.values() for row in rows]
     edge, other = of_use(finals, [] if level is None else [level], higher=higher)
+    outside: list[float] = []
     for (name, (rows, best)), (color, _) in zip(groups.items(), looks([*groups]), strict=True):
         if not rows:
             continue
@@ -61,6 +62,7 @@ def frontier_figure(
             )
             if (final := best_of(y for _, y in row)) < edge if higher else final > edge:
                 panel.plot(row[-1][0], edge, "v" if higher else "^", color=color, clip_on=False)
+                outside.append(row[-1][0])
         ends = max(point[0] for row in rows for point in row)
         panel.plot(
             *zip(*best, (ends, best[-1][1]), strict=True),
@@ -74,7 +76,7 @@ def frontier_figure(
     panel.set_ylim(min(edge, other), max(edge, other))
     if level is not None:
         panel.axhline(level, color="#555555", linestyle="--", linewidth=1)
-    seen = [x for x, y in _points(groups) if (y >= edge if higher else y <= edge)]
+    seen = [x for x, y in _points(groups) if (y >= edge if higher else y <= edge)] + outside
     least, most = min(seen) / ROOM, max(x for x, _ in _points(groups)) * ROOM
     panel.set_xlim(least, most)
     for mark in marks:
