@@ -82,10 +82,6 @@ def test_the_first_lines_of_python_learn_and_print_what_stands_below_them(
             assert shown[round_][name] == pytest.approx(value, **near), (round_, name)
 
 
-def test_the_readme_is_short() -> None:
-    assert len(README.split()) <= 900
-
-
 # A task of the README's table of results -> its study, the row shown, and the one beside it.
 SHOWN = {
     "Rotten Tomatoes": (
