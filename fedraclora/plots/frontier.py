@@ -127,8 +127,9 @@ def shares_figure(
     """
     figure = new_figure(7.5, 1.2 + 0.5 * len(tasks))
     panel = figure.subplots()
+    colors = [look.color for look in looks([*found])]
     for index, (family, shares) in enumerate(found.items()):
-        color, _ = looks([*found])[index]
+        color = colors[index]
         panel.plot(
             [*shares.values()],
             [-tasks.index(task) for task in shares],

@@ -203,6 +203,28 @@ def test_objects_of_a_program_are_compared(tmp_path: Path) -> None:
         fedraclora.compare(methods=["fedavg", "fedavg"], folder=tmp_path)
 
 
+def test_an_interrupted_comparison_is_resumed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With the numbers of one that was never interrupted."""
+
+    def stop(row: dict[str, Any]) -> None:
+        if row["round"] == 1:
+            raise KeyboardInterrupt
+
+    def once(name: str, **more: Any) -> fedraclora.Compared:
+        methods = ["fedavg", "ffa_lora"]
+        return fedraclora.compare(*TASK, methods=methods, folder=tmp_path / name, **more)
+
+    with pytest.raises(KeyboardInterrupt):
+        once("a", callbacks=[stop])
+    assert not (tmp_path / "a" / "table.md").exists()
+    figures = ["label", "metric_mean", "traffic_mb"]
+    found, whole = once("a"), once("b")
+    assert found.table[figures].equals(whole.table[figures])
+    assert found.said == whole.said
+
+
 def test_a_folder_may_be_named_like_a_choice(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
