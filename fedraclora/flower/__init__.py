@@ -1,6 +1,6 @@
-"""Low-rank rounds in your own Flower app: a strategy for the server, rounds for the clients.
+"""Run low-rank rounds in your own Flower app: a strategy for the server, rounds for the clients.
 
-ServerApp: ``strategy = fedraclora.flower.LowRank(method, model)``, where Flower's `FedAvg` was.
+ServerApp: ``strategy = fedraclora.flower.LowRank(method, model)``, in place of Flower's `FedAvg`.
 ClientApp: ``with fedraclora.flower.round(message, context, model) as r`` around the training, and
 ``return r.reply({"num-examples": n})`` at its end.
 """
@@ -19,7 +19,7 @@ __all__ = ["FlowerRound", "LowRank", "load", "round"]
 
 
 def __getattr__(name: str) -> object:
-    """Fetch what is public when it is used first: Flower starts a process for every message."""
+    """Import a public name at its first use: Flower starts a process for every message."""
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     where = {"LowRank": "server", "load": "arrays"}.get(name, "client")

@@ -1,4 +1,4 @@
-"""The arrays of a Flower app: weights under its names, and how its model is trained."""
+"""Convert the arrays of a Flower app: weights under its names, and how its model is trained."""
 
 from __future__ import annotations
 
@@ -18,17 +18,18 @@ from fedraclora.protocol.plan import make_plan
 from fedraclora.training.own.places import find
 from fedraclora.tree import Tree, to_numpy, wide
 
-PEFT = "base_model.model."  # before the names of a PeftModel's state
-ZERO = ("lora_B.weight", "lora_embedding_A.weight")  # of a fresh adapter: so it adds nothing
+PEFT = "base_model.model."  # prefix of the names in a PeftModel's state
+# factor of a fresh adapter that is zero, so that it adds nothing
+ZERO = ("lora_B.weight", "lora_embedding_A.weight")
 
 
 class LazyWeight(Array):
-    """A weight that is computed and written out when it is read: in most rounds nobody does.
+    """Compute and write a weight only when it is read, which most rounds do not need.
 
     Args:
-        name: Of the weight.
-        like: One of its shape and type.
-        weights: Gives all of them.
+        name: The name of the weight.
+        like: A tensor of its shape and type.
+        weights: Returns all weights.
     """
 
     def __init__(self, name: str, like: torch.Tensor, weights: Callable[[], Tree]) -> None:
@@ -40,7 +41,7 @@ class LazyWeight(Array):
     @property
     @override
     def data(self) -> bytes:  # type: ignore[override]
-        """The bytes of numpy's format."""
+        """Return the bytes in numpy's format."""
         weight = self._weights()[self._name]
         return Array(to_numpy(weight.to(wide(weight.dtype)))).data
 
@@ -48,13 +49,13 @@ class LazyWeight(Array):
 def weights_in(
     arrays: ArrayRecord, base: Tree, names: Mapping[str, str], buffers: Container[str]
 ) -> tuple[Tree, bool]:
-    """Read the weights of the app's arrays, and whether they are an adapter of PEFT.
+    """Read the weights of the app's arrays, and whether they are a PEFT adapter.
 
     Args:
-        arrays: Of the app.
+        arrays: The app's arrays.
         base: The parameters of its model.
-        names: All names of each, with the one in ``base``.
-        buffers: Names of what is no parameter.
+        names: All names of each parameter, with the one in ``base``.
+        buffers: Names of buffers.
 
     Raises:
         ConfigError: For a trained adapter, and for names or shapes that are not the model's.
@@ -80,13 +81,13 @@ def weights_in(
 
 
 def load(model: nn.Module, arrays: ArrayRecord) -> nn.Module:
-    """Put the weights that `LowRank` gives into a model.
+    """Copy the weights that `LowRank` returns into a model.
 
     Args:
-        model: Of the app; it is changed in place. Of a PeftModel what is inside is given, without
-            the adapter, into which these weights do not fit: save it whole.
-        arrays: Of ``evaluate_fn`` or ``Result.arrays``. Those of a fresh adapter of PEFT, which
-            ``evaluate_fn`` gets in round 0, add nothing to what is inside.
+        model: The app's model; it is changed in place. Of a PeftModel pass the inner model, without
+            the adapter, which these weights do not fit: save it as a full model.
+        arrays: The arrays of ``evaluate_fn`` or ``Result.arrays``. Those of a fresh PEFT adapter,
+            which ``evaluate_fn`` receives in round 0, do not change the inner model.
 
     Raises:
         ConfigError: If the model has parameters that the arrays lack.
@@ -108,7 +109,7 @@ def load(model: nn.Module, arrays: ArrayRecord) -> nn.Module:
 def planned(
     model: nn.Module, settings: Mapping[str, Any]
 ) -> tuple[Tree, dict[str, str], Plan, bool]:
-    """Say what of a model is trained how.
+    """Choose which parts of a model are trained, and how.
 
     Returns:
         Its parameters, by plain names; all names of each, tied ones too, with that one; the plan;

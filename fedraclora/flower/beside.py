@@ -1,9 +1,9 @@
-"""Other strategies of Flower in one class with `LowRank`: ``class Mine(LowRank, FedAdam)``.
+"""Combine other Flower strategies with `LowRank` in one class: ``class Mine(LowRank, FedAdam)``.
 
-Clients of `LowRank` send factors, so what another strategy does with replies would see no weights.
-FedAdagrad, FedAdam, FedYogi and FedAvgM need only the mean of a round: their own code computes the
-server's step, which goes into the base weights (`fedraclora.strategies.steps.fedopt`). FedProx
-tells clients a number. A class in which code of another would be skipped is refused.
+Clients of `LowRank` send factors, so another strategy would not see weights in replies. FedAdagrad,
+FedAdam, FedYogi and FedAvgM only need the mean of a round: their own code computes the server's
+step, which goes into the base weights (`fedraclora.strategies.steps.fedopt`). FedProx sends clients
+a number. A class in which code of another strategy would be skipped is refused.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ from fedraclora.tree import Tree, to_numpy
 
 SERVED = (FedAdagrad, FedAdam, FedYogi, FedAvgM, FedProx)
 FLOWERS = (*SERVED, FedOpt, FedAvg, Strategy)
-CHECKS = "_check_and_log_replies"  # of FedAvg, which looks at weights
+CHECKS = "_check_and_log_replies"  # methods of FedAvg that read weights
 REPLIES = {"aggregate_train", "aggregate_evaluate", CHECKS}
 EVERY = {n for kind in (FedAvg, Strategy) for n, it in vars(kind).items() if isfunction(it)}
 SETTINGS = ("eta", "beta_1", "beta_2", "tau", "server_learning_rate", "server_momentum")
@@ -52,7 +52,7 @@ def refuse_skipped(kind: type, low_rank: type) -> None:
     """Refuse a class in which `LowRank` would skip code of another class.
 
     Args:
-        kind: Derived from `LowRank`.
+        kind: A subclass of `LowRank`.
         low_rank: `LowRank`.
 
     Raises:
@@ -88,8 +88,8 @@ def shared_config(
     """Return the config that a strategy sends to its clients.
 
     Raises:
-        ConfigError: If they hold what `LowRank` does not send: arrays that were changed, more
-            records, or another config for each node.
+        ConfigError: If they contain values that `LowRank` does not send: changed arrays, more
+            records, or a different config for each node.
     """
     contents = [{**message.content} for message in messages]
     given = [content.pop(strategy.arrayrecord_key, None) for content in contents]
@@ -107,11 +107,11 @@ def shared_config(
 
 @dataclass(frozen=True)
 class OwnStep(ServerOptimizer):
-    """The step of a server optimizer of Flower's, computed by its own code in float64.
+    """Compute the step of a Flower server optimizer, by its own code in float64.
 
     Attributes:
         strategy: An instance of `FedOpt` or `FedAvgM`, whose settings are used.
-        aggregate: Its ``aggregate_train`` of one reply: the mean of a round.
+        aggregate: Its ``aggregate_train`` for one reply: the mean of a round.
     """
 
     name: ClassVar[str] = "flower"
@@ -122,7 +122,7 @@ class OwnStep(ServerOptimizer):
 
     @property
     def settings(self) -> str:
-        """Its class and its numbers, by which a checkpoint knows it."""
+        """Return its class and its numbers, by which a checkpoint recognizes it."""
         kind = next(each for each in type(self.strategy).__mro__ if each in SERVED)
         told = (f"{n}={v}" for n in SETTINGS if (v := getattr(self.strategy, n, None)) is not None)
         return f"{kind.__name__}({', '.join(told)})"

@@ -1,4 +1,4 @@
-"""A round of `LowRank` at a client, for somebody's own ClientApp."""
+"""Run a round of `LowRank` at a client, in your own ClientApp."""
 
 from __future__ import annotations
 
@@ -30,25 +30,25 @@ from fedraclora.wire.exchange import Ask
 
 
 class FlowerRound:
-    """A message of `LowRank`, opened to train or to evaluate: the model has the round's weights.
+    """Open a message of `LowRank` to train or to evaluate: the model has the round's weights.
 
     As a context manager it seeds the global generators as `fedraclora.simulate` does.
 
     Args:
-        message: As the ClientApp got it.
-        context: Likewise. Weights are kept on the disk, in the folder ``cache`` of the node's
-            configuration, else in that of Flower.
-        model: Of the app: plain, or a PeftModel whose rank and layers are the method's. It is
-            changed in place. Make optimizer or trainer after this.
-        adapter: Of PEFT: its name.
+        message: The message that the ClientApp received.
+        context: The context that it received. Weights are stored on the disk, in the folder
+            ``cache`` of the node's configuration, else in Flower's folder.
+        model: The app's model: plain, or a PeftModel with the method's rank and layers. It is
+            changed in place. Create optimizer or trainer after this.
+        adapter: The name of the PEFT adapter.
 
     Attributes:
-        model: The app's own, with the weights of the round, and what is to be trained.
-        round: The same in the terms of `fedraclora.client`: ``client``, ``number``, ``seed``.
+        model: The app's model, with the weights of the round, and the tensors to train.
+        round: The round in the terms of `fedraclora.client`: ``client``, ``number``, ``seed``.
 
     Raises:
-        StaleError: If this node must be sent every weight; let it through, so that it is.
-        FedRacLoraError: If the message, or the model, is another than the server's.
+        StaleError: If this node needs all weights; do not catch it, so that the server sends them.
+        FedRacLoraError: If the message or the model differs from the server's.
     """
 
     def __init__(
@@ -92,7 +92,7 @@ class FlowerRound:
     def reply(
         self, metrics: Mapping[str, Any], *, loss: float | None = None, steps: int = 1
     ) -> Message:
-        """Write the reply: in training what was trained, and in both the metrics.
+        """Write the reply: the trained tensors after training, and the metrics.
 
         Args:
             metrics: As in Flower's `MetricRecord`, with the client's weight under ``num-examples``
@@ -101,7 +101,7 @@ class FlowerRound:
             steps: Optimizer steps taken, for the ledger.
 
         Raises:
-            ClientError: If a frozen tensor has moved, nothing was trained, or a number is not
+            ClientError: If a frozen tensor has changed, nothing was trained, or a number is not
                 finite.
         """
         if self._weight not in metrics:
@@ -109,7 +109,7 @@ class FlowerRound:
                 f"the metrics of a reply are {[*metrics]}, but need {self._weight!r}, the "
                 "client's weight (its number of samples)"
             )
-        # Of numpy and torch, which Flower does not take.
+        # Numbers of numpy and torch, which Flower does not accept.
         record = MetricRecord({n: getattr(v, "item", lambda v=v: v)() for n, v in metrics.items()})
         job: dict[str, Any] = {"held": self._replica.version, "mark": str(self._replica.mark)}
         job["run"] = self._run
@@ -117,9 +117,9 @@ class FlowerRound:
             job["partition"] = self._partition
         found = RecordDict({"metrics": record, JOB: ConfigRecord(job)})
         if not self._message.metadata.message_type.startswith("evaluate"):
-            # The weight is that of the metrics, as in Flower.
+            # The weight is the one in the metrics, as in Flower.
             trained = self.round.read(self.model, samples=1, steps=steps, loss=loss)
-            done: Any = SimpleNamespace(  # stands where a worker has its trainer
+            done: Any = SimpleNamespace(  # replaces a worker's trainer
                 train=lambda *_, **__: as_result([trained]), local=LocalConfig(), seed=self._seed,
                 recall=None,
             )  # fmt: skip
@@ -147,7 +147,7 @@ round = FlowerRound  # noqa: A001
 
 
 def _weights(model: nn.Module, ask: Ask, adapter: str) -> Tree:
-    """Give the weights that a fresh model has, as the server holds them."""
+    """Return the weights of a fresh model, as the server holds them."""
     found: dict[int, tuple[str, torch.Tensor]] = {}
     for name, p in find(model, {}, adapter).parameters.items():
         found.setdefault(id(p), (name, p.detach()))

@@ -1,4 +1,4 @@
-"""`LowRank`: Flower's `FedAvg` with low-rank rounds, for somebody's own ServerApp."""
+"""Provide `LowRank`: Flower's `FedAvg` with low-rank rounds, for your own ServerApp."""
 
 from __future__ import annotations
 
@@ -51,12 +51,12 @@ from fedraclora.wire.exchange import Ask
 
 log = logging.getLogger("flwr")
 
-NODES = 1 << 20  # more than ever take part
+NODES = 1 << 20  # more than can ever take part
 COUNTED = ("uplink_bytes", "downlink_bytes", "catchup_bytes")
 
 
 class _Sampled(RoundStep):
-    """Asks those whom Flower has sampled, for rows: a client's weight is known here alone."""
+    """Ask the clients that Flower has sampled for rows: only the server knows a client's weight."""
 
     individuals = True
     clients: torch.Tensor
@@ -69,43 +69,43 @@ class _Sampled(RoundStep):
 class LowRank(FedAvg):
     """Run Flower's FedAvg with the factors of a low-rank method instead of full weights.
 
-    Flower samples nodes as `FedAvg` does, and its loop runs the rounds. A node is sent seeds, and
-    the links of the rounds that it was not in. The weights are kept here, from the model or
-    ``initial_arrays``; each `start` begins anew, or goes on from ``checkpoint``. What `start` gives
-    and ``evaluate_fn`` gets are the effective weights, under the names of ``initial_arrays`` where
+    Flower samples nodes as in `FedAvg`, and its loop runs the rounds. A node receives seeds, and
+    the updates that it missed. The weights are kept here, from the model or ``initial_arrays``;
+    each `start` begins a new run, or resumes from ``checkpoint``. The result of `start` and the
+    input of ``evaluate_fn`` are the effective weights, under the names of ``initial_arrays`` if
     these are a state dict, else under those of the model; `load` puts them into a model.
 
-    A class of it and one of Flower's server optimizers (``class Mine(LowRank, FedAdam)``, with
-    FedAdagrad, FedYogi or FedAvgM likewise) steps from the mean of a round by that one's own code;
-    nodes then fetch whole weights. FedProx tells clients ``proximal-mu``. A class in which code of
+    A class of it and one of Flower's server optimizers (``class Mine(LowRank, FedAdam)``, also
+    FedAdagrad, FedYogi or FedAvgM) applies that optimizer's own code to the mean of a round; nodes
+    then download full weights. FedProx sends clients ``proximal-mu``. A class in which code of
     another strategy would be skipped is refused (`fedraclora.flower.beside`).
 
     Args:
-        method: Of `fedraclora.strategies`, with rank and the rest. One whose clients need more than
-            plain local training is refused, and one with a factor that stays at a client.
-        model: Of the app. The layers of a PeftModel's adapter are adapted, and what it trains
-            beside them is averaged; of any other module what ``targets``, ``head``, ``bias`` and
-            ``dense`` say, as in `fedraclora.simulate`.
+        method: A method of `fedraclora.strategies`, with its hyperparameters. A method whose
+            clients need more than plain local training, or keep a personal factor, is refused.
+        model: The app's model. The layers of a PeftModel's adapter are adapted, and its other
+            trained parameters are averaged; for any other module, ``target_modules``, ``head``,
+            ``bias`` and ``modules_to_save`` decide, as in `fedraclora.simulate`.
         target_modules, head, bias, modules_to_save: See `fedraclora.protocol.plan.make_plan`.
-        seed: Of all sketches, and of the clients' seeds.
-        uplink, downlink: How numbers travel: ``float32`` (as they are), or in fewer bits, a key of
+        seed: Seed of all sketches, and of the clients' seeds.
+        uplink, downlink: Number formats: ``float32``, or a quantized one, a key of
             `fedraclora.protocol.quantized.ROUNDED`.
-        uplink_coding, downlink_coding: ``zstd`` codes these without loss; ``none``: as they are.
-        min_clients: Nodes whose replies a round needs.
-        same_start: Whether each client's own model begins at the server's weights, as one from a
-            checkpoint does: then nobody is sent these. None: where the model is a PeftModel and
-            ``initial_arrays`` are its adapter. A client for whom that is wrong is sent them.
-        timeout: Seconds to wait for a node that must be sent every weight.
-        checkpoint: A folder. Each round is written there, and where rounds are there already,
-            `start` goes on after them, up to ``num_rounds`` in all. None: nothing is written.
-        options: Of `FedAvg`. ``arrayrecord_key`` is refused: no arrays of the app travel.
+        uplink_coding, downlink_coding: ``zstd``: lossless coding of quantized numbers; ``none``.
+        min_clients: Fewest nodes that must reply in a round.
+        same_start: Whether each client's own model has the server's initial weights, for example
+            from the same checkpoint: then they are not sent. None: if the model is a PeftModel and
+            ``initial_arrays`` are its adapter. A client with other weights receives them.
+        timeout: Seconds to wait for a node that needs all weights.
+        checkpoint: A folder. Each round is written there, and if it has rounds already, `start`
+            resumes after them, up to ``num_rounds`` in all. None: no files are written.
+        options: Options of `FedAvg`. ``arrayrecord_key`` is refused: no arrays of the app are sent.
 
     Attributes:
         rounds: The round loop of this project, with ``method``, ``state`` and the ledger
             (``rounds.recorder.ledger.rows``); None before `start`.
 
     Raises:
-        ConfigError: For what cannot be, by name.
+        ConfigError: If an argument is invalid, naming it.
         ModelError: For a layer that cannot be adapted.
     """
 
@@ -167,7 +167,7 @@ class LowRank(FedAvg):
         self.rounds: FedStrategy | None = None
         self._given = self._shape = ArrayRecord()
         self._exchange: Exchange | None = None
-        self._before = 0  # the last round of the checkpoint from which `start` went on
+        self._before = 0  # the last round of the checkpoint from which `start` resumed
         self._running = False
 
     @override
@@ -181,7 +181,7 @@ class LowRank(FedAvg):
         evaluate_config: ConfigRecord | None = None,
         evaluate_fn: Callable[[int, ArrayRecord], MetricRecord | None] | None = None,
     ) -> Result:
-        """Run rounds as `FedAvg` does; those that the checkpoint has are passed over."""
+        """Run rounds as `FedAvg` does; rounds in the checkpoint are skipped."""
 
         def measured(round_: int, arrays: ArrayRecord) -> MetricRecord | None:
             return evaluate_fn(round_, arrays) if evaluate_fn and round_ >= self._before else None
@@ -261,7 +261,7 @@ class LowRank(FedAvg):
             return []
         rounds = self._at(server_round, arrays, grid)
         clients = self._transport.address(m.metadata.dst_node_id for m in nodes)
-        # What the next round begins from are the weights of now, factors included.
+        # The next round starts from the present weights, factors included.
         cohort = Cohort(clients, torch.ones(len(clients)))
         asked = rounds.method.open_round(rounds.state, rounds.done + 1, cohort, rounds.draw)
         asked, version = rounds.rounding.sent(asked, rounds.done + 1), rounds.catch_up.version
@@ -286,7 +286,7 @@ class LowRank(FedAvg):
         return self._aggregated(server_round, failed, self.evaluate_metrics_aggr_fn, counted)
 
     def _stepped(self, mean: Message) -> ArrayRecord:
-        """Have the strategy beside this one aggregate a mean, without metrics of clients."""
+        """Let the combined strategy aggregate a mean, without clients' metrics."""
         together, self.train_metrics_aggr_fn = self.train_metrics_aggr_fn, lambda *_: MetricRecord()
         try:
             arrays, _ = super().aggregate_train(self._round, [mean])
@@ -298,7 +298,7 @@ class LowRank(FedAvg):
     def _check_and_log_replies(
         self, replies: Iterable[Message], is_train: bool, validate: bool = True
     ) -> tuple[list[Message], list[Message]]:
-        return [*replies], []  # the mean alone comes here (`_stepped`)
+        return [*replies], []  # only the mean comes here (`_stepped`)
 
     @override
     def summary(self) -> None:
@@ -308,7 +308,7 @@ class LowRank(FedAvg):
     def _aggregated(
         self, round_: int, failed: dict[int, str], together: Any, counted: Mapping[str, float]
     ) -> MetricRecord | None:
-        """Add up metrics of clients as Flower does, and name who is left out."""
+        """Aggregate clients' metrics as Flower does, and log the excluded clients."""
         for client, reason in failed.items():
             node = self._transport.names[client]
             log.warning("round %d: node %d is left out: %s", round_, node, reason)
@@ -322,7 +322,7 @@ class LowRank(FedAvg):
         return MetricRecord({**counted, **together(contents, self.weighted_by_key)})
 
     def _at(self, round_: int, arrays: ArrayRecord, grid: Grid) -> FedStrategy:
-        """Begin a run at its first round; later, see that the weights are those of here."""
+        """Begin a run at its first round; later, check that the weights are the server's."""
         if self.rounds is None or (round_ == 1 and arrays is not self._given):
             self.rounds = self._begun(arrays, grid)
             self._given = self._arrays(self.rounds) if self.rounds.done else arrays
@@ -335,11 +335,11 @@ class LowRank(FedAvg):
         return self.rounds
 
     def _begun(self, arrays: ArrayRecord, grid: Grid) -> FedStrategy:
-        """Start from the arrays of the app, or where these are an adapter's, from the model."""
+        """Start from the app's arrays, or, if these are an adapter's, from the model."""
         method, draw, plan = self.method, Draw(self.seed), self._plan
         given, is_adapter = weights_in(arrays, self._base, self._names, self._buffers)
         self._shape = ArrayRecord() if is_adapter else arrays
-        # Copies, since the app may still use its model, for an evaluation say.
+        # Copies, since the app may still use its model, for example for evaluation.
         base = {n: given[n] if n in given else t.clone() for n, t in self._base.items()}
         asked = first_instructions(method, method.initial_state(base, plan, draw), draw, 1)
         if not asked.program.plain:
@@ -396,18 +396,18 @@ class LowRank(FedAvg):
             refuse_existing(self.folder)
         resume = has_checkpoint(self.folder, 1)
         ledger = self.folder / "ledger.jsonl"
-        ledger.touch()  # by it the folder is known as a run's
+        ledger.touch()  # this file marks the folder as a run's
         keep_private(ledger)
         return resume, run_id(self.folder)
 
     def _arrays(self, rounds: FedStrategy) -> ArrayRecord:
-        """Give the effective weights of now under the names of the app."""
+        """Return the present effective weights under the names of the app."""
         method, state, draw = self.method, rounds.state, rounds.draw
         weights = cache(lambda: written_out(method.weights(state, draw)))
         found: dict[str, Array] = {n: LazyWeight(n, t, weights) for n, t in self._base.items()}
         names = self._names
-        if self._shape:  # what is no parameter stays
+        if self._shape:  # buffers stay
             found = {n: found[names[n]] if n in names else a for n, a in self._shape.items()}
         given = ArrayRecord()
-        given.update(found)  # its constructor would read each
+        given.update(found)  # its constructor would read each weight
         return given

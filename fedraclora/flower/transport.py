@@ -1,7 +1,8 @@
-"""The messages of `LowRank`: those of a deployment, in the shape that Flower's `FedAvg` gives them.
+"""Write the messages of `LowRank`: those of a deployment, in the form of Flower's `FedAvg`.
 
-A message has the config of the app, one record `job` with what is small, and large arrays apart. A
-reply has one record of metrics, and of training one of arrays, as FedAvg's own checks want it.
+A message has the config of the app, one record `job` with all small values, and large arrays
+separately. A reply has one record of metrics, and after training one of arrays, as FedAvg's own
+checks require.
 """
 
 from __future__ import annotations
@@ -33,22 +34,22 @@ from fedraclora.wire.together import Answered
 
 
 class FlowerTransport(DeployGrid):
-    """Writes a message for each node that Flower has sampled, and reads what comes back.
+    """Write a message for each node that Flower has sampled, and read the replies.
 
     Args:
         grid: Flower's own.
         history: The versions of the base weights.
-        key: Of the app's config in a message.
-        told: What each client is told: ``seed`` of the run, ``weight``, the name of a reply's
-            weight among its metrics, and whether its weights are ``known`` to it at the start.
-        timeout: Seconds to wait for whoever must be sent every weight.
+        key: The key of the app's config in a message.
+        told: Facts for each client: ``seed`` of the run, ``weight``, the name of a reply's weight
+            among its metrics, and whether it has the initial weights (``known``).
+        timeout: Seconds to wait for a node that needs all weights.
         run: Name of the run, under which nodes keep its weights.
 
     Attributes:
-        config: What the app tells its clients.
-        contents: What came of each client, by its number: metrics, and arrays of training.
+        config: The app's config for its clients.
+        contents: The reply of each client, by its number: metrics, and trained arrays.
         names: The nodes of this exchange by the number of their client.
-        numbers: Of all nodes, in the order in which they were first asked.
+        numbers: Numbers of all nodes, in the order of their first request.
     """
 
     def __init__(
@@ -79,7 +80,7 @@ class FlowerTransport(DeployGrid):
         return torch.tensor(sorted(self.names), dtype=torch.int64)
 
     def write(self, asks: Sequence[Ask], kind: str, config: ConfigRecord) -> list[Message]:
-        """Write the messages of an exchange, one for each ask."""
+        """Write the messages of an exchange, one for each request."""
         self.kind, self.config, self.contents, self._envelopes = kind, config, {}, []
         for ask in asks:
             (client,) = ask.clients
@@ -88,16 +89,16 @@ class FlowerTransport(DeployGrid):
         return [envelope.message for envelope in self._envelopes]
 
     def read_all(self, replies: Iterable[Message]) -> list[Answered]:
-        """Read the replies; who asks for every weight is sent them, once, and waited for.
+        """Read the replies; a node that requests all weights receives them once, and is waited for.
 
-        Clients are put into the order of their ``partition-id``, where nodes have one: node ids
-        differ from run to run, and a sum depends on its order.
+        Clients are ordered by their ``partition-id``, if nodes have one: node ids differ from run
+        to run, and a sum depends on its order.
         """
         for envelope in self._envelopes:
             self.count(envelope)
         sent = {envelope.message.metadata.message_id: envelope for envelope in self._envelopes}
         came = [(reply.metadata.reply_to_message_id, reply) for reply in replies]
-        waiting = {name: sent[name] for name, _ in came if name in sent}  # not for who is late
+        waiting = {name: sent[name] for name, _ in came if name in sent}  # not for late nodes
         found = self.receive(waiting, time.monotonic() + self.settings.timeout, came)
         good = [(ask, a) for ask, a in found if isinstance(a, Answer)]
         if any(ask.apart for ask, _ in good):
@@ -127,7 +128,8 @@ class FlowerTransport(DeployGrid):
         if reply.has_error() and StaleError.__name__ in str(reply.error.reason):
             return None
         if reply.has_error() and reply.error.code == APP_RAISED:
-            # Most often in its training, and it has the weights; else it asks for them next time.
+            # Most failures are in its training, when it has the weights; otherwise it requests them
+            # next time.
             self.registry.versions[envelope.node] = self.history.version
         return super().read(reply, envelope)
 
@@ -166,7 +168,7 @@ class FlowerTransport(DeployGrid):
 
 
 class NodeStore(ClientStore):
-    """Which nodes there are, and which version each holds, as a part of a checkpoint."""
+    """Store the nodes, and the version that each holds, as a part of a checkpoint."""
 
     def __init__(self, transport: FlowerTransport) -> None:
         super().__init__()

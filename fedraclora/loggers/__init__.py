@@ -1,8 +1,8 @@
-"""Loggers: show a run in other libraries while it runs.
+"""Show a run in other libraries while it runs.
 
-A logger is told of a run three times: when it begins, after each round, and when it ends. Which of
-them a run has says ``output.loggers``; where each writes says its own library, by environment
-variables and files of its own.
+A logger is called when a run begins, after each round, and when it ends. ``output.loggers`` chooses
+the loggers; their own libraries decide where they write, by environment variables and configuration
+files.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from fedraclora.run.callback import Begin, Callback
 from fedraclora.run.ledger import Row
 from fedraclora.weights.files import write_text
 
-# By the library, whose module here is imported where a run asks for it.
+# By library; our module for it is imported when a run needs it.
 LOGGERS = {
     "tensorboard": "TensorBoardLogger",
     "mlflow": "MLflowLogger",
@@ -33,39 +33,40 @@ LOGGERS = {
 
 log = logging.getLogger(__name__)
 
-FILE = "loggers.json"  # of the run folder: under which name each library knows the run
-NAMES = {"metrics": "test", "validation": "validation"}  # groups of a row, as loggers name them
+FILE = "loggers.json"  # file in the run folder: the name of the run in each library
+# groups of a row's numbers, as loggers name them
+NAMES = {"metrics": "test", "validation": "validation"}
 
 
 class Logger(Protocol):
-    """Shows a run in a library of its own."""
+    """Show a run in another library."""
 
     def begin(self, run: Begin, known: str | None) -> str | None:
-        """Open the run; give the name by which it is found again, if the library has one.
+        """Open the run; return the name by which the library finds it again, if it has one.
 
         Args:
-            run: What is to be shown.
-            known: What this gave when the run began, where it goes on; None: it begins.
+            run: The run.
+            known: The earlier result of this call, if the run is resumed; None: it begins.
         """
 
     def row(self, round_: int, values: Mapping[str, float]) -> None:
-        """Show the numbers of a round (`scalars`)."""
+        """Log the numbers of a round (`scalars`)."""
 
     def end(self, summary: Mapping[str, float], *, failed: bool) -> None:
         """Close the run.
 
         Args:
-            summary: Its final numbers; empty where it failed.
+            summary: Its final numbers; empty if it failed.
             failed: Whether it stopped before its end.
         """
 
 
 @dataclass
 class Logging(Callback):
-    """Tells the loggers of a run.
+    """Call the loggers of a run.
 
-    A logger that cannot begin stops the run before its first round. One that fails later is left
-    out from there, with a warning: what it shows is in the ledger, too.
+    A logger that cannot begin stops the run before its first round. One that fails later is dropped
+    with a warning, since the ledger has the same numbers.
 
     Attributes:
         loggers: By their names in the config.
@@ -79,7 +80,7 @@ class Logging(Callback):
         """Open the run with each logger.
 
         Raises:
-            EngineError: If one cannot, naming it.
+            EngineError: If one fails, naming it.
         """
         known = read_names(run.folder)
         for name, logger in self.loggers.items():
@@ -123,7 +124,7 @@ class Logging(Callback):
 
 
 def read_names(folder: Path | None) -> dict[str, str]:
-    """Read under which name each library knows the run of a folder."""
+    """Read the name of a run in each library."""
     path = None if folder is None else folder / FILE
     if path is None or not path.is_file():
         return {}
@@ -135,7 +136,7 @@ def read_names(folder: Path | None) -> dict[str, str]:
 
 
 def scalars(row: Mapping[str, object], before: str = "") -> dict[str, float]:
-    """Give the finite numbers of a row by paths.
+    """Return the finite numbers of a row by paths.
 
     Example:
         >>> scalars({"round": 2, "metrics": {"accuracy": 0.5}, "uplink_total": 7, "notes": []})
@@ -152,12 +153,12 @@ def scalars(row: Mapping[str, object], before: str = "") -> dict[str, float]:
 
 
 def is_number(value: object) -> bool:
-    """Tell whether a value is a finite number, and no truth value."""
+    """Tell whether a value is a finite number, and not a truth value."""
     return type(value) in {int, float} and math.isfinite(value)  # type: ignore[arg-type]
 
 
 def logging_to(names: Sequence[str]) -> Logging:
-    """Make the loggers of a run.
+    """Create the loggers of a run.
 
     Args:
         names: Keys of `LOGGERS`, each once.

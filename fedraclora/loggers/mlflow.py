@@ -1,4 +1,4 @@
-"""MLflow: a run on a tracking server, or in the store that its environment names."""
+"""Log to MLflow: to a tracking server, or to the store that its environment names."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from fedraclora.run.callback import Begin
 from fedraclora.weights.files import flatten
 
 PROJECT = "fedraclora"
-LONGEST = 6000  # characters of a parameter's value
-AT_ONCE = 100  # parameters of one request
+LONGEST = 6000  # most characters of a parameter's value
+AT_ONCE = 100  # most parameters of one request
 
 
 class MLflowLogger:
     """Logs to ``MLFLOW_TRACKING_URI``, in the experiment ``MLFLOW_EXPERIMENT_NAME``."""
 
     def begin(self, run: Begin, known: str | None) -> str | None:
-        """Make a run, with every setting as a parameter, or go on with it."""
+        """Create a run, with every setting as a parameter, or resume it."""
         self.client = mlflow.MlflowClient()
         if known is not None:
             self.id = known

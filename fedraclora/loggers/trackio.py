@@ -1,4 +1,4 @@
-"""Trackio: a local dashboard of Hugging Face, with the calls of Weights & Biases."""
+"""Log to Trackio: a local dashboard of Hugging Face, with the calls of Weights & Biases."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class TrackioLogger:
     """Logs to the project ``TRACKIO_PROJECT`` below ``TRACKIO_DIR``; ``trackio show`` shows it."""
 
     def begin(self, run: Begin, known: str | None) -> str | None:
-        """Make a run with the config, or go on with it."""
+        """Create a run with the config, or resume it."""
         name = known or run.title
         self.run = trackio.init(
             project=os.environ.get("TRACKIO_PROJECT", PROJECT),

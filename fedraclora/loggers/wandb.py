@@ -1,4 +1,4 @@
-"""Weights & Biases, on line or (``WANDB_MODE=offline``) in files."""
+"""Log to Weights & Biases, online or (``WANDB_MODE=offline``) in files."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class WandbLogger:
     """Logs to the project ``WANDB_PROJECT``; all else is as the library's own variables say."""
 
     def begin(self, run: Begin, known: str | None) -> str | None:
-        """Make a run with the config, or go on with it."""
+        """Create a run with the config, or resume it."""
         self.run = wandb.init(
             project=os.environ.get("WANDB_PROJECT", PROJECT),
             name=run.title,

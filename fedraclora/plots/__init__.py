@@ -1,1 +1,1 @@
-"""Figures, made from ledger rows; the only package that knows matplotlib."""
+"""Draw figures from ledger rows; the only package that uses matplotlib."""

@@ -1,4 +1,4 @@
-"""What all figures share: colours, axes, legends, files.
+"""Provide the common parts of figures: colours, axes, legends, files.
 
 Figures are built with matplotlib's object interface: no pyplot, no window, no global state.
 """
@@ -30,13 +30,13 @@ MEGABYTE = 1e6
 # Of series that are no methods (`palette` has theirs): Okabe and Ito's colours, told apart by all
 # kinds of colour vision; yellow is too pale for a line.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
-FEW = (1, 1.5, 2, 3, 4, 5, 7)  # of a decade, the ticks of an axis that is no longer than one
+FEW = (1, 1.5, 2, 3, 4, 5, 7)  # minor ticks of an axis of less than a decade
 
 
 class NotebookFigure(Figure):
-    """A figure that a notebook shows as it is: its own hook is set by pyplot, which is not used.
+    """Let a notebook show a figure unchanged; pyplot, which usually sets the hook, is not used.
 
-    A dollar in a name begins no formula.
+    A dollar sign in a name does not start a formula.
     """
 
     @override
@@ -54,9 +54,9 @@ class NotebookFigure(Figure):
 def draw_lines(
     panel: Axes, labels: tuple[str, str], x: Values, series: Mapping[str, Values], log: str = ""
 ) -> None:
-    """Plot named curves, with a legend above the panel where there are several."""
+    """Plot named curves, with a legend above the panel if there are several."""
     for index, (name, y) in enumerate(series.items()):
-        # Zero has no place on a logarithmic axis.
+        # Zero cannot be drawn on a logarithmic axis.
         known = np.isfinite(x) & np.isfinite(y) & {"x": x > 0, "y": y > 0}.get(log, True)
         if known.any():
             dash, mark = DASHES[index % len(DASHES)], marker(x[known])
@@ -70,12 +70,12 @@ def draw_lines(
 
 
 def marker(x: Values) -> str:
-    """Mark points as long as there are few."""
+    """Mark points if there are few."""
     return "o" if x.size <= 30 else ""
 
 
 def make_logarithmic(panel: Axes, which: str) -> None:
-    """Make an axis logarithmic where its positive values span more than a factor of 2."""
+    """Make an axis logarithmic if its positive values span more than a factor of 2."""
     points = (line.get_data()["xy".index(which)] for line in panel.get_lines())
     values = [float(v) for v in np.concatenate([[], *points]) if v > 0]
     if values and max(values) > 2 * min(values):
@@ -95,12 +95,12 @@ def label_axes(panel: Axes, x_label: str, y_label: str, *, legend: bool = False)
     panel.spines[["top", "right"]].set_visible(False)
     if x_label == "round":
         panel.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
-    if legend:  # above, so that it covers no curve
+    if legend:  # above the panel, so that it covers no curve
         panel.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=3, frameon=False, fontsize=9)
 
 
 def new_figure(width: float, height: float) -> Figure:
-    """Make an empty figure; inches."""
+    """Create an empty figure; inches."""
     spaced = ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.1)
     return NotebookFigure(figsize=(width, height), dpi=120, layout=spaced)
 
@@ -108,7 +108,7 @@ def new_figure(width: float, height: float) -> Figure:
 def new_panels(
     figure: Figure, rows: int, columns: int, count: int, *, sharey: bool = False
 ) -> list[Axes]:
-    """Make the first ``count`` panels of a grid, in reading order."""
+    """Create the first ``count`` panels of a grid, in reading order."""
     grid = figure.subplots(rows, columns, squeeze=False, sharey=sharey).ravel()
     for unused in grid[count:]:
         unused.remove()
@@ -116,9 +116,9 @@ def new_panels(
 
 
 def write_png(figure: Figure, path: Path) -> None:
-    """Write a figure; the folder is made where it is missing.
+    """Write a figure; its folder is created if missing.
 
-    `Figure.savefig` would draw it twice, first to find what surrounds it.
+    `Figure.savefig` would draw it twice, the first time to find its bounding box.
     """
     make_folder(path.parent)
     write: Callable[[Path], object] = FigureCanvasAgg(figure).print_png  # it has no types

@@ -1,4 +1,4 @@
-"""Figures of one run: how it went, round by round, and which labels each client holds."""
+"""Draw figures of one run: its course, round by round, and the labels of each client."""
 
 from __future__ import annotations
 
@@ -27,27 +27,27 @@ from fedraclora.plots.axes import (
 from fedraclora.run.ledger import Row, column, headline, number, round_seconds
 
 _STEPS = ("lr", "gamma_min", "gamma_max")
-_MAX_BARS = 40  # clients or classes that stacked bars can show; beyond, a heat map
-_MAX_PIXELS = 2000  # rows of a heat map; more would not be seen
+_MAX_BARS = 40  # most clients or classes in stacked bars; beyond, a heat map
+_MAX_PIXELS = 2000  # most rows of a heat map; more would not be visible
 
 
 def run_curves(rows: Sequence[Row], path: Path, title: str, *, planned: int | None = None) -> None:
-    """Write `figure_of` a run as a PNG; its folder is made where it is missing."""
+    """Write `figure_of` a run as a PNG; its folder is created if missing."""
     write_png(figure_of(rows, title, planned=planned), path)
 
 
 def figure_of(rows: Sequence[Row], title: str, *, planned: int | None = None) -> Figure:
     """Draw one run: metric and losses, metric against bytes, bytes, seconds, diagnostics.
 
-    Where clients measured, the first panel has their median, the mean of the worst tenth, and a
-    band from the 10th to the 90th percentile.
+    If clients measured, the first panel has their median, the mean of the worst tenth, and a band
+    from the 10th to the 90th percentile.
 
     A run on simulated devices gets two panels more: metric against virtual time, dropped clients.
 
     Args:
         rows: The run's ledger rows; columns that are absent leave their panel empty.
-        title: Title of the figure; below it stands what the run came to.
-        planned: Rounds that the run was to have; None for as many as it has.
+        title: Title of the figure; the run's outcome is below it.
+        planned: Planned rounds of the run; None: as many as it has.
     """
     devices = any("virtual_seconds" in row or "dropped" in row for row in rows)
     figure = new_figure(18 if devices else 14, 7.5)
@@ -84,11 +84,11 @@ def figure_of(rows: Sequence[Row], title: str, *, planned: int | None = None) ->
 
 
 def outcome(rows: Sequence[Row], planned: int | None = None) -> str:
-    """Describe what a run came to: its metrics where they were last measured, and the round.
+    """Describe the outcome of a run: its last metrics, and their round.
 
     Args:
-        rows: Of its ledger.
-        planned: Rounds that the run was to have; None for as many as it has.
+        rows: The rows of its ledger.
+        planned: Planned rounds of the run; None: as many as it has.
 
     Example:
         >>> outcome([{"round": 12, "metrics": {"accuracy": 0.5}}], 150)
@@ -109,14 +109,14 @@ def outcome(rows: Sequence[Row], planned: int | None = None) -> str:
 
 
 def _clients(rows: Sequence[Row], metric: str) -> dict[str, Values]:
-    """Median and worst tenth of the clients that measured, where any did."""
+    """Return the median and worst tenth of the clients that measured, if any did."""
     words = {"median": "median client", "worst10": "worst tenth"}
     found = {words[key]: column(rows, "clients", metric, key) for key in words}
     return {name: values for name, values in found.items() if np.isfinite(values).any()}
 
 
 def _seconds(rows: Sequence[Row]) -> dict[str, Values]:
-    """Seconds of each station of a round."""
+    """Return the seconds of each part of a round."""
     laps = [lap for row in rows if isinstance(lap := row.get("seconds"), Mapping)]
     names = dict.fromkeys(str(name) for lap in laps for name in lap if name != "total")
     parts = {name: np.nan_to_num(column(rows, "seconds", name)) for name in names}
@@ -125,7 +125,7 @@ def _seconds(rows: Sequence[Row]) -> dict[str, Values]:
 
 
 def _dropped(rows: Sequence[Row]) -> dict[str, Values]:
-    """Dropped clients of each round, by how their reason begins."""
+    """Count the dropped clients of each round, by the start of their reason."""
     counts = np.zeros((len(REASONS), len(rows)))
     for place, row in enumerate(rows):
         dropped = row.get("dropped")
@@ -135,12 +135,12 @@ def _dropped(rows: Sequence[Row]) -> dict[str, Values]:
 
 
 def _stack(panel: Axes, label: str, rounds: Values, parts: Mapping[str, Values]) -> None:
-    """Stack what a round is made of; plain lines where there is nothing of it in any round."""
+    """Stack the parts of a round; draw plain lines if all rounds lack them."""
     shown = {name: values for name, values in parts.items() if np.any(values > 1e-6)}
     if not shown:
         draw_lines(panel, ("round", label), rounds, parts)
         return
-    # Two points for each round, so that every round is a bar, and one round alone is visible.
+    # Two points for each round, so that every round is a bar, and a single round is visible.
     edges = np.stack([rounds - 0.5, rounds + 0.5], axis=1).ravel()
     bars = [np.repeat(values, 2) for values in shown.values()]
     panel.stackplot(edges, *bars, labels=list(shown), colors=COLOURS)
@@ -150,7 +150,7 @@ def _stack(panel: Axes, label: str, rounds: Values, parts: Mapping[str, Values])
 def label_distribution(
     counts: npt.NDArray[np.int64], path: Path, *, population: int | None = None
 ) -> None:
-    """Draw which labels each client holds, and how many samples.
+    """Draw the labels of each client, and its number of samples.
 
     Up to 40 clients and 20 classes: stacked bars of counts. Beyond that: a heat map of each
     client's shares, clients sorted by their commonest class, beside their numbers of samples.
@@ -158,7 +158,7 @@ def label_distribution(
     Args:
         counts: Samples of each class at each client, [clients, classes].
         path: The PNG to write.
-        population: Clients in all; None where these are all of them.
+        population: Number of all clients; None if these are all.
 
     Raises:
         ShapeError: If ``counts`` is not a matrix with at least one row and one column.
