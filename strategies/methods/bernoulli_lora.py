@@ -1,4 +1,4 @@
-"""Bernoulli-LoRA, federated: a coin says for each round which factor is drawn and which trained.
+"""Bernoulli-LoRA, federated: a random draw in each round decides which factor is trained.
 
     c_t = 1 with probability p, the same for all clients
     c_t = 1: B_t drawn, client k: trains A_k from 0;  W <- W + s B_t sum_k p_k A_k
@@ -34,14 +34,14 @@ from fedraclora.tree import Tree
 
 @dataclass(frozen=True)
 class BernoulliLora(LowRankMethod):
-    """Bernoulli-LoRA: a coin says for each round which factor is drawn and which trained.
+    """Bernoulli-LoRA: a random draw in each round decides which factor is trained.
 
     Attributes:
         sketch: A key of `fedraclora.sketch.SKETCHES`.
         normalize: ``rows``, ``identity`` or ``none`` (`fedraclora.sketch`).
-        probability: p, that B is drawn and A trained; m / (m + n) makes both outcomes cost the same
-            on average.
-        coins: Seed of the coins.
+        probability: p, the chance that B is drawn and A trained; with m / (m + n) both outcomes
+            cost the same on average.
+        coins: Seed of these draws.
     """
 
     traits = Traits(exact=True, linear=True, merges=True, ranks=True, varies=True)

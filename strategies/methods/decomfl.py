@@ -1,4 +1,4 @@
-"""DeComFL: local steps by differences of losses, along directions that all clients share.
+"""DeComFL: zeroth-order local steps, by differences of losses along shared random directions.
 
     client i: in local steps k = 1..K, for p = 1..P:
               g_kp = (L(W + eps z_kp) - L(W - eps z_kp)) / (2 eps),   c_kp = -lr g_kp / P
@@ -37,20 +37,20 @@ from fedraclora.strategies.shared.walking import LookAlong, Walk, Walking
 
 @dataclass(frozen=True)
 class LookOnce(LookAlong, group="method"):
-    """Clients look along each direction once, and send a number for each."""
+    """Let clients look along each direction once, and send a number for each."""
 
     name = "decomfl"
 
 
 @dataclass(frozen=True)
 class DeComFl(Limited, Walking, group="method"):
-    """DeComFL: steps by forward passes along shared directions; scalars travel, both ways.
+    """DeComFL: zeroth-order steps along shared directions; only scalars are sent, both ways.
 
     Attributes:
-        steps: K, the most local steps: clients whose epochs are fewer send zeros for the rest.
-        directions: P, of each local step.
-        eps: How far a client looks along a direction (the code's mu).
-        momentum: Of the steps, kept over rounds; beside it local.momentum is to be 0.
+        steps: K, the most local steps; clients with fewer send zeros for the rest.
+        directions: P, directions of each local step.
+        eps: Step of the finite difference along a direction (the code's mu).
+        momentum: Momentum of the steps, kept over rounds; local.momentum must be 0.
     """
 
     traits = Traits(exact=True, linear=True, merges=True, varies=True)

@@ -1,4 +1,4 @@
-"""Fed-RAC-LoRA: one random sketch per matrix and round, shared by the cohort.
+"""Fed-RAC-LoRA: one random sketch per matrix and round, shared by all clients.
 
 Round t, right sketch, per adapted matrix W (m x n) with s = alpha / r:
 
@@ -67,10 +67,11 @@ class FedRacLora(GradientFirst, Asymmetric):
         train: The factor that clients train: ``B`` (A is the sketch), ``A`` (B is), or ``auto``
             (the smaller one).
         blocks: ``independent``, or ``cover`` (row blocks of one basis without replacement).
-        merge_every: Rounds that a sketch lives; None = for ever.
-        density: Share of non-zero entries, of ``sparse_sign`` alone.
-        sketches: G, groups of the cohort, each under rows of its own; G r is at most the dimension.
-        server_lr: eta, the server's step.
+        merge_every: Rounds between merges, each with a new sketch; None = never.
+        density: Share of non-zero entries; only for ``sparse_sign``.
+        sketches: G, groups of a round's clients, each with rows of its own; G r is at most the
+            dimension.
+        server_lr: eta, the server's step size.
     """
 
     train: Label = "B"

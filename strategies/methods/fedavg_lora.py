@@ -40,7 +40,7 @@ class FedAvgLora(Factored):
     """FedAvg-LoRA (FedIT): both factors trained, averaged separately; its error is measured.
 
     Attributes:
-        merge_every: Rounds of a link, after which it is merged; None = one link for ever.
+        merge_every: Rounds between merges; None = never.
     """
 
     carries = False

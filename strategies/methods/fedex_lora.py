@@ -34,10 +34,10 @@ from fedraclora.strategies.shared.layerwise import Layer, LayerUpdate, Replies
 
 @dataclass(frozen=True)
 class FedExLora(Factored):
-    """FedEx-LoRA: FedAvg-LoRA, and what separate averages miss is added to the base weights.
+    """FedEx-LoRA: FedAvg-LoRA, with the error of separate averages added to the base weights.
 
     Attributes:
-        residual_rank: Components of the residual that are merged; None: all.
+        residual_rank: Components of the residual to merge; None: all.
     """
 
     link_rounds = None

@@ -152,10 +152,10 @@ class FedKSeed(Limited, Walking, group="method"):
 
     Attributes:
         seeds: K, directions of the run.
-        steps: tau, the most local steps: each is sent as one number, zeros for those that a
-            client's epochs do not give. None: the sums along all directions are sent.
-        eps: How far a client looks along a direction.
-        pro: Whether directions of longer steps are drawn more often (FedKSeed-Pro).
+        steps: tau, the most local steps: each is sent as one number; clients with fewer steps send
+            zeros for the rest. None: the sums along all directions are sent.
+        eps: Step of the finite difference along a direction.
+        pro: Whether to draw directions of longer steps more often (FedKSeed-Pro).
     """
 
     seeds: Count = 1024

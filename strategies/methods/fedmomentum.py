@@ -30,7 +30,7 @@ from fedraclora.strategies.shared.layerwise import Layer, LayerUpdate, Replies
 
 @dataclass(frozen=True)
 class FedMomentum(Factored):
-    """FedMomentum: the leading part of the mean product is carried on, the rest is merged."""
+    """FedMomentum: continue the leading part of the mean product, and merge the rest."""
 
     traits = Traits(exact=True, linear=False, merges=True)
 

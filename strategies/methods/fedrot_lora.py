@@ -37,10 +37,10 @@ from fedraclora.strategies.shared.layerwise import Layer, LayerUpdate, Replies
 
 @dataclass(frozen=True)
 class FedRotLora(Factored):
-    """FedRot-LoRA: FedAvg-LoRA, and factors are turned towards the last ones before the mean.
+    """FedRot-LoRA: FedAvg-LoRA with factors rotated towards the last ones before averaging.
 
     Attributes:
-        strength: How far factors are turned: 1 all the way; 0, which is refused, is FedAvg-LoRA.
+        strength: How far to rotate factors: 1 fully; 0, which is refused, would be FedAvg-LoRA.
     """
 
     traits = Traits(exact=False, linear=False, merges=False)

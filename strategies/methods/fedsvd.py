@@ -39,7 +39,7 @@ from fedraclora.strategies.shared.layerwise import (
 
 @dataclass(frozen=True)
 class FedSvd(Drawn):
-    """FedSVD: B trained and averaged; then both factors from the SVD of their product."""
+    """FedSVD: B is trained and averaged; then both factors come from the SVD of their product."""
 
     traits = Traits(exact=True, linear=True, merges=False)
     carries = True

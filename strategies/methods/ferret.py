@@ -93,11 +93,11 @@ class ProjectUpdate(AlongDirections, group="method"):
 
 @dataclass(frozen=True)
 class Ferret(Limited, Walking, group="method"):
-    """Ferret: plain local training; of the change, products with drawn directions travel.
+    """Ferret: plain local training; clients send products of the change with random directions.
 
     Attributes:
-        directions: Numbers that are sent of the largest block of weights (the paper's K).
-        server_lr: Of the step that the server takes along the mean.
+        directions: Numbers sent for the largest block of weights (the paper's K).
+        server_lr: Step size of the server along the mean.
     """
 
     directions: Count = 256

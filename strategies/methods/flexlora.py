@@ -30,7 +30,7 @@ from fedraclora.strategies.shared.layerwise import Layer, LayerUpdate, Replies
 
 @dataclass(frozen=True)
 class FlexLora(Factored):
-    """FlexLoRA: the mean of the products, cut to the rank and handed out again."""
+    """FlexLoRA: the mean of the products, cut to the rank and redistributed."""
 
     truncates = True
 

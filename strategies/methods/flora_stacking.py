@@ -27,7 +27,7 @@ from fedraclora.strategies.shared.layerwise import Layer, LayerUpdate, Replies
 
 @dataclass(frozen=True)
 class FloraStacking(Factored):
-    """FLoRA: both factors trained anew each round, their products stacked and merged exactly."""
+    """FLoRA: both factors start new in each round; their products are stacked and merged."""
 
     traits = Traits(exact=True, linear=False, merges=True, ranks=True)
     carries = False

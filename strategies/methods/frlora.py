@@ -34,7 +34,7 @@ from fedraclora.tree import Tree
 
 @dataclass(frozen=True)
 class FrLora(LayerMethod):
-    """FRLoRA: rounds start from the principal part of the initial weights; what moved is merged.
+    """FRLoRA: rounds start from the principal part of the initial weights, and merge the change.
 
     The rank is bounded by the smaller side.
     """

@@ -246,10 +246,10 @@ class GaloreAverage(Limited, FedAvg, group="method"):
     """GaLore at the clients, full weights averaged.
 
     Attributes:
-        rank: r; a fraction (0, 1] of the smaller side if written with a dot. From the smaller side
-            on gradients are turned, and no shorter.
-        gap: Local steps that a projection serves, counted as long as a client's moments live.
-        scale: Of what is projected back (the paper's alpha); weight decay is not scaled.
+        rank: r; a fraction (0, 1] of the smaller side if written with a dot. At the smaller side or
+            above, gradients are only rotated.
+        gap: Local steps between new projections, counted as long as a client keeps its moments.
+        scale: Factor of the projected step (the paper's alpha); weight decay is not scaled.
     """
 
     rank: int | float = 8

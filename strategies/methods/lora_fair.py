@@ -31,7 +31,7 @@ from fedraclora.strategies.shared.layerwise import Layer, LayerUpdate, Replies
 
 @dataclass(frozen=True)
 class LoraFair(Factored):
-    """LoRA-FAIR: FedAvg-LoRA, and B is corrected on the server towards the mean product.
+    """LoRA-FAIR: FedAvg-LoRA with B corrected on the server towards the mean product.
 
     Attributes:
         ridge: Weight of the penalty on the correction D; positive.

@@ -174,9 +174,9 @@ class PoolRacLora(FedRacLora):
     """Fed-RAC-LoRA on a pool of sketches that recur, so that absent clients fetch each part once.
 
     Attributes:
-        blocks: As there; ``cover`` by default, so that the sketches of a pool are orthogonal.
+        blocks: As in Fed-RAC-LoRA; ``cover`` by default, so that a pool's sketches are orthogonal.
         pool: K, sketches of each layer.
-        refresh: E, rounds of an era; None: the first pool serves for ever.
+        refresh: E, rounds between new pools; None: the first pool is kept.
     """
 
     parts_are = "sketches (method.sketches times method.pool)"

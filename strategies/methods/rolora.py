@@ -36,7 +36,7 @@ from fedraclora.strategies.shared.layerwise import (
 
 @dataclass(frozen=True)
 class RoLora(Drawn):
-    """RoLoRA: B trained in odd rounds and A in even ones, each under the mean of the other."""
+    """RoLoRA: B is trained in odd rounds and A in even ones, each with the mean of the other."""
 
     traits = Traits(exact=True, linear=True, merges=False, ranks=True, varies=True)
     carries = True

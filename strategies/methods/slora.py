@@ -87,7 +87,7 @@ class SparseMask(ClientProgram, group="method"):
 
 @dataclass(frozen=True)
 class SLora(LayerMethod):
-    """SLoRA: some rounds of sparse full weights, whose change begins the factors of FedAvg-LoRA.
+    """SLoRA: some rounds of sparse full weights, whose change initializes FedAvg-LoRA.
 
     The rank is bounded by the smaller side.
 

@@ -122,14 +122,14 @@ KeptBasis = Annotated[str, OneOf(BASES)]
 
 @dataclass(frozen=True)
 class SubspaceRacLora(GradientFirst):
-    """Subspace RAC-LoRA: Fed-RAC-LoRA whose frozen factor is taken from the links before it.
+    """Subspace RAC-LoRA: Fed-RAC-LoRA with frozen factors computed from earlier merges.
 
     Attributes:
         basis: ``singular``, or ``coordinate``: rows are unit vectors, the k kept ones drawn without
             replacement with chances as the squared length of their rows (columns) of the change.
-        merge_every: Rounds of a link.
-        fresh: Share of the rows that are drawn anew, in [0, 1], rounded up: all at rank 1.
-        pairs: Draw every even link whole.
+        merge_every: Rounds between merges.
+        fresh: Share of newly drawn rows, in [0, 1], rounded up: all at rank 1.
+        pairs: Draw all rows in every even merge period.
         kept_scale: c, the length of kept rows in (0, 1], where fresh ones have length 1; ``auto``:
             (r / d)^(1/4) for rows of d numbers. ``local.precondition`` undoes it.
     """

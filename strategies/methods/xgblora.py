@@ -38,11 +38,11 @@ from fedraclora.strategies.shared.layerwise import Layer, LayerUpdate, Replies
 
 @dataclass(frozen=True)
 class XgbLora(Factored):
-    """XGBLoRA: boosters of rank 1 on layers drawn at random, shrunk, merged and begun anew.
+    """XGBLoRA: boosters of rank 1 on random layers; each is scaled down, merged and replaced.
 
     Attributes:
-        layers: Share (0, 1] of the adapted layers that a booster has, rounded up.
-        layers_seed: Of the subsets.
+        layers: Share (0, 1] of the adapted layers in a booster, rounded up.
+        layers_seed: Seed of the subsets.
         server_lr: eta, the shrinkage.
     """
 
