@@ -7,6 +7,7 @@ import re
 import secrets
 import shutil
 import subprocess
+import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from functools import cache
@@ -33,6 +34,7 @@ from fedraclora.weights.files import (
 LEDGER = "ledger_sha256"  # key of the summary: the seal of the ledger's last row
 # Files of a start; the lock is created last, so that no other process begins meanwhile.
 MADE = ("digests.json", "config.yaml", "ledger.jsonl", "chain", "private", "run_id", LOG, ".lock")
+TRIES, LOOK = 4, 0.02  # to take a lock, which `is_running` holds for a moment; seconds between
 GROUPS = ("method", "data", "local", "engine", "output")  # keys of every config
 SIGNS = (*MADE[:1], *MADE[2:3])  # every run folder has one of these
 # The safe loader, in C if PyYAML has it: ten times faster, and tables read many configs.
@@ -262,13 +264,17 @@ def alone(folder: Path, *, shared: bool = False) -> Iterator[None]:
             "(output.shared=true, umask 002)"
         ) from error
     with lock as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise CheckpointError(
-                f"another process is running in {folder}. Wait until it ends, or choose "
-                "another output.dir"
-            ) from error
+        for tried in range(TRIES):
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError as error:
+                if tried == TRIES - 1:
+                    raise CheckpointError(
+                        f"another process is running in {folder}. Wait until it ends, or choose "
+                        "another output.dir"
+                    ) from error
+                time.sleep(LOOK)
         yield
 
 

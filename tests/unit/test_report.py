@@ -327,3 +327,36 @@ def test_that_measurements_are_withheld_is_in_the_report(
     poorer = replace(shown, rows=[row | told if row["round"] else row for row in shown.rows])
     assert "too few of them" in page_of([poorer])
     assert "withheld" not in page_of([shown])
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, ValueError("no disk")])
+def test_a_report_of_a_stopped_run_says_how_far_it_came_and_why(
+    error: BaseException, tmp_path: Path
+) -> None:
+    def stop(row: Any) -> None:
+        if row["round"] == 2:
+            raise error
+
+    def look(row: Any) -> None:
+        if row["round"] == 3:
+            seen.append(page_of([read_shown(tmp_path)]))
+
+    x = np.linspace(-1, 1, 40, dtype=np.float32).reshape(20, 2)
+    clients = [(part, (part[:, 0] > 0).astype("int64")) for part in np.split(x, 4)]
+    given: dict[str, Any] = {"model": "mlp", "data": clients, "folder": tmp_path, "rounds": 3}
+    seen = list[str]()
+    with pytest.raises((KeyboardInterrupt, ValueError)):
+        fedraclora.simulate(*WORDS[2:3], on_round=stop, **given)
+    shown = read_shown(tmp_path)
+    kind, why = ("interrupted", "Ctrl-C") if error is KeyboardInterrupt else ("failed", "no disk")
+    assert (shown.state, shown.reached) == (kind, f"2 of 3, {kind}")
+    text = page_of([shown])
+    assert f"{kind} before its end, after round 2 of 3" in text
+    assert why in text
+    assert "final loss" not in text
+    fedraclora.simulate(*WORDS[2:3], resume=True, on_round=look, **given)
+    assert "3 of 3, running" in seen[0]
+    assert "before its end" not in seen[0]
+    shown = read_shown(tmp_path)
+    assert (shown.state, shown.reached) == ("finished", "3")
+    assert "final loss" in page_of([shown])

@@ -536,7 +536,10 @@ def test_the_rate_is_tuned_around_that_of_the_rule_for_each_run(
     tuned(tmp_path, *said, *words, "tune.first=[{rank: 8}]", "output.progress=true")
     assert (8, 1.0) in {(t.params["method.rank"], t.params[TIMES]) for t in ended(tmp_path)}
     text = capsys.readouterr().out
-    assert "times that of the rule for a run's method and rank" in text
+    log = (tmp_path / "run.log").read_text()
+    assert "times that of the rule for a run's method and rank" in log
+    told = [line.partition(":")[0] for line in text.splitlines()]
+    assert told.index("run 0") <= 8  # before it, no more than a few lines
     # SGD's rule goes with the square of rank / alpha.
     assert f"local.lr={1.1 * 4:.4g}" in text
 
@@ -562,7 +565,8 @@ def test_where_the_rule_knows_no_rate_it_says_so(
 ) -> None:
     with pytest.raises(ConfigError, match=r"tune\.lr"):
         tuned(tmp_path / "none", *words, "local.lr=auto")
-    tuned(tmp_path, *words, "tune.runs=1", "output.progress=true")
+    shown = ("output.progress=true", "output.verbose=true")
+    tuned(tmp_path, *words, "tune.runs=1", *shown)
     (line,) = (x for x in capsys.readouterr().out.splitlines() if x.startswith("local.lr:"))
     assert "for all; " in line
     assert why in line

@@ -147,6 +147,45 @@ def test_several_runs_stand_below_each_other(tmp_path: Path) -> None:
     assert len({line["name"] for line in lines}) == 2
 
 
+def test_a_tuning_says_what_of_its_budget_is_spent(tmp_path: Path) -> None:
+    pytest.importorskip("optuna")
+    watching, seen = Watched(tmp_path), list[dict[str, Any]]()
+
+    def look(row: Any) -> None:
+        seen.append(watching.status())
+
+    given: dict[str, Any] = {"data": CLIENTS, "model": "mlp", "rounds": 2, "on_round": look}
+    fedraclora.tune(
+        "output.progress=false", folder=tmp_path, tune={"runs": 3, "rungs": []}, **given
+    )
+    running = [each for each in seen if each["state"] == "running"]
+    assert {each["done"] for each in running} == {0, 1, 2}
+    assert {each["of"] for each in running} == {3}
+    status = watching.status()
+    assert (status["state"], status["done"], status["of"]) == ("finished", 3, 3)
+    assert len(status["table"]) == 3
+    ends = [float(row["metric"]) for row in status["table"] if row["state"] == "done"]
+    assert float(status["headline"]["value"]) == max(ends)
+    figures = json.loads(watching.figures())
+    assert sum(len(line["x"]) for line in figures[[*figures][1]]["data"]) == 3
+
+
+def test_a_study_says_which_runs_of_each_row_are_done(tmp_path: Path) -> None:
+    kept = Path(__file__).parents[2] / "experiments" / "results" / "basis_mnist"
+    for name in ("study.yaml", "runs.jsonl"):
+        shutil.copy(kept / name, tmp_path)
+    watching = Watched(tmp_path)
+    status = watching.status()
+    assert (status["state"], status["done"], status["of"]) == ("finished", 40, 40)
+    assert all("5 of 5" in row.values() for row in status["table"])
+    assert all(len(f["data"]) == 4 for f in json.loads(watching.figures()).values())
+    lines = (tmp_path / "runs.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "runs.jsonl").write_text("".join(lines[:7]))
+    after = watching.status()
+    assert (after["state"], after["done"]) == ("unfinished", 7)
+    assert after["version"] > status["version"]
+
+
 def test_a_damaged_folder_is_said_and_served(run: fedraclora.RunResult, tmp_path: Path) -> None:
     assert run.folder is not None
     shutil.copytree(run.folder, tmp_path / "run")

@@ -43,7 +43,8 @@ def laid_out(
         legend={"orientation": "h", "y": -0.25},
         paper_bgcolor="rgba(0,0,0,0)",
         plot_bgcolor="rgba(0,0,0,0)",
-        xaxis={"title": x_name, "zeroline": False} | ({"type": "log"} if log else {}),
+        xaxis={"title": x_name, "zeroline": False}
+        | ({"type": "log", "exponentformat": "none"} if log else {}),
         yaxis={"title": y_name, "zeroline": False},
     )
     return figure

@@ -148,7 +148,7 @@ class Shown(RunFiles):
         """How far it has come; of a run at its end the number of its rounds alone."""
         if self.summary:
             return f"{self.last}"
-        how = "running" if self.running else "not at its end"
+        how = {"stopped": "not at its end"}.get(self.state, self.state)
         return f"{self.last} of {self.config.get('rounds')}, {how}"
 
     @property

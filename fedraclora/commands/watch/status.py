@@ -14,6 +14,7 @@ import plotly.graph_objects as go
 
 from fedraclora.commands.report.page import Shown, figure, figures_of_runs, labels_of, read_shown
 from fedraclora.commands.run_files import find_runs
+from fedraclora.commands.watch.studies import RUNS, holds_study, study_figures, study_status
 from fedraclora.commands.watch.tuning import DATABASE, tuning_figures, tuning_status
 from fedraclora.errors import CheckpointError, FedRacLoraError
 from fedraclora.run.ledger import number, round_seconds
@@ -67,7 +68,8 @@ class Watched:
 
     def _folders(self) -> list[Path]:
         """Find the runs to be shown: those that have written last, in the order of their names."""
-        if (self.folder / DATABASE).is_file() or not self.folder.is_dir():
+        whole = (self.folder / DATABASE).is_file() or holds_study(self.folder)
+        if whole or not self.folder.is_dir():
             return [self.folder]
         try:
             found, _ = find_runs([self.folder])
@@ -80,6 +82,8 @@ class Watched:
             if (self.folder / DATABASE).is_file():
                 trials = tuning_status(self.folder)
                 return trials, lambda: tuning_figures(self.folder)
+            if holds_study(self.folder):
+                return study_status(self.folder), lambda: study_figures(self.folder)
             begun = [folder for folder in folders if _has_rows(folder)]
             if not begun:
                 return {"state": "starting", "title": "No round has been written yet"}, dict
@@ -102,7 +106,7 @@ def _stamp(folder: Path) -> list[Any]:
     from fedraclora.run.folder import is_running
 
     found: list[Any] = [is_running(folder)]
-    for name in (*FILES, DATABASE):
+    for name in (*FILES, DATABASE, RUNS):
         try:
             stat = (folder / name).stat()
         except OSError:

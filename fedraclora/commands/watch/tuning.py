@@ -63,10 +63,14 @@ def tuning_status(folder: Path) -> dict[str, Any]:
         "left": left,
         "seconds": fmean(took) if took else None,
         "written": max((_time(trial) for trial in trials), default=time.time()),
-        "headline": {"name": f"best {of.get('metric', '')}", "value": figure(best), "before": ""},
+        "headline": {
+            "name": f"best {of.get('metric', '')}",
+            "value": "" if best is None else figure(best),
+        },
         "cards": {
             name: str(count)
             for name, count in (("running", len(running)), ("runs at their ends", len(done)))
+            if count
         },
         "table": [_row(trial) for trial in trials if trial.state.name != "WAITING"][-SHOWN:][::-1],
     }
