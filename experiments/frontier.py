@@ -48,6 +48,7 @@ OTHER = "other rivals"
 ORDER = (*dict.fromkeys(FAMILIES.values()), OTHER)  # so that a family has one color everywhere
 OURS = ORDER[0]
 BUDGETS = (0.01, 0.02, 0.05, 0.1, 0.25, 0.5, 1.0)  # of the reference's traffic
+SUMMARY = 0.5  # the budget of the table that stands in the README
 FREE = "evaluate.every"  # of the groups that rows share: when they are measured
 
 
@@ -220,6 +221,21 @@ def winners(task: Task) -> list[dict[str, object]]:
     return records
 
 
+def summary(task: Task) -> dict[str, object]:
+    """Put both sides at one budget, and the traffic of each, in one row."""
+    share, best = shares(task), winners(task)[BUDGETS.index(SUMMARY)]
+    reference = f"{task.family(task.reference.row)}, float32"
+    record: dict[str, object] = {
+        "task": f"{task.name}, {share['metric']}",
+        reference: f"{share[reference]}, {share['its MB']} MB",
+    }
+    for title, shown in (("ours", OURS), ("best rival", "best other method")):
+        record[shown] = f"{best[f'{title}, metric']} ({best[title]})"
+    record["difference, points"] = best["difference, points"]
+    ways = " / ".join(f"{share[f'{title}, %']} %" for title in ("ours", "best rival"))
+    return record | {"traffic to the metric of FedAvg-LoRA, ours / other": ways}
+
+
 def draw_task(task: Task, path: Path) -> None:
     """Draw the rows of a task by family."""
     groups = {}
@@ -268,6 +284,7 @@ def main() -> int:
     for name, records in (
         ("shares", [shares(task) for task in tasks]),
         ("winners", [record for task in tasks for record in winners(task)]),
+        ("summary", [summary(task) for task in tasks]),
     ):
         table = TextTable.of(records)
         table.write(out, name)
