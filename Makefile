@@ -36,9 +36,9 @@ export RAY_USAGE_STATS_ENABLED := 0
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 # Where it is set, each of the many processes of the tests would compile the project anew.
-test test-all golden: export PYTHONDONTWRITEBYTECODE :=
+test test-slow test-all golden: export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: help install simulate test tests test-all lint style types fmt conf docs golden bench bench-peers clean
+.PHONY: help install simulate test tests test-slow test-all lint style types fmt conf docs golden bench bench-peers clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -63,13 +63,16 @@ simulate: $(RUNTIME) ## Compare three methods over 200 simulated clients on real
 		fed_rac_lora:method.rank=32,compression.uplink=eden2,compression.downlink=eden2 \
 		local.lr=0.1 fed_rac_lora:local.lr=0.5 $(ARGS)
 
-test: style ## Check style, imports and types, and run the tests (not the slow ones, no GPU)
+test: style ## Check style, imports and types, and run the quick tests (about five minutes on two cores)
 	$(MAKE) --no-print-directory --jobs 2 types tests
 
 tests: install
-	$(BIN)/python -m pytest -m "not slow and not gpu" $(SIDE_BY_SIDE) $(ARGS)
+	$(BIN)/python -m pytest -m "(not slow and not long or smoke) and not gpu" $(SIDE_BY_SIDE) $(ARGS)
 
-test-all: lint ## The same with the slow tests, GPU tests where there is one, and more examples
+test-slow: install ## Run the tests over a second that are not in `make test` (not those over ten)
+	$(BIN)/python -m pytest -m "slow and not long and not smoke and not gpu" $(SIDE_BY_SIDE) $(ARGS)
+
+test-all: lint ## Run all tests, those for GPUs where there is one, with more examples
 	$(BIN)/python -m pytest --hypothesis-profile=ci $(ARGS)
 
 lint: style types ## Check style, types and import contracts

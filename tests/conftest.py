@@ -74,12 +74,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_itemcollected(item: pytest.Item) -> None:
-    """Mark as slow the parameters of a test that its mark `short` does not keep."""
+    """Mark as long the parameters of a test that its mark `short` does not keep."""
     if (mark := item.get_closest_marker("short")) and isinstance(item, pytest.Function):
         when = mark.kwargs["when"]
         named = {n: item.callspec.params[n] for n in inspect.signature(when).parameters}
         if not when(**named):
-            item.add_marker(pytest.mark.slow)
+            item.add_marker(pytest.mark.long)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -11,8 +11,9 @@ from tests.campaigns.adapters import campaign
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning:peft")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
-    "every", [23, pytest.param(1, marks=pytest.mark.slow)], ids=["short", "long"]
+    "every", [23, pytest.param(1, marks=pytest.mark.long)], ids=["short", "long"]
 )
 def test_an_odd_adapter_is_named_or_merged_as_peft_does(every: int, tmp_path: Path) -> None:
     report = campaign(every, tmp_path / "adapter")

@@ -9,10 +9,11 @@ import pytest
 from tests.campaigns.damage import KINDS, campaign
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "kind",
     [
-        pytest.param(k, marks=[] if k in {"carried", "private"} else [pytest.mark.slow])
+        pytest.param(k, marks=[] if k in {"carried", "private"} else [pytest.mark.long])
         for k in KINDS
     ],
 )

@@ -60,13 +60,13 @@ def test_an_assertion_alone_finds_a_defect(error: Exception) -> None:
     assert (node.config.stash.get(FOUND, "") == "test_x") == asserted
 
 
-@pytest.mark.short(when=lambda name: name == "scale_is_alpha")
+@pytest.mark.long
 @pytest.mark.parametrize("name", SHORT)
 def test_the_contract_suite_finds_three(name: str) -> None:
     assert found_by(DEFECTS[name], SHORT[name])
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @every_defect
 def test_the_contract_suite_finds_it(defect: Defect) -> None:
     assert found_by(defect)

@@ -11,12 +11,13 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kinds", "every"),
     [
         (["carried", "compacted"], 30),
-        pytest.param(["extended"], 10, marks=pytest.mark.slow),
-        pytest.param(["fed_rac_lora", "moments", "private"], 10, marks=pytest.mark.slow),
+        pytest.param(["extended"], 10, marks=pytest.mark.long),
+        pytest.param(["fed_rac_lora", "moments", "private"], 10, marks=pytest.mark.long),
     ],
 )
 def test_a_process_that_dies_at_a_file_operation_goes_on(kinds: list[str], every: int) -> None:

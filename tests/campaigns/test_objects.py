@@ -18,7 +18,8 @@ ROOT = Path(__file__).resolve().parents[2]
 SENTENCE = "data, client 2: x holds NaN or an infinity, first in row 3: leave it out"
 
 
-@pytest.mark.parametrize("times", [2, pytest.param(120, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("times", [2, pytest.param(120, marks=pytest.mark.long)])
 def test_objects_run_right_or_are_refused_in_a_sentence(times: int) -> None:
     module = ("-m", "tests.campaigns.objects", "--times", str(times), "--seed", "1")
     words = [sys.executable, *module]
@@ -27,7 +28,7 @@ def test_objects_run_right_or_are_refused_in_a_sentence(times: int) -> None:
     assert f"{times} cases, 0 failures of 0 kinds" in done.stdout
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_each_plug_in_object_is_used_right_or_named() -> None:
     words = [sys.executable, "-m", "tests.campaigns.objects", "--plug-ins"]
     done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=False)
@@ -112,6 +113,7 @@ PLANTED: dict[str, tuple[str, Any, dict[str, str], str]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("defect", PLANTED)
 def test_a_defect_that_is_planted_is_seen(
     defect: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -14,7 +14,8 @@ ROOT = Path(__file__).resolve().parents[2]
 CONFIG = {"seed": 0, "local": {"lr": 0.5, "dp": None}, "method": {"name": "fed_rac_lora"}}
 
 
-@pytest.mark.parametrize("times", [4, pytest.param(60, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("times", [4, pytest.param(60, marks=pytest.mark.long)])
 def test_sets_run_or_are_refused_in_one_message(times: int) -> None:
     words = [
         sys.executable,

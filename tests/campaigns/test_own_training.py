@@ -17,7 +17,8 @@ def no_log() -> object:
     logging.disable(logging.NOTSET)
 
 
-@pytest.mark.parametrize("times", [3, pytest.param(60, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("times", [3, pytest.param(60, marks=pytest.mark.long)])
 def test_nothing_wrong_is_silent(times: int) -> None:
     said = {case: judged(case) for case in (drawn(1, number) for number in range(times))}
     assert {case: why for case, why in said.items() if why} == {}

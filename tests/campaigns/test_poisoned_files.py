@@ -31,7 +31,7 @@ REFUSED = (
 LOSS = {"data.loss": ("os:system", True)}
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_nothing_of_poisoned_files_runs() -> None:
     module = ("-m", "tests.campaigns.poisoned_files", "--times", "60", "--seed", "1")
     words = [sys.executable, *module]

@@ -44,12 +44,12 @@ def no_flushes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("os.fsync", lambda handle: None)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_forty_mutants() -> None:
     assert sum(campaign(40, first=10_000).values()) == 40
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_two_thousand_mutants() -> None:
     assert sum(campaign(2000).values()) == 2000
 
@@ -263,10 +263,11 @@ def test_bytes_are_those_of_the_words() -> None:
 # ---- What clients measure -----------------------------------------------------------------------
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_four_hundred_measurements() -> None:
     assert sum(measured(400).values()) == 400
 
 
+@pytest.mark.slow
 def test_twenty_measurements() -> None:
     assert sum(measured(20, first=10_000).values()) == 20

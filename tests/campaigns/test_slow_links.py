@@ -14,6 +14,7 @@ from tests.campaigns import slow_links
 FOLDER = slow_links.STUDY.parent / "slow_links"
 
 
+@pytest.mark.slow
 def test_the_tables_of_record_are_made_from_the_runs_of_record(tmp_path: Path) -> None:
     shutil.copy(FOLDER / "runs.jsonl", tmp_path)
     slow_links.report(slow_links.Record(tmp_path))

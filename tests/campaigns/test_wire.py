@@ -16,7 +16,8 @@ from tests.campaigns.wire import Case, campaign, collected, frames, judged, read
 from tests.messages import become_a_task
 
 
-@pytest.mark.parametrize("count", [500, pytest.param(1500, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("count", [500, pytest.param(1500, marks=pytest.mark.long)])
 def test_mutants(count: int) -> None:
     assert sum(campaign(count, first=100_000).values()) == count
 

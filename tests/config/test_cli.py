@@ -579,6 +579,7 @@ def test_deploy_prints_a_client_for_each_node(
     assert capsys.readouterr().out == "3\n"
 
 
+@pytest.mark.slow
 def test_a_sweep_over_choices_may_have_keys_of_some(command: Run, tmp_path: Path) -> None:
     own = tmp_path / "own" / "experiment" / "mine.yaml"
     own.parent.mkdir(parents=True)
@@ -603,6 +604,7 @@ def console(*words: str, folder: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run([script, *words], cwd=folder, capture_output=True, text=True, check=False)
 
 
+@pytest.mark.smoke
 def test_the_installed_script_refuses_in_one_line(tmp_path: Path) -> None:
     done = console("simulate", "method=fed_rac_lorra", folder=tmp_path)
     assert done.returncode != 0
@@ -610,6 +612,7 @@ def test_the_installed_script_refuses_in_one_line(tmp_path: Path) -> None:
     assert done.stderr.startswith("error: unknown method 'fed_rac_lorra'")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("words", [["--help"], ["simulate", "method=fed_rac_lora", "--help"]])
 def test_a_reader_that_stops_reading_ends_a_command_in_silence(words: list[str]) -> None:
     """What `fedraclora --help | head` does, with a head that reads nothing."""
@@ -624,6 +627,7 @@ def test_a_reader_that_stops_reading_ends_a_command_in_silence(words: list[str])
 MARKED = "b[/red]x [bold] :smile: $\\foo$"  # what rich and matplotlib take for markup
 
 
+@pytest.mark.slow
 def test_no_name_of_a_users_is_markup(
     command: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -652,7 +656,7 @@ def test_names_are_printed_as_they_are(command: Run, capsys: pytest.CaptureFixtu
     assert command(MARKED)[0] == 1
 
 
-@pytest.mark.slow  # in this process, see above
+@pytest.mark.long  # in this process, see above
 def test_the_installed_script_ends_a_diverging_run(tmp_path: Path) -> None:
     done = console("simulate", *SMALL, "output.dir=run", "local.lr=1e30", folder=tmp_path)
     assert done.returncode != 0
@@ -662,6 +666,7 @@ def test_the_installed_script_ends_a_diverging_run(tmp_path: Path) -> None:
     assert [p.name for p in tmp_path.iterdir()] == ["run"]
 
 
+@pytest.mark.slow
 def test_a_run_imports_nothing_that_it_does_not_need(tmp_path: Path) -> None:
     """The main job, with pretraining and a partition of flwr-datasets; plots come at its end."""
     heavy = ["flwr", "matplotlib", "mlflow", "ray", "scipy", "seaborn", "sklearn", "sympy"]

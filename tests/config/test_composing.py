@@ -19,6 +19,7 @@ WORDS = (
 )
 
 
+@pytest.mark.slow
 def test_a_composition_from_memory_is_the_one_of_hydra(monkeypatch: pytest.MonkeyPatch) -> None:
     remembered = [composed(words) for _ in range(2) for words in WORDS]
     for owner, name, _, theirs in REPLACED:

@@ -184,6 +184,7 @@ def test_every_choice_composes_into_settings(name: str) -> None:
 
 
 # The short suite runs methods in test_determinism, from the same files, and Ray in test_ray_engine.
+@pytest.mark.slow
 @pytest.mark.short(when=lambda name: name != "engine/ray" and not name.startswith("method/"))
 @pytest.mark.parametrize("name", [n for n in CHOICES if n not in COMPOSED])
 def test_what_is_here_runs_a_round(name: str) -> None:

@@ -337,6 +337,7 @@ def test_a_long_name_is_cut_and_stays_unique() -> None:
     assert "\ufffd" not in wide
 
 
+@pytest.mark.slow
 def test_a_sweep_with_a_long_name_runs_and_is_found_again(
     command: Run, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:

@@ -93,6 +93,7 @@ def test_the_bundle_holds_the_code_and_nothing_else(tmp_path: Path) -> None:
     assert names(tmp_path / "checkout") == beside | rest
 
 
+@pytest.mark.slow
 def test_flower_finds_the_apps_of_the_bundle(tmp_path: Path) -> None:
     copy_app(tmp_path)
     config, warnings = load_and_validate(tmp_path / "pyproject.toml", check_module=True)
@@ -101,6 +102,7 @@ def test_flower_finds_the_apps_of_the_bundle(tmp_path: Path) -> None:
     assert set(components) == {"serverapp", "clientapp"}
 
 
+@pytest.mark.slow
 def test_a_program_on_a_tether_ends_with_its_starter(tmp_path: Path) -> None:
     program = tmp_path / "program.py"
     program.write_text("import sys, time; print(*sys.argv[1:], flush=True); time.sleep(300)\n")

@@ -24,6 +24,7 @@ def test_nothing_of_a_template_is_left_over(tmp_path: Path) -> None:
     assert not [path for path, file in files.items() if "$" in file.read_text()]
 
 
+@pytest.mark.slow
 def test_the_code_is_clean(tmp_path: Path) -> None:
     pytest.importorskip("ruff")
     init.write_project("shop", tmp_path)

@@ -22,7 +22,7 @@ def status_of(*words: str) -> int:
     return ended.value.code
 
 
-@pytest.mark.slow  # what it asserts of curves, test_theory_bounds does of some
+@pytest.mark.long  # what it asserts of curves, test_theory_bounds does of some
 def test_a_small_run_holds_and_writes_everything(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -57,7 +57,7 @@ def test_a_small_run_holds_and_writes_everything(
     assert all(name in (out / "table.md").read_text() for name in cases)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_curve_that_crosses_its_bound_fails_the_command(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -189,7 +189,7 @@ BOTH = {"uplink_coding": "zstd", "downlink_coding": "zstd"}
     [
         ("fed_rac_lora", SCALED),
         ("ffa_lora", SCALED | {"feedback": True}),
-        pytest.param("fed_rac_lora", ROTATED | BOTH, marks=pytest.mark.slow),
+        pytest.param("fed_rac_lora", ROTATED | BOTH, marks=pytest.mark.long),
     ],
 )
 def test_in_fewer_bits_a_run_goes_on_and_is_that_of_any_order(

@@ -193,6 +193,7 @@ def left(done: Run) -> Tree:
     return below(done.strategy.state.moments, RESIDUE)
 
 
+@pytest.mark.slow
 @pytest.mark.short(when=lambda name: name == "fedex_lora")
 @pytest.mark.parametrize("name", ["ffa_lora", "fedavg_lora", "fedex_lora"])
 def test_the_server_sends_a_factor_that_lives_on_off_by_one_rounding(name: str) -> None:

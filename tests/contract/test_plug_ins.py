@@ -207,6 +207,7 @@ def digest_of(method: Any, *words: str) -> str:
     return str(done.summary["weights_digest"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", OUTSIDE)
 def test_a_module_of_the_users_own_has_the_bits_of_the_method_that_it_copies(
     method: str, beside: Path
@@ -218,7 +219,7 @@ def test_a_module_of_the_users_own_has_the_bits_of_the_method_that_it_copies(
     assert digest_of(own) == digest_of(ours)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("method", ["ferret", "pool_rac_lora"])
 def test_so_it_has_on_workers_that_read_messages(method: str, beside: Path) -> None:
     name, given = OUTSIDE[method]
@@ -309,7 +310,7 @@ if __name__ == "__main__":
 """
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_program_of_the_main_program_goes_to_workers_and_its_numbers_are_counted(
     tmp_path: Path,
 ) -> None:

@@ -284,7 +284,7 @@ def test_what_rounding_lengthened_is_shortened_again_before_noise(
     assert float(torch.cat(used).max()) <= clip * (1 + 1e-12)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_noise_is_rounded_and_its_rounding_not_told() -> None:
     level = ClientLevel(clip=0.05, noise_multiplier=0.5, delta=1e-3)
     private = {"privacy": level, "secret": Secret(bytes(range(32)))}

@@ -197,6 +197,7 @@ def known(variant: Variant, ranks: torch.Tensor | None, chunk: int) -> Run:
     return RUNS[key]
 
 
+@forms_short
 @able
 def test_budgets_that_cut_nothing_change_no_bit(variant: Variant) -> None:
     for chunk in (1, COHORT):

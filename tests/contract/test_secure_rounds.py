@@ -115,6 +115,7 @@ def test_every_linear_method_gets_the_sum(variant: Variant, weights: str, world:
         assert 0 < number(row, "secure", "error_bound") < 1e-5
 
 
+@pytest.mark.slow
 def test_the_error_of_a_round_is_within_the_bound(monkeypatch: pytest.MonkeyPatch) -> None:
     """20 clients, two of whom leave after they have shared their keys."""
     world = make_world(sizes=TWENTY)
@@ -147,6 +148,7 @@ def test_the_error_of_a_round_is_within_the_bound(monkeypatch: pytest.MonkeyPatc
     assert 0 < gap <= bound
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "when",
     [
@@ -349,6 +351,7 @@ def test_too_few_clients_are_refused(world: World, monkeypatch: pytest.MonkeyPat
         secure(world, max_failures=0)
 
 
+@pytest.mark.slow
 def test_the_bits_are_those_of_the_seed(world: World, tmp_path: Path) -> None:
     """Keys are drawn anew, masks cancel exactly: the same run, in chunks or not, resumed or not."""
     first = secure(world, rounds=4)

@@ -114,18 +114,18 @@ def done(folder: Path, *words: str) -> str:
     return found.stdout
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_every_module_of_the_rest_is_imported(rest: Path) -> None:
     found = done(rest, "-c", IMPORTED)
     assert found.splitlines()[-1] == str(sorted(set().union(*(METHODS_OF_FILE[f] for f in KEPT))))
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_rest_has_all_types(rest: Path) -> None:
     done(rest, "-m", "mypy", "--cache-dir", str(rest / "cache"))
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("method", ["fedavg_lora", "ffa_lora"])
 def test_the_rest_composes_and_runs(rest: Path, method: str) -> None:
     small = ["clients=4", "clients_per_round=2", "rounds=1", "pretrain=none", "data=digits"]

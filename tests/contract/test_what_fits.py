@@ -82,6 +82,7 @@ def test_moments_of_other_tensors_are_not_handed_on(variant: Variant, world: Wor
     run(world, make_method("fedavg_lora"), LINKS, rounds=2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", VARYING, ids=label)
 def test_moments_end_with_their_link_where_other_tensors_are_trained(
     variant: Variant, world: World, tmp_path: Path

@@ -37,6 +37,7 @@ def first(tmp_path, monkeypatch):
     return fedraclora.simulate(*SMALL, folder="runs/first")
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
 def test_the_page_runs_as_it_stands(first, tmp_path):
     exports, begins = blocks("bash")

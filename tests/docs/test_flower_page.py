@@ -21,7 +21,7 @@ from fedraclora.run.ledger import read_ledger
 from fedraclora.strategies.methods.fed_rac_lora import FedRacLora
 from tests.superlink import SuperLink
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.long
 
 PAGE = Path(__file__).parents[2] / "docs" / "flower.md"
 PROJECT = """

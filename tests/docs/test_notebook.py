@@ -37,6 +37,7 @@ def test_it_is_kept_without_outputs() -> None:
     assert NOTEBOOK.stat().st_size < MOST
 
 
+@pytest.mark.long
 def test_it_runs_and_shows_history_curves_figures_and_files(tmp_path: Path) -> None:
     for package in ("nbclient", "nbformat", "ipykernel"):
         pytest.importorskip(package)

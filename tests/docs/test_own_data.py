@@ -14,6 +14,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = (ROOT / "docs" / "data.md").read_text()
 # As the installed script does, which has the working folder nowhere on its path.
@@ -86,7 +88,7 @@ def test_a_module_of_ones_own_runs_at_the_first_try(tmp_path: Path) -> None:
         ("deploy connection=far data=own data.samples=mine:samples clients=3", "Leave it out"),
     ],
 )
-@pytest.mark.slow
+@pytest.mark.long
 def test_node_data_are_checked_before_anything_is_started(
     tmp_path: Path, words: str, said: str
 ) -> None:
@@ -102,7 +104,7 @@ def test_node_data_are_checked_before_anything_is_started(
     assert [path.name for path in tmp_path.iterdir() if path.name != "__pycache__"] == ["mine.py"]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_working_folder_is_importable_where_clients_run(tmp_path: Path) -> None:
     (tmp_path / "mine.py").write_text(MODULE)
     words = command("simulate data=own")

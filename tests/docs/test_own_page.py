@@ -34,12 +34,14 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
+@pytest.mark.slow
 def test_the_program_of_the_page_runs(folder: Path) -> None:
     names: dict[str, object] = {}
     for block in PROGRAM:
         exec(compile(block, "own.md", "exec"), names)
 
 
+@pytest.mark.slow
 def test_the_program_of_the_page_on_training_runs() -> None:
     page = (DOCS / "training.md").read_text()
     (program,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)

@@ -26,6 +26,7 @@ def results(tmp_path: Path) -> Path:
     return tmp_path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_each_page_shows_the_results_of_record(page: Path) -> None:
     text = page.read_text()

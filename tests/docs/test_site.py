@@ -20,6 +20,8 @@ import fedraclora.flower
 from fedraclora.errors import FedRacLoraError
 from fedraclora.strategies.methods import METHODS
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parents[2]
 DOCS = ROOT / "docs"
 PAGES = sorted(p.stem for p in DOCS.glob("*.md") if p.name != "README.md")
@@ -110,18 +112,6 @@ def test_the_reference_says_what_docstrings_say(site: Path) -> None:
     assert "&gt;&gt;&gt;" in python  # a doctest, as code
 
 
-def test_links_lead_to_files(site: Path) -> None:
-    """Those to tables, figures and folders too, which MkDocs does not follow."""
-    lost = []
-    for page in site.rglob("*.html"):
-        if page.name == "404.html":  # served from anywhere
-            continue
-        for target in re.findall(r'(?:href|src)="?([^"#?\s>]+)', page.read_text()):
-            if "://" not in target and not target.startswith(("data:", "mailto:", "/")):
-                lost += [] if (page.parent / target).exists() else [f"{page.name}: {target}"]
-    assert lost == []
-
-
 def test_fences_are_code(site: Path) -> None:
     for page in (*PAGES, "index", "files/CONTRIBUTING"):
         assert "```" not in re.sub(r"<[^>]+>", "", (site / f"{page}.html").read_text()), page
@@ -139,6 +129,7 @@ def test_what_the_hooks_say_of_themselves() -> None:
     assert outcome.failed == 0
 
 
+@pytest.mark.long
 def test_on_a_phone_no_code_of_the_first_page_scrolls_and_figures_can_be_read(site: Path) -> None:
     api = pytest.importorskip("playwright.sync_api")
     chromium = shutil.which("chromium") or shutil.which("chromium-browser")

@@ -115,6 +115,7 @@ def test_rows_come_where_a_block_is_cut_or_a_method_looks_at_clients(
     assert [isinstance(r, Summed) for r in seen] == [False] * len(seen)
 
 
+@pytest.mark.slow
 @pytest.mark.short(when=lambda chunk, weights: weights == "samples" or chunk == WHOLE[0])
 @pytest.mark.usefixtures("broken")
 @pytest.mark.parametrize("weights", ["samples", "uniform"])

@@ -58,7 +58,7 @@ def base_at(folder: Path, version: int) -> str:
         *(
             pytest.param(
                 [f"method={name}", *more, "clients=5", "clients_per_round=2"],
-                marks=pytest.mark.slow,
+                marks=pytest.mark.long,
             )
             for name, *more in (
                 ("decomfl", "method.steps=2", "method.momentum=0.9", "local.lr=0.002"),
@@ -69,7 +69,7 @@ def base_at(folder: Path, version: int) -> str:
         ),
         pytest.param(
             ["method=subspace_rac_lora", "rounds=5", "clients=5", "clients_per_round=2"],
-            marks=pytest.mark.slow,
+            marks=pytest.mark.long,
         ),
         [
             "compression.uplink=eden3",
@@ -88,12 +88,12 @@ def base_at(folder: Path, version: int) -> str:
                 "clients=5",
                 "clients_per_round=2",
             ],
-            marks=pytest.mark.slow,
+            marks=pytest.mark.long,
         ),
         ["local=momentum", "rounds=4", "clients=5", "clients_per_round=2"],
         pytest.param(
             ["local.optimizer_state=rows", "local=adamw", "clients=5", "clients_per_round=2"],
-            marks=pytest.mark.slow,
+            marks=pytest.mark.long,
         ),
         pytest.param(
             [
@@ -105,7 +105,7 @@ def base_at(folder: Path, version: int) -> str:
                 "clients=5",
                 "clients_per_round=2",
             ],
-            marks=pytest.mark.slow,
+            marks=pytest.mark.long,
         ),
         [
             "pretrain=digits_0_4",
@@ -127,6 +127,7 @@ def test_the_bits_and_the_ledger_are_those_of_inline(words: list[str], tmp_path:
     assert not any("incidents" in row for row in rows(tmp_path / "run"))
 
 
+@pytest.mark.slow
 def test_whoever_was_away_ends_with_the_right_weights(tmp_path: Path) -> None:
     """One joins at round 50, one comes back after 20 rounds, one loses its disk."""
     folder = tmp_path / "run"
@@ -223,6 +224,7 @@ def test_payload_of_the_ledger_is_what_is_serialized(words: list[str], tmp_path:
         assert all(len(r) == 1 for r in records)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "words", [[], ["local=momentum", "local.optimizer_state=merge", "method.merge_every=7"]]
 )
@@ -302,6 +304,7 @@ def test_clients_are_found_wherever_they_are(tmp_path: Path) -> None:
     assert "a node cannot take part: ConfigError: node-config partition-id=''" in said
 
 
+@pytest.mark.slow
 def test_the_cache_of_a_node_keeps_few_runs(tmp_path: Path) -> None:
     network = Network(tmp_path / "cache", nodes_for(3))
     for i in range(6):

@@ -84,6 +84,7 @@ def check_mean_of_the_rest(folder: Path, network: Network) -> None:
 WORDS = ["engine.min_clients=2"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", HARMS)
 def test_what_cannot_be_used_is_refused_with_its_reason(name: str, tmp_path: Path) -> None:
     harm, reason = HARMS[name]
@@ -97,6 +98,7 @@ def test_what_cannot_be_used_is_refused_with_its_reason(name: str, tmp_path: Pat
     check_mean_of_the_rest(tmp_path / "run", network)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", BEHAVIOURS)
 def test_a_client_that_does_not_answer_well_is_left_out(name: str, tmp_path: Path) -> None:
     make, reason = BEHAVIOURS[name]
@@ -133,6 +135,7 @@ def test_a_node_whose_disk_is_full_says_so_in_a_sentence(
         assert "make room" in failure["reason"]
 
 
+@pytest.mark.slow
 def test_a_message_that_was_lost_on_the_way_is_sent_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -163,6 +166,7 @@ class Forgetful(Network):
         return [] if name == self.lost else super().serve(message)
 
 
+@pytest.mark.slow
 def test_after_a_resume_a_node_whose_answer_is_lost_is_asked_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -336,6 +340,7 @@ def test_a_message_counts_as_often_as_it_is_sent(tmp_path: Path) -> None:
     assert [moved(row, "downlink")[0] for row in rows(tmp_path / "away")[1:]] == [one // 3 * 2] * 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("retries", [0, 2])
 def test_then_the_run_stops_with_a_checkpoint_that_goes_on(retries: int, tmp_path: Path) -> None:
     network = Network(tmp_path / "cache", nodes_for(3), raises(at_fault))

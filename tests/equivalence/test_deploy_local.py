@@ -30,6 +30,8 @@ from tests.common import simulated, summary_of
 from tests.equivalence.listeners import listeners, needs_proc
 from tests.strangers import as_stranger, needs_root
 
+pytestmark = pytest.mark.long
+
 WORDS = [
     # Drawn, so that no process imports a library for data or partitions.
     "data=virtual",
@@ -52,7 +54,6 @@ def deployment() -> Iterator[LocalDeployment]:
         yield running
 
 
-@pytest.mark.slow
 def test_two_nodes_with_seven_clients_have_the_bits_of_vectorized(
     deployment: LocalDeployment,
     tmp_path: Path,
@@ -86,7 +87,6 @@ def test_two_nodes_with_seven_clients_have_the_bits_of_vectorized(
     assert not (here / "checkpoint").exists()
 
 
-@pytest.mark.slow
 def test_without_patches_of_flower_a_deployment_has_the_bits_of_simulate(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -113,7 +113,6 @@ def test_patches_are_left_out_of_what_is_started_here_alone(
     assert said in capsys.readouterr().err
 
 
-@pytest.mark.slow
 def test_a_preset_of_tune_is_deployed_with_the_bits_of_simulate(
     deployment: LocalDeployment, tmp_path: Path
 ) -> None:
@@ -187,7 +186,6 @@ def is_refused(node: Program) -> bool:
 
 
 # That a node finds its server out, and sends a key, is Flower's.
-@pytest.mark.short(when=lambda kind: kind == "an unknown key")
 @pytest.mark.parametrize("kind", ["an unknown key", "another certificate", "plain text", "no key"])
 def test_strangers_are_refused(kind: str, deployment: LocalDeployment, tmp_path: Path) -> None:
     make_node_key(tmp_path / "stranger")
@@ -203,7 +201,6 @@ def test_strangers_are_refused(kind: str, deployment: LocalDeployment, tmp_path:
     assert "Exit Code: 305" in node.file.read_text()  # Flower's: no connection to the SuperLink
 
 
-@pytest.mark.slow
 def test_a_run_that_fails_has_its_words_and_its_status(
     deployment: LocalDeployment, tmp_path: Path
 ) -> None:
@@ -215,7 +212,6 @@ def test_a_run_that_fails_has_its_words_and_its_status(
         deploy.follow(request, deployment.connection, None)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("sign", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_command_that_is_interrupted_leaves_no_process(sign: int, tmp_path: Path) -> None:
     """And it can be gone on with."""
@@ -248,7 +244,6 @@ def is_alive(pid: int) -> bool:
         return False
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("patched", [True, False])
 def test_one_process_of_a_node_trains_until_it_is_killed(patched: bool, tmp_path: Path) -> None:
     """Who kills it as it works fails that client's rounds alone, by name."""

@@ -58,11 +58,11 @@ def who(message: Message) -> list[int]:
                 "compression.feedback=true",
                 "method.merge_every=2",
             ],
-            marks=pytest.mark.slow,
+            marks=pytest.mark.long,
         ),
         ["method.sketches=2", "compression.uplink=int8"],
         ["secure=secagg", "aggregation_weights=uniform", ONCE],
-        pytest.param(["method=fedsa_lora", "evaluate.clients=all"], marks=pytest.mark.slow),
+        pytest.param(["method=fedsa_lora", "evaluate.clients=all"], marks=pytest.mark.long),
     ],
     ids=lambda words: words[0],
 )
@@ -100,6 +100,7 @@ def test_chunks_that_lie_on_one_node_have_the_bits_of_vectorized(tmp_path: Path)
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
+@pytest.mark.slow
 def test_weights_and_what_all_share_are_sent_to_a_node_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -191,6 +192,7 @@ def poisoned(content: RecordDict) -> None:
     content["arrays"] = ArrayRecord({"flat": Array(flat)})
 
 
+@pytest.mark.slow
 def test_a_silent_node_loses_its_clients_each_by_name(tmp_path: Path) -> None:
     network = Network(tmp_path / "cache", NODES)
     network.fault = stays_silent(

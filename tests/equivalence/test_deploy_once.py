@@ -132,6 +132,7 @@ def test_a_server_that_is_restored_gets_the_answers_that_were_given(tmp_path: Pa
     assert torch.isfinite(torch.tensor(float(summary_of(folder)["metrics"]["loss"])))  # type: ignore[index]
 
 
+@pytest.mark.slow
 def test_a_secure_round_with_too_few_goes_on_where_it_failed(tmp_path: Path) -> None:
     """Whoever has sent its vector is not asked for another; the bits are those without a fault."""
     fault: Fault = raises(Once(at_stage("masked", {3})))
@@ -157,6 +158,7 @@ def test_a_secure_round_with_too_few_goes_on_where_it_failed(tmp_path: Path) -> 
     assert row["secure"]["down"] > once["secure"]["down"]  # type: ignore[index]
 
 
+@pytest.mark.slow
 def test_a_secure_round_that_was_cut_short_is_given_up(tmp_path: Path) -> None:
     """Vectors were sent, and no sum came: nobody sends another, and the run goes on."""
     words, folder = [*SECURE, "rounds=3", "engine.retries=0"], tmp_path / "run"

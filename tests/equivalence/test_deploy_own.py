@@ -97,6 +97,7 @@ def files_of(folder: Path, **changes: float) -> dict[int, dict[str, bool | float
     return {node: {**config, "data": str(folder)} for node, config in nodes.items()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "words", [[], ["evaluate.clients=round"], ["local=dp_sgd", "local.dp.noise_multiplier=1"]]
 )
@@ -126,6 +127,7 @@ def test_a_client_whose_samples_change_is_refused_by_name_and_nobody_else(
     assert not any(digest.encode() in raw(m.content) for m in sent)  # it stays where it is
 
 
+@pytest.mark.slow
 def test_samples_that_change_before_a_run_goes_on_are_refused(tmp_path: Path) -> None:
     network = Network(tmp_path / "cache", files_of(tmp_path / "own"))  # type: ignore[arg-type]
     folder = tmp_path / "run"
@@ -169,7 +171,7 @@ class Doubled(fedraclora.RoundStep):
 """
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_parts_of_ones_own_have_the_bits_of_inline(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -214,6 +216,7 @@ def test_a_server_without_a_sample_has_the_weights_of_one_that_measures(tmp_path
 LEAST = "evaluate.min_clients=3"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "words",
     [

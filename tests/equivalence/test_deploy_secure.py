@@ -42,6 +42,7 @@ SECURE = [
 TOOK = {"uplink_bytes", "downlink_bytes", "texts_up", "texts_down"}
 
 
+@pytest.mark.slow
 def test_the_bits_are_those_of_a_simulation_and_keys_are_forgotten(tmp_path: Path) -> None:
     simulated(small(SECURE, tmp_path / "inline", "inline"), tmp_path / "inline")
     network = Network(tmp_path / "cache", nodes_for(5))
@@ -105,6 +106,7 @@ def twice(message: Message) -> list[Message]:
     return [message, message]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("stage", "reply", "words"),
     [
@@ -131,6 +133,7 @@ def test_what_a_client_sends_amiss_is_its_failure_alone(
     assert number(rows(tmp_path / "run")[-1], "secure", "clients") == 4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("least", [4, 5])
 def test_a_client_that_is_gone_while_measurements_are_summed_is_left_out(
     least: int, tmp_path: Path
@@ -171,6 +174,7 @@ def test_the_noise_of_a_real_client_is_not_in_the_seed(tmp_path: Path) -> None:
     assert digests[0] != digests[1]
 
 
+@pytest.mark.slow
 def test_the_same_key_gives_the_same_private_deployment(tmp_path: Path) -> None:
     words = [
         "privacy=client_level",
@@ -196,7 +200,7 @@ def test_an_attack_is_for_simulations(tmp_path: Path) -> None:
         deploy(["attack=sign_flip"], tmp_path / "run", network)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_secure_sums_of_real_nodes_of_which_one_is_killed(tmp_path: Path) -> None:
     """Four SuperNodes with TLS; one dies in the second round, with a client process in it."""
     words = ["clients=4", "clients_per_round=4", "rounds=2", "aggregation_weights=uniform", ONCE]

@@ -231,6 +231,7 @@ def test_three_rounds_and_three_more_are_six(
     assert_same(second, whole(name))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stop", range(1, ROUNDS + 1))
 @pytest.mark.parametrize("name", ["carried", "fedavg_lora"])
 def test_a_run_that_died_after_any_row_goes_on_from_its_last_checkpoint(

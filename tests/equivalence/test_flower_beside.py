@@ -101,6 +101,7 @@ def descend(model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> None:
         optimizer.step()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", OPTIMIZERS)
 def test_full_weights_are_those_of_flowers_own_strategy(kind: Any, tmp_path: Path) -> None:
     """They were plain means, whatever the optimizer."""
@@ -150,6 +151,7 @@ def test_momentum_of_nothing_is_the_mean_to_the_bit(tmp_path: Path) -> None:
     assert all(torch.equal(weights_of(wanted)[n], t) for n, t in weights_of(found).items())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [WithAdam, WithMomentum])
 def test_a_server_optimizer_goes_on_from_a_checkpoint_to_the_same_bits(
     kind: Any, tmp_path: Path

@@ -66,8 +66,8 @@ def own(round_: Round) -> Trained:
         FedRacLora(rank=2, alpha=3),
         FedRacLora(rank=2, alpha=3, merge_every=2, train="A"),
         FedAvgLora(rank=2, alpha=3),
-        pytest.param(METHODS["pool_rac_lora"](rank=2, alpha=3), marks=pytest.mark.slow),
-        pytest.param(FullAverage(), marks=pytest.mark.slow),
+        pytest.param(METHODS["pool_rac_lora"](rank=2, alpha=3), marks=pytest.mark.long),
+        pytest.param(FullAverage(), marks=pytest.mark.long),
     ],
     ids=["fed_rac_lora", "links of two rounds", "fedavg_lora", "pool_rac_lora", "fedavg"],
 )
@@ -494,6 +494,7 @@ def test_an_adapter_that_has_been_trained_is_refused_as_a_start(tmp_path: Path) 
         flower.LowRank(FedRacLora(rank=2), llama()).start(nodes_of(tmp_path, 2), initial, 1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", [FedRacLora(rank=2, alpha=3), FedAvgLora(rank=2, alpha=3)])
 def test_a_run_that_was_killed_goes_on_to_the_same_bits(method: Any, tmp_path: Path) -> None:
     """A kill in round 3: the strategy is another, nodes still hold what they held."""

@@ -101,6 +101,7 @@ def test_every_method_agrees_with_the_cpu(method: str, model: str, card: Card) -
     card.assert_near(there, here, 1e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", RUNS)
 def test_every_kind_of_run_agrees_with_the_cpu(name: str, card: Card) -> None:
     there, here = (run(*RUNS[name], f"device={d}") for d in ("cuda", "cpu"))
@@ -193,6 +194,7 @@ class Dtypes(TorchDispatchMode):
         return out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["fed_rac_lora", "fedavg_lora", "fedavg"])
 def test_mixed_precision_ends_with_the_products(
     method: str, card: Card, monkeypatch: pytest.MonkeyPatch

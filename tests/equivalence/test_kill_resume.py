@@ -152,17 +152,18 @@ def killed_run(plain: Plain, reaper: Reaper) -> bool:
     return False
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "torn"),
     [
-        pytest.param("fed_rac_lora", False, marks=pytest.mark.slow),
+        pytest.param("fed_rac_lora", False, marks=pytest.mark.long),
         ("fed_rac_lora", True),
-        pytest.param("pool_rac_lora", False, marks=pytest.mark.slow),
-        pytest.param("fedavg_lora", False, marks=pytest.mark.slow),
-        pytest.param("moments", False, marks=pytest.mark.slow),
-        pytest.param("basis of the last link", False, marks=pytest.mark.slow),
-        pytest.param("fewer bits", False, marks=pytest.mark.slow),
-        pytest.param("pool in fewer bits", False, marks=pytest.mark.slow),
+        pytest.param("pool_rac_lora", False, marks=pytest.mark.long),
+        pytest.param("fedavg_lora", False, marks=pytest.mark.long),
+        pytest.param("moments", False, marks=pytest.mark.long),
+        pytest.param("basis of the last link", False, marks=pytest.mark.long),
+        pytest.param("fewer bits", False, marks=pytest.mark.long),
+        pytest.param("pool in fewer bits", False, marks=pytest.mark.long),
     ],
 )
 def test_a_run_that_dies_at_any_write_goes_on_to_the_same_end(
@@ -188,6 +189,7 @@ def test_a_run_that_dies_at_any_write_goes_on_to_the_same_end(
     assert not wrong, "\n".join(wrong)
 
 
+@pytest.mark.slow
 def test_a_run_may_die_again_while_it_goes_on(tmp_path: Path) -> None:
     plain = config("fed_rac_lora", tmp_path / "whole")
     assert not killed_run(plain, Reaper())
@@ -203,7 +205,7 @@ def test_a_run_may_die_again_while_it_goes_on(tmp_path: Path) -> None:
         assert digests(folder) == wanted, trial
 
 
-@pytest.mark.slow  # that a run may die at any write, see above; a process, see test_file_kills
+@pytest.mark.long  # that a run may die at any write, see above; a process, see test_file_kills
 @pytest.mark.parametrize("times", [1, 3])
 def test_a_killed_process_goes_on_to_the_same_end(
     times: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch

@@ -37,6 +37,7 @@ def case(request: pytest.FixtureRequest, base: str, monkeypatch: pytest.MonkeyPa
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["ffa_lora", "fedavg_lora"])
 def test_a_batch_of_clients_comes_to_what_each_comes_to_alone(
     case: Case, name: str, caplog: pytest.LogCaptureFixture

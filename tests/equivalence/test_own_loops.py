@@ -162,6 +162,7 @@ LAYERS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")
 @pytest.mark.short(when=lambda train: train == "B")
 @pytest.mark.parametrize("train", ["B", "A"])

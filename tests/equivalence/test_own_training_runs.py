@@ -120,7 +120,7 @@ def test_objects_of_a_client_that_change_are_refused(tmp_path: Path, module: Non
         serve(composed([*words, "rounds=3"]), network, resume=True)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_real_deployment_has_the_bits_of_inline(tmp_path: Path, module: None) -> None:
     del module
     root = Path(__file__).resolve().parents[2]
@@ -177,6 +177,7 @@ def digest(one: fedraclora.RunResult) -> object:
     return one.summary["weights_digest"]
 
 
+@pytest.mark.slow
 def test_a_run_that_stopped_goes_on_to_the_same_bits_and_state(tmp_path: Path) -> None:
     whole = run()
 
@@ -190,7 +191,7 @@ def test_a_run_that_stopped_goes_on_to_the_same_bits_and_state(tmp_path: Path) -
     assert whole.rows[4]["train_loss"] is None
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_ray_gives_the_bits_of_inline() -> None:
     """The function is the program's, and no module of the workers has it."""
     here = {"__name__": "__main__", "nn": nn, "torch": torch, "net": net}

@@ -119,6 +119,7 @@ def heap() -> Iterator[list[int]]:
         tracemalloc.stop()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MADE)
 def test_a_round_of_a_million_clients_looks_at_its_cohort_alone(name: str, tmp_path: Path) -> None:
     """Checkpoints, evaluation and the labels that are plotted included."""

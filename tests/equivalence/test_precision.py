@@ -158,6 +158,7 @@ def test_a_run_learns_as_well_and_is_measured_in_float32() -> None:
     assert metrics(mixed, 6) != metrics(exact, 6)
 
 
+@pytest.mark.slow
 def test_a_hundred_small_links_are_not_lost() -> None:
     """Each moves a weight by less than bfloat16 could hold; the sum of all arrives."""
     words = ("rounds=100", "local.steps=1", "local.lr=0.002", "evaluate.every=100")

@@ -18,7 +18,7 @@ from fedraclora.engines.ray.cluster import check_address
 from fedraclora.errors import EngineError
 from tests.common import summary_of
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.long
 
 WORDS = (
     "data=digits",

@@ -41,7 +41,8 @@ from fedraclora.wire.exchange import Ask, TrainRequest
 from tests.campaigns import kill_workers
 from tests.common import assemble
 
-SLOW = pytest.mark.slow
+pytestmark = pytest.mark.long
+
 # Workers cannot import a test module.
 cloudpickle.register_pickle_by_value(sys.modules[__name__])
 
@@ -172,14 +173,13 @@ def on_ray(name: str, workers: int) -> RunBuilder:
     return run(*words, "engine=ray", chunk, f"engine.workers={workers}")
 
 
-# In the short suite rows come from three workers, and plain sums from the two of test_ray_gpu.
-@pytest.mark.short(when=lambda name: name == "local head")
-@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[pytest.mark.smoke] * (n == "local head")) for n in RUNS]
+)
 def test_two_workers_are_one_process(name: str) -> None:
     assert bits(on_ray(name, 2)) == in_process(name)
 
 
-@SLOW
 @pytest.mark.parametrize("workers", [1, 3])
 def test_the_number_of_workers_changes_no_bit(workers: int) -> None:
     assert bits(on_ray("rows", workers)) == in_process("rows")
@@ -297,7 +297,6 @@ ENDS = {
 }
 
 
-@SLOW
 @pytest.mark.parametrize("how", ENDS)
 def test_nothing_is_left_behind(how: str, tmp_path: Path) -> None:
     sign, group, due = ENDS[how]
@@ -345,7 +344,6 @@ def test_nothing_is_left_behind(how: str, tmp_path: Path) -> None:
 SERVERS = {"raylet": "Ray's process on this machine", "gcs_server": "the head of the Ray cluster"}
 
 
-@SLOW
 @pytest.mark.parametrize("server", SERVERS)
 def test_a_run_whose_ray_is_killed_ends_with_a_checkpoint(server: str, tmp_path: Path) -> None:
     folder = tmp_path / "run"
@@ -374,6 +372,5 @@ def test_a_run_whose_ray_is_killed_ends_with_a_checkpoint(server: str, tmp_path:
     assert state["round"] == read_ledger(folder / "ledger.jsonl")[-1]["round"]
 
 
-@SLOW  # that a pool replaces them, see test_ray_pool
 def test_workers_are_killed_and_the_digests_stand() -> None:
     assert kill_workers.main(["--times", "3"]) == 0

@@ -26,6 +26,8 @@ from fedraclora.strategies.methods import METHODS
 from fedraclora.tree import digest
 from tests.common import assemble
 
+pytestmark = pytest.mark.long
+
 WORDS = (
     "data=digits",
     "data.labels=null",
@@ -74,7 +76,6 @@ def all_is_taken() -> bool:
     return time.monotonic() < deadline
 
 
-@pytest.mark.slow
 def test_two_workers_share_a_card_and_give_the_same_bits(device: str) -> None:
     where = f"device={device}"
     alone = bits(job(where, "engine.chunk=32"))

@@ -22,6 +22,8 @@ from fedraclora.engines.private_ray import LONGEST, RayFolder
 from fedraclora.engines.ray.cluster import Cluster
 from fedraclora.errors import EngineError
 
+pytestmark = pytest.mark.long
+
 # One call of each of Ray's services; a service that a process does not have is UNIMPLEMENTED there.
 CALLS = (
     "NodeInfoGcsService/GetAllNodeInfo",

@@ -54,6 +54,7 @@ def test_the_row_is_that_of_the_open_sums_and_no_client_has_one(more: str, tmp_p
         assert after["metrics"] == {n: found[n]["pooled"] for n in ("accuracy", "loss")}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("more", ["", "evaluate.personal=true"])
 def test_nothing_is_released_of_what_fewer_than_five_clients_measure(
     more: str, caplog: pytest.LogCaptureFixture

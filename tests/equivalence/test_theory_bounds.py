@@ -48,6 +48,7 @@ def judged(case: TheoryCase) -> Judged:
 
 
 # In the short suite one of a bound; `fedraclora theory` runs them all.
+@pytest.mark.slow
 @pytest.mark.short(when=lambda name: name not in ALIKE)
 @pytest.mark.parametrize("name", ROUNDS)
 def test_curves_lie_within_their_bounds(name: str) -> None:
@@ -70,7 +71,7 @@ def test_a_bound_for_a_larger_rank_is_crossed() -> None:
     assert not judge(replace(case, rank=6), paths).holds
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("name", CASES)
 def test_all_curves_of_the_command_lie_within_their_bounds(name: str) -> None:
     assert judged(CASES[name]).holds

@@ -234,6 +234,7 @@ def test_heavy_ball_steps_on_a_factor_are_projected_ones_on_the_weight(
 # ---- Many rounds --------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "train", "precondition"),
     [("orthonormal", "B", False), ("coordinate", "A", False), ("gaussian", "B", True)],

@@ -11,6 +11,7 @@ from vectorized_cases import CASES, Case, mlp
 from fedraclora.privacy.sample_level import SampleNoise
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("name", ["fed_rac_lora", "fedavg"])
 def test_gradients_of_samples_on_every_model(name: str, case: str) -> None:

@@ -21,6 +21,8 @@ from fedraclora.client import Round, Trained
 from fedraclora.errors import ClientError
 from tests.common import normal
 
+pytestmark = pytest.mark.slow
+
 pytest.importorskip("peft")
 EXAMPLES = Path(__file__).parents[2] / "docs" / "examples"
 QUIET = ("output.progress=false", "pretrain=none")
@@ -117,7 +119,7 @@ def alone(module: ModuleType, round_: Round) -> Trained:
 RANK = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "0"}
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize(("ranks", "sharded"), [(1, False), (1, True), (2, False), (2, True)])
 @pytest.mark.parametrize("example", ["ddp"], indirect=True)
 def test_ranks_train_as_one_process(
@@ -146,7 +148,7 @@ def be_the_one_rank(example: ModuleType, monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(example, "RANKS", 1)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("example", ["ddp"], indirect=True)
 def test_ranks_that_have_trained_apart_are_named(
     example: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -161,7 +163,7 @@ def test_ranks_that_have_trained_apart_are_named(
         run(example, tmp_path / "run", 1, train=partial(example.on_rank, sharded=False))
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("example", ["ddp"], indirect=True)
 def test_no_ddp_outlives_its_group(
     example: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -191,7 +193,7 @@ def failing(round_: Round, sharded: bool) -> Trained:
     raise ValueError("no such thing")
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("example", ["ddp"], indirect=True)
 def test_a_rank_that_fails_is_named(
     example: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

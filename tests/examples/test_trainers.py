@@ -26,6 +26,7 @@ COLOURS = {"ball": "red", "box": "blue"}
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*is deprecated and will be removed in v6:FutureWarning"),
     pytest.mark.filterwarnings("ignore:'pin_memory' argument is set as true:UserWarning"),
+    pytest.mark.slow,
 ]
 
 
@@ -112,7 +113,7 @@ def calls() -> int:
     return depth
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("kind", REFERENCE)
 def test_rounds_repeat_and_a_model_does_not_grow(
     kind: str, folders: dict[str, str], monkeypatch: pytest.MonkeyPatch
@@ -221,7 +222,7 @@ def test_the_reference_of_dpo_is_the_one_that_was_chosen(
     assert (losses[1] == pytest.approx(math.log(2), abs=1e-5)) is (reference == "round")
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("method", ["fed_rac_lora", "ffa_lora"])
 def test_no_step_of_dpo_has_a_gradient_of_what_is_frozen(
     method: str, folders: dict[str, str], monkeypatch: pytest.MonkeyPatch
@@ -241,7 +242,7 @@ def test_no_step_of_dpo_has_a_gradient_of_what_is_frozen(
     assert all(names and all("lora_B.default" in name for name in names) for names in seen)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("kind", ["sft", "dpo"])
 def test_a_resumed_run_has_the_same_bits(
     kind: str, folders: dict[str, str], tmp_path: Path
@@ -252,7 +253,7 @@ def test_a_resumed_run_has_the_same_bits(
     assert all(torch.equal(value, gone_on[name]) for name, value in straight.items())
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_loss_of_nan_fails_the_client_by_name(
     folders: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -15,6 +15,8 @@ import pytest
 
 from tests.hosts import Bed, Host, Process
 
+pytestmark = pytest.mark.long
+
 # Not that of an environment, which a host does not see where it is in /tmp.
 PYTHON = [Path(sys.executable).resolve(), "-ISc"]
 # Says where it is, and gives back what comes.
@@ -186,7 +188,6 @@ SCRIPT = """if True:
 """
 
 
-@pytest.mark.short(when=lambda end: end == signal.SIGKILL)
 @pytest.mark.parametrize("end", [0, signal.SIGINT, signal.SIGKILL])
 def test_nothing_is_left_however_the_process_ends(beds: type[Bed], end: int) -> None:
     line, pipe = [sys.executable, "-c", SCRIPT], subprocess.PIPE

@@ -20,7 +20,7 @@ WORDS = [
 ]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_link_that_is_cut_in_the_middle_of_a_reply_changes_no_bit(beds: type[Bed]) -> None:
     with beds(3, rate="20mbit") as bed:
         deployment = Deployment(bed)
@@ -39,7 +39,7 @@ def test_a_link_that_is_cut_in_the_middle_of_a_reply_changes_no_bit(beds: type[B
     assert digest == final_weights(WORDS, None, clients=2)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_after_the_host_of_the_superlink_died_a_run_goes_on_with_all_nodes(beds: type[Bed]) -> None:
     """Nobody restarts a node by hand: an answer that a dead SuperLink took is asked for again."""
     words = [*WORDS, "rounds=6"]

@@ -16,7 +16,7 @@ import fedraclora
 from tests.common import summary_of
 from tests.hosts import Bed, Host, Process
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.long
 
 SOURCES = ("fedraclora", "strategies", "clients", "experiments", "conf", "tests")
 CORES = (1, 3, 1, 2)

@@ -91,6 +91,7 @@ def test_missing_weights_are_named(tmp_path: Path) -> None:
         build(config=None, path=str(tmp_path))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("config", [LLAMA, GPT2], ids=["llama", "gpt2"])
 def test_a_run_learns_to_answer(
     config: dict[str, object], questions: Path, tokenizer: str, tmp_path: Path
@@ -223,6 +224,7 @@ def test_an_answer_that_was_cut_is_compared_as_far_as_it_goes(
         assert ("2 of 2 answers were cut" in caplog.text) == (wanted != row["response"])
 
 
+@pytest.mark.slow
 def test_blocks_computed_again_need_less_memory(questions: Path, tokenizer: str) -> None:
     keys = {"rounds": 1}
     words = ("method=fedavg_lora", "model.config.num_hidden_layers=6", "evaluate.generate=null")
@@ -344,7 +346,7 @@ def test_smollm2_is_named_by_its_file_in_the_package() -> None:
         build(config=None, path="package:no_such_package/weights.gguf")
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_smollm2_comes_from_its_package_as_a_plain_model(tmp_path: Path) -> None:
     """The dequantized weights know a capital, share their table of tokens, and can be saved."""
     pytest.importorskip("gguf")

@@ -23,6 +23,7 @@ def block(language: str) -> str:
     return found[1]
 
 
+@pytest.mark.slow
 def test_the_first_look_runs_as_it_is_typed(
     questions: Path,
     tmp_path: Path,

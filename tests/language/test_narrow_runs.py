@@ -35,8 +35,8 @@ def given(questions: Path, tokenizer: str) -> tuple[str, ...]:
     ("base", "method"),
     [
         ("int8", "ffa_lora"),
-        pytest.param("int4", "fedavg_lora", marks=pytest.mark.slow),
-        pytest.param("int8", "fedsa_lora", marks=pytest.mark.slow),
+        pytest.param("int4", "fedavg_lora", marks=pytest.mark.long),
+        pytest.param("int8", "fedsa_lora", marks=pytest.mark.long),
     ],
 )
 def test_a_quantized_base_stays_as_it_is(base: str, method: str, given: tuple[str, ...]) -> None:
@@ -59,6 +59,7 @@ def test_a_quantized_base_stays_as_it_is(base: str, method: str, given: tuple[st
         assert torch.equal(weight, held[n].detach()) == ("q_proj" not in n and "v_proj" not in n)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*is deprecated and will be removed in v6:FutureWarning")
 def test_a_run_goes_on_and_is_exported(given: tuple[str, ...], tmp_path: Path) -> None:
     """The folder holds codes, once; an adapter is exact beside the weights dequantized."""
@@ -104,7 +105,7 @@ def test_a_run_goes_on_and_is_exported(given: tuple[str, ...], tmp_path: Path) -
     assert metrics["loss"] == pytest.approx(whole.summary["metrics"]["loss"], rel=1e-5)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_rays_workers_hold_the_codes(given: tuple[str, ...]) -> None:
     words = (*given, "method=fedavg_lora", "model.base=int4")
     runs = [fedraclora.simulate(*words, f"engine={engine}") for engine in ("vectorized", "ray")]

@@ -14,6 +14,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parents[2]
 # What a user types in the folder where a run lies in `first` -> a file that is there then. A new
 # command that reads a run has one line here.
@@ -112,7 +114,7 @@ def test_each_command_that_reads_a_run_does_its_work(used: Path, shell: Shell) -
     assert [line for line, file in LINES.items() if not (used / file).exists()] == []
 
 
-@pytest.mark.slow  # it runs in test_python_page
+@pytest.mark.long  # it runs in test_python_page
 def test_five_lines_do_their_work(used: Path, shell: Shell) -> None:
     shell("python five.py")
     assert (used / "kept" / "model.safetensors").exists()
@@ -123,7 +125,7 @@ def test_tab_completes(used: Path, shell: Shell) -> None:
     assert shell("fedraclora -sc query=bash", COMP_LINE=line).split() == ["experiment=little"]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_project_is_written_and_runs_as_its_page_says(folder: Path, shell: Shell) -> None:
     shell("fedraclora init shop")
     project = folder / "shop"

@@ -12,6 +12,8 @@ import pytest
 
 import fedraclora
 
+pytestmark = pytest.mark.slow
+
 OURS = ("strategies", "clients", "experiments", "conf")
 DATA = """
 import numpy as np
@@ -105,13 +107,13 @@ def test_a_command_beside_them(folder: Path) -> None:
     assert digest(folder, "simulate", f"data.samples={OWNER}", "engine=inline")
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_script_on_ray_beside_them(folder: Path) -> None:
     (folder / "script.py").write_text(SCRIPT.replace("ENGINE", "ray"))
     assert "2 rows" in ran(folder, "script.py")
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_same_on_ray_and_on_nodes(
     folder: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:

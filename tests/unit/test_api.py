@@ -72,7 +72,7 @@ def test_the_engine_is_a_choice(engine: str) -> None:
     assert run(engine=engine).summary["chunk"] == {"vectorized": 3, "inline": 1}[engine]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_engines_of_many_processes_have_the_bits_of_one() -> None:
     found = run(engine={"name": "ray", "workers": 2})
     assert digest(found.weights()) == digest(run(engine="vectorized").weights())
@@ -162,6 +162,7 @@ def test_an_attribute_that_is_not_there_is_an_attribute_error() -> None:
         fedraclora.simulat  # noqa: B018
 
 
+@pytest.mark.slow
 def test_to_import_the_package_imports_nothing_heavy() -> None:
     heavy = ("torch", "flwr", "hydra", "ray", "numpy", "experiments")
     code = f"import sys, fedraclora; print([n for n in {heavy} if n in sys.modules])"

@@ -453,7 +453,7 @@ def test_bad_input_is_refused_by_name(keys: Any, kind: type[Exception], words: s
         run(**keys)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_objects_reach_other_processes() -> None:
     engines = ("ray", "vectorized")
     found, wanted = (run(data=TEXTS, model=words(), engine=engine) for engine in engines)

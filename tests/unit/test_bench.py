@@ -153,7 +153,7 @@ def test_rows_of_full_weights_are_fedavg(row: str) -> None:
     assert training_loss(task, found) < training_loss(task, start)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.filterwarnings(  # Ray leaves /dev/null open
     "ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning"
 )
@@ -179,7 +179,7 @@ def test_language_rows_are_one_algorithm() -> None:
     assert "7,000" in table(report).markdown()  # tokens over 0.01 s
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_memory_of_a_row_is_that_of_a_process_of_its_own() -> None:
     # From a new process: in this one gradients were computed, which a fork does not survive.
     code = (
@@ -392,7 +392,7 @@ def test_a_broken_bound_and_other_work_end_with_a_status(
     assert "open: A: fedjax / vectorized" in found.out or not words
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_several_workloads_run_in_a_process_each(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -441,6 +441,7 @@ def test_every_station_of_the_profile_is_passed() -> None:
     assert "backward" in str(found)
 
 
+@pytest.mark.slow
 def test_laps_count_the_work_of_children() -> None:
     burn = "import time\nwhile time.process_time() < 0.2: pass"
     laps = Laps()
@@ -467,7 +468,7 @@ def peer_python(tmp_path: Path) -> Path:
     return script
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_peer_gets_the_work_and_gives_its_weights(tmp_path: Path, peer_python: Path) -> None:
     (tmp_path / "peer.py").write_text(
         "import sys\n"

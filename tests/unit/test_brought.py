@@ -114,6 +114,7 @@ def test_a_class_of_the_users_is_a_row_of_a_table_of_such_classes(module: Any) -
     assert bind("partition", {"a": len}, {"name": "brought:twice", "x": 1})() == 8  # type: ignore[arg-type]
 
 
+@pytest.mark.slow
 def test_another_process_has_the_same_digests_and_loads_no_entry_points(
     module: Any, tmp_path: Path
 ) -> None:
@@ -314,6 +315,7 @@ def test_what_a_run_changes_in_a_module_does_not_count(seen: Any) -> None:
     assert object_digest(module.train) != before
 
 
+@pytest.mark.slow
 def test_another_process_digests_the_same_of_what_is_named(seen: Any, tmp_path: Path) -> None:
     line = "import seen; from fedraclora.object_registry import object_digest as f\n"
     line += "print(f(seen.train))"

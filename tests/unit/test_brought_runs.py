@@ -461,7 +461,7 @@ def test_a_run_does_not_go_on_with_a_part_that_has_changed(
     assert run(*words, **longer).summary["rounds"] == 3
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_run_wants_the_same_objects_again(mine: Any, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     run(attack=mine.Louder(share=0.5), folder=folder)
@@ -478,7 +478,7 @@ def test_help_lists_the_keys_of_a_part_of_ones_own(mine: Any) -> None:
 
 
 @pytest.mark.parametrize("kind", ["local.extras", "attack", "local.settings", "method"])
-@pytest.mark.slow
+@pytest.mark.long
 def test_ray_has_the_bits_of_parts_of_ones_own(mine: Any, kind: str) -> None:
     make, words = KINDS[kind]
     wanted = digest(run(*words, engine="inline"))

@@ -157,6 +157,7 @@ class Raising(fedraclora.Callback):
         return {}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("hook", ["measure", "row", "ends"])
 def test_a_callback_that_raises_is_named_and_the_run_goes_on(hook: str, tmp_path: Path) -> None:
     failing, wanted = Raising(hook, 3), run()

@@ -135,6 +135,7 @@ def failing(owner: Owner, capsys: pytest.CaptureFixture[str]) -> dict[str, str]:
     return {name: text for name, _, text in lines}
 
 
+@pytest.mark.slow
 def test_a_node_that_would_run_is_told_so_and_with_which_key(
     owner: Owner, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -467,7 +468,7 @@ def test_the_command_of_a_node_is_checked_with_one_word_more(
     assert came == [(owner.words(1), "run.yaml")]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_flower_says_whether_it_knows_a_key_and_activates_nobody(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -180,6 +180,7 @@ def test_a_row_that_fails_leaves_the_others(
     assert set(records(tmp_path)) == {"fedavg"}
 
 
+@pytest.mark.slow
 def test_objects_of_a_program_are_compared(tmp_path: Path) -> None:
     x = torch.from_numpy(generator(0, "compared").normal(size=(60, 4))).float()
     data = [(part, (part[:, 0] > 0).long()) for part in x.split(20)]

@@ -55,6 +55,7 @@ def records(folder: Path) -> dict[str, dict[str, str]]:
         return {row["method"]: row for row in csv.DictReader(file)}
 
 
+@pytest.mark.slow
 def test_every_row_is_tuned_alike_and_runs_the_same_seeds(ran: Path) -> None:
     done = lines(ran)
     for row in ("fedavg_lora", "fedkrso", "fedsa_lora"):
@@ -227,7 +228,7 @@ def test_the_board_ranks_and_counts_what_reached_the_target(tmp_path: Path) -> N
     assert never.cells[0][made.header.index("MB up to it")] == "-"
 
 
-@pytest.mark.slow  # and each study checks itself before its first run
+@pytest.mark.long  # and each study checks itself before its first run
 @pytest.mark.parametrize("path", sorted(STUDIES.glob("*.yaml")), ids=lambda path: path.stem)
 def test_every_study_compares_its_rows_alike(path: Path) -> None:
     check_same(Study.read(path))

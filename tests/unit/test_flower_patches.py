@@ -322,6 +322,7 @@ def test_every_message_wakes_who_starts_a_process_for_it(
     assert pushed == ["one", "two"]
 
 
+@pytest.mark.slow
 def test_an_app_is_installed_once_for_all_processes(tmp_path: Path) -> None:
     """Of one message and the next, which are others: the first is forked from this one."""
     words = """
@@ -350,6 +351,7 @@ installed(b"one", name=2)
     assert more == [f"two 1 {parent}", f"one 1 {parent}", f"one 2 {parent}"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("how", "status", "said"),
     [
@@ -375,6 +377,7 @@ def test_a_process_ends_at_once_with_its_status(how: str, status: int, said: str
     assert bool(done.stderr) == bool(said)
 
 
+@pytest.mark.slow
 def test_it_imports_nothing_of_this_project() -> None:
     """An app brings its own copy, which a module that is loaded would hide."""
     words = "import runpy, sys; runpy.run_path(sys.argv[1]); print(*sys.modules)"
@@ -383,6 +386,7 @@ def test_it_imports_nothing_of_this_project() -> None:
     assert not [name for name in loaded if name.partition(".")[0] in {"fedraclora", "flwr"}]
 
 
+@pytest.mark.slow
 def test_a_process_for_each_command_line_is_forked_until_nobody_asks(tmp_path: Path) -> None:
     """Flower is stood in for: each process is told its words, and is another."""
     stand_in = tmp_path / "flwr" / "supernode" / "cli"

@@ -28,6 +28,7 @@ def left(home: Path) -> set[str]:
     return {path.name for path in home.iterdir()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sign", [signal.SIGKILL, signal.SIGHUP])
 def test_what_a_killed_process_left_is_removed_by_the_next(sign: int, tmp_path: Path) -> None:
     with subprocess.Popen(

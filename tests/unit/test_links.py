@@ -86,6 +86,7 @@ def test_nothing_is_written_through_a_link_out_of_a_run_folder(
     assert command("report", str(run), "--out", str(tmp_path / "there.html")) == 0
 
 
+@pytest.mark.slow
 def test_links_within_a_run_folder_and_to_it_are_no_harm(whole: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     shutil.copytree(whole, run)

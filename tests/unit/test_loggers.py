@@ -99,7 +99,7 @@ def mlflow_server(place: Path) -> Iterator[str]:
         log.close()
 
 
-@pytest.fixture(params=["file", pytest.param("server", marks=pytest.mark.slow)])
+@pytest.fixture(params=["file", pytest.param("server", marks=pytest.mark.long)])
 def tracking(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
     """Where MLflow keeps runs: a database that it opens itself, or one behind its server."""
     pytest.importorskip("mlflow")
@@ -112,6 +112,7 @@ def tracking(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
         yield address
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of SQLAlchemy, about MLflow
 def test_mlflow_reads_the_rounds_back(
     tracking: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -150,6 +151,7 @@ def wandb_records(file: Path) -> Iterator[bytes]:
             parts = b""
 
 
+@pytest.mark.slow
 def test_wandb_reads_the_rounds_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("wandb")
     from wandb.proto.wandb_internal_pb2 import Record
@@ -171,7 +173,7 @@ def test_wandb_reads_the_rounds_back(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert found == pytest.approx(series(done))
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_trackio_reads_the_rounds_back(tmp_path: Path) -> None:
     pytest.importorskip("trackio")
     code = (

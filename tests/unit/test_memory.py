@@ -263,6 +263,7 @@ WORLDS: dict[str, Callable[[], World]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.short(
     when=lambda name: name not in {"transformer-adamw", "transformer-mixed"}
 )  # each is there beside the other
@@ -451,6 +452,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="of glibc alone")
 @pytest.mark.parametrize("said", [{}, {"MALLOC_TRIM_THRESHOLD_": "0"}])
 def test_freed_memory_is_kept_unless_the_environment_says_how(said: dict[str, str]) -> None:

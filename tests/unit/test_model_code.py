@@ -106,6 +106,7 @@ def run_folder(theirs: Path, tmp_path: Path) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_no_command_runs_code_of_a_models_folder(
     theirs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -131,6 +131,7 @@ def test_trained_and_measured_cost_what_gaussians_together_do() -> None:
     assert epsilon(1.5, 1.0, 0, DELTA, (0.0, 1.0, 1)) == math.inf
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("who", ["all", "round"])
 def test_a_row_has_noisy_means_alone_and_the_account_of_all_releases(who: str) -> None:
     data = [*moons(), tuple(side[:1] for side in moons()[0])]  # one holds nothing out
@@ -151,6 +152,7 @@ def test_a_row_has_noisy_means_alone_and_the_account_of_all_releases(who: str) -
     assert not len(run.clients)
 
 
+@pytest.mark.slow
 def test_a_measurement_that_no_coin_chose_anybody_for_is_noise_and_is_paid_for(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -186,6 +188,7 @@ def test_a_target_is_spent_on_both() -> None:
         private("evaluate.clients=all", *words, "privacy.measure_noise=0.1", clients_per_round=6)
 
 
+@pytest.mark.slow
 def test_a_run_that_goes_on_draws_the_same_noise_and_keeps_the_account(tmp_path: Path) -> None:
     words = ("evaluate.clients=round", "evaluate.clients_every=3", "output.plots=false")
     private(*words, rounds=1, folder=tmp_path / "run")  # measured after 0 and 1

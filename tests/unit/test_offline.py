@@ -17,6 +17,7 @@ print(telemetry.FLWR_TELEMETRY_ENABLED, int(usage_lib.usage_stats_enabled()))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("value", "said"), [(None, "0 0"), ("1", "1 1")])
 def test_reports_are_off_unless_asked_for(value: str | None, said: str) -> None:
     environment = {k: v for k, v in os.environ.items() if k not in REPORTS}

@@ -238,7 +238,7 @@ def values(run: Any, column: str) -> list[float]:
 
 
 @pytest.mark.parametrize(
-    "engine", ["inline", pytest.param("ray", marks=pytest.mark.slow), "vectorized"]
+    "engine", ["inline", pytest.param("ray", marks=pytest.mark.long), "vectorized"]
 )
 def test_objects_and_names_of_losses_and_metrics_give_equal_bits(engine: str, mine: str) -> None:
     area = AUROC(task="multiclass", num_classes=2)

@@ -162,6 +162,7 @@ def test_what_is_right_in_another_form_has_the_same_bits() -> None:
 # ---- Layers that are named by numbers -----------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ranks", [{2: 1, "*": 2}, {"2": 1, "*": 2}])
 def test_ranks_by_layer_take_names_that_are_numbers(ranks: Any, tmp_path: Path) -> None:
     wanted = run({"name": "fed_rac_lora", "rank": {"2.weight": 1, "*": 2}})

@@ -204,6 +204,7 @@ def test_perfect_probabilities_are_not_read_as_scores() -> None:
     assert bool((F.logsigmoid(output).exp() > 0.5).all())
 
 
+@pytest.mark.slow
 def test_nothing_imports_torchmetrics_before_a_metric_of_it_is_used() -> None:
     code = "import sys, fedraclora.evaluation.evaluate; sys.exit('torchmetrics' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

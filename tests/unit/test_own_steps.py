@@ -61,7 +61,7 @@ def test_a_step_that_logs_the_cosine_between_updates_is_one_class() -> None:
     assert list(found.rows[1]) == [*list(plain.rows[1])[:-4], "cosine", *list(plain.rows[1])[-4:]]
 
 
-@pytest.mark.parametrize("engine", ["inline", pytest.param("ray", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("engine", ["inline", pytest.param("ray", marks=pytest.mark.long)])
 def test_its_column_is_the_same_in_every_engine(engine: str) -> None:
     chunked = {"name": engine, "workers": 2, "chunk": 3} if engine == "ray" else engine
     assert cosines(run(steps=[Cosine()], engine=chunked)) == pytest.approx(
@@ -140,6 +140,7 @@ class Raises(Cosine):
         return super().columns(exchange, got)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("hook", ["treat", "columns"])
 def test_a_step_that_raises_is_named_and_nothing_is_lost(hook: str, tmp_path: Path) -> None:
     wanted, raising = run(steps=[Cosine()]), Raises(hook)
@@ -158,6 +159,7 @@ def test_a_step_that_raises_is_named_and_nothing_is_lost(hook: str, tmp_path: Pa
     assert wanted.summary["rounds"] == 3
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_with_the_same_steps_and_no_others(tmp_path: Path) -> None:
     wanted, folder = run(steps=[Cosine()]), tmp_path / "run"
 

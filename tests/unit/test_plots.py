@@ -377,6 +377,7 @@ def test_a_dollar_in_a_name_begins_no_formula(tmp_path: Path) -> None:
     assert (tmp_path / "c.png").is_file()
 
 
+@pytest.mark.slow
 def test_no_figure_goes_through_pyplot(tmp_path: Path) -> None:
     code = (
         "import sys, pathlib\n"

@@ -47,6 +47,7 @@ def test_all_clients_every_round_is_the_plain_gaussian() -> None:
     assert epsilon(2.0, 1.0, 5, DELTA) == pytest.approx(accountant.get_epsilon(DELTA), rel=1e-12)
 
 
+@pytest.mark.slow
 def test_a_target_is_spent_and_not_overspent() -> None:
     config = ClientLevel(target_epsilon=3.0, noise_multiplier=None)
     mechanism = config.settle(1000, 100, 10)

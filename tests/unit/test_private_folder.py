@@ -47,6 +47,7 @@ def modes(folder: Path) -> dict[str, set[int]]:
     return {name: {stat.S_IMODE(p.stat().st_mode) for p in part} for name, part in parts.items()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("_umask", "made"), [(0o022, True), *((mask, False) for mask in UMASKS)], indirect=["_umask"]
 )
@@ -75,6 +76,7 @@ def test_a_key_opens_a_folder_as_far_as_the_umask_does(_umask: int, tmp_path: Pa
     assert modes(tmp_path / "a") == {"folders": {0o777 & ~_umask}, "files": {0o666 & ~_umask}}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("_umask", [0o022], indirect=True)
 def test_a_run_that_goes_on_leaves_its_folder_as_open_as_it_was(
     _umask: int, tmp_path: Path

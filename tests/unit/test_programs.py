@@ -14,6 +14,8 @@ import pytest
 from fedraclora.engines import programs
 from fedraclora.engines.programs import Program, end_all
 
+pytestmark = pytest.mark.long
+
 PARENT = """
 import subprocess, sys, time
 child = subprocess.Popen([sys.executable, "-S", {child!r}])

@@ -24,6 +24,8 @@ from fedraclora.engines.ray.pool import WorkerPool, WorkerSlot
 from fedraclora.engines.ray.pulse import greet, places_of
 from fedraclora.errors import ConfigError, EngineError
 
+pytestmark = pytest.mark.long
+
 # Workers cannot import a test module.
 cloudpickle.register_pickle_by_value(sys.modules[__name__])
 

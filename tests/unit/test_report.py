@@ -235,7 +235,7 @@ def browser() -> Iterator[Any]:
         opened.close()
 
 
-@pytest.mark.short(when=lambda width, scheme: (width == 390) == (scheme == "light"))
+@pytest.mark.long
 @pytest.mark.parametrize("width", [390, 1280])
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_a_browser_shows_text_and_curves(

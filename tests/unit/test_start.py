@@ -71,6 +71,7 @@ def plain_run(folder: Path | None, start: Path | None = None, **keys: Any):
     )
 
 
+@pytest.mark.slow
 def test_a_run_that_began_elsewhere_goes_on_without_that_folder_and_bit_for_bit(tmp_path):
     plain_run(tmp_path / "first")
     whole = plain_run(tmp_path / "whole", tmp_path / "first", rounds=4)

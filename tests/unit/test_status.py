@@ -117,6 +117,7 @@ cli.main(["simulate"])
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])
 def test_an_interrupt_while_libraries_are_loaded_is_one_word(name: str) -> None:
     root = Path(__file__).resolve().parents[2]

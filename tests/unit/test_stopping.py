@@ -147,6 +147,7 @@ def test_a_run_that_is_not_stopped_says_so(tmp_path: Path) -> None:
     assert "best" not in run(tmp_path / "none", "rounds=2", "stop.patience=null")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cut", [2, -1])
 def test_a_resumed_run_stops_where_it_would_have_stopped(cut: int, tmp_path: Path) -> None:
     """Cut in the middle, and between the last round and the summary."""

@@ -549,7 +549,7 @@ def test_every_row_is_checked_before_the_first_run(
     assert not (tmp_path / "out" / "runs.jsonl").exists()
 
 
-@pytest.mark.parametrize("workers", [1, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("workers", [1, pytest.param(2, marks=pytest.mark.long)])
 def test_a_row_that_fails_is_told_and_the_others_are_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, workers: int
 ) -> None:

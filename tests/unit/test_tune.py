@@ -149,6 +149,7 @@ def twice(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Any], Tu
     return folder, known, tuned(folder, "tune.runs=4", sizes)
 
 
+@pytest.mark.slow
 def test_it_goes_on_with_the_same_command(
     twice: tuple[Path, list[Any], Tuned], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -170,6 +171,7 @@ def test_it_goes_on_with_the_same_command(
         tuned(folder, "tune.rank=[3]")
 
 
+@pytest.mark.slow
 def test_the_frontier_is_that_of_what_was_measured(twice: tuple[Path, list[Any], Tuned]) -> None:
     folder, _, tuning = twice
     curves = [t.user_attrs["curve"] for t in ended(folder) if t.user_attrs["ended"] != "diverged"]
@@ -192,6 +194,7 @@ def test_what_is_found_runs_by_its_name_alone(twice: tuple[Path, list[Any], Tune
     assert run.summary["rounds"] == one["rounds"]
 
 
+@pytest.mark.slow
 def test_no_test_sample_is_looked_at_before_the_end(tmp_path: Path) -> None:
     """With other test samples every trial and the frontier are the same, and the test is not."""
     draw = torch.Generator().manual_seed(0)
@@ -222,7 +225,7 @@ def test_no_test_sample_is_looked_at_before_the_end(tmp_path: Path) -> None:
     assert again.summary["metrics"]["accuracy"] == one.test[1.0][0]  # type: ignore[index]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_two_processes_share_the_work(tmp_path: Path) -> None:
     words = ["tune", *TASK, *SMALL, f"output.dir={tmp_path}", "tune.runs=6", "output.progress=true"]
     call = [sys.executable, "-m", "fedraclora.commands.cli", *words]
@@ -235,7 +238,7 @@ def test_two_processes_share_the_work(tmp_path: Path) -> None:
     assert any("test accuracy" in text for text in told)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_run_that_was_killed_is_tried_again(tmp_path: Path) -> None:
     slow = "rounds=100000"
     words = ["tune", *TASK, *SMALL, slow, f"output.dir={tmp_path}", "tune.runs=1"]
@@ -417,7 +420,7 @@ def test_a_run_whose_process_is_dead_is_tried_again(feeding: Feeding, tmp_path: 
     assert study.trials[2].params == cut.params
 
 
-@pytest.mark.slow  # it draws until two fit
+@pytest.mark.long  # it draws until two fit
 def test_what_cannot_be_run_is_left_out_and_told_once(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -528,6 +531,7 @@ def test_without_optuna_it_says_what_to_install(
         tuned(tmp_path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("said", [(), ("local.lr=auto",)])
 def test_the_rate_is_tuned_around_that_of_the_rule_for_each_run(
     said: tuple[str, ...], tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -557,6 +561,7 @@ def test_the_rate_of_a_preset_is_moved_to_the_rank_of_a_run(tmp_path: Path) -> N
     assert ruled.around(clipped) == ruled.around(at[4])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("words", "why"), [(["tune.method=[fedavg]"], "fedavg: "), (["local=momentum"], "momentum")]
 )

@@ -37,6 +37,7 @@ def diverging(monkeypatch: pytest.MonkeyPatch, *seeds: int) -> Iterator[None]:
         yield
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seeds", [(1,), (0, 2), (0, 1, 2)])
 def test_a_test_seed_that_diverges_is_named_beside_the_others(
     seeds: tuple[int, ...],
@@ -57,6 +58,7 @@ def test_a_test_seed_that_diverges_is_named_beside_the_others(
     assert ("experiment=at_" in printed) == (found.test.keys() == set())  # none is offered
 
 
+@pytest.mark.slow
 def test_a_preset_that_did_not_diverge_is_the_one_that_is_offered(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -70,6 +72,7 @@ def test_a_preset_that_did_not_diverge_is_the_one_that_is_offered(
     assert "at_1MB" in result.how_to_run(tmp_path, {0.5: {}, 1.0: {}}, {})
 
 
+@pytest.mark.slow
 def test_an_interrupted_test_still_says_how_to_run_what_was_found(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -98,6 +101,7 @@ def limited(pages: int) -> Iterator[None]:
         event.remove(Engine, "connect", limit)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("runs", [0, 2])
 def test_a_full_disk_says_what_is_kept_and_how_to_go_on(runs: int, tmp_path: Path) -> None:
     """It is full before the first run, or after some."""

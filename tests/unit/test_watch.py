@@ -68,6 +68,7 @@ def test_of_a_finished_run_all_is_told(run: fedraclora.RunResult, page: PageServ
     assert "accuracy of the clients" in figures
 
 
+@pytest.mark.slow
 def test_a_run_is_followed_while_it_runs(tmp_path: Path) -> None:
     folder, seen = tmp_path / "run", list[dict[str, Any]]()
     with serving(folder, 0) as server:
@@ -282,6 +283,7 @@ def test_a_port_that_is_taken_is_named(page: PageServer, run: fedraclora.RunResu
         PageServer(run.folder or Path(), page.port)
 
 
+@pytest.mark.slow
 def test_a_command_serves_the_page_while_it_runs(tmp_path: Path, capsys: Any) -> None:
     with asked(["rounds=3", "watch=true"]) as rest:
         assert rest == ["rounds=3"]
@@ -298,6 +300,7 @@ def test_a_command_serves_the_page_while_it_runs(tmp_path: Path, capsys: Any) ->
         pass
 
 
+@pytest.mark.slow
 def test_a_page_that_is_looked_at_is_told_the_end(tmp_path: Path) -> None:
     """The command goes on serving for a moment, until the page has asked once more."""
     states, over = list[str](), threading.Event()
@@ -329,6 +332,7 @@ def browser() -> Iterator[Any]:
         opened.close()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("width", [390, 1280])
 def test_a_browser_follows_a_run_from_its_start_to_its_end(
     width: int, browser: Any, tmp_path: Path
