@@ -23,6 +23,7 @@ from flwr.app import Context
 from fedraclora.errors import ClientError, ConfigError, WireError
 
 RUNS = 4  # runs whose weights a cache keeps
+NAME = 32  # characters of a run's name (`fedraclora.run.folder.run_id`)
 CACHE = "fedraclora-cache"  # subfolder of the folder that the node's configuration names
 MARKER = ".made-by-fedraclora"
 SPAN = re.compile(r"(\d{1,18})(?:-(\d{1,18}))?", re.ASCII)  # of a node's clients
@@ -83,6 +84,9 @@ def folder_of(context: Context, run: str, client: int) -> Path:
 def make_room(folder: Path) -> None:
     """Create the folder of a run, and remove the oldest folders if there are too many.
 
+    A run and its probe runs, whose names begin with its own, count as one; when it trains itself,
+    those of its probe runs go.
+
     Raises:
         ClientError: If it cannot be created.
         ConfigError: If it, or its cache, belongs to another user.
@@ -90,9 +94,16 @@ def make_room(folder: Path) -> None:
     claim(folder.parent)
     claim(folder)
     folder.touch()
-    made = [p for p in folder.parent.iterdir() if is_claimed(p) and not p.is_symlink()]
-    for old in sorted(made, key=lambda path: path.stat().st_mtime)[:-RUNS]:
-        shutil.rmtree(old, ignore_errors=True)
+    runs: dict[str, list[Path]] = {}
+    for path in folder.parent.iterdir():
+        if is_claimed(path) and not path.is_symlink():
+            runs.setdefault(path.name[:NAME], []).append(path)
+    newest = {name: max(path.stat().st_mtime for path in of) for name, of in runs.items()}
+    old = [path for name in sorted(newest, key=newest.__getitem__)[:-RUNS] for path in runs[name]]
+    if len(folder.name) == NAME:
+        old += [path for path in runs.get(folder.name, ()) if path != folder]
+    for path in old:
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def claim(folder: Path) -> None:

@@ -129,6 +129,8 @@ class Worker:
             WireError: If a run with secure aggregation is asked for more than sums, or the other
                 way round.
         """
+        if (rate := ask.request.lr) is not None and self.trainer.local.lr != rate:
+            self.trainer.local = replace(self.trainer.local, lr=rate)
         stage = ask.stage
         if (stage is None) != (self.terms is None):
             raise WireError(

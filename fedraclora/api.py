@@ -25,7 +25,6 @@ from fedraclora.run.callback import Callback
 from fedraclora.run.folder import has_begun
 from fedraclora.strategies.builder import RunBuilder
 from fedraclora.strategies.methods import METHODS
-from fedraclora.strategies.rate import resolved_rate
 from fedraclora.strategies.result import RunResult
 from fedraclora.strategies.runner import finished
 from fedraclora.strategies.server.callbacks import each_of, own_callbacks
@@ -175,7 +174,7 @@ def simulate(
                 f"{', '.join(idle)}: a run in memory writes nothing. Give folder=... too, or "
                 "leave it out."
             )
-        plain = resolved_rate(resolved_start(resolved(plain)), print)
+        plain = resolved_start(resolved(plain))
         return run_shown(RunBuilder(from_plain(plain, METHODS), callbacks=watching, steps=given))
     asked = {**plain, "output": {**output, "dir": str(place)}, "resume": "auto" if resume else None}
     with usable(place):

@@ -17,7 +17,6 @@ from fedraclora.run.ledger import reached_round
 from fedraclora.run.trusted import read_trusted
 from fedraclora.strategies.builder import RunBuilder
 from fedraclora.strategies.methods import METHODS
-from fedraclora.strategies.rate import resolved_rate
 from fedraclora.strategies.result import RunResult
 from fedraclora.strategies.runner import execute, finished
 from fedraclora.strategies.start import resolved_start
@@ -52,7 +51,7 @@ def choose(
     if resume not in {None, "auto"}:
         folder = user_path("resume", resume)
         return go_on(folder, read_trusted(folder, plain), plain, typed), folder, True
-    plain = resolved_rate(resolved_start(resolved(plain)), print)
+    plain = resolved_start(resolved(plain))
     folder = run_folder(section(plain, "output"), sweep_job)
     if resume == "auto" and (folder / "config.yaml").is_file():
         return go_on(folder, read_trusted(folder, plain), plain, None), folder, True

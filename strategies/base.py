@@ -49,6 +49,7 @@ class FedStrategy:
 
     Attributes:
         divisible: Whether a round can be closed again without a client, if the steps allow it.
+        rate_scale: Gives the factor of the step sizes in a round, of so many rounds.
     """
 
     divisible = True
@@ -67,6 +68,7 @@ class FedStrategy:
         self.method, self.state, self.local, self.loop = run.method, state, run.local, run.loop
         self.devices, self.sizes, self.examples = run.devices, run.sizes, run.examples
         self.draw = run.draw
+        self.rate_scale: Callable[[int, int], float] = run.local.rate_scale
         self.replica, self.recorder, self.callbacks = replica, recorder, Callbacks(callbacks)
         self.measuring = run.measuring
         self.parameters = {} if model is None else dict(model.named_parameters())
@@ -99,9 +101,12 @@ class FedStrategy:
                     if self.callbacks.ends(self.recorder.ledger.rows):
                         break
                     self._attempt(grid, round_)
-            except Exception:
+            except Exception as error:
                 # A checkpoint ahead of the ledger, whose row failed, could not be resumed.
-                if number(self.recorder.ledger.rows[-1], "round") == self.done:
+                whole = number(self.recorder.ledger.rows[-1], "round") == self.done
+                # One of weights that were spoilt before they diverged would be of no use.
+                spoilt = isinstance(error, DivergenceError) and self.recorder.is_spoilt(self.done)
+                if whole and not spoilt:
                     self.recorder.save(self.state, self.done, self.catch_up)
                 raise
         self.recorder.save(self.state, self.done, self.catch_up)
@@ -290,7 +295,7 @@ class FedStrategy:
         trains = measuring.asked.personal
         sent = self.steps.send(sent, self.state) if trains else for_measuring(sent)
         sent, version = self.rounding.sent(sent, round_), self.catch_up.version
-        rate_scale = self.local.rate_scale(min(round_, loop.rounds), loop.rounds)
+        rate_scale = self.rate_scale(min(round_, loop.rounds), loop.rounds)
         measurement = Measurement(measuring, sent, asked, round_, version, loop, rate_scale)
         self.steps.measure(send, measurement)
         part = Cost()
@@ -327,7 +332,7 @@ class FedStrategy:
         self, sent: RoundInstructions, round_: int, counted: Cohort, asked: Cohort, **more: Any
     ) -> Exchange:
         """Build an exchange of this run; ``more`` are attributes of it."""
-        version, rate_scale = self.catch_up.version, self.local.rate_scale(round_, self.loop.rounds)
+        version, rate_scale = self.catch_up.version, self.rate_scale(round_, self.loop.rounds)
         more |= {"rate_scale": rate_scale, "base": self.state.base}
         exchange = Exchange(sent, round_, version, counted, asked, self.loop, **more)
         exchange.ask()

@@ -11,7 +11,7 @@ import torch
 from typing_extensions import override
 
 from fedraclora.binding import OWN_GROUPS, object_of, section
-from fedraclora.clients.engines import engine_of
+from fedraclora.clients.engines import engine_of, in_process
 from fedraclora.config.build import BuiltTask, answering_of, build_task, measured_samples
 from fedraclora.config.builder import TaskBuilder
 from fedraclora.config.run_config import RunConfig
@@ -36,6 +36,7 @@ from fedraclora.protocol.method import (
 from fedraclora.protocol.plan import TrainedPart, trained_of
 from fedraclora.protocol.uplinks import SUM_BLOCK
 from fedraclora.run.callback import Callback
+from fedraclora.run.found_rate import FoundRate
 from fedraclora.run.initial import source_of
 from fedraclora.run.ledger import BY_CLIENTS
 from fedraclora.run.recorder import RunRecorder, resolved_setting
@@ -71,6 +72,11 @@ class RunBuilder(TaskBuilder, RoundsBuilder):  # type: ignore[override]
         steps: The program's own round steps, which the config names.
         engine: Where clients run; None: as in the config.
         pretrain: Whether to pretrain the model if the config says so.
+        probing: Makes the engine of probe rounds, by a name of one to two digits.
+
+    Attributes:
+        probed: Names of probe runs so far.
+        found: The learning rate of ``local.lr=auto``; None if it is a number or not found yet.
     """
 
     config: RunConfig
@@ -85,10 +91,13 @@ class RunBuilder(TaskBuilder, RoundsBuilder):  # type: ignore[override]
         steps: Sequence[RoundStep] = (),
         engine: Engine | None = None,
         pretrain: bool = True,
+        probing: Callable[[str], Engine] = lambda _: in_process(),
     ) -> None:
         TaskBuilder.__init__(self, config, pretrain=pretrain)
         self.folder, self.resume, self.alone = folder, resume, folder is not None
-        self.watching, self._given = tuple(callbacks), steps
+        self.watching, self.given_steps = tuple(callbacks), steps
+        self.found: FoundRate | None = None
+        self.probing, self.probed = probing, list[str]()
         if engine is not None:
             self.engine = engine
 
@@ -101,7 +110,7 @@ class RunBuilder(TaskBuilder, RoundsBuilder):  # type: ignore[override]
     @cached_property
     def own_steps(self) -> list[RoundStep]:
         """Return the user's round steps, in order."""
-        return steps_of(self.config.steps, self._given)
+        return steps_of(self.config.steps, self.given_steps)
 
     @cached_property
     @override
@@ -210,7 +219,9 @@ class RunBuilder(TaskBuilder, RoundsBuilder):  # type: ignore[override]
         """Return the settings of the round loop."""
         # Remote hosts are asked for each client separately, so that clients fail separately.
         chunk = 1 if self.engine.elsewhere else self.chunk.chunk
-        return loop_of(self.config, self.built, chunk, self.trainer.dtype)
+        loop = loop_of(self.config, self.built, chunk, self.trainer.dtype)
+        told = self.engine.elsewhere and self.found is not None
+        return replace(loop, lr=self.config.local.step_size) if told else loop
 
     @cached_property
     @override
@@ -227,7 +238,8 @@ class RunBuilder(TaskBuilder, RoundsBuilder):  # type: ignore[override]
             sync=config.output.sync,
             chain=config.output.chain,
             store=self.store,
-            free=("device", *config.free_keys),  # the device is in `resolved`
+            # The device is in `resolved`, and a run that diverged is resumed at another rate.
+            free=("device", "local.lr", *config.free_keys),
             source=None  # weights that no other run uses
             if config.pretrain.epochs or config.init_from is not None
             else source_of(config.model.group, task.head, self.initial_weights),

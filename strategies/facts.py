@@ -80,6 +80,7 @@ def learning_facts(run: RunBuilder) -> Facts:
         "clients_could_measure": not task.train.opaque,
         "optimizer": optimizer_facts(config),
         "trained": asdict(run.trained),
+        "found_rate": None if run.found is None else run.found.told,
     }
 
 

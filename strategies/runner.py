@@ -18,6 +18,7 @@ from fedraclora.config.build import BuiltTask
 from fedraclora.config.builder import TaskBuilder
 from fedraclora.config.run_config import RunConfig
 from fedraclora.data.partition import spread_clients
+from fedraclora.errors import DivergenceError
 from fedraclora.evaluation.metrics import lower_of
 from fedraclora.loggers import logging_to
 from fedraclora.run.callback import Begin, Callback
@@ -31,17 +32,21 @@ from fedraclora.run.folder import (
     new_folder,
     read_config,
     read_summary,
+    resume_word,
     write_summary,
 )
+from fedraclora.run.found_rate import FoundRate
 from fedraclora.run.ledger import known_mean, reached_round, read_ledger, round_seconds
 from fedraclora.run.log import logged
-from fedraclora.run.recorder import read_clients, together
+from fedraclora.run.recorder import checkpoint_meta, read_clients, together
 from fedraclora.run.stopped import forget_stop, note_stop
 from fedraclora.strategies.builder import RunBuilder
 from fedraclora.strategies.facts import facts_of, learning_facts, mean_floats
+from fedraclora.strategies.rate_search import STEP, find_rate
 from fedraclora.strategies.result import RunResult
 from fedraclora.strategies.server.callbacks import Stopping
 from fedraclora.strategies.weights import load_weights
+from fedraclora.training.localconfig import AUTO
 from fedraclora.tree import digest
 
 log = logging.getLogger(__name__)
@@ -111,13 +116,14 @@ def execute(run: RunBuilder, *watching: Callback) -> RunResult:
             check_data(folder, config.data.group)
             reached = reached_round(folder)
             run.resume = has_checkpoint(folder, int(str(stored["checkpoint_every"])))
+        config = run.config = with_rate(run)
         run.ready()
         stack.callback(run.close)
         if folder is not None:
             if resume:
-                run.recorder.incidents += amend(folder, plain)
+                run.recorder.incidents += amend(folder, config.plain)
             else:
-                begin_folder(folder, plain)
+                begin_folder(folder, config.plain, run.found)
         if (done := run.strategy.done) < reached:
             again = f"resumed after round {done}: rounds {done + 1} to {reached} were run again"
             run.recorder.incidents.append(f"the run {again}")
@@ -137,6 +143,21 @@ def execute(run: RunBuilder, *watching: Callback) -> RunResult:
     return RunResult(summary, rows, folder, config, run.weights, run, lambda: columns)
 
 
+def with_rate(run: RunBuilder) -> RunConfig:
+    """Return the config of a run with a number for ``local.lr=auto``.
+
+    Of a run that goes on it is the one in its folder.
+    """
+    if run.config.local.lr != AUTO:
+        return run.config
+    if run.folder is not None and run.resume:
+        kept = section(read_config(run.folder), "local")["lr"]
+        run.found = FoundRate(float(str(kept)), "kept")
+    else:
+        run.found = find_rate(run)
+    return run.config.at_rate(run.found.rate)
+
+
 @contextmanager
 def stopping_noted(run: RunBuilder, folder: Path | None) -> Iterator[None]:
     """Report to callbacks that a run stopped before its end, if it does.
@@ -153,11 +174,27 @@ def stopping_noted(run: RunBuilder, folder: Path | None) -> Iterator[None]:
             raise
         try:
             note_stop(folder, run.strategy.done, error)
+            if isinstance(error, DivergenceError) and not run.config.local.is_own:
+                error.add_note(way_on(run, folder))
             if run.config.output.plots:
                 draw(run, folder)
         except Exception as second:  # must not hide the first error
             log.warning("cannot write in %s why the run stopped: %r", folder, second)
         raise
+
+
+def way_on(run: RunBuilder, folder: Path) -> str:
+    """Say how a run that diverged can go on from its last good round."""
+    rate = float(f"{run.config.local.step_size / STEP:.2g}")
+    kept = checkpoint_meta(folder).get("round")
+    good = kept is not None and not run.recorder.is_spoilt(int(str(kept)))
+    if not good:
+        return f"Training diverged from the start. Run it anew with local.lr={rate:g}"
+    command = "deploy" if run.engine.elsewhere else "simulate"
+    return (
+        f"Training diverged in round {run.strategy.done + 1}. Resume from round {kept} with a "
+        f"lower rate: fedraclora {command} {resume_word(folder)} local.lr={rate:g}"
+    )
 
 
 def summarize(run: RunBuilder, seconds: float) -> dict[str, object]:

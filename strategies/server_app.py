@@ -45,15 +45,21 @@ def main(grid: FlowerGrid, context: Context) -> None:
     folder, ended = Path(str(config.output.dir)).expanduser(), watch()
     known, shared = not config.pretrain.epochs, config.output.shared
     settings = settings_of(config)
-    engine = on_hosts(grid, settings, folder, known=known, shared=shared, ended=ended)
-    run = RunBuilder(config, folder, resume=resume, engine=engine, callbacks=[EventRecord()])
-    execute(run)
+
+    def engine(name: str = "") -> Engine:
+        return on_hosts(grid, settings, folder, name, known=known, shared=shared, ended=ended)
+
+    told = [EventRecord()]
+    execute(
+        RunBuilder(config, folder, resume=resume, engine=engine(), callbacks=told, probing=engine)
+    )
 
 
 def on_hosts(
     flower: FlowerGrid,
     settings: DeployConfig,
     folder: Path,
+    probe: str = "",
     *,
     known: bool,
     shared: bool,
@@ -65,6 +71,7 @@ def on_hosts(
         flower: Flower's own grid.
         settings: How long to wait, and how many clients are enough.
         folder: The run folder, whose name identifies the run for clients.
+        probe: What is added to that name for probe rounds.
         known: Whether clients can build the initial weights themselves.
         shared: Whether other users may access the folder.
         ended: Tells whether the runtime has ended.
@@ -73,7 +80,7 @@ def on_hosts(
 
     def make_grid(*_: object) -> Grid:
         flower_patches.patch(flower_patches.SERVER)
-        name = run_id(folder, shared=shared)
+        name = run_id(folder, shared=shared) + probe
         return DeployGrid(flower, history, name, settings, known=known, ended=ended)
 
     return Engine(history, make_grid, history.recall, elsewhere=True)

@@ -22,9 +22,13 @@ from fedraclora.run.folder import (
 )
 from fedraclora.run.ledger import reached_round
 from fedraclora.run.recorder import checkpoint_meta, resolved_setting
+from fedraclora.run.stopped import divergence
 from fedraclora.strategies.methods import METHODS
+from fedraclora.training.localconfig import AUTO
 from fedraclora.trust import names_in, trust_word
 from fedraclora.weights.files import config_difference, flatten
+
+RATE = "local.lr"
 
 
 def go_on(
@@ -57,6 +61,8 @@ def go_on(
             line = f"{key}: {json.dumps(old[key])} -> {json.dumps(new[key])}"
             line += _code_has_changed(old[key], new[key])
         if key.startswith("engine.") or not _meant(key, typed, right):
+            continue
+        if key == RATE and new.get(key) == AUTO:  # the run has found one
             continue
         why = _refusal(folder, key, stored, plain)
         if why is None and key in new:
@@ -181,6 +187,8 @@ def _refusal(folder: Path, key: str, stored: Mapping[str, object], plain: PlainD
     if key.startswith("data.") and key in free_keys(stored):
         known = key.partition(".")[2] in known_data(folder)
         return None if known else " (without a checksum that the data are the same)"
+    if key == RATE and divergence(folder) is not None:
+        return None
     return None if key in free_keys(stored) else ""
 
 

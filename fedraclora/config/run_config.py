@@ -10,7 +10,7 @@ from __future__ import annotations
 import inspect
 import typing
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, is_dataclass
+from dataclasses import dataclass, field, is_dataclass, replace
 from functools import cached_property
 from typing import Annotated, Any
 
@@ -281,6 +281,11 @@ class RunConfig(TaskConfig):
     def title(self) -> str:
         """The run in a line: method, data and division, step size, seed."""
         return run_title(self.plain)
+
+    def at_rate(self, rate: float) -> RunConfig:
+        """Return the config with a number in the place of ``local.lr``, as if it had been typed."""
+        plain = {**self.plain, "local": {**section(self.plain, "local"), "lr": rate}}
+        return replace(self, local=replace(self.local, lr=rate), plain=plain)
 
     @DORA
     def _trains_lengths(self) -> bool:

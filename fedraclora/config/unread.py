@@ -43,7 +43,16 @@ class Rule:
 
 
 # Keys passed to a user's training function, among them the step sizes' scale over rounds.
-READ_BY_OWN = {"train", "parameters", "timeout", "schedule", "warmup", "restart_every", "final"} | {
+READ_BY_OWN = {
+    "lr",
+    "train",
+    "parameters",
+    "timeout",
+    "schedule",
+    "warmup",
+    "restart_every",
+    "final",
+} | {
     "step_every",
     "step_factor",
 }

@@ -19,6 +19,7 @@ import yaml
 from fedraclora.binding import Plain, section
 from fedraclora.errors import CheckpointError, ConfigError
 from fedraclora.run.digests import check_config, data_files, read_sealed, sealed, write_digests
+from fedraclora.run.found_rate import RATES_FILE, FoundRate
 from fedraclora.run.ledger import reached_round, read_ledger, seals
 from fedraclora.run.log import LOG
 from fedraclora.run.recorder import RESUMED_FROM
@@ -33,10 +34,13 @@ from fedraclora.weights.files import (
 
 LEDGER = "ledger_sha256"  # key of the summary: the seal of the ledger's last row
 # Files of a start; the lock is created last, so that no other process begins meanwhile.
-MADE = ("digests.json", "config.yaml", "ledger.jsonl", "chain", "private", "run_id", LOG, ".lock")
+MADE = (
+    *("digests.json", "config.yaml", RATES_FILE, "ledger.jsonl", "chain", "private", "run_id"),
+    *(LOG, ".lock"),
+)
 TRIES, LOOK = 4, 0.02  # to take a lock, which `is_running` holds for a moment; seconds between
 GROUPS = ("method", "data", "local", "engine", "output")  # keys of every config
-SIGNS = (*MADE[:1], *MADE[2:3])  # every run folder has one of these
+SIGNS = (*MADE[:1], *MADE[3:4])  # every run folder has one of these
 # The safe loader, in C if PyYAML has it: ten times faster, and tables read many configs.
 LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 PACKAGES = ("fedraclora", "flwr", "torch", "numpy", "hydra-core")
@@ -155,13 +159,20 @@ def _remove(folder: Path, names: Iterable[str]) -> None:
             path.unlink(missing_ok=True)
 
 
-def begin_folder(folder: Path, plain: Plain) -> None:
+def begin_folder(folder: Path, plain: Plain, found: FoundRate | None = None) -> None:
     """Write a new run's config into its folder, with checksums of it and of the data files.
 
     Files of a killed start are removed.
+
+    Args:
+        folder: The run folder.
+        plain: The config.
+        found: How its learning rate was found, if it was.
     """
     if (folder / "config.yaml").exists():
-        _remove(folder, ("ledger.jsonl", "chain", "private"))
+        _remove(folder, ("ledger.jsonl", "chain", "private", RATES_FILE))
+    if found is not None:
+        found.write(folder)
     _write_config(folder, plain, data_files(section(plain, "data")))
 
 

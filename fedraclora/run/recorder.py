@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import resource
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -20,7 +21,7 @@ from fedraclora.protocol.method import Link, State
 from fedraclora.run.client_state import ClientStore
 from fedraclora.run.digests import check_fixed
 from fedraclora.run.initial import CARRIED, ModelSource, checkpoint_base, is_small
-from fedraclora.run.ledger import Ledger, read_ledger, seals
+from fedraclora.run.ledger import Ledger, number, read_ledger, seals
 from fedraclora.tree import Tree, below, digest
 from fedraclora.weights.chain import CatchUp, link_tensors, plan_meta, read_link
 from fedraclora.weights.files import (
@@ -219,6 +220,11 @@ class RunRecorder:
             chain, round_, tensors | changed, meta, previous=self._link, sync=self.sync
         )
         self._link, self._carried = stored_digest(path), new
+
+    def is_spoilt(self, round_: int) -> bool:
+        """Return whether the training loss of a round was above that of the first round."""
+        losses = {row["round"]: number(row, "train_loss") for row in self.ledger.rows}
+        return round_ > 0 and not losses.get(round_, math.nan) <= losses.get(1, math.nan)
 
     def due(self, round_: int) -> bool:
         """Return whether a checkpoint is due after this round."""

@@ -47,6 +47,8 @@ def opening_lines(facts: Facts, plain: Mapping[str, Any], folder: Path | None) -
     lines += [f"Data: {samples}{_learnt(facts)}.", f"{_each_client(facts)}."]
     if facts["pretrained"]:
         lines.append(f"Before round 1, {_pretrained(facts['pretrained'])}.")
+    if facts.get("found_rate"):
+        lines.append(f"{facts['found_rate'][0].upper()}{facts['found_rate'][1:]}.")
     if folder is not None:
         lines.append(
             f"Results go to {folder}; {LOG} there has details (output.verbose=true shows them)."
@@ -222,6 +224,11 @@ def _measured_by(facts: Facts) -> dict[str, str]:
     return {"measured by": text}
 
 
+def _rate(rate: float | str) -> str:
+    """Write a learning rate; ``auto`` until it is found."""
+    return rate if isinstance(rate, str) else f"{rate:g}"
+
+
 def _optimizer(local: Facts) -> str:
     """Say how clients take their steps, and what the server makes of their mean."""
     at_server = [f"{local['server']} at the server"] if local["server"] != "none" else []
@@ -231,7 +238,7 @@ def _optimizer(local: Facts) -> str:
     steps = local["epochs"] if local["steps"] is None else local["steps"]
     unit = ("epoch" if local["steps"] is None else "step") + ("s" if steps != 1 else "")
     size = f"batches of {local['batch_size']}" if local["batch_size"] else "one batch"
-    parts = [local["name"], f"learning rate {local['lr']:g}"]
+    parts = [local["name"], f"learning rate {_rate(local['lr'])}"]
     parts += [f"{local['full_lr']:g} beside adapters"] if local["full_lr"] is not None else []
     parts += [f"momentum {local['momentum']:g}"] if local["momentum"] else []
     parts += [f"weight decay {local['weight_decay']:g}"] if local["weight_decay"] else []

@@ -28,7 +28,7 @@ PROJECT = logging.getLogger("fedraclora")
 RECENT = 1000  # records of its log
 
 AVERAGED = 20  # rounds, for the time that is left
-FIRST = 6  # lines that a run begins with, notes included
+FIRST = 8  # lines that a run begins with, notes included
 LEAST_BAR = 4  # characters
 TOLD = 5  # incidents of a round; the ledger has all
 QUIET = 30.0  # seconds without news, after which a line says so; then after twice as many each time

@@ -405,7 +405,7 @@ def pretrain(model: nn.Module, train: Samples, loss: str, local: LocalConfig, se
         seed: Of the run; orders the samples.
     """
     cohort = {n: p.detach()[None] for n, p in model.named_parameters()}
-    optimizer = CohortOptimizer(local, cohort, dict.fromkeys(cohort, local.lr))
+    optimizer = CohortOptimizer(local, cohort, dict.fromkeys(cohort, local.step_size))
     for epoch in range(local.epochs):
         order = torch.from_numpy(generator(seed, "pretrain", epoch).permutation(len(train)))
         for rows in order.split(local.batch_size):

@@ -17,6 +17,7 @@ from fedraclora.errors import ConfigError
 from fedraclora.limits import (
     Count,
     Fraction,
+    Limit,
     Limited,
     NotNegative,
     OneOf,
@@ -33,6 +34,14 @@ Extra = TypeVar("Extra", bound=ClientProgram)
 ADAPTIVE_KEYS = Part("adaptive")  # keys that choices without such an optimizer do not list
 MOST_STEPS = 1_000_000  # local steps or epochs of a round, which is laid out in advance
 Laid = Annotated[int, Ge(0), Le(MOST_STEPS)]
+AUTO = "auto"
+Rate = Annotated[
+    float | str,
+    Limit(
+        "auto, or a number above 0,",
+        lambda r: r == AUTO or (not isinstance(r, str) and 0 < r < math.inf),
+    ),
+]
 
 
 @dataclass(frozen=True)
@@ -47,7 +56,8 @@ class LocalConfig(Limited, group="local"):
             ``run`` (`moments`); or ``rows``: the server averages second moments of rows
             (`optimizer`).
         optimizer_state_kept: Share of them that is kept after a merge; for ``merge`` only.
-        lr: Step size of the tensors that the method trains; auto: by a rule (docs/local.md).
+        lr: Step size of the tensors that the method trains; auto: found by a few rounds at several
+            rates (docs/local.md).
         full_lr: Step size of head and biases trained in full beside it; None = ``lr``.
         epochs: Local epochs, if ``steps`` is None.
         steps: Local steps, or None.
@@ -76,7 +86,7 @@ class LocalConfig(Limited, group="local"):
     optimizer: Annotated[str, OneOf(OPTIMIZERS)] = "sgd"
     optimizer_state: Annotated[str, OneOf(("round", "merge", "run", "rows"))] = "round"
     optimizer_state_kept: Share = 0.0
-    lr: Positive = 0.5
+    lr: Rate = AUTO
     full_lr: Positive | None = None
     epochs: Laid = 1
     steps: Laid | None = None
@@ -322,7 +332,12 @@ class LocalConfig(Limited, group="local"):
 
     def rate(self, main: bool, rate_scale: float) -> float:
         """Return a tensor's step size: ``lr`` if the method trains it, else ``full_lr``."""
-        return rate_scale * (self.lr if main or self.full_lr is None else self.full_lr)
+        return rate_scale * (self.step_size if main or self.full_lr is None else self.full_lr)
+
+    @property
+    def step_size(self) -> float:
+        """Return ``lr``; 1 as long as it is not found."""
+        return 1.0 if isinstance(self.lr, str) else self.lr
 
 
 def moment_kinds(local: LocalConfig) -> tuple[str, ...]:

@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 
 from fedraclora.binding import PlainDict, section
 from fedraclora.compose.resume import laid_over
 from fedraclora.config.build import BuiltTask
+from fedraclora.config.run_config import from_plain
+from fedraclora.config.titles import method_label
 from fedraclora.errors import ConfigError
-from fedraclora.strategies.rate import rate_for, ruled
-from fedraclora.training.localconfig import LocalConfig
+from fedraclora.strategies.builder import RunBuilder
+from fedraclora.strategies.methods import METHODS
+from fedraclora.strategies.rate import rule_rate
+from fedraclora.strategies.rate_search import find_rate
+from fedraclora.training.localconfig import AUTO, LocalConfig
 
 RATE_KEY = "local.lr"
 TIMES = f"{RATE_KEY} / rule"  # what is drawn where rates are tuned around those of the rule
@@ -40,55 +46,55 @@ class RateRange:
         return cls(RATE_KEY, least, greatest, told=f"{least:.3g} to {greatest:.3g}")
 
     @classmethod
-    def by_rule(
+    def found(
         cls,
         plain: PlainDict,
         built: BuiltTask,
         methods: Mapping[str, PlainDict],
         *,
         auto: bool,
-        preset: bool,
     ) -> RateRange:
-        """Give rates around that of the rule for each run's own method and rank.
+        """Give rates around that of each run's own method and rank.
 
         Args:
             plain: The config of the task.
             built: The task.
             methods: That are tried.
-            auto: Whether ``local.lr`` is auto. Otherwise the rates are around the task's own for
-                all, where the rule does not know one of the methods.
-            preset: Whether a preset gave the task its rate: then the rule gives none, but moves it
-                from the task's method and rank to the run's.
-
-        Raises:
-            ConfigError: If the rule does not know such runs, and ``local.lr`` is auto.
+            auto: Whether ``local.lr`` is auto: then the rates are around that of the rule, or where
+                the rule does not know the run around the one that a search finds. Otherwise they
+                are around the task's own number, which the rule moves from the task's method and
+                rank to the run's, where it knows them all.
         """
-        own = float(str(section(plain, "local")["lr"]))
-        known = dict[str, tuple[float, str]]()
+        known = dict[str, float | None]()
 
-        def rule(config: PlainDict) -> tuple[float, str]:
+        def rule(config: PlainDict) -> float | None:
             # Clipping moves the best rate too little to matter to what is tuned around it.
-            config = laid_over(config, {"local.clip": None, "local.clip_by": LocalConfig.clip_by})
+            unclipped: dict[str, object] = {
+                "local.clip": None,
+                "local.clip_by": LocalConfig.clip_by,
+                RATE_KEY: AUTO,
+            }
+            config = laid_over(config, unclipped)
             key = json.dumps([config["method"], config["local"]], default=str)
             if key not in known:
-                known[key] = rate_for(ruled(config), built)
-            return known[key]
+                with suppress(ConfigError):  # what cannot be run is left out when it is tried
+                    run = RunBuilder(from_plain(config, METHODS))
+                    known[key] = rule_rate(run.config, built)
+                    if known[key] is None and auto:
+                        known[key] = find_rate(run).rate
+            return known.get(key)
 
-        text, at = f"{cls.least:.3g} to {cls.greatest:.3g} times ", ""
-        try:
-            here, told = rule(plain)
-            for method in methods.values():
-                at = f"{method['name']}: "
-                rule({**plain, "method": method})
-        except ConfigError as error:
-            if auto:
-                raise ConfigError(f"{at}{error}, or tune.lr=[LEAST, GREATEST]") from error
-            why = str(error).rpartition(", but ")[2].partition(": say")[0]
-            return cls(around=lambda _: own, told=f"{text}{own:g} for all; {at}{why}")
-        level = 1.0
-        if preset and not auto:
-            level = own / here
-            text += f"{own:g}, moved by the rule from {told} to a run's method and rank"
-        else:
-            text += f"that of the rule for a run's method and rank ({here:g} for {told})"
-        return cls(around=lambda config: level * rule(config)[0], told=text)
+        text = f"{cls.least:.3g} to {cls.greatest:.3g} times "
+        here = rule(plain)
+        if auto:
+            text += "that of a run's method and rank"
+            text += f" ({here:g} for {method_label(plain)})" if here else ""
+            return cls(around=lambda config: rule(config) or 1.0, told=text)
+        own = float(str(section(plain, "local")["lr"]))
+        unknown = [n for n, method in methods.items() if rule({**plain, "method": method}) is None]
+        if here is None or unknown:
+            why = f"there is no rule for {unknown[0] if unknown else method_label(plain)}"
+            return cls(around=lambda _: own, told=f"{text}{own:g} for all: {why}")
+        level, label = own / here, method_label(plain)
+        text += f"{own:g}, moved by the rule from {label} to a run's method and rank"
+        return cls(around=lambda config: level * (rule(config) or here), told=text)

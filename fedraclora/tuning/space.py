@@ -152,15 +152,11 @@ class Space:
         rates = (RateRange.between(*config.lr) if config.lr else RateRange()) if free else None
         return cls(plain, methods, tuned, rates)
 
-    def of_task(self, plain: PlainDict, built: BuiltTask, *, auto: bool, preset: bool) -> Space:
-        """Give the same space for the whole config of a task, its rates around that of the rule.
-
-        Raises:
-            ConfigError: See `RateRange.by_rule`.
-        """
+    def of_task(self, plain: PlainDict, built: BuiltTask, *, auto: bool) -> Space:
+        """Give the same space for the whole config of a task, its rates as `RateRange.found`."""
         rates = self.rates
         if rates and rates.key == TIMES:
-            rates = RateRange.by_rule(plain, built, self.methods, auto=auto, preset=preset)
+            rates = RateRange.found(plain, built, self.methods, auto=auto)
         return replace(self, plain=plain, rates=rates)
 
     def suggest(self, trial: BaseTrial) -> PlainDict:
@@ -180,11 +176,7 @@ class Space:
         return config
 
     def rated(self, config: PlainDict) -> PlainDict:
-        """Write the learning rate into a config whose rate was drawn.
-
-        Raises:
-            ConfigError: If the rule does not know such a run.
-        """
+        """Write the learning rate into a config whose rate was drawn."""
         if self.rates is None:
             return config
         rate = float(str(section(config, "local")["lr"])) * self.rates.around(config)

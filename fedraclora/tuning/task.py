@@ -22,7 +22,6 @@ from fedraclora.run.log import LOG, logged
 from fedraclora.strategies.methods import METHODS
 from fedraclora.strategies.server.round_step import RoundStep
 from fedraclora.strategies.start import resolved_start
-from fedraclora.training.localconfig import LocalConfig
 from fedraclora.tuning.rates import RATE_KEY
 from fedraclora.tuning.result import Tuned, outcome
 from fedraclora.tuning.search import Search
@@ -70,14 +69,14 @@ def tune_task(
         raise ConfigError(f"{folder} holds a run: name another folder (output.dir) for the tuning")
     plain = {**resolved_start(resolved(plain)), "output": {**output, "dir": None}}
     if is_auto := section(plain, "local").get("lr") == "auto":  # is no rate
-        said, plain = {*said} - {RATE_KEY}, laid_over(plain, {RATE_KEY: LocalConfig.lr})
+        said = {*said} - {RATE_KEY}
     space = Space.of(plain, said, asked, typed)
     from_plain(plain, METHODS)  # what is wrong with the task, no run can mend
     share = held_out(task_from_plain(plain), asked)
     final = {"evaluate.split": "test", "data.validation": section(plain, "data")["validation"]}
     plain = laid_over(plain, {"evaluate.split": "validation", "data.validation": share})
     built = TaskBuilder(task_from_plain(plain), pretrain=False).built
-    space = space.of_task(plain, built, auto=is_auto, preset="experiment" in said)
+    space = space.of_task(plain, built, auto=is_auto)
     task, metric = built.task, asked.metric or built.task.measured[0]
     if metric not in task.measured:
         raise unknown("tune.metric", metric, task.measured)

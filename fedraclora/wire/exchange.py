@@ -42,6 +42,7 @@ class TrainRequest:
         uplink: How the clients' numbers travel (`fedraclora.protocol.quantized`).
         coding: And how these are coded (`fedraclora.protocol.coding`).
         feedback: Whether clients keep what rounding left (`fedraclora.wire.feedback`).
+        lr: The learning rate, where the config of clients elsewhere says auto; None: theirs.
         measure: None: to train. ``before``: to measure the weights from which the round begins, on
             samples that they do not train on, and to send the sums; ``after``: to train them, too,
             and measure what comes of it, which stays with them.
@@ -59,6 +60,7 @@ class TrainRequest:
     measure: str | None = None
     places: torch.Tensor | None = None
     coding: str = NONE
+    lr: float | None = None
 
     @property
     def order(self) -> torch.Tensor:

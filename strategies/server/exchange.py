@@ -128,6 +128,7 @@ class Exchange:
             feedback=loop.feedback and loop.uplink != FULL,
             measure=self.measure,
             coding=coding,
+            lr=loop.lr,
         )
         downlink = self.downlink.to(DTYPES[loop.dtype])
         own = any(each for _, each in sent_tensors(downlink).values())

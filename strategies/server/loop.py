@@ -34,6 +34,7 @@ class LoopConfig(WaitPolicy):
             (`fedraclora.protocol.coding`).
         evaluate_every: Rounds between evaluations; the last round is always evaluated.
         max_failures: Clients that may fail in a round before the run stops.
+        lr: The learning rate that clients elsewhere are told; None: their config has it.
     """
 
     rounds: int
@@ -50,6 +51,7 @@ class LoopConfig(WaitPolicy):
     downlink_coding: str = NONE
     evaluate_every: int = 1
     max_failures: int = 0
+    lr: float | None = None
 
     def allowed(self, cohort: int) -> int:
         """Return how many clients of a round may fail."""

@@ -16,7 +16,6 @@ import yaml
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-from fedraclora.binding import section
 from fedraclora.compose import CONF
 from fedraclora.compose.choices import (
     NODES,
@@ -35,7 +34,6 @@ from fedraclora.experiments import choice_files
 from fedraclora.experiments.choice_files import choice_texts, part_texts
 from fedraclora.experiments.pages import aliases, method_of
 from fedraclora.strategies.methods import METHODS
-from fedraclora.strategies.rate import ruled
 from fedraclora.training.extras.settings import LocalSettings
 from fedraclora.weights.files import flatten
 from tests.common import assemble
@@ -165,8 +163,7 @@ def stored(name: str) -> dict[str, object]:
 @pytest.mark.parametrize("name", CHOICES)
 def test_every_choice_composes_into_settings(name: str) -> None:
     plain = composed(name, words_of(name))
-    by_rule = section(plain, "local").get("lr") == "auto"
-    config = ruled(plain) if by_rule else from_plain(plain, METHODS)
+    config = from_plain(plain, METHODS)
     silent = [key for key in flatten(plain) if not key.endswith("name") and not meaning(key, plain)]
     assert silent == []  # of each there is a line of help
     assert set(plain) == set(inspect.signature(RunConfig).parameters) - {"plain"}

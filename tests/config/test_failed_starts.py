@@ -29,7 +29,7 @@ from fedraclora.strategies.runner import execute
 
 SMALL = [
     *("data=digits", "data.labels=null", "pretrain=none", "partition=iid", "model.hidden=[6]"),
-    *("clients=8", "clients_per_round=4", "rounds=1", "output=study"),
+    *("clients=8", "clients_per_round=4", "rounds=1", "output=study", "local.lr=0.5"),
 ]
 Run = Callable[..., tuple[int, str]]
 

@@ -92,17 +92,19 @@ CHOICES = {
         {"server_optimizer": Momentum(space="weights")},
     ),
     "moments of the run": Choice(
-        lambda m, _: m.traits.varies, local=LocalSettings(optimizer="adamw", optimizer_state="run")
+        lambda m, _: m.traits.varies,
+        local=LocalSettings(lr=0.5, optimizer="adamw", optimizer_state="run"),
     ),
     "weight decay": Choice(
         lambda _, sent: sent.program.forms_gradients or (sent.program.fixes and not sent.adapters),
-        local=LocalSettings(weight_decay=0.1),
+        local=LocalSettings(lr=0.5, weight_decay=0.1),
     ),
     "a pull to the start": Choice(
-        lambda _, sent: sent.program.forms_gradients, local=LocalSettings(prox=0.1)
+        lambda _, sent: sent.program.forms_gradients, local=LocalSettings(lr=0.5, prox=0.1)
     ),
     "an own training": Choice(
-        lambda _, sent: not sent.program.plain, local=LocalSettings(train="a.module:function")
+        lambda _, sent: not sent.program.plain,
+        local=LocalSettings(lr=0.5, train="a.module:function"),
     ),
     "rank budgets": Choice(
         lambda m, _: not (m.traits.ranks and isinstance(getattr(m, "rank", None), int)),

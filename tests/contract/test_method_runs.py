@@ -122,7 +122,7 @@ def assert_same_bits(left: Run, right: Run) -> None:
 @defaults_short
 @every_variant
 def test_no_local_steps_leave_the_effective_weights(variant: Variant, world: World) -> None:
-    done = run(world, method_of(variant), LocalConfig(steps=0), rounds=4)
+    done = run(world, method_of(variant), LocalConfig(lr=0.5, steps=0), rounds=4)
     assert_close_trees(done.weights, world.base)
 
 

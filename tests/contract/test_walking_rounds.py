@@ -300,7 +300,12 @@ def test_steps_are_an_upper_bound_and_the_clock_counts_those_that_are_taken(
 
 def test_what_does_not_go_with_walking_is_refused() -> None:
     with pytest.raises(ConfigError, match="weight_decay"):
-        run(make_world(), DeComFl(steps=3), LocalSettings(steps=3, weight_decay=0.1), rounds=1)
+        run(
+            make_world(),
+            DeComFl(steps=3),
+            LocalSettings(lr=0.5, steps=3, weight_decay=0.1),
+            rounds=1,
+        )
     for name in ("decomfl", "fedkseed"):
         words = [f"method={name}", "method.steps=3", "local.steps=2", "data=digits"]
         with pytest.raises(ConfigError, match=r"local\.steps=2.*local\.steps=null"):
@@ -309,11 +314,11 @@ def test_what_does_not_go_with_walking_is_refused() -> None:
         run(
             make_world(),
             DeComFl(steps=3, momentum=0.9),
-            LocalSettings(steps=3, momentum=0.5),
+            LocalSettings(lr=0.5, steps=3, momentum=0.5),
             rounds=1,
         )
     with pytest.raises(ConfigError, match="drawn directions"):
-        run(make_world(), Ferret(), LocalSettings(), rounds=1, downlink="int8")
+        run(make_world(), Ferret(), LocalSettings(lr=0.5), rounds=1, downlink="int8")
     with pytest.raises(ConfigError, match="head=personal"):
         from_plain(composed(["method=fedkseed", "head=personal"]), METHODS)
     with pytest.raises(ConfigError, match=r"method\.steps"):

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from fedraclora.binding import build, section
+from fedraclora.binding import build
 from fedraclora.commands import cli, deploy
 from fedraclora.commands.study.file import Study
 from fedraclora.commands.study.leaderboard import chosen, find
@@ -20,7 +20,6 @@ from fedraclora.errors import ConfigError
 from fedraclora.experiments.bench.command import parse
 from fedraclora.experiments.theory.command import TheoryConfig
 from fedraclora.strategies.methods import METHODS
-from fedraclora.strategies.rate import ruled
 
 ROOT = Path(__file__).resolve().parents[2]
 RECORDS = sorted((ROOT / "docs" / "records").glob("[!R]*.md"))  # not its README.md
@@ -56,9 +55,7 @@ BENCHES = [line for line in LINES if line.startswith("fedraclora bench")]
 def test_each_simulation_composes(line: str) -> None:
     with asked(cli.spelled_out(shlex.split(line)[2:])) as words:
         plain = composed(words)
-    if section(plain, "local").get("lr") == "auto":
-        ruled(plain)
-    elif said := {k: v for page in PAGES for k, v in REFUSED.findall(page.read_text())}.get(line):
+    if said := {k: v for page in PAGES for k, v in REFUSED.findall(page.read_text())}.get(line):
         with pytest.raises(ConfigError, match=re.escape(said)):
             from_plain(plain, METHODS)
     else:

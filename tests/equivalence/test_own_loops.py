@@ -34,7 +34,7 @@ from fedraclora.tree import Tree
 
 LOOPS_ALONE = {"fedkrso", "ravan", "slora", "galore_average"}
 LOCAL = LocalSettings(lr=0.1, steps=2, batch_size=0, shuffle=False)
-OWN = LocalSettings(train="mine:train")
+OWN = LocalSettings(lr=0.5, train="mine:train")
 
 
 def descend(round_: Round, model: torch.nn.Module, task: Task) -> Trained:

@@ -64,7 +64,7 @@ def rates(local: LocalSettings) -> dict[str, float]:
 @pytest.mark.parametrize("setting", SETTINGS)
 def test_steps_are_those_of_the_formula_over_rounds(setting: str) -> None:
     """Two rounds of unequal clients, who count their gaps each for itself."""
-    local = LocalSettings(**SETTINGS[setting])
+    local = LocalSettings(**{"lr": 0.5, **SETTINGS[setting]})
     if setting != "sgd":
         local = replace(local, optimizer_state="run")
     start, counts = normals("start"), ([5, 3, 1], [4, 3, 3])  # who finishes first stands last
@@ -92,7 +92,7 @@ def test_steps_are_those_of_the_formula_over_rounds(setting: str) -> None:
 
 
 def test_moments_have_the_rank_in_the_place_of_the_smaller_side() -> None:
-    shapes = moment_shapes(LocalSettings(**ADAMW), SENT)
+    shapes = moment_shapes(LocalSettings(**{"lr": 0.5, **ADAMW}), SENT)
     coordinates = {"wide": (2, 7), "tall": (6, 3), "turned": (2, 7), "kernel": (3, 16)}
     coordinates |= {"square": (3, 5)}
     for name, shape in (coordinates | {"bias": (4,)}).items():
@@ -102,7 +102,9 @@ def test_moments_have_the_rank_in_the_place_of_the_smaller_side() -> None:
     assert {n: s for n, s in shapes.items() if "basis" in n} == {
         f"basis/{n}": shape for n, shape in bases.items()
     }
-    optimizer = made(LocalSettings(**ADAMW), normals("start"), rates(LocalSettings()), {})
+    optimizer = made(
+        LocalSettings(**{"lr": 0.5, **ADAMW}), normals("start"), rates(LocalSettings(lr=0.5)), {}
+    )
     optimizer.step(normals("gradient"))
     for kind, held in (("first", optimizer.first), ("second", optimizer.second)):
         assert {n: tuple(t.shape[1:]) for n, t in held.items()} == {

@@ -398,7 +398,7 @@ def test_objects_that_are_no_such_part_are_refused(mine: Any, keys: Any, said: s
     with pytest.raises(ConfigError, match=r"class Louder: give an instance"):
         run(attack=mine.Louder)
     with pytest.raises(ConfigError, match=r"local\.lr .*beside local"):
-        run("local.lr=0.1", local=mine.LocalSettings())
+        run("local.lr=0.1", local=mine.LocalSettings(lr=0.5))
 
 
 @pytest.mark.parametrize(

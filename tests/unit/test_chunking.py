@@ -40,7 +40,7 @@ def trainer() -> CohortTrainer:
     samples = Samples({"x": torch.ones(5, 7)}, torch.zeros(5, dtype=torch.int64))
     data = Partitioned.of(samples, [np.arange(3), np.arange(3, 5)])
     task = Task(model, ("head",), "cross_entropy", ("loss",), data, samples)
-    return CohortTrainer(task, make_plan(model, ("head",)), LocalConfig(), seed=0, device=CPU)
+    return CohortTrainer(task, make_plan(model, ("head",)), LocalConfig(lr=0.5), seed=0, device=CPU)
 
 
 def start_of(trainer: CohortTrainer) -> tuple[Tree, RoundInstructions]:
@@ -67,7 +67,7 @@ def planned(monkeypatch: pytest.MonkeyPatch) -> Planner:
     ) -> ChunkPlan:
         monkeypatch.setattr(chunking, "budget_of", lambda *_: budget)
         population = SimpleNamespace(num_clients=cohort)
-        stub: Any = SimpleNamespace(device=device, data=population, local=LocalConfig())
+        stub: Any = SimpleNamespace(device=device, data=population, local=LocalConfig(lr=0.5))
         return plan_chunk("auto", stub, {}, RoundInstructions(), cohort, spread=spread)
 
     return make

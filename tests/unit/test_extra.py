@@ -118,7 +118,7 @@ class Backwards(ClientProgram):
 
     @override
     def optimizer(self, chunk: ClientChunk, rates: Rates) -> CohortOptimizer:
-        return CohortOptimizer(LocalConfig(), chunk.values, {n: -r for n, r in rates.items()})
+        return CohortOptimizer(LocalConfig(lr=0.5), chunk.values, {n: -r for n, r in rates.items()})
 
 
 def test_an_optimizer_takes_the_place_of_the_core_s() -> None:

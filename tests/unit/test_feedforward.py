@@ -109,7 +109,7 @@ DOWNLINKS: dict[str, Callable[[int], RoundInstructions]] = {
 def opened(loss: str, downlink: RoundInstructions) -> tuple[CohortTrainer, OpenChunk]:
     whole = task(loss)
     plan = make_plan(whole.model, whole.head, head_policy="lora")
-    local = LocalConfig(batch_size=4, shuffle=False)
+    local = LocalConfig(lr=0.5, batch_size=4, shuffle=False)
     trainer = CohortTrainer(whole, plan, local, seed=1, device=torch.device("cpu"))
     base = {n: p.detach().clone() for n, p in whole.model.named_parameters()}
     return trainer, trainer.open(base, downlink, CLIENTS, round_=1)
@@ -216,7 +216,7 @@ def test_mixed_precision_is_left_to_autograd() -> None:
         trainer = CohortTrainer(
             whole,
             plan,
-            LocalConfig(batch_size=4),
+            LocalConfig(lr=0.5, batch_size=4),
             seed=1,
             device=torch.device("cpu"),
             precision=precision,

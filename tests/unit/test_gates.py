@@ -28,7 +28,7 @@ GRADIENTS = {n: normal(*v.shape, key="g") for n, v in values_of().items()}
 
 def test_a_step_is_that_of_factor_and_gate_and_then_the_proximal_one() -> None:
     values, start = values_of(), values_of()
-    CohortGates(LocalConfig(), values, RATES, [PAIR], 0.4).step(GRADIENTS)
+    CohortGates(LocalConfig(lr=0.5), values, RATES, [PAIR], 0.4).step(GRADIENTS)
     factor = start["w/B"] - LR * GRADIENTS["w/B"]  # under a gate of 1
     gate = 1 - LR * (GRADIENTS["w/B"] * start["w/B"]).sum(dim=1)
     gate = gate.sign() * (gate.abs() - LR * 0.4).clamp(min=0)
@@ -41,7 +41,7 @@ def test_a_step_is_that_of_factor_and_gate_and_then_the_proximal_one() -> None:
 def test_gates_of_components_that_do_not_pay_close() -> None:
     """The gradient of one component holds its gate against the penalty; the others have none."""
     values = values_of()
-    optimizer = CohortGates(LocalConfig(), values, RATES, [PAIR], 2.0)
+    optimizer = CohortGates(LocalConfig(lr=0.5), values, RATES, [PAIR], 2.0)
     for _ in range(6):  # 6 * 0.1 * 2 > 1
         pull = {n: torch.zeros_like(v) for n, v in values.items()}
         pull["w/B"][:, :, 1] = -3.0 * values["w/B"][:, :, 1]
@@ -53,7 +53,7 @@ def test_gates_of_components_that_do_not_pay_close() -> None:
 def test_where_a_alone_is_trained_its_rows_have_the_gates() -> None:
     values = {"w/A": normal(K, R, N)}
     optimizer = CohortGates(
-        LocalConfig(), values, RATES, [Pair("w", 1.0, {"w/B": normal(M, R)})], 20.0
+        LocalConfig(lr=0.5), values, RATES, [Pair("w", 1.0, {"w/B": normal(M, R)})], 20.0
     )
     optimizer.step({"w/A": torch.zeros(K, R, N).double()})
     assert torch.count_nonzero(values["w/A"]) == 0  # 0.1 * 20 > 1
@@ -61,7 +61,7 @@ def test_where_a_alone_is_trained_its_rows_have_the_gates() -> None:
 
 def test_clients_that_have_finished_keep_what_they_have() -> None:
     values, start = values_of(), values_of()
-    optimizer = CohortGates(LocalConfig(), values, RATES, [PAIR], 0.4)
+    optimizer = CohortGates(LocalConfig(lr=0.5), values, RATES, [PAIR], 0.4)
     optimizer.step({n: g[:1] for n, g in GRADIENTS.items()})
     for name, value in values.items():
         assert torch.equal(value[1], start[name][1])
@@ -83,6 +83,6 @@ def test_what_no_client_kept_is_reported(label: str) -> None:
         layout,
         layout.pack({f"w/{label}": rows}, lead=1),
     )
-    gates = Gates(0.4, LocalConfig())
+    gates = Gates(0.4, LocalConfig(lr=0.5))
     assert gates.columns(sent, got) == {"pruned": pytest.approx(1 / R)}
     assert gates.columns(RoundInstructions(), got) == {}

@@ -12,7 +12,7 @@ from fedraclora.tree import Tree
 from tests.common import normal
 
 K, M, R, N, S = 2, 6, 3, 8, 0.7
-CONFIG = LocalSettings(optimizer="lora_rite", beta1=0.8, beta2=0.9, eps=1e-12)
+CONFIG = LocalSettings(lr=0.5, optimizer="lora_rite", beta1=0.8, beta2=0.9, eps=1e-12)
 RATES = {"w/B": 0.03, "w/A": 0.03, "b": 0.03}
 
 
@@ -59,7 +59,7 @@ def test_state_is_carried_to_the_basis_of_the_step() -> None:
     """Without its transport a momentum from the last basis would make the split visible again."""
     Q = torch.linalg.qr(normal(K, R, R, key="Q")).Q
     other = {"w/B": BOTH["w/B"] @ Q, "w/A": Q.mT @ BOTH["w/A"]}
-    config = LocalSettings(optimizer="lora_rite", beta1=0.95, beta2=0.5, eps=1e-12)
+    config = LocalSettings(lr=0.5, optimizer="lora_rite", beta1=0.95, beta2=0.5, eps=1e-12)
     for first, second in zip(path(BOTH, {}, 8, config), path(other, {}, 8, config), strict=True):
         torch.testing.assert_close(first, second, rtol=1e-7, atol=1e-8)
 
@@ -96,7 +96,7 @@ def test_a_factor_at_zero_leaves_its_partner_where_it_is_for_a_step() -> None:
 
 
 def test_weight_decay_shrinks_both_factors_and_the_rest_takes_adamw() -> None:
-    config = LocalSettings(optimizer="lora_rite", weight_decay=0.5)
+    config = LocalSettings(lr=0.5, optimizer="lora_rite", weight_decay=0.5)
     values = {n: v.clone() for n, v in BOTH.items()} | {"b": normal(K, 4)}
     begun = {n: v.clone() for n, v in values.items()}
     gradient = normal(K, 4, key="g")

@@ -226,7 +226,7 @@ def world(
 ) -> World:
     method = METHODS[name](**({} if name == "fedavg" else {"rank": 3}))
     plan = make_plan(task.model, task.head, head_policy=head, modules_to_save=dense)
-    settings = LocalSettings(**{"batch_size": 8, "epochs": 2, **local})
+    settings = LocalSettings(lr=0.5, **{"batch_size": 8, "epochs": 2, **local})
     trainer = CohortTrainer(task, plan, settings, seed=1, device=CPU, precision=precision)
     base = {n: p.detach().clone() for n, p in task.model.named_parameters()}
     state = method.initial_state(base, plan, Draw(1))

@@ -41,7 +41,7 @@ def test_an_optimizer_keeps_its_moments_of_what_is_trained() -> None:
     first = ["moments/first/w/B", "moments/first/b"]
     second = ["moments/second/w/B", "moments/second/b"]
     assert names == [*first, *second, "moments/steps", "moments/link"]
-    sgd = LocalConfig(momentum=0.5, optimizer_state="run")
+    sgd = LocalConfig(lr=0.5, momentum=0.5, optimizer_state="run")
     assert list(blank_moments(sgd, SENT, torch.float32)) == [*first, *names[4:]]
     assert blank_moments(replace(ADAMW, optimizer_state="round"), SENT, torch.float32) == {}
 
@@ -164,5 +164,5 @@ def test_clients_go_on_after_different_numbers_of_steps(changes: dict[str, Any])
 )
 def test_what_cannot_live_on_is_refused(changes: dict[str, Any], words: str) -> None:
     with pytest.raises(ConfigError) as caught:
-        LocalConfig(**changes)
+        LocalConfig(**{"lr": 0.5, **changes})
     assert words in str(caught.value)

@@ -62,7 +62,7 @@ def by_torch(config: LocalSettings, start: Tree, gradients: list[Tree]) -> Tree:
 
 @pytest.mark.parametrize("changes", SETTINGS)
 def test_a_cohort_takes_the_steps_of_torch_optim(changes: dict[str, Any]) -> None:
-    config = LocalSettings(**changes)
+    config = LocalSettings(**{"lr": 0.5, **changes})
     K, steps = 3, [5, 3, 1]  # clients that finish first stand last
     start = normals(K)
     values = {n: v.clone() for n, v in start.items()}
@@ -80,7 +80,7 @@ def test_a_cohort_takes_the_steps_of_torch_optim(changes: dict[str, Any]) -> Non
 
 def test_sgd_by_hand() -> None:
     values = {"w/B": torch.tensor([[1.0]], dtype=torch.float64)}
-    optimizer = CohortOptimizer(LocalSettings(momentum=0.5), values, {"w/B": 0.1})
+    optimizer = CohortOptimizer(LocalSettings(lr=0.5, momentum=0.5), values, {"w/B": 0.1})
     for gradient, wanted in ((2.0, 0.8), (2.0, 0.5), (0.0, 0.35)):  # buffers 2, 3, 1.5
         optimizer.step({"w/B": torch.tensor([[gradient]], dtype=torch.float64)})
         assert float(values["w/B"]) == pytest.approx(wanted, abs=1e-15)
@@ -89,7 +89,7 @@ def test_sgd_by_hand() -> None:
 def test_the_first_step_of_adamw_is_the_learning_rate() -> None:
     """m / (sqrt(v) + eps) is the sign of the gradient; decay is decoupled: 1 - 0.1 * 0.5."""
     values = {"w/B": torch.tensor([[1.0, -1.0]], dtype=torch.float64)}
-    config = LocalSettings(optimizer="adamw", weight_decay=0.5, eps=1e-15)
+    config = LocalSettings(lr=0.5, optimizer="adamw", weight_decay=0.5, eps=1e-15)
     optimizer = CohortOptimizer(config, values, {"w/B": 0.1})
     optimizer.step({"w/B": torch.tensor([[7.0, -0.01]], dtype=torch.float64)})
     assert values["w/B"].tolist() == [pytest.approx([0.95 - 0.1, -0.95 + 0.1])]
@@ -166,13 +166,13 @@ def test_clipping_leaves_zero_and_the_given_gradients_alone() -> None:
     ],
 )
 def test_the_schedule_over_five_rounds(changes: dict[str, Any], wanted: list[float]) -> None:
-    config = LocalSettings(**changes)
+    config = LocalSettings(**{"lr": 0.5, **changes})
     assert [config.rate_scale(t, 5) for t in range(1, 6)] == pytest.approx(wanted, abs=1e-7)
 
 
 def test_a_schedule_of_one_round_is_one() -> None:
     for schedule in ("constant", "cosine", "linear", "step"):
-        assert LocalSettings(schedule=schedule).rate_scale(1, 1) == 1.0
+        assert LocalSettings(lr=0.5, schedule=schedule).rate_scale(1, 1) == 1.0
 
 
 def test_dense_tensors_have_their_own_step_size() -> None:
@@ -221,7 +221,7 @@ NAN, INF = float("nan"), float("inf")
 )
 def test_settings_that_cannot_train_are_refused(changes: dict[str, Any], words: str) -> None:
     with pytest.raises(ConfigError) as caught:
-        LocalSettings(**changes)
+        LocalSettings(**{"lr": 0.5, **changes})
     assert words in str(caught.value)
 
 
@@ -241,4 +241,4 @@ def test_settings_that_cannot_train_are_refused(changes: dict[str, Any], words: 
 )
 def test_more_settings_that_cannot_train_are_refused(key: str, value: float) -> None:
     with pytest.raises(ConfigError, match=f"local.{key}"):
-        LocalSettings(**{key: value})  # type: ignore[arg-type]
+        LocalSettings(**{"lr": 0.5, key: value})  # type: ignore[arg-type]

@@ -255,5 +255,5 @@ def test_settings_that_do_not_go_together_are_refused(
     changes: dict[str, object], words: str
 ) -> None:
     with pytest.raises(ConfigError) as caught:
-        LocalSettings(**changes)  # type: ignore[arg-type]
+        LocalSettings(**{"lr": 0.5, **changes})  # type: ignore[arg-type]
     assert words in str(caught.value)

@@ -1,9 +1,10 @@
-"""``local.lr=auto``: the rule is near what was tuned, prints itself, and refuses what it lacks."""
+"""``local.lr=auto``: the rule is near what was tuned, and a search finds a rate where it is not."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+import shlex
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -12,14 +13,27 @@ import pytest
 import torch
 
 import fedraclora
+from fedraclora.api import RunResult
 from fedraclora.binding import bind
+from fedraclora.client import Round, Trained
+from fedraclora.commands import cli
 from fedraclora.commands.study.entries import is_tuned, read_lines, tried_values, tuned_value
-from fedraclora.commands.study.file import Study, row_config
-from fedraclora.errors import ConfigError
+from fedraclora.commands.study.file import Study
+from fedraclora.compose.overrides import composed
+from fedraclora.config.run_config import from_plain
+from fedraclora.errors import CheckpointError, ClientError, ConfigError, DivergenceError
 from fedraclora.protocol.method import Cohort, Draw, Method
 from fedraclora.protocol.plan import make_plan
+from fedraclora.run.digests import read_sealed
+from fedraclora.run.folder import read_summary
+from fedraclora.run.found_rate import RATES_FILE
+from fedraclora.run.ledger import read_ledger
+from fedraclora.run.recorder import checkpoint_meta
+from fedraclora.strategies import rate_search, runner
+from fedraclora.strategies.builder import RunBuilder
 from fedraclora.strategies.methods import METHODS
 from fedraclora.strategies.rate import FITTED, rate_of
+from fedraclora.strategies.rate_search import SHARE, find_rate
 from fedraclora.tree import weights_of
 
 RESULTS = Path(__file__).parents[2] / "experiments" / "results"
@@ -43,7 +57,9 @@ def rule(config: dict[str, Any]) -> float:
     state = method.initial_state(weights_of(model), plan, Draw(0))
     sent = method.open_round(state, 1, Cohort(torch.arange(4), torch.ones(4)), Draw(0))
     local = config["local"]
-    return rate_of(sent, local["optimizer"], local["steps"] or 37.5)
+    rate = rate_of(sent, local["optimizer"], local["steps"] or 37.5)
+    assert rate is not None
+    return rate
 
 
 def recorded(folder: str, methods: set[str]) -> Iterator[tuple[dict[str, Any], float, list[float]]]:
@@ -102,48 +118,151 @@ def test_layers_narrower_than_any_that_was_tuned_have_no_higher_rate(
     assert found[0] == found[1] == pytest.approx(55 / (2 * 96 * 2))
 
 
-WORDS = ("rounds=1", "data=digits", "model.hidden=[12]", "clients=4", "clients_per_round=4")
+TASK = ("data=digits", "model.hidden=[12]", "clients=8", "clients_per_round=4", "pretrain=none")
+LENGTH = ("rounds=160", "evaluate.every=160", "output.progress=false")
+WORDS = (*TASK, *LENGTH)
 
 
-def test_a_run_says_its_rate_and_is_that_of_the_number(capsys: pytest.CaptureFixture[str]) -> None:
-    run = fedraclora.simulate(*WORDS, "local.lr=auto", "method.rank=3", "method.alpha=6")
+def rates(folder: Path) -> dict[str, Any]:
+    """How the run of a folder found its rate."""
+    return read_sealed(folder / RATES_FILE)
+
+
+def test_a_run_finds_its_rate_and_is_that_of_the_number(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = fedraclora.simulate(*WORDS[:-1], folder=tmp_path / "a")
     rate = run.config["local"]["lr"]  # type: ignore[index]
-    assert rate == pytest.approx(1.1 / 4, rel=0.05)  # the scale is 2
-    assert f"learning rate {rate:g}, by the rule" in capsys.readouterr().out
-    told = fedraclora.simulate(*WORDS, f"local.lr={rate}", "method.rank=3", "method.alpha=6")
+    assert f"earning rate {rate:g}, found in" in capsys.readouterr().err
+    told = fedraclora.simulate(*WORDS, f"local.lr={rate}")
     assert told.summary["weights_digest"] == run.summary["weights_digest"]
+    found = rates(tmp_path / "a")
+    assert found["rate"] == rate
+    tried = {rung["rate"]: rung for rung in found["ladder"]}
+    furthest = max(max(map(int, rung["losses"]), default=0) for rung in tried.values())
+    last = {r: rung["losses"].get(str(furthest), math.inf) for r, rung in tried.items()}
+    assert rate == min((r for r in last if "failed" not in tried[r]), key=last.__getitem__)
 
 
-@pytest.mark.parametrize(
-    "word", ["method=fedavg", "local=momentum", "local.clip=1", "local.prox=0.1", "method=fed_sb"]
-)
-def test_what_the_rule_does_not_know_is_refused(word: str) -> None:
-    with pytest.raises(ConfigError, match=r"local\.lr=auto.*Set local\.lr="):
-        fedraclora.simulate(*WORDS, "local.lr=auto", word)
+def test_a_resumed_run_keeps_its_rate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = fedraclora.simulate(*WORDS, folder=tmp_path)
+    monkeypatch.setattr(runner, "find_rate", None)
+    again = fedraclora.simulate(*WORDS, "rounds=161", folder=tmp_path, resume=True)
+    assert again.config["local"] == run.config["local"]
 
 
-def test_numbers_to_predict_are_refused_under_sgd() -> None:
-    words = [
-        "data=least_squares",
-        "model=linear",
-        "clients=4",
-        "clients_per_round=4",
-        "local.lr=auto",
+def test_a_search_is_deterministic_and_stays_within_its_share() -> None:
+    config = from_plain(composed([*WORDS, "output.dir=null"]), METHODS)
+    one, other = (find_rate(RunBuilder(config)) for _ in range(2))
+    assert (one.rate, one.ladder) == (other.rate, other.ladder)
+    assert 0 < one.share <= SHARE
+    assert one.trained == round(one.share * 640)
+
+
+def test_a_number_of_the_users_stands(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runner, "find_rate", None)
+    run = fedraclora.simulate(*WORDS, "local.lr=0.37")
+    assert run.config["local"]["lr"] == 0.37  # type: ignore[index]
+
+
+@pytest.mark.parametrize("first", [1e-4, 300.0])
+def test_a_first_rate_far_off_is_left(first: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    words = [*WORDS, "rounds=200", "output.dir=null"]
+    run = RunBuilder(from_plain(composed(words), METHODS))
+    monkeypatch.setattr(rate_search, "rule_rate", lambda *_: first)
+    assert 0.05 < find_rate(run).rate < 10
+
+
+def test_test_samples_are_not_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    run = RunBuilder(from_plain(composed([*WORDS, "output.dir=null"]), METHODS))
+    rate = find_rate(run).rate
+    run.task.test.target.zero_()
+    for each in run.task.test.inputs.values():
+        each.zero_()
+    assert find_rate(run).rate == rate
+
+
+def network() -> torch.nn.Module:
+    return torch.nn.Sequential(torch.nn.Linear(6, 12), torch.nn.Linear(12, 3))
+
+
+def own_run(train: Callable[[Round], Trained]) -> RunResult:
+    """A run of three classes, trained by a function of the user's."""
+    x = torch.randn(160, 6, generator=torch.Generator().manual_seed(0))
+    data = [(part, part[:, :3].argmax(1)) for part in x.split(20)]
+    words = (*LENGTH, "clients_per_round=4")
+    return fedraclora.simulate(*words, model=network(), data=data, train=train)
+
+
+def test_a_function_of_the_users_gets_the_rate_by_rate_scale() -> None:
+    def train(round_: Round) -> Trained:
+        return plain_steps(round_, 30.0 * round_.rate_scale)
+
+    run = own_run(train)
+    assert run.config["local"]["lr"] < 1  # type: ignore[index,operator]
+    metrics = run.summary["metrics"]
+    assert metrics["loss"] < 0.8  # type: ignore[index]  # untrained 1.1
+
+
+def test_a_function_that_reads_no_rate_scale_is_left_alone() -> None:
+    def train(round_: Round) -> Trained:
+        return plain_steps(round_, 0.1)
+
+    run = own_run(train)
+    assert run.config["local"]["lr"] == 1.0  # type: ignore[index]
+
+
+def test_under_privacy_the_rule_gives_it_or_a_number_is_asked_for() -> None:
+    private = [
+        *WORDS,
+        "privacy=client_level",
+        "privacy.noise_multiplier=1.0",
+        "aggregation_weights=uniform",
     ]
-    with pytest.raises(ConfigError, match="squared_error"):
-        fedraclora.simulate(*words, "pretrain=none", "partition=iid")
+    run = fedraclora.simulate(*private)
+    assert run.config["local"]["lr"] == pytest.approx(1.1, rel=0.05)  # type: ignore[index]
+    with pytest.raises(ConfigError, match=r"local\.lr=auto.*local\.lr=NUMBER"):
+        fedraclora.simulate(*private, "method=fedavg")
 
 
-def test_own_training_is_refused() -> None:
-    with pytest.raises(ConfigError, match=r"local\.lr=auto"):
-        fedraclora.simulate(*WORDS, "local.lr=auto", train=print)
+def test_where_nothing_trains_it_says_so() -> None:
+    def train(round_: Round) -> Trained:
+        raise ValueError("never")
+
+    with pytest.raises(ClientError, match=r"local\.lr=auto.*local\.lr=NUMBER"):
+        own_run(train)
 
 
-def test_a_study_takes_the_rate_of_the_rule_for_each_row(tmp_path: Path) -> None:
-    text = "experiment: null\nmetric: accuracy\ngrid: {key: method.alpha, values: [4]}\n"
-    text += "overrides: [data=digits, local.lr=auto]\nfinal: {seeds: [0], overrides: []}\n"
-    (tmp_path / "a.yaml").write_text(text + "rows: {four: [method.rank=4], eight: []}\n")
-    plan = Study.read(tmp_path / "a.yaml")
-    found = [row_config(plan, row, "final") for row in plan.rows]
-    rates = [config.local.lr for config in found if config is not None]
-    assert rates == pytest.approx([1.1, 4.4])  # the scale is 1, and one half
+def plain_steps(round_: Round, rate: float) -> Trained:
+    """Train a client by three steps of SGD on all its samples."""
+    model = round_.install(network())
+    inputs, target = round_.data
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=rate)
+    losses = list[float]()
+    for _ in range(3):
+        optimizer.zero_grad()
+        loss = torch.nn.functional.cross_entropy(model(inputs), target)
+        loss.backward()
+        optimizer.step()
+        losses.append(float(loss))
+    return round_.read(model, samples=len(target), steps=3, loss=sum(losses) / 3)
+
+
+def test_a_run_that_diverges_goes_on_from_its_last_good_round(tmp_path: Path) -> None:
+    """It offers the words, and they work: the rate may change, which it may not otherwise."""
+    words = ("method=fedmomentum", "rounds=30", "output.progress=false", *TASK)
+    folder = tmp_path / "a"
+    with pytest.raises(DivergenceError) as raised:
+        fedraclora.simulate(*words, "local.lr=0.5", "evaluate.every=30", folder=folder)
+    (note,) = raised.value.__notes__
+    kept = checkpoint_meta(folder)["round"]
+    assert f"round {kept}" in note
+    offered = shlex.split(note.partition("fedraclora simulate ")[2])
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["simulate", *offered])
+    assert not ended.value.code
+    rows = read_ledger(folder / "ledger.jsonl")
+    assert [row["round"] for row in rows] == [*range(31)]
+    assert read_summary(folder)["rounds"] == 30
+    with pytest.raises(CheckpointError, match=r"local\.lr"):
+        fedraclora.simulate(*words, "local.lr=0.1", folder=folder, resume=True)

@@ -92,4 +92,4 @@ def test_the_correction_is_right_however_many_steps_clients_take() -> None:
 
 def test_what_has_no_second_moment_has_none_of_rows() -> None:
     with pytest.raises(ConfigError, match=r"rows, but sgd .*local=adamw"):
-        LocalConfig(momentum=0.5, optimizer_state="rows")
+        LocalConfig(lr=0.5, momentum=0.5, optimizer_state="rows")

@@ -139,9 +139,9 @@ def test_epsilon_is_the_librarys_for_one_release_a_pass() -> None:
 @pytest.mark.parametrize(
     ("local", "wanted"),
     [
-        (LocalSettings(epochs=3, batch_size=4), [3, 3, 6]),
-        (LocalSettings(steps=5, batch_size=4), [2, 1, 10]),  # passes of 3, 8 and 1 steps
-        (LocalSettings(steps=5, batch_size=0), [5, 5, 10]),
+        (LocalSettings(lr=0.5, epochs=3, batch_size=4), [3, 3, 6]),
+        (LocalSettings(lr=0.5, steps=5, batch_size=4), [2, 1, 10]),  # passes of 3, 8 and 1 steps
+        (LocalSettings(lr=0.5, steps=5, batch_size=0), [5, 5, 10]),
     ],
 )
 def test_passes_are_counted(local: LocalSettings, wanted: list[int]) -> None:

@@ -327,7 +327,7 @@ def test_a_client_passes_over_the_samples_of_its_batches(
     local: dict[str, int], batch_size: int, most: int | None
 ) -> None:
     """The last batch of each epoch is short; a recipe may end before all steps are taken."""
-    settings = LocalConfig(batch_size=batch_size, **local)
+    settings = LocalConfig(lr=0.5, batch_size=batch_size, **local)
     sizes = [33, 70, 32, 5, 1]
     clock = DeviceSimulator(SystemConfig(speed=Constant(1.0)), 0, settings)
     found = clock.passes(torch.tensor(sizes), most)

@@ -32,8 +32,9 @@ from fedraclora.config.run_config import task_from_plain
 from fedraclora.errors import CheckpointError, ConfigError, DivergenceError
 from fedraclora.protocol.quantized import FULL, ROUNDED
 from fedraclora.run.folder import alone
+from fedraclora.run.found_rate import FoundRate
 from fedraclora.run.statistics import frontier, ranks
-from fedraclora.tuning import search, task
+from fedraclora.tuning import rates, search, task
 from fedraclora.tuning.rates import RATE_KEY, TIMES, RateRange
 from fedraclora.tuning.result import (
     Point,
@@ -478,15 +479,15 @@ def test_links_are_tuned_where_a_method_has_some(links: str, wanted: bool) -> No
     ("words", "match"),
     [
         (["tune.run=3"], "runs"),
-        (["tune.runs=0"], r"tune\.runs is 0"),
+        (["tune.runs=0"], r"tune\.runs=0"),
         (["tune.runs=null"], "core_hours"),
         (["tune.lr=[1,0.1]"], r"tune\.lr="),
         (["tune.rank=4"], r"tune\.rank=4"),
-        (["tune.rank=[0]"], r"tune\.rank\[0\] is 0"),
+        (["tune.rank=[0]"], r"tune\.rank\[0\]=0"),
         (["tune.method=[fedavgg]"], "fedavg"),
         (["tune.uplink=[int3]"], "int4"),
         (["tune.seeds=[0]"], r"test_seeds both have 0"),
-        (["tune.rungs=[2]"], r"tune\.rungs\[0\] is 2"),
+        (["tune.rungs=[2]"], r"tune\.rungs\[0\]=2"),
         (["tune.more={local.epoch: [1]}"], "local.epochs"),
         (["tune.metric=f1"], "accuracy"),
         (["tune.lr=[0.1,1]", "local.lr=1"], "both given"),
@@ -541,7 +542,7 @@ def test_the_rate_is_tuned_around_that_of_the_rule_for_each_run(
     assert (8, 1.0) in {(t.params["method.rank"], t.params[TIMES]) for t in ended(tmp_path)}
     text = capsys.readouterr().out
     log = (tmp_path / "run.log").read_text()
-    assert "times that of the rule for a run's method and rank" in log
+    assert "times that of a run's method and rank" in log
     told = [line.partition(":")[0] for line in text.splitlines()]
     assert told.index("run 0") <= 8  # before it, no more than a few lines
     # SGD's rule goes with the square of rank / alpha.
@@ -553,28 +554,34 @@ def test_the_rate_of_a_preset_is_moved_to_the_rank_of_a_run(tmp_path: Path) -> N
     built = build_task(task_from_plain(plain))
     at = {r: laid_over(plain, {"method.rank": r}) for r in (2, 4, 8)}
     given_ = plain, built, {"ffa_lora": section(plain, "method")}
-    moved = RateRange.by_rule(*given_, auto=False, preset=True)
+    moved = RateRange.found(*given_, auto=False)
     assert [moved.around(at[r]) for r in (4, 8)] == pytest.approx([0.3, 1.2], rel=0.02)
-    ruled = RateRange.by_rule(*given_, auto=False, preset=False)
+    ruled = RateRange.found(*given_, auto=True)
     assert ruled.around(at[4]) == pytest.approx(1.1, rel=0.02)
     clipped = laid_over(at[4], {"local.clip": 1.0, "local.clip_by": "layer"})
     assert ruled.around(clipped) == ruled.around(at[4])
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("words", "why"), [(["tune.method=[fedavg]"], "fedavg: "), (["local=momentum"], "momentum")]
-)
-def test_where_the_rule_knows_no_rate_it_says_so(
-    words: list[str], why: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("words", [["tune.method=[fedavg]"], ["local=momentum"]])
+def test_where_there_is_no_rule_the_rate_is_tuned_around_one_that_is_found(
+    words: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    with pytest.raises(ConfigError, match=r"tune\.lr"):
-        tuned(tmp_path / "none", *words, "local.lr=auto")
-    shown = ("output.progress=true", "output.verbose=true")
-    tuned(tmp_path, *words, "tune.runs=1", *shown)
-    (line,) = (x for x in capsys.readouterr().out.splitlines() if x.startswith("local.lr:"))
-    assert "for all; " in line
-    assert why in line
+    monkeypatch.setattr(rates, "find_rate", lambda _: FoundRate(0.0123, "search"))
+    tuned(tmp_path, *words, "tune.runs=2", "output.progress=true")
+    text = capsys.readouterr().out
+    assert all(f"local.lr={0.0123 * t.params[TIMES]:.4g}" in text for t in ended(tmp_path))
+
+
+def test_the_rate_of_a_preset_is_that_of_all_where_there_is_no_rule() -> None:
+    plain = composed([*TASK, "method=fedavg", "local.lr=0.3"])
+    given_ = plain, build_task(task_from_plain(plain)), {"fedavg": section(plain, "method")}
+    found = RateRange.found(*given_, auto=False)
+    assert found.around(plain) == 0.3
+    assert "for all" in found.told
 
 
 def test_why_nothing_is_taken_at_a_size_is_said(feeding: Feeding) -> None:

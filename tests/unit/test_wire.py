@@ -92,7 +92,7 @@ def test_an_extra_travels_beside_what_is_trained() -> None:
     assert got.extras.keys() == {"own", "more"}
     assert torch.equal(got.extras["own"]["w/B"], normal(M, R))
     with pytest.raises(WireError, match=r"extras \['more', 'own'\]"):
-        restore(ClientStore(), got, ORDER, {"w": normal(M, N)}, LocalConfig())
+        restore(ClientStore(), got, ORDER, {"w": normal(M, N)}, LocalConfig(lr=0.5))
 
 
 @pytest.mark.parametrize("tree", [{"nothing": normal(M, R)}, {"w/B": normal(R, M)}])

@@ -17,7 +17,6 @@ from fedraclora.config.run_config import RunConfig, from_plain
 from fedraclora.errors import ConfigError, unknown
 from fedraclora.evaluation.metrics import higher_is_better
 from fedraclora.strategies.methods import METHODS
-from fedraclora.strategies.rate import resolved_rate
 from fedraclora.weights.files import flatten
 
 KEYS = {"experiment", "metric", "grid", "final", "rows"}
@@ -366,4 +365,4 @@ def row_config(study: Study, row: str, phase: str) -> RunConfig | None:
 
 def composed_run(job: Job) -> RunConfig:
     """Compose the config of a run."""
-    return from_plain(resolved_rate(composed(job.overrides), print), METHODS)
+    return from_plain(composed(job.overrides), METHODS)

@@ -47,7 +47,8 @@ class Round:
             global generators of torch, numpy and ``random`` are seeded with it, too.
         data: The client's own samples, as the run was given them: an entry of ``data=[...]``; else
             a `fedraclora.data.samples.Samples` (``inputs``: tensors [N, ...] by name, ``target``).
-        rate_scale: Factor of step sizes in this round (``local.schedule``); 1.0 if constant.
+        rate_scale: Factor of step sizes in this round: the factor that ``local.lr=auto`` has found,
+            or ``local.lr``, times that of ``local.schedule``.
         state: A dict that the client keeps from round to round; the function may change it.
     """
 

@@ -88,7 +88,8 @@ class OwnTrainer(CohortTrainer):
         base = dense(self.folded[1] if narrow else base)
         if self.task.brought is not None and not self.came.of:
             self._look_at_objects()
-        scale, states, found = float(given["rate_scale"]), dict[int, bytes](), list[Trained]()
+        scale = self.local.rate(main=True, rate_scale=float(given["rate_scale"]))
+        states, found = dict[int, bytes](), list[Trained]()
         for place, client in enumerate(clients.tolist()):
             own = downlink.select(torch.tensor([place]))
             one, kept = self._one(base, own, client, round_, scale)

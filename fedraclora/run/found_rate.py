@@ -1,0 +1,50 @@
+"""A learning rate that was found, and the file of a run folder that says how."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from fedraclora.run.digests import sealed
+from fedraclora.weights.files import write_text
+
+RATES_FILE = "rates.json"
+
+
+@dataclass(frozen=True)
+class FoundRate:
+    """A learning rate, and how it was found.
+
+    Attributes:
+        rate: It.
+        how: ``search``; ``rule``, where nothing could be tried; ``kept``, where the run has one
+            already.
+        seconds: What the search took.
+        trained: How often it had a client train for a round.
+        share: The same as a share of the whole run.
+        ladder: Each rate that was tried: ``rate``, ``losses`` by the number of rounds, and
+            ``failed``, where it did.
+    """
+
+    rate: float
+    how: str
+    seconds: float = 0.0
+    trained: int = 0
+    share: float = 0.0
+    ladder: tuple[dict[str, object], ...] = ()
+
+    @property
+    def told(self) -> str:
+        """One line about it."""
+        if self.how == "kept":
+            return f"learning rate {self.rate:g}, found when the run began"
+        if self.how == "rule":
+            return f"learning rate {self.rate:g}, by a rule: no rate was tried (docs/local.md)"
+        return (
+            f"learning rate {self.rate:g}, found in {self.seconds:.1f} s over "
+            f"{len(self.ladder)} rates"
+        )
+
+    def write(self, folder: Path) -> None:
+        """Write it into a run folder."""
+        write_text(folder / RATES_FILE, sealed({**vars(self), "ladder": [*self.ladder]}))

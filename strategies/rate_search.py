@@ -1,0 +1,349 @@
+"""Find the learning rate of a run (``local.lr=auto``): a few rounds at each rate of a ladder.
+
+    walk      `FIRST` rounds at a rate, and at its neighbors, a factor `STEP` apart, up or down for
+              as long as the training loss is lower: then the best has a worse one on either side
+    race      the best three go on for longer, then the best two for twice as long: a rate that
+              looks best after two rounds may diverge in the tenth
+    between   half a step above the best, and half a step below it
+
+The rounds are those of the run: its method, optimizer, model, precision and compression, and the
+clients that it samples, though fewer a round where more cannot be paid. They are in memory, and
+draws are functions of the seed, so that the run is the same as one whose rate was typed. The score
+of a rate is the median training loss of the second half of its rounds, of the same clients at every
+rate; test data are not looked at. Two rounds at least, for a method that trains factors in turns.
+
+The walk starts at the rate of the rule (`fedraclora.strategies.rate`) where it knows the run.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import math
+import statistics
+import time
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+
+import torch
+from typing_extensions import override
+
+from fedraclora.errors import ClientError, ConfigError
+from fedraclora.privacy.client_level import ClientLevel
+from fedraclora.run.callback import Callback
+from fedraclora.run.found_rate import FoundRate
+from fedraclora.run.ledger import number
+from fedraclora.run.recorder import RunRecorder
+from fedraclora.strategies.builder import RunBuilder
+from fedraclora.strategies.rate import rule_rate
+from fedraclora.strategies.server.measuring import Measuring
+
+STEP = 10**0.5  # between neighbors of the ladder
+WIDTH = 8  # rates on either side of the first: four decades
+SHARE = 0.15  # of the run's local training, at most
+# Trainings of a client that a search has at least; in a shorter run one rate is tried that may do.
+LEAST = 50
+FIRST = 2  # rounds at a rate of the walk
+# The most rounds at a rate, and the fewest clients with which they tell something; a search takes
+# about `RUNS` times as many rounds in all.
+LENGTHS = {32: 8, 16: 6, 8: 3, 4: 2, 2: 1}
+RUNS = 3.75
+SAFE = 8  # rounds; after fewer, half a step below the best is taken
+# Where no rule knows the run: SGD; adaptive optimizers, whose steps have about the length of the
+# rate; a function of the user's, whose own rate is multiplied.
+FIRST_RATES = {"sgd": 0.1, "own": 1.0}
+FIRST_ADAPTIVE = 0.003
+# What a rate that is too large ends in.
+FAILURES = (ClientError, ArithmeticError, torch.linalg.LinAlgError)  # type: ignore[attr-defined]
+
+
+@dataclass
+class Rung:
+    """One rate of the ladder.
+
+    Attributes:
+        rate: It.
+        probe: The run at this rate; None once it has failed or is not needed any more.
+        losses: The training loss of its weights, by the number of rounds that made them.
+        failed: Why it cannot be taken; empty where it can.
+    """
+
+    rate: float
+    probe: Probe | None
+    losses: dict[int, float] = field(default_factory=dict)
+    failed: str = ""
+
+    @property
+    def rounds(self) -> int:
+        """How far it has come."""
+        return max(self.losses, default=0)
+
+    @property
+    def loss(self) -> float:
+        """The last loss; infinite where there is none."""
+        return math.inf if self.failed or not self.losses else self.losses[self.rounds]
+
+    def record(self) -> dict[str, object]:
+        """Return what the run's folder keeps of it, as JSON values."""
+        found: dict[str, object] = {"rate": self.rate, "losses": self.losses}
+        return found | ({"failed": self.failed} if self.failed else {})
+
+
+class Probe(RunBuilder):
+    """The first rounds of a run at one rate, in memory: nothing is measured, written or told.
+
+    Args:
+        run: The run, whose task and plan are shared.
+        rate: The rate.
+        clients: Of a round.
+    """
+
+    def __init__(self, run: RunBuilder, rate: float, clients: int) -> None:
+        config = run.config.at_rate(rate)
+        given = copy.deepcopy([*run.given_steps])
+        name = f"{len(run.probed):02d}"
+        run.probed.append(name)
+        super().__init__(config, steps=given, engine=run.probing(name))
+        self.found = FoundRate(rate, "probe")
+        self.built = replace(run.built, cohort=clients)
+        self.plan = run.plan
+
+    @cached_property
+    @override
+    def callbacks(self) -> Sequence[Callback]:
+        return ()
+
+    @cached_property
+    @override
+    def measuring(self) -> Measuring | None:
+        return None
+
+    @cached_property
+    @override
+    def recorder(self) -> RunRecorder:
+        return RunRecorder(None, store=self.store)
+
+    def advance(self, rounds: int) -> float:
+        """Run to the end of a round, and return the training loss of the last rounds."""
+        # Neither a warm-up nor the end of a schedule tells how large steps may be.
+        self.strategy.rate_scale = lambda _round, _rounds: 1.0
+        self.strategy.run(self.grid, rounds)
+        last = self.recorder.ledger.rows[-(rounds // 2) :]
+        return statistics.median(number(row, "train_loss") for row in last)
+
+
+class RateSearch:
+    """Searches the ladder.
+
+    Args:
+        run: Of which the task may be built, and nothing else.
+        first: The rate to begin with.
+    """
+
+    def __init__(self, run: RunBuilder, first: float) -> None:
+        self.run, self.first, self.spent = run, first, 0
+        cohort, rounds = run.built.cohort, run.config.rounds
+        self.total = cohort * rounds
+        self.budget = max(SHARE * self.total, LEAST)
+        self.longest, self.clients = FIRST, 1
+        for longest, fewest in LENGTHS.items():
+            clients = min(cohort, int(self.budget // (RUNS * longest)))
+            if longest <= rounds and clients >= min(fewest, cohort):
+                self.longest, self.clients = longest, clients
+                break
+        if self.total < LEAST:
+            self.clients = min(cohort, 2)
+        self.rungs: dict[float, Rung] = {}
+
+    def rung(self, place: float) -> Rung:
+        """Return a rate of the ladder, made if it is new."""
+        if place not in self.rungs:
+            rate = float(f"{self.first * STEP**place:.2g}")
+            self.rungs[place] = Rung(rate, Probe(self.run, rate, self.clients))
+        return self.rungs[place]
+
+    def affordable(self, rungs: Sequence[Rung], rounds: int) -> bool:
+        """Return whether all of some rates can go on to a round."""
+        more = sum(rounds - rung.rounds for rung in rungs if not rung.failed)
+        return self.spent + more * self.clients <= self.budget
+
+    def advance(self, rung: Rung, rounds: int) -> float:
+        """Have a rate go on to a round; return its loss there, infinite if it fails before."""
+        if rung.probe is None or rung.rounds >= rounds:
+            return rung.loss
+        ended, before = rounds, rung.rounds
+        try:
+            rung.losses[rounds] = rung.probe.advance(rounds)
+        except FAILURES as error:
+            ended = rung.probe.strategy.done + 1
+            rung.failed, rung.probe = f"round {ended}: {type(error).__name__}", None
+        self.spent += (ended - before) * self.clients
+        return rung.loss
+
+    @property
+    def is_blind(self) -> bool:
+        """Return whether clients tell no losses, so that no rate has a score."""
+        return any(math.isnan(loss) for r in self.rungs.values() for loss in r.losses.values())
+
+    def run_all(self) -> None:
+        """Try what there is room for."""
+        if self.total < LEAST:
+            self.settle()
+            return
+        self.walk()
+        if self.differs:  # else nothing reads the rate
+            self.race()
+            self.between()
+
+    def settle(self) -> None:
+        """For a short run: try the first rate, and lower ones as long as it does not train."""
+        for place in range(0, -WIDTH - 1, -1):
+            self.advance(self.rung(place), FIRST)
+            if not self.rungs[place].failed or self.is_blind:
+                return
+
+    @property
+    def differs(self) -> bool:
+        """Return whether the rate changes anything."""
+        return len({rung.loss for rung in self.rungs.values()}) > 1
+
+    def chosen(self) -> float:
+        """Return the rate to take."""
+        rate = self.best().rate
+        safe = self.longest >= SAFE or self.total < LEAST or not self.differs
+        return rate if safe else float(f"{rate / STEP**0.5:.2g}")
+
+    def walk(self) -> None:
+        """Try the first rate and its neighbors, until the best has a worse one on either side."""
+        self.advance(self.rung(0), FIRST)
+        for way in (1, -1):
+            place = 0
+            while abs(place + way) <= WIDTH and not self.is_blind:
+                here, there = self.rung(place), self.rung(place + way)
+                if not self.affordable([there], FIRST):
+                    return
+                better = self.advance(there, FIRST) < here.loss
+                if not better and not (way < 0 and here.failed):
+                    break
+                place += way
+
+    def race(self) -> None:
+        """Have the best rates go on, longer and longer."""
+        kept, rounds = 3, max(self.longest // 2, 2 * FIRST)
+        while rounds <= self.longest and not self.is_blind:
+            leaders = [self.rungs[place] for place in self.level()[:kept]]
+            if not leaders or not self.affordable(leaders, rounds):
+                return
+            for rung in leaders:
+                self.advance(rung, rounds)
+            self.descend(rounds)
+            for rung in self.rungs.values():
+                rung.probe = rung.probe if rung.rate <= max(r.rate for r in leaders) else None
+            if any(not rung.failed for rung in leaders):
+                kept, rounds = 2, 2 * rounds
+
+    def between(self) -> None:
+        """Try half a step above the best rate and below it, for as many rounds."""
+        if (place := self.place()) is None:
+            return
+        rounds = self.rungs[place].rounds
+        for half in (0.5, -0.5):
+            rung = self.rung(place + half)
+            if rounds < 2 * FIRST or not self.affordable([rung], rounds):
+                del self.rungs[place + half]
+                return
+            if self.advance(rung, rounds) < self.rungs[place].loss:
+                return
+
+    def descend(self, rounds: int) -> None:
+        """Let lower rates catch up, as long as the lowest that has come so far is the best."""
+        while (place := self.place()) is not None and self.rungs[place].rounds == rounds:
+            below = place - 1
+            reached = below in self.rungs and self.rungs[below].rounds == rounds
+            if below < -WIDTH or reached:
+                return
+            if not self.affordable([self.rung(below)], rounds):
+                return
+            self.advance(self.rung(below), rounds)
+
+    def level(self) -> list[float]:
+        """List the places of the rates that have come furthest, the best first.
+
+        None is above a rate that has failed: it would fail, too, if later.
+        """
+        failed = [place for place, rung in self.rungs.items() if rung.failed]
+        sound = {
+            p: r for p, r in self.rungs.items() if r.losses and p < min(failed, default=math.inf)
+        }
+        furthest = max((rung.rounds for rung in sound.values()), default=0)
+        return sorted(
+            (place for place, rung in sound.items() if rung.rounds == furthest),
+            key=lambda place: (sound[place].loss, abs(place), place),
+        )
+
+    def place(self) -> float | None:
+        """Return the place of the best rate; None if none trains."""
+        return next(iter(self.level()), None)
+
+    def best(self) -> Rung:
+        """Return the best rate.
+
+        Raises:
+            ClientError: If none trains.
+        """
+        if (place := self.place()) is None:
+            lowest = min(self.rungs.values(), key=lambda rung: rung.rate)
+            raise ClientError(
+                f"local.lr=auto: no learning rate from {lowest.rate:g} on trains "
+                f"({lowest.failed}); say local.lr=NUMBER"
+            )
+        return self.rungs[place]
+
+
+def find_rate(run: RunBuilder) -> FoundRate:
+    """Find the learning rate of a run.
+
+    Args:
+        run: A new run, of which nothing but the task is built yet.
+
+    Raises:
+        ConfigError: If clients tell no training loss, and no rule knows the run.
+        ClientError: If clients fail at every rate.
+    """
+    began = time.perf_counter()
+    config, rule = run.config, rule_rate(run.config, run.built)
+    kind = "own" if config.local.is_own else config.local.optimizer
+    rule = FIRST_RATES[kind] if config.local.is_own else rule  # which is that of the function
+    search = RateSearch(run, rule or FIRST_RATES.get(kind, FIRST_ADAPTIVE))
+    if not search.total:  # no round reads it
+        return FoundRate(search.first, "rule")
+    hidden = isinstance(config.privacy, ClientLevel) or config.local.answers_once
+    if not hidden:
+        with quiet():
+            search.run_all()
+    if hidden or search.is_blind:
+        if rule is None:
+            raise ConfigError(
+                "local.lr=auto: clients tell no training loss, by which a rate is chosen, and "
+                "there is no rule for such a run; say local.lr=NUMBER"
+            )
+        return FoundRate(rule, "rule")
+    seconds, share = time.perf_counter() - began, search.spent / search.total
+    ladder = tuple(r.record() for _, r in sorted(search.rungs.items()))
+    return FoundRate(search.chosen(), "search", seconds, search.spent, share, ladder)
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Keep warnings of rates that are too large from being shown."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", RuntimeWarning)
+            yield
+    finally:
+        logging.disable(before)
