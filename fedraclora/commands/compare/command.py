@@ -9,7 +9,7 @@ that is no method's adds a row: big:method=fed_rac_lora big:method.rank=64. seed
 seeds 0, 1, 2 (from seed=... on), reference=NAME says what the others are held against (the first),
 metric=NAME by what. A method finds its own learning rate where local.lr is auto. Everything is kept
 in output.dir (runs/compare): the same command resumes, and what has run is not run again. It ends
-with table.md, table.csv, compare.png and report.html.
+with table.md, table.csv, compare.png and report.html; watch=true opens a page that follows it.
 
 Compare runs that are there, each RUN the folder of a run or of a sweep, and rank them:
 
@@ -34,8 +34,10 @@ from pathlib import Path
 from fedraclora.commands.compare.run import OUT, compare
 from fedraclora.commands.compare.table import compare_runs
 from fedraclora.commands.study.leaderboard import compare_study, is_study
+from fedraclora.commands.watch import watched
 from fedraclora.compose.overrides import key_of
 from fedraclora.compose.words import key_values
+from fedraclora.data.locate import user_path
 from fedraclora.errors import ConfigError
 
 # What stands for one row: its name, and one or more overrides with a comma between them.
@@ -85,7 +87,9 @@ def compare_methods(words: Sequence[str]) -> None:
             )
     own = key_values([word for word in rest if key_of(word) in OWN])
     shared = [word for word in rest if key_of(word) not in {*OWN, "method"}]
-    compare(*shared, methods=rows, **own)  # type: ignore[arg-type]
+    dirs = [word.partition("=")[2] for word in shared if key_of(word) == "output.dir"]
+    with watched(user_path("output.dir", dirs[-1] if dirs else OUT)):
+        compare(*shared, methods=rows, **own)  # type: ignore[arg-type]
 
 
 def compare_folders(words: Sequence[str]) -> None:

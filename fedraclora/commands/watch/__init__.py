@@ -14,7 +14,7 @@ from fedraclora.compose.words import part
 from fedraclora.errors import ConfigError
 
 ANY = 0  # a free port
-WATCHED = ("simulate", "deploy", "tune")  # the commands that take `watch=true`
+WATCHED = ("simulate", "deploy", "tune", "compare")  # the commands that take `watch=true`
 _PORT: ContextVar[int | None] = ContextVar("port", default=None)  # None: no page
 
 

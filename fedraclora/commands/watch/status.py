@@ -26,6 +26,7 @@ Figures = Mapping[str, go.Figure]
 
 SHOWN_RUNS = 12  # of several, those that have written last
 SHOWN_EVENTS = 20
+CLOSING = 60.0  # seconds from its last round in which a run draws its figures and sums it up
 SLOW = 3.0  # times the seconds of the last rounds, after which a round is slow
 SLOW_LEAST = 10.0  # seconds
 FILES = ("ledger.jsonl", "summary.json", STOPPED, "config.yaml", "clients.parquet")
@@ -128,16 +129,18 @@ def described(run: Shown) -> Status:
     left = seconds_left(seconds, rounds - run.last) if run.running else None
     name, value = run.headline or ("", math.nan)
     shown = f"{'final' if run.summary else 'latest'} {name}"
+    written = (run.folder / "ledger.jsonl").stat().st_mtime
+    closing = run.state == "stopped" and run.last >= rounds and time.time() < written + CLOSING
     return {
         "title": run.title,
-        "state": run.state,
+        "state": "closing" if closing else run.state,
         "text": f"{run.last} rounds" if run.summary else f"round {run.last} of {rounds}",
         "why": run.stopped or "",
         "done": run.last,
         "of": max(rounds, run.last) if run.running else run.last if run.summary else rounds,
         "left": left,
         "seconds": seconds_left(seconds, 1),
-        "written": (run.folder / "ledger.jsonl").stat().st_mtime,
+        "written": written,
         "headline": {"name": name, "value": figure(value), "before": figure(run.before)},
         "cards": {
             key: text for key, text in run.cards.items() if text and key not in (shown, "rounds")

@@ -125,7 +125,7 @@
     ask("status.json").then(function (status) {
       tell(status);
       show("gone", false);
-      ended = status.state !== "running" && status.state !== "starting";
+      ended = ["running", "starting", "closing"].indexOf(status.state) < 0;
       if (status.version === version) { return null; }
       return ask("figures.json").then(function (figures) {
         version = status.version;
