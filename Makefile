@@ -60,8 +60,7 @@ $(RUNTIME): pyproject.toml requirements-data.txt
 
 simulate: $(RUNTIME) ## Compare three methods over 200 simulated clients on real digits (ARGS="key=value ...")
 	$(BIN)/fedraclora compare method=fed_rac_lora,fedavg_lora,fedavg reference=fedavg_lora \
-		fed_rac_lora:method.rank=32,compression.uplink=eden2,compression.downlink=eden2 \
-		local.lr=0.1 fed_rac_lora:local.lr=0.5 $(ARGS)
+		fed_rac_lora:method.rank=32,compression.uplink=eden2,compression.downlink=eden2 $(ARGS)
 
 test: style ## Check style, imports and types, and run the quick tests (about five minutes on two cores)
 	$(MAKE) --no-print-directory --jobs 2 types tests

@@ -208,13 +208,19 @@ class RateSearch:
     @property
     def differs(self) -> bool:
         """Return whether the rate changes anything."""
-        return len({rung.loss for rung in self.rungs.values()}) > 1
+        losses = [rung.loss for rung in self.rungs.values()]
+        return not all(math.isclose(loss, losses[0], rel_tol=1e-6) for loss in losses)
 
     def chosen(self) -> float:
-        """Return the rate to take."""
-        rate = self.best().rate
+        """Return the rate to take: a step below any that failed, or half a step below the best.
+
+        A rate next to one that failed may fail, too, in a later round or at another client.
+        """
+        best = self.best().rate
+        failed = min((place for place, rung in self.rungs.items() if rung.failed), default=math.inf)
+        apart = [self.rungs[place].rate for place in self.level() if place <= failed - 1]
         safe = self.longest >= SAFE or self.total < LEAST or not self.differs
-        return rate if safe else float(f"{rate / STEP**0.5:.2g}")
+        return apart[0] if safe and apart else float(f"{best / STEP**0.5:.2g}")
 
     def walk(self) -> None:
         """Try the first rate and its neighbors, until the best has a worse one on either side."""
