@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).resolve().parents[1]
 MOVED = {"README.md": "index.md", "docs/README.md": "contents.md"}
+OUTSIDE = ("CONTRIBUTING.md", "SECURITY.md", "CHANGELOG.md")  # pages beside docs/
 LINK = re.compile(r"(?<=\]\()(?!https?:|#)([^)#\s]+)(?=[)#])")
 ROW = re.compile(r"^\| \[.*?\]\((.*?)\) \|", re.MULTILINE)  # of a table of contents: a page
 HEADED = re.compile(r"^## ([^\n]+)\n(.*?)(?=^## |\Z)", re.MULTILINE | re.DOTALL)
@@ -158,8 +159,7 @@ def on_config(config: MkDocsConfig) -> None:
     groups["Reference"] = [*groups["Reference"], {"Python API": reference}]
     groups["Records"] = ["records/README.md", *listed("records/")]
     groups["Maintainers"] = [
-        place_of("CONTRIBUTING.md"),
-        place_of("CHANGELOG.md"),
+        *map(place_of, OUTSIDE),
         {"Decisions": ["adr/README.md", *listed("adr/")]},
     ]
     config.nav = [{title: pages} for title, pages in groups.items()]
@@ -187,7 +187,7 @@ def on_files(files: Files, config: MkDocsConfig) -> None:
     """Add the pages outside `docs/`, whatever pages link to, and the reference."""
     files.remove(files.src_uris["README.md"])
     left = [f"docs/{file.src_uri}" for file in files.documentation_pages()]
-    left += ["README.md", "docs/README.md", "CONTRIBUTING.md", "CHANGELOG.md"]
+    left += [*MOVED, *OUTSIDE]
     shown.clear()
     while left:
         path = left.pop()
@@ -199,7 +199,7 @@ def on_files(files: Files, config: MkDocsConfig) -> None:
         left += links_of(path, text)
         if place in files.src_uris:
             continue
-        listed = path in MOVED or "/" not in path
+        listed = path in {*MOVED, *OUTSIDE}
         level = InclusionLevel.INCLUDED if listed else InclusionLevel.NOT_IN_NAV
         what = {"content": text} if place.endswith(".md") else {"abs_src_path": str(ROOT / path)}
         files.append(File.generated(config, place, inclusion=level, **what))
