@@ -74,7 +74,7 @@ def test_too_few_numbers_under_a_budget_are_the_failure_of_their_client() -> Non
         (lambda raw: np.append(np.uint8(255), raw[1:]), "NaN or an infinity"),
         (lambda raw: np.append(np.uint8(220), raw[1:]), "update is too long"),
         (lambda raw: np.append(raw[:-1], np.uint8(128)), "clients [1] sent what"),
-        (lambda raw: raw[1:], "(49,); 50 bytes"),
+        (lambda raw: raw[1:], "(49,), expected 50 bytes"),
         (lambda raw: raw.astype(np.float32), "int8 came as torch.float32"),
     ],
 )

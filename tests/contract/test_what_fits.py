@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -31,7 +32,7 @@ from fedraclora.devices.distributions import Constant
 from fedraclora.devices.system import SystemConfig
 from fedraclora.errors import ConfigError
 from fedraclora.privacy.client_level import ClientLevel
-from fedraclora.protocol.method import Cohort, Draw
+from fedraclora.protocol.method import Cohort, Draw, Method
 from fedraclora.strategies.runner import mean_floats
 from fedraclora.strategies.server.device_simulator import DeviceSimulator
 from fedraclora.strategies.wrappers.allocated import allocated
@@ -194,12 +195,17 @@ def test_bernoulli_lora_looks_at_both_sides_before_it_begins(world: World) -> No
 def test_the_summary_counts_the_numbers_of_a_mean_round(world: World) -> None:
     method = make_method("rolora")
     each = [method.floats(world.plan, t) for t in (1, 2, 3)]
-    assert mean_floats(method, world.plan, 3) == tuple(
+
+    def beginning(chosen: Method) -> Any:
+        state = chosen.initial_state(world.base, world.plan, DRAW)
+        return SimpleNamespace(strategy=SimpleNamespace(method=chosen, state=state))
+
+    assert mean_floats(beginning(method), 3) == tuple(
         pytest.approx(sum(numbers) / 3, abs=0.06) for numbers in zip(*each, strict=True)
     )
     same = make_method("fed_rac_lora")
-    assert mean_floats(same, world.plan, 7) == same.floats(world.plan)
-    assert mean_floats(same, world.plan, 0) == same.floats(world.plan)
+    assert mean_floats(beginning(same), 7) == same.floats(world.plan)
+    assert mean_floats(beginning(same), 0) == same.floats(world.plan)
 
 
 @pytest.mark.parametrize("name", ["fed_rac_lora", "fedkrso"])

@@ -263,7 +263,7 @@ def test_a_node_without_data_is_refused_by_name(tmp_path: Path) -> None:
     [
         ("clinic.data:nothing", ConfigError, "cannot be imported"),
         ("nowhere.data:owner", ConfigError, "No module named 'nowhere'.*PYTHONPATH"),
-        ("clinic.data:CLINICS", ConfigError, "type int; a function"),
+        ("clinic.data:CLINICS", ConfigError, "type int.*function"),
         ("no/such/folder", DataError, "neither no/such/folder/1.npz nor no/such/folder/train.npz"),
     ],
 )

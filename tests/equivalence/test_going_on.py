@@ -145,7 +145,7 @@ def test_other_keys_are_refused_by_name(words: list[str], said: str, tmp_path: P
     ("setting", "word", "said"),
     [
         ("local.schedule=cosine", "rounds=4", r"local\.schedule=cosine .*all rounds"),
-        ("privacy.target_epsilon=50", "rounds=4", r"privacy\.target_epsilon=planned"),
+        ("privacy.target_epsilon=50", "rounds=4", r"privacy\.target_epsilon is planned"),
         ("stop.patience=9", "evaluate.every=2", r"evaluate\.every: 1 -> 2"),
         ("output.chain=false", "output.chain=true", "of its first rounds"),
     ],

@@ -140,7 +140,7 @@ def test_a_classifier_has_a_narrow_base_too(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["method=fed_rac_lora"], r"is int8.*method=fed_rac_lora merges"),
+        (["method=fed_rac_lora"], r"int8.*method=fed_rac_lora merges"),
         (["method=fedavg_lora", "dora=true"], r"int8.*dora=true"),
         (["method=fedavg_lora", "server_optimizer=adam"], "server_optimizer=adam with space=wei"),
         (["method=fedavg_lora", "method.init=lora_ga"], "takes its first factors"),

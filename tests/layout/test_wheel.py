@@ -17,7 +17,7 @@ from fedraclora.run import folder as runfolder
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = ("fedraclora", "strategies", "clients", "conf")
 NOT_OF_THE_APP = ("commands", "compose", "conf", "launch.py", "terminal", "tuning")
-KINDS = {".j2", ".py", ".tmpl", ".toml", ".txt", ".typed", ".yaml"}
+KINDS = {".css", ".j2", ".js", ".py", ".tmpl", ".toml", ".txt", ".typed", ".yaml"}
 EMPTY_COMMIT = ["commit", "-q", "--allow-empty", "-m", "a"]
 MOST = 4_000_000  # bytes of all files: code and settings, and no results
 

@@ -209,7 +209,7 @@ NAN, INF = float("nan"), float("inf")
         ({"nesterov": True}, "local.nesterov=true needs local.momentum above 0"),
         (
             {"momentum": 0.8, "optimizer": "adamw"},
-            "local.momentum=0.8, which adamw",
+            "local.momentum is 0.8, which adamw",
         ),
         ({"momentum": 0.8, "optimizer": "lora_rite"}, "which lora_rite makes no"),
         ({"restart_every": 3}, "with 0 there is nothing"),

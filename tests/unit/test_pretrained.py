@@ -157,6 +157,7 @@ def test_a_new_head_is_named_before_the_first_round(
     fit = {name: value.clamp(max=19) for name, value in inputs.items()}
     halves = [({n: v[k::2] for n, v in fit.items()}, target[k::2]) for k in range(2)]
     run = fedraclora.simulate(
+        "output.verbose=true",
         model={"name": "hf", "path": str(stored_bert(tmp_path))},
         data=halves,
         test=({n: v[:9].flip(1) for n, v in fit.items()}, target[:9]),

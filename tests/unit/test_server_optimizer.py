@@ -79,7 +79,7 @@ def test_a_tensor_that_is_not_there_in_a_round_keeps_its_moments() -> None:
             r"server_optimizer.beta=1.0: expected a number in \[0, 1\)",
         ),
         ("momentum", {"lr": 0.0}, r"server_optimizer\.lr=0\.0"),
-        ("adam", {"beta2": -0.1}, "server_optimizer.beta2 is -0.1"),
+        ("adam", {"beta2": -0.1}, "server_optimizer.beta2=-0.1"),
         ("yogi", {"tau": math.inf}, "server_optimizer.tau=inf"),
         ("adagrad", {"space": "weight"}, "did you mean 'weights'"),
     ],
