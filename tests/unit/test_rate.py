@@ -225,6 +225,14 @@ def test_under_privacy_the_rule_gives_it_or_a_number_is_asked_for() -> None:
         fedraclora.simulate(*private, "method=fedavg")
 
 
+def test_under_secure_aggregation_no_round_is_tried() -> None:
+    """It asked two clients for a sum, which secure aggregation refuses."""
+    few = ["clients=5", "clients_per_round=5", "rounds=1"]
+    secure = ["secure=secagg", "aggregation_weights=uniform"]
+    run = fedraclora.simulate(*WORDS, *few, *secure)
+    assert run.config["local"]["lr"] == pytest.approx(1.1, rel=0.05)  # type: ignore[index]
+
+
 def test_where_nothing_trains_it_says_so() -> None:
     def train(round_: Round) -> Trained:
         raise ValueError("never")
