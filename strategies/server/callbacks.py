@@ -287,6 +287,8 @@ class GuardedHooks:
 
     def __getattr__(self, attribute: str) -> Any:
         """Fetch an attribute of the object."""
+        if "inner" not in vars(self):  # a copy that is being made
+            raise AttributeError(attribute)
         found = getattr(self.inner, attribute)
         inherited = of_project(found) and not self.copies  # its own method calls are not wrapped
         if not callable(found) or inherited:
