@@ -30,6 +30,7 @@ HOMES = {name: f"fedraclora.experiments.{name}.command" for name in ("bench", "t
 HOMES |= {"study": "fedraclora.commands.study.run", "report": "fedraclora.commands.report.page"}
 HOMES |= {"watch": "fedraclora.commands.watch.command"}
 HOMES["compare"] = "fedraclora.commands.compare.command"
+HOMES["init"] = "fedraclora.commands.init.command"
 
 
 @printing()

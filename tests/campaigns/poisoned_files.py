@@ -98,7 +98,7 @@ NAMES: Mapping[str, Mapping[str, object]] = {
     "yaml:unsafe_load": {"stream": f"!!python/object/apply:os.mkdir [{MARK}]"},
     "hydra.utils:instantiate": {"config": {"_target_": "os.mkdir", "path": MARK}},
     "cloudpickle:loads": {"data": "x"},
-    "fedraclora.commands.init:write_project": {"name": "canary", "where": "."},
+    "fedraclora.commands.init.command:write_project": {"name": "canary", "where": "."},
     "fedraclora.run.folder:subprocess": {},
     "fedraclora.run.folder:make": {"folder": MARK},
     "fedraclora.imports:import_object": {"key": "x", "name": "victim:touch"},

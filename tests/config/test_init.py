@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from fedraclora.commands import init
+from fedraclora.commands.init import command as init
 from fedraclora.compose.overrides import composed
 from fedraclora.config.run_config import from_plain
 from fedraclora.errors import ConfigError

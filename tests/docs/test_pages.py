@@ -27,12 +27,14 @@ FRONT = [
     *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "tests/README.md")),
     *(ROOT / "docs" / folder / "README.md" for folder in ("records", "adr")),
 ]
-PAGES = [*sorted((ROOT / "docs").glob("*.md")), *RECORDS]
+TUTORIALS = sorted((ROOT / "docs" / "tutorials").glob("*.md"))
+PAGES = [*sorted((ROOT / "docs").glob("*.md")), *TUTORIALS, *RECORDS]
 LINES = [
     line.partition("#")[0].strip()
     for page in PAGES
-    # Of commands.md there are sweeps (test_readme.py), of own.md a module (test_own_page.py).
-    if page.name not in {"commands.md", "own.md"}
+    # Of commands.md there are sweeps (test_readme.py), of own.md a module (test_own_page.py), of
+    # tutorials presets (test_tutorial_hospitals.py).
+    if page.name not in {"commands.md", "own.md"} and page not in TUTORIALS
     for block in re.findall(r"```bash[^\n]*\n(.*?)```", page.read_text(), re.DOTALL)
     for line in block.splitlines()
 ]

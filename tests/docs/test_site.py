@@ -26,6 +26,7 @@ ROOT = Path(__file__).resolve().parents[2]
 DOCS = ROOT / "docs"
 PAGES = sorted(p.stem for p in DOCS.glob("*.md") if p.name != "README.md")
 PAGES += sorted(f"records/{p.stem}" for p in (DOCS / "records").glob("[!R]*.md"))
+PAGES += sorted(f"tutorials/{p.stem}" for p in (DOCS / "tutorials").glob("*.md"))
 FETCHED = r"<(?:script|link|img|iframe|source)\b[^>]*(?:src|href)=\"?(?:https?:)?//[^\s>]+"
 IMPORT = re.compile(r"^from (fedraclora\.\S+) import (.+)$", re.MULTILINE)
 BUILD = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir"]

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from fedraclora.commands import app, init
+from fedraclora.commands import app
+from fedraclora.commands.init import command as init
 from fedraclora.run import folder as runfolder
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -41,7 +42,8 @@ def test_it_holds_all_code_and_all_that_is_read(wheel: Mapping[str, Path]) -> No
     read = [path for name in PACKAGES for path in (ROOT / name).rglob("*.py")]
     for kind in ("py.typed", "*.j2", "*.tmpl", "usage.txt", "*.yaml"):
         read += [path for name in PACKAGES for path in (ROOT / name).rglob(kind)]
-    templates = {path.resolve() for path in init.TEMPLATES.rglob("*") if path.is_file()}
+    folders = (init.TEMPLATES, init.EXAMPLES)
+    templates = {path.resolve() for of in folders for path in of.rglob("*") if path.is_file()}
     assert templates <= {*read}
     names = {path.relative_to(ROOT).as_posix().removeprefix("fedraclora/") for path in read}
     assert {f"fedraclora/{name}" for name in names} <= wheel.keys()

@@ -1,6 +1,7 @@
 """``fedraclora init NAME``: write a small project that runs unchanged, as a start for your own.
 
-It has samples, a model, a preset, a script and a test; its README says how to run each.
+It has samples, a model, a preset, a script and a test; its README says how to run each. With
+``--example reviews`` it is the data of the tutorial *Five hospitals* instead.
 """
 
 from __future__ import annotations
@@ -12,19 +13,23 @@ from string import Template
 
 import yaml
 
+from fedraclora.commands.init.reviews import reviews
 from fedraclora.compose.choices import groups
 from fedraclora.errors import ConfigError
 from fedraclora.run.folder import refuse_full
 
 TEMPLATES = Path(__file__).parent / "project"  # as the project will be, NAME for its name
+EXAMPLES = Path(__file__).parent / "examples"
+TABLES = {"reviews": reviews}  # an example -> its tables, each a CSV file of its name
 
 
-def write_project(name: str, where: Path) -> Path:
+def write_project(name: str, where: Path, example: str | None = None) -> Path:
     """Write the project.
 
     Args:
         name: Of the project, its folder and its preset.
         where: The folder in which its own is made.
+        example: A key of `TABLES`; None: a project of one's own.
 
     Returns:
         Its folder.
@@ -32,6 +37,7 @@ def write_project(name: str, where: Path) -> Path:
     Raises:
         ConfigError: If the name cannot be that of a preset and a Python module, or something lies
             in the folder already.
+        DataError: If the package that the data of an example come from is missing.
     """
     # `true` would be read as no name; a preset of ours would hide one of the same name.
     if not (name.isascii() and name.isidentifier() and yaml.safe_load(name) == name):
@@ -42,11 +48,15 @@ def write_project(name: str, where: Path) -> Path:
         raise ConfigError(f"{name} is a preset of fedraclora: choose another name")
     folder = where / name
     refuse_full(folder)
-    for template in TEMPLATES.rglob("*.tmpl"):
-        path = template.relative_to(TEMPLATES).as_posix().removesuffix(".tmpl")
+    tables = TABLES[example]() if example else {}
+    templates = EXAMPLES / example if example else TEMPLATES
+    for template in templates.rglob("*.tmpl"):
+        path = template.relative_to(templates).as_posix().removesuffix(".tmpl")
         file = folder / path.replace("NAME", name)
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(Template(template.read_text()).substitute(name=name))
+    for table, frame in tables.items():
+        frame.to_csv(folder / f"{table}.csv", index=False)
     return folder
 
 
@@ -56,7 +66,13 @@ def main(words: Sequence[str]) -> None:
         prog="fedraclora init", description="Write a small project that runs as it is."
     )
     parser.add_argument("name", metavar="NAME", help="of the project and of its folder, made here")
-    name = parser.parse_args(words).name
-    write_project(name, Path())
-    print(f"written: {name}. To run it:")
-    print(f"  cd {name} && fedraclora simulate --config-dir conf experiment={name}")
+    parser.add_argument(
+        "--example", choices=sorted(TABLES), help="write the data of a tutorial instead"
+    )
+    said = parser.parse_args(words)
+    write_project(said.name, Path(), said.example)
+    if said.example:
+        print(f"written: {said.name}. Its README.md says what each file is.")
+        return
+    print(f"written: {said.name}. To run it:")
+    print(f"  cd {said.name} && fedraclora simulate --config-dir conf experiment={said.name}")
