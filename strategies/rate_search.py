@@ -68,12 +68,14 @@ class Rung:
         probe: The run at this rate; None once it has failed or is not needed any more.
         losses: The training loss of its weights, by the number of rounds that made them.
         failed: Why it cannot be taken; empty where it can.
+        error: What was raised then.
     """
 
     rate: float
     probe: Probe | None
     losses: dict[int, float] = field(default_factory=dict)
     failed: str = ""
+    error: Exception | None = None
 
     @property
     def rounds(self) -> int:
@@ -179,6 +181,7 @@ class RateSearch:
         except FAILURES as error:
             ended = rung.probe.strategy.done + 1
             rung.failed, rung.probe = f"round {ended}: {type(error).__name__}", None
+            rung.error = error
         self.spent += (ended - before) * self.clients
         return rung.loss
 
@@ -301,9 +304,11 @@ class RateSearch:
         """
         if (place := self.place()) is None:
             lowest = min(self.rungs.values(), key=lambda rung: rung.rate)
+            if lowest.error is not None:  # which a lower rate does not mend
+                raise lowest.error
             raise ClientError(
-                f"local.lr=auto: no learning rate from {lowest.rate:g} on trains "
-                f"({lowest.failed}); say local.lr=NUMBER"
+                f"local.lr=auto: no learning rate from {lowest.rate:g} on trains. Set "
+                "local.lr=NUMBER"
             )
         return self.rungs[place]
 

@@ -279,5 +279,5 @@ def test_what_a_round_alone_has_is_refused_in_that_round() -> None:
     rows: list[Any] = []
     steps = [Changing(), Steady()]
     with pytest.raises(ConfigError, match="a test of all rounds does not go with a test of rounds"):
-        fedraclora.simulate(*WORDS, rounds=3, steps=steps, callbacks=[rows.append])
+        fedraclora.simulate(*WORDS, "local.lr=0.5", rounds=3, steps=steps, callbacks=[rows.append])
     assert [row["round"] for row in rows] == [0, 1]

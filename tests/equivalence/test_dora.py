@@ -129,7 +129,7 @@ def started(sent: RoundInstructions, base: Tree) -> tuple[Tree, dict[str, float]
 @pytest.mark.parametrize("kind", PLAIN)
 def test_rounds_are_those_of_plain_autograd(kind: str, name: str, how: str) -> None:
     case, method, draw = PLAIN[kind](), dora(name), Draw(SEED)
-    local = LocalSettings(lr=0.5, batch_size=4, epochs=2, shuffle=False, **SAME[how])  # type: ignore[arg-type]
+    local = LocalSettings(batch_size=4, epochs=2, shuffle=False, **SAME[how])  # type: ignore[arg-type]
     plan, base = case.plan(), base_of(case.task)
     trainer = trainer_of(case.task, plan, local)
     state = method.initial_state(base, plan, draw)

@@ -362,8 +362,8 @@ def test_reports_and_titles_show_no_key_that_a_training_function_does_not_read(
     found = run(train=learnt, folder=tmp_path / "run", rounds=1)
     page, files = read_shown(tmp_path / "run"), read_files(tmp_path / "run")
     assert "local.train" in files.keys
-    assert not {"local.lr", "local.optimizer", "engine.chunk"} & {*files.keys}
-    assert "lr" not in yaml.safe_load(page.yaml)["local"]
+    assert not {"local.optimizer", "engine.chunk"} & {*files.keys}
+    assert "optimizer" not in yaml.safe_load(page.yaml)["local"]
     assert "lr=" not in page.title
     again = fedraclora.simulate(yaml.safe_load(page.yaml), folder=None)
     assert again.summary["weights_digest"] == found.summary["weights_digest"]
