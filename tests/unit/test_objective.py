@@ -302,9 +302,10 @@ def test_what_could_mean_several_things_is_refused_with_the_choices(case: str) -
 
 def test_yes_and_no_as_fractions_may_be_scores_of_a_single_logit() -> None:
     data = [(X, YES[:, 0])]
-    one = run(scores(1), data, loss="logistic", metrics=["accuracy", "auc", "loss"])
-    whole = run(scores(1), [(X, YES[:, :1].astype(int))], loss="logistic", metrics=["loss"])
-    both = run(scores(1), data, loss="multi_label", metrics=["loss"])
+    rate = {"local.lr": 0.1}
+    one = run(scores(1), data, loss="logistic", metrics=["accuracy", "auc", "loss"], **rate)
+    whole = run(scores(1), [(X, YES[:, :1].astype(int))], loss="logistic", metrics=["loss"], **rate)
+    both = run(scores(1), data, loss="multi_label", metrics=["loss"], **rate)
     for other in (whole, both):
         assert other.rows[-1]["metrics"]["loss"] == one.rows[-1]["metrics"]["loss"]  # type: ignore[index]
 

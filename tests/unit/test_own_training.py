@@ -74,6 +74,7 @@ def run(*words: str, method: str = "fed_rac_lora", **more: Any) -> fedraclora.Ru
         chosen |= {"rank": 2, "alpha": 3}
     given = {"model": net(), "data": CLIENTS, "test": samples(20, 9), "method": chosen}
     quiet = ("output.progress=false", "engine=inline", "rounds=3", "clients_per_round=2")
+    quiet += ("local.lr=1",) * ("train" in more and not any("lr=" in word for word in words))
     return fedraclora.simulate(*quiet, *words, **{**given, **more})
 
 
@@ -629,7 +630,7 @@ def test_a_dict_of_columns_has_as_many_samples_as_these() -> None:
             value.data += 0.1
         return round_.read(model, samples=len(round_.data["label"]), steps=1)
 
-    words = ("output.progress=false", "rounds=1")
+    words = ("output.progress=false", "rounds=1", "local.lr=1")
     given: dict[str, Any] = {"model": net(), "test": 0, "train": train}
     data = [{"text": ["a"] * n, "label": [*range(n)]} for n in (40, 7)]
     run = fedraclora.simulate(*words, data=data, **given)

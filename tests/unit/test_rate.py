@@ -252,7 +252,7 @@ def plain_steps(round_: Round, rate: float) -> Trained:
         loss = torch.nn.functional.cross_entropy(model(inputs), target)
         loss.backward()
         optimizer.step()
-        losses.append(float(loss))
+        losses.append(float(loss.detach()))
     return round_.read(model, samples=len(target), steps=3, loss=sum(losses) / 3)
 
 

@@ -34,11 +34,11 @@ ROWS = [{"round": t, "metrics": {"accuracy": t / 10}} for t in range(3)]
 def assembled(rows: list[dict[str, object]]) -> Any:
     """As much of a run as its end needs."""
     recorder = SimpleNamespace(ledger=SimpleNamespace(rows=rows))
-    output = SimpleNamespace(plots=True)
+    output, local = SimpleNamespace(plots=True), SimpleNamespace(is_own=True)
     return SimpleNamespace(
         recorder=recorder,
         strategy=SimpleNamespace(done=len(rows) - 1, callbacks=Callbacks([])),
-        config=SimpleNamespace(title=run_title(PLAIN), output=output, rounds=9),
+        config=SimpleNamespace(title=run_title(PLAIN), output=output, local=local, rounds=9),
         built=SimpleNamespace(classes=0),
     )
 
