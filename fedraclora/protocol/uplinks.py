@@ -321,5 +321,7 @@ def too_many(refused: Sequence[Refusal], round_: int, rule: str) -> ClientError:
     """Build the error for a round that lost more clients than the config allows."""
     lines = "; ".join(f"client {r.client}: {r.reason}" for r in refused[:5])
     more = f" (and {len(refused) - 5} more)" if len(refused) > 5 else ""
-    kind = DivergenceError if all(CALMER in r.reason for r in refused) else ClientError
+    advice = (CALMER, calmer(own=True))
+    spoilt = all(any(words in r.reason for words in advice) for r in refused)
+    kind = DivergenceError if spoilt else ClientError
     return kind(f"round {round_}: {len(refused)} client(s) failed, {rule}. {lines}{more}")
