@@ -353,7 +353,7 @@ def tensors_of(data: Any) -> tuple[torch.Tensor, torch.Tensor]:
         return torch.stack([x for x, _ in pairs]), torch.stack([y for _, y in pairs])
     if isinstance(data, pd.DataFrame):
         x, y = data.iloc[:, :6].to_numpy(), data["y"].to_numpy()
-        return torch.as_tensor(np.ascontiguousarray(x)), torch.as_tensor(y)
+        return torch.as_tensor(np.array(x, order="C")), torch.as_tensor(np.array(y))
     if isinstance(data, dict) and "rows" in data:
         rows = data["rows"]
         return torch.tensor([r["x"] for r in rows]), torch.tensor([r["y"] for r in rows])
