@@ -28,13 +28,7 @@ from typing import ClassVar, cast
 import torch
 from typing_extensions import override
 
-from fedraclora.allocation import (
-    ALLOCATED,
-    CUTS_COMPONENTS,
-    AdaLora,
-    component_scores,
-    kept_components,
-)
+from fedraclora.allocation import ALLOCATED, AdaLora, component_scores, kept_components
 from fedraclora.errors import ConfigError
 from fedraclora.lowrank.algebra import Product, sum_products
 from fedraclora.protocol.method import (
@@ -74,7 +68,6 @@ class RanksLeft(Counters):
 
 
 @ALLOCATED
-@CUTS_COMPONENTS
 @dataclass(frozen=True)
 class Pruned(Around):
     """Apply the rule to a method.
