@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from tests.superlink import SuperLink
 
 pytestmark = pytest.mark.slow
 
@@ -91,3 +94,54 @@ def test_a_loop_and_a_trainer_of_ones_own_train_the_clients(
 ) -> None:
     pytest.importorskip("accelerate", reason="a Trainer needs fedraclora[trainers]")
     run_page("trainer.md", tmp_path, monkeypatch, capsys)
+
+
+def write_app(folder: Path) -> None:
+    """Write the plain Flower app of the tutorial."""
+    (folder / "digits").mkdir(parents=True)
+    (folder / "digits" / "__init__.py").write_text("")
+    for path, code in FILE.findall((PAGES / "flower-app.md").read_text()):
+        (folder / path).write_text(code)
+
+
+def last_round(folder: Path, rate: float) -> tuple[float, str]:
+    """Run an app with ten nodes, and give its accuracy after the last round, and its log."""
+    config = folder.with_suffix(".toml")
+    config.write_text(f"lr = {rate}\n")
+    options: dict[str, str | int | float] = {
+        "num-supernodes": 10,
+        "client-resources-num-cpus": 1,
+        "init-args-num-cpus": 2,
+    }
+    quiet: dict[str, str | int | float] = {
+        "init-args-logging-level": "ERROR",
+        "init-args-log-to-driver": False,
+    }
+    with SuperLink(show=False) as link:
+        ended = link.run_app(folder, config, {**options, **quiet})
+    assert ended.word == "finished:completed", ended.log
+    return float(re.findall(r"MetricRecord: \{.*'accuracy': ([\d.]+)", ended.log)[-1]), ended.log
+
+
+def test_a_flower_app_sends_less_by_the_change_of_the_page(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    page = (PAGES / "flower-app.md").read_text()
+    write_app(tmp_path / "plain")
+    shutil.copytree(tmp_path / "plain", tmp_path / "low")
+    (change,) = re.findall(r"```diff\n(.*?)```", page, re.DOTALL)
+    subprocess.run(["git", "apply", "-"], input=change, text=True, cwd=tmp_path / "low", check=True)
+    (rate,) = re.findall(r'--run-config "lr=([\d.]+)"', page)
+    reached = re.search(r"^\| accuracy after 10 rounds \| (\S+) \| (\S+) \|", page, re.MULTILINE)
+    assert reached is not None
+    plain, low = map(float, reached.groups())
+    assert last_round(tmp_path / "plain", 0.1)[0] == pytest.approx(plain, abs=0.03)
+    found, log = last_round(tmp_path / "low", float(rate))
+    assert found == pytest.approx(low, abs=0.03)
+    assert re.findall(r"'\w+_bytes': [\d.]+", log)[-3:] == re.findall(r"'\w+_bytes': [\d.]+", page)
+    capsys.readouterr()
+    monkeypatch.syspath_prepend(str(tmp_path / "low"))
+    monkeypatch.delitem(sys.modules, "digits", raising=False)
+    exec(compile((tmp_path / "low" / "rates.py").read_text(), "rates.py", "exec"), {})
+    (said,) = re.findall(r"# rates\.py\n.*?```text\n(.*?)```", page, re.DOTALL)
+    check_output(capsys.readouterr().out, said)
