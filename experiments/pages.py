@@ -24,12 +24,13 @@ from functools import cache
 from pathlib import Path
 from string import Template
 
+import fedraclora.flower.server
 import fedraclora.strategies.steps  # noqa: F401  which declare features
 from fedraclora.binding import bind
 from fedraclora.commands import RESULTS
 from fedraclora.commands.cli import USAGE
 from fedraclora.commands.study.entries import DEVIATION, docstring, is_unverified
-from fedraclora.compatibility import KNOWN, PLACES
+from fedraclora.compatibility import KNOWN, PLACES, Feature
 from fedraclora.compose.choices import choice, groups, sections
 from fedraclora.engines.flower_patches import PATCHES
 from fedraclora.errors import ConfigError
@@ -40,6 +41,8 @@ from fedraclora.strategies.methods import METHODS
 from fedraclora.strategies.shared.factors import Factored
 from fedraclora.terminal.tables import Cells, TextTable, read_table
 
+USUAL = Feature.instead  # in the place of a feature
+MANY = 10  # keys: those of a group that one of its choices leaves to your code
 NAME = "fedraclora."  # of this package; a feature that no class declares is of it
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = (
@@ -138,22 +141,39 @@ def _words(text: str) -> list[str]:
 
 
 def features() -> str:
-    """List the pairs that do not go together, by what declares them, and what to take instead."""
-    rows = []  # of this project: a program may have declared features of its own
-    known = {n: f for n, f in KNOWN.items() if PLACES.get(n, NAME).startswith(NAME)}
-    for name, feature in sorted(known.items()):
-        pairs = [*feature.avoids.items()]
-        pairs += [(f"a run without {beside}", why) for beside, why in feature.requires.items()]
-        for k, (beside, why) in enumerate(pairs):
-            rows.append((name if k == 0 else "", beside, why))
-    wanted = {beside for feature in known.values() for beside in feature.avoids}
-    used = [name for name in sorted(known) if known[name].avoids or name in wanted]
-    instead = [(name, known[name].instead) for name in used]
-    tables = (
-        TextTable(("what", "does not go with", "since"), tuple(rows), (), texts=3),
-        TextTable(("in the place of", "take"), tuple(instead), (), texts=2),
-    )
-    return "\n".join(table.markdown() for table in tables)
+    """Write a section for each feature that excludes or needs others, and a table of keys."""
+    # Of this project: a program may have declared features of its own.
+    known = {n: f for n, f in sorted(KNOWN.items()) if PLACES.get(n, NAME).startswith(NAME)}
+    sections = [
+        f"### {name}\n\n{_excluded(feature)}"
+        for name, feature in known.items()
+        if feature.avoids or feature.requires
+    ]
+    reads = [
+        (", ".join(f"`{key}`" for key in feature.reads), feature.take or name)
+        for name, feature in known.items()
+        if feature.reads and len(feature.reads) < MANY
+    ]
+    keys = TextTable(("key", "has an effect with"), tuple(sorted(reads)), (), texts=2)
+    return "\n".join([*sections, f"### Keys that need another setting\n\n{keys.markdown()}"])
+
+
+def _excluded(feature: Feature) -> str:
+    """Write what to use in its place, and the table of what it excludes: a row for each reason."""
+    rows: dict[str, list[str]] = {}
+    for beside, why in feature.avoids.items():
+        rows.setdefault(why, []).append(_or(beside, KNOWN[beside].instead))
+    for beside, why in feature.requires.items():
+        needed = _or(f"a run without {beside}", KNOWN[beside].take or beside)
+        rows.setdefault(why, []).append(needed)
+    pairs = tuple(("<br>".join(names), why) for why, names in rows.items())
+    table = TextTable(("does not go with", "because"), pairs, (), texts=2).markdown()
+    return table if feature.instead == USUAL else f"In its place: {feature.instead}.\n\n{table}"
+
+
+def _or(name: str, instead: str) -> str:
+    """Name a feature, with what to use in its place."""
+    return name if instead == USUAL else f"{name} (use {instead})"
 
 
 def board(name: str, results: Path) -> str:

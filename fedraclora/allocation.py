@@ -61,20 +61,34 @@ def snip(values: Tree, gradients: Tree) -> float:
 PROXIES: dict[str, Callable[[Tree, Tree], float]] = {"grad_norm": gradient_norm, "snip": snip}
 SYNFLOW = "synflow"  # without data: `fedraclora.allocation`
 ALLOCATED = Feature(
-    "an allocation of ranks",
+    "rank allocation",
     instead="allocation=none",
-    avoids={"system.rank_budget": "a budget is a share of the one rank of all layers"},
+    avoids={"system.rank_budget": "a budget is a share of one rank for all layers"},
 )
 CHOOSES_LAYERS = Feature(
     "allocation=heterolora",
     instead="allocation=none",
     avoids={
-        "a method whose frozen factors recur": (
-            "what stands beside the weights has a part of every layer for each link"
+        "a method whose frozen factors recur": "they have a part of every layer",
+        "a method that keeps a part of the model at each client": (
+            "clients would lose what they keep of a layer that is left out"
         ),
-        "a method of which a part stays at each client": (
-            "what clients keep of a layer that is left out would be forgotten"
+        "a method that takes its first factors out of the weights": (
+            "they are taken from all layers before some are chosen"
         ),
+        "a method with counters of its own": ("the chosen layers are stored in the same place"),
+        "a method whose clients do more than plain local steps": (
+            "layers are chosen by the gradients of plain local steps"
+        ),
+        "a method that leaves some layers out": ("both choose the layers of a round"),
+    },
+)
+
+CUTS_COMPONENTS = Feature(
+    "allocation=adalora",
+    instead="allocation=none",
+    avoids={
+        "a method that restarts its components": ("it scores components over many rounds"),
     },
 )
 
@@ -104,6 +118,18 @@ class HeteroLora(Uniform):
     proxy: Annotated[str, OneOf([*PROXIES, SYNFLOW])] = "grad_norm"
     share: Chance = 0.25
     every: Count | None = None
+
+    @Feature(
+        "allocation.every",
+        instead="allocation.every=null",
+        avoids={
+            "a method whose next round needs more than the weights": (
+                "the state of a layer that is left out would be lost"
+            ),
+        },
+    )
+    def _chooses_again(self) -> str:
+        return "" if self.every is None else f"allocation.every={self.every}"
 
     def due(self, round_: int) -> bool:
         """Return whether layers are chosen in a round (from 1)."""
@@ -140,6 +166,7 @@ class HeteroLora(Uniform):
 
 
 @ALLOCATED
+@CUTS_COMPONENTS
 @dataclass(frozen=True)
 class AdaLora(Uniform):
     """AdaLoRA: cut components by importance, under a budget that falls with the rounds.

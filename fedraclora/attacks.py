@@ -79,6 +79,14 @@ class Attack(Limited, group="attack"):
         """Replace the rows of colluding attackers: float64 [K, P]; attackers are bool [K]."""
         return rows
 
+    @Feature(
+        "a chosen attack",
+        take="attacks, but attack=none has none",
+        reads=("attack.share",),
+    )
+    def _is_chosen(self) -> bool:
+        return type(self) is not Attack
+
     @Feature("an attack", instead="attack=none")
     def _attacks(self) -> str:
         return f"attack={self.name}" if self.share > 0 else ""

@@ -8,13 +8,14 @@ or a part of its messages. Declare it where it is defined:
 
 On a class, each object of it has the feature. On a method of a class, an object has it if that
 method returns a true value; a text is shown as the value. A method with an argument is called with
-the message to the clients (`RoundInstructions`), once that is known. Names of
-features that exist are in `KNOWN`; docs/compatibility.md lists them.
+the message to the clients (`RoundInstructions`), once that is known. A function that a config names
+(a data set, a partition, a model) declares features in the same way, or with `Feature.where` for
+some of its settings. Names of features that exist are in `KNOWN`; docs/compatibility.md lists them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from inspect import signature
@@ -39,6 +40,7 @@ class Feature:
         take: What to take to have it, where another feature requires it; empty: its name says so.
         avoids: Names of features that it does not go with, and why.
         requires: Names of features that it needs, and why.
+        reads: Paths of keys that have no effect without it.
         each_round: Whether a round may have it that others have not: then it is looked for again
             whenever something is sent.
     """
@@ -48,6 +50,7 @@ class Feature:
     take: str = ""
     avoids: Mapping[str, str] = field(default_factory=dict)
     requires: Mapping[str, str] = field(default_factory=dict)
+    reads: Collection[str] = ()
     each_round: bool = False
 
     def __post_init__(self) -> None:
@@ -60,33 +63,67 @@ class Feature:
         PLACES.setdefault(self.name, part.__module__)
         return part
 
+    def where(self, holds: Callable[[Mapping[str, Any]], Found]) -> Callable[[Part], Part]:
+        """Declare it of a function that a config names, for some of its settings.
+
+        Args:
+            holds: Tells from the settings whether a run with them has the feature.
+        """
+
+        def declare(part: Part) -> Part:
+            PLACES.setdefault(self.name, part.__module__)
+            setattr(part, MARK, (*vars(part).get(MARK, ()), Declared(self, holds=holds)))
+            return part
+
+        return declare
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A function that a config names, as a part of the run.
+
+    Attributes:
+        function: The function.
+        settings: Its arguments, with the defaults of those that the config does not set.
+    """
+
+    function: Callable[..., Any]
+    settings: Mapping[str, Any]
+
 
 @dataclass(frozen=True)
 class Declared:
-    """A feature of a class.
+    """A feature of a class or a function.
 
     Attributes:
         feature: What it is.
         method: Says of an object whether it has the feature; empty: each one has.
         by_sent: Whether that method is asked with what is sent.
+        holds: Of a function: tells from its settings; None: it has the feature whatever they are.
     """
 
     feature: Feature
     method: str = ""
     by_sent: bool = False
+    holds: Callable[[Mapping[str, Any]], Found] | None = None
 
     def found(self, part: object, sent: object) -> Found:
         """Return whether an object has the feature, or the value that it has."""
+        if isinstance(part, Choice):  # of a class of the user's there is no object yet
+            return not self.method and (self.holds is None or self.holds(part.settings))
         if not self.method:
             return True
         given = (sent,) if self.by_sent else ()
         return getattr(part, self.method)(*given)  # type: ignore[no-any-return]
 
 
-def declared_by(kind: type) -> tuple[Declared, ...]:
-    """List the features that a class and its bases declare."""
+def declared_by(kind: Callable[..., Any]) -> tuple[Declared, ...]:
+    """List the features that a class and its bases, or a function, declare."""
     if kind in DECLARED:  # asked in each round
         return DECLARED[kind]
+    if not isinstance(kind, type):
+        marks = vars(kind).get(MARK, ())
+        return tuple(each if isinstance(each, Declared) else Declared(each) for each in marks)
     found = dict[tuple[str, str], Declared]()
     for each in reversed(kind.__mro__):
         for feature in vars(each).get(MARK, ()):
@@ -98,16 +135,16 @@ def declared_by(kind: type) -> tuple[Declared, ...]:
     return DECLARED.setdefault(kind, tuple(found.values()))
 
 
-def compatibility_note(kind: type) -> str:
-    """Say what every object of a class does not go with, and what it needs; empty: nothing."""
-    features = [each.feature for each in declared_by(kind) if not each.method]
+def compatibility_note(kind: Callable[..., Any]) -> str:
+    """Say what a class or a function does not go with, and what it needs; empty: nothing."""
+    features = [x.feature for x in declared_by(kind) if not x.method and x.holds is None]
     avoids = [name for feature in features for name in feature.avoids]
     needs = [name for feature in features for name in feature.requires]
     lists = (("Does not go with", avoids), ("Needs", needs))
     return " ".join(f"{what}: {'; '.join(names)}." for what, names in lists if names)
 
 
-DECLARED: dict[type, tuple[Declared, ...]] = {}
+DECLARED: dict[Callable[..., Any], tuple[Declared, ...]] = {}
 
 
 class Features:
@@ -117,6 +154,7 @@ class Features:
         parts: Whatever may declare some; others are passed over.
         sent: What is sent to clients; None: it is not known yet, nor whether something is missing.
         known: What was found before, by name.
+        complete: Whether these are all parts, so that others are missing; None: with ``sent``.
     """
 
     def __init__(
@@ -124,13 +162,15 @@ class Features:
         parts: Iterable[object],
         sent: object = None,
         known: Mapping[str, Found] | None = None,
+        *,
+        complete: bool | None = None,
     ) -> None:
-        self.complete = sent is not None
+        self.complete = sent is not None if complete is None else complete
         self.declared: dict[str, list[tuple[Feature, Callable[[], Found]]]] = {}
         self.known = dict(known or {})
         for part in parts:
-            for each in declared_by(type(part)):
-                if self.complete or not each.by_sent:
+            for each in declared_by(part.function if isinstance(part, Choice) else type(part)):
+                if sent is not None or not each.by_sent:
                     one = each.feature, partial(each.found, part, sent)
                     self.declared.setdefault(each.feature.name, []).append(one)
 
@@ -145,6 +185,27 @@ class Features:
     def lasting(self) -> dict[str, Found]:
         """Return what was found and holds in all rounds."""
         return {name: found for name, found in self.known.items() if not KNOWN[name].each_round}
+
+    def idle(self, values: Mapping[str, tuple[object, object]]) -> dict[str, str]:
+        """Find settings that have no effect, since the feature that reads them is missing.
+
+        Args:
+            values: The value and the default of each key, by its path.
+
+        Returns:
+            A sentence for each such key.
+        """
+        found = dict[str, str]()
+        for reader in [pairs[0][0] for pairs in self.declared.values()]:
+            for key in reader.reads:
+                value, default = values.get(key, (None, None))
+                if value != default and not self.has(reader.name):
+                    known = "null" if default is None else default
+                    found[key] = (
+                        f"{key}={value} has no effect here: it is for "
+                        f"{reader.take or reader.name}. Leave it at {known}."
+                    )
+        return found
 
     def conflicts(self, *, each_round: bool = False) -> Iterator[str]:
         """Yield a sentence for each pair that does not go together, and for each that is missing.
@@ -162,7 +223,11 @@ class Features:
             ):
                 if (one := self.has(what.name)) and (other := self.has(beside.name)):
                     yield _conflict(what, beside, why, one, other)
-            needed = what.requires if self.complete else {}
+            needed = {
+                name: why
+                for name, why in what.requires.items()
+                if self.complete or name in self.declared  # else who has it comes later
+            }
             for beside, why in _named(what, needed, each_round=each_round, complete=True):
                 if self.has(what.name) and not self.has(beside.name):
                     take = beside.take or beside.name

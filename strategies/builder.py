@@ -12,9 +12,11 @@ from typing_extensions import override
 
 from fedraclora.binding import OWN_GROUPS, object_of, section
 from fedraclora.clients.engines import engine_of, in_process
+from fedraclora.compatibility import Features, refuse
 from fedraclora.config.build import BuiltTask, answering_of, build_task, measured_samples
 from fedraclora.config.builder import TaskBuilder
 from fedraclora.config.run_config import RunConfig
+from fedraclora.config.unread import parts_of
 from fedraclora.data.partition import spread_clients
 from fedraclora.data.task import Task
 from fedraclora.devices.system import SystemConfig
@@ -23,16 +25,10 @@ from fedraclora.errors import ConfigError, unknown
 from fedraclora.evaluation.choices import measure_of
 from fedraclora.evaluation.evaluate import personal_accuracy
 from fedraclora.evaluation.metrics import PERSONAL, lower_of
+from fedraclora.models.built import BaseWeights
 from fedraclora.object_registry import object_digest
 from fedraclora.privacy.client_level import ClientLevel
-from fedraclora.protocol.method import (
-    Draw,
-    Method,
-    Plan,
-    RoundInstructions,
-    State,
-    first_instructions,
-)
+from fedraclora.protocol.method import Draw, Method, Plan, RoundInstructions, first_instructions
 from fedraclora.protocol.plan import TrainedPart, trained_of
 from fedraclora.protocol.uplinks import SUM_BLOCK
 from fedraclora.run.callback import Callback
@@ -53,9 +49,8 @@ from fedraclora.strategies.server.round_step import RoundStep, Sizes, step_name,
 from fedraclora.strategies.start import begin_from
 from fedraclora.strategies.steps import round_steps
 from fedraclora.strategies.wiring import RoundsBuilder
-from fedraclora.strategies.wrappers import method_of
+from fedraclora.strategies.wrappers import inside, method_of
 from fedraclora.training.chunking import ChunkPlan, plan_chunk
-from fedraclora.training.precision import check_base
 from fedraclora.tree import Tree, weights_of
 
 Measure = Callable[[Tree], dict[str, float]]  # kinds of weights
@@ -164,28 +159,13 @@ class RunBuilder(TaskBuilder, RoundsBuilder):  # type: ignore[override]
 
     @cached_property
     @override
-    def initial_state(self) -> State:
-        base = self.initial_weights
-        state = self.method.initial_state(base, self.plan, self.draw)
-        name, server = self.config.choices["method"], self.config.server_optimizer
-        self.initial_state = state  # for the first downlink
-        first = self.first_instructions
-        moved = any(state.base[name] is not weight for name, weight in base.items())
-        changes = {
-            f"method={name} merges each update into the weights": self.method.traits.merges,
-            "dora=true rescales the weights": self.config.dora,
-            f"method={name} takes its first factors out of the weights":
-                moved or not first.program.trains,
-            f"server_optimizer={server.name} with space=weights steps in the weights":
-                server.name != "none" and server.space == "weights",
-        }  # fmt: skip
-        check_base(base, (*self.plan.dense, *self.plan.local), changes)
-        return state
-
-    @cached_property
-    @override
     def first_instructions(self) -> RoundInstructions:
-        return first_instructions(self.method, self.initial_state, self.draw, self.built.cohort)
+        sent = first_instructions(self.method, self.initial_state, self.draw, self.built.cohort)
+        # Before a step is tried for the size of a chunk.
+        weights = BaseWeights(self.initial_weights, (*self.plan.dense, *self.plan.local))
+        parts = [*parts_of(self.config), *inside(self.method), weights, sent, sent.program]
+        refuse(Features(parts, sent, complete=False).conflicts())
+        return sent
 
     @cached_property
     def chunk(self) -> ChunkPlan:

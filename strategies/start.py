@@ -13,7 +13,6 @@ from fedraclora.config.run_config import RunConfig, from_plain
 from fedraclora.data.locate import user_path
 from fedraclora.errors import CheckpointError, ConfigError, ModelError
 from fedraclora.models.adapter import adapter_digest, is_adapter, merge_adapter
-from fedraclora.narrow_weight import QuantisedWeight
 from fedraclora.run.folder import is_finished, read_summary, resume_word
 from fedraclora.run.trusted import read_trusted
 from fedraclora.strategies.methods import METHODS
@@ -73,11 +72,6 @@ def begin_from(config: RunConfig, model: nn.Module) -> dict[str, str]:
     """
     if config.init_from is None:
         return {}
-    if config.pretrain.epochs:
-        raise ConfigError(
-            f"init_from={config.init_from}: pretrained weights would be overwritten by these. "
-            "Set pretrain=none, or leave init_from out"
-        )
     said = {"path": config.init_from} if isinstance(config.init_from, str) else config.init_from
     if not {"path"} <= said.keys() <= {"path", "sha256"}:
         raise ConfigError(
@@ -89,12 +83,6 @@ def begin_from(config: RunConfig, model: nn.Module) -> dict[str, str]:
         raise CheckpointError(
             f"init_from={folder} has changed since the config was written: its checksum is "
             f"{found}, expected {said['sha256']}. Restore it from a copy"
-        )
-    if any(isinstance(weight, QuantisedWeight) for weight in model.parameters()):
-        raise ConfigError(
-            f"init_from={folder}: most of it would be lost by rounding when it is merged into "
-            "weights of model.base=int8 or int4. Set model.base=float32, or export it as a "
-            "Hugging Face folder (--format hf) and set model.path to that"
         )
     if is_adapter(folder):
         merge_adapter(model, folder)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from fedraclora.binding import PlainDict
+from fedraclora.compatibility import Features, refuse
 from fedraclora.config.run_config import RunConfig, from_plain
 from fedraclora.engines.base import Grid
 from fedraclora.launch import run_shown
@@ -67,3 +69,15 @@ def arranged(grid: Grid, arrange: Arrange) -> None:
         return arrange([*ask(asks, timeout)])
 
     grid.ask = changed  # type: ignore[method-assign]
+
+
+def accepted(group: str, part: Any) -> Any:
+    """Give the settings of a group, or refuse them as a run does: conflicts, keys without effect.
+
+    Raises:
+        ConfigError: With all of them.
+    """
+    features = Features([part, *getattr(part, "added", ())])
+    values = {f"{group}.{f.name}": (getattr(part, f.name), f.default) for f in fields(part)}
+    refuse([*features.idle(values).values(), *features.conflicts()])
+    return part

@@ -64,26 +64,34 @@ class Aggregator(Limited, group="aggregator"):
     def __call__(self, got: Uplinks, setting: AggregationContext) -> Uplinks:
         """Turn the clients' uploads into the method's input."""
 
-    @Feature("another aggregator than mean", instead="aggregator=mean")
+    @Feature("an aggregator other than mean", instead="aggregator=mean")
     def _rule(self) -> str:
         return f"aggregator={self.name}"
 
-    @Feature("a rule that looks at single updates", instead="aggregator=mean")
+    @Feature("a robust rule that needs each client's update", instead="aggregator=mean")
     def _individual_rule(self) -> str:
         return self._rule() if self.individuals else ""
 
     @Feature(
-        "a rule that makes one vector of a cohort",
+        "a robust rule that returns one update for the round",
         instead="aggregator=multi_krum, krum, norm_bound or mean",
-        avoids={"a method that needs each client's own update": "it hands on that vector alone"},
+        avoids={
+            "a method that needs each client's update": (
+                "the method gets that one update and no others"
+            )
+        },
     )
     def _estimating_rule(self) -> str:
         return self._rule() if self.estimates else ""
 
     @Feature(
-        "a rule that compares clients",
+        "a robust rule that compares clients",
         instead="aggregator=norm_bound or mean",
-        avoids={"other things to train at each client": "unlike numbers cannot be compared"},
+        avoids={
+            "clients that train different parameters": (
+                "their updates cannot be compared number by number"
+            )
+        },
     )
     def _comparing_rule(self) -> str:
         return self._rule() if self.compares else ""

@@ -64,13 +64,13 @@ class ServerOptimizer(Limited, group="server_optimizer"):
         "server_optimizer.space=weights",
         instead="server_optimizer=none or space=factors",
         avoids={
-            "a method whose clients send numbers along drawn directions": (
-                "its steps would have to travel as whole weights"
+            "a method whose clients send numbers along random directions": (
+                "its steps would have to be sent as whole weights"
             ),
-            "a method of which a part stays at each client": (
-                "each client has weights of its own, and the server none"
+            "a method that keeps a part of the model at each client": (
+                "the server does not have the clients' weights"
             ),
-            "dora=true": "what is added to a base weight is not added to the effective one",
+            "dora=true": "a step of a base weight is not a step of the rescaled weight",
         },
     )
     def _steps_in_weights(self) -> bool:
@@ -80,14 +80,20 @@ class ServerOptimizer(Limited, group="server_optimizer"):
         "server_optimizer.space=factors",
         instead="server_optimizer=none or space=weights",
         avoids={
-            "a method that needs each client's own update": "it steps by the mean of their factors",
-            "a method whose clients send numbers along drawn directions": (
-                "those of the next round are along others"
+            "a method that needs each client's update": "it needs the mean of the clients' factors",
+            "a method whose clients send numbers along random directions": (
+                "the directions differ from round to round"
             ),
-            "a method whose clients send gradients first": "by them it chooses what they train",
-            "a method whose factors begin anew with each link": "so would their moments",
-            "other factors to start from at each client": "their mean has no one start",
-            "an allocation of ranks": "it changes what has moments",
+            "a method whose clients send gradients first": (
+                "what clients train is chosen after the gradients"
+            ),
+            "a method that restarts its factors at each merge": (
+                "the moments would have to restart, too"
+            ),
+            "clients that start from different factors": (
+                "the mean of their updates has no common start"
+            ),
+            "rank allocation": "it changes which parameters have moments",
         },
     )
     def _steps_in_factors(self) -> bool:
@@ -97,11 +103,11 @@ class ServerOptimizer(Limited, group="server_optimizer"):
         "an adaptive server_optimizer with space=factors",
         instead="server_optimizer=momentum, server_optimizer=none or space=weights",
         avoids={
-            "a method whose factors stand beside others in each link": (
-                "it scales coordinates one by one, and these change with the frozen factors"
+            "a method that changes the frozen factors at each merge": (
+                "it scales each coordinate by its history, and the coordinates change"
             ),
-            "a method whose frozen factors have changed": (
-                "it scales coordinates one by one, and these have changed, too"
+            "a method that has changed its frozen factors": (
+                "it scales each coordinate by its history, and the coordinates have changed"
             ),
         },
     )

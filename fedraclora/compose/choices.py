@@ -216,7 +216,7 @@ def keys_of(group: str, name: str, *, folders: Sequence[Path] = ()) -> str:
     file = _file(f"{group}/{name}", [CONF, *folders])
     about = [summary(_row(group, name))] if file is None else _comment(file)
     kind = CHOICE_ROWS.get(group, {}).get(name)
-    beside = compatibility_note(kind) if isinstance(kind, type) else ""
+    beside = compatibility_note(kind) if kind else ""
     about += [*textwrap.wrap(beside, WIDTH, break_on_hyphens=False), ""]
     head = [f"  {line}".rstrip() for line in about]
     return "\n".join([f"{group}={name}", *head, *key_lines(group, name, folders=folders)])

@@ -9,7 +9,6 @@ from fedraclora.data import DataSet, select_labels
 from fedraclora.errors import ConfigError, FedRacLoraError
 from fedraclora.evaluation.evaluate import evaluate
 from fedraclora.models.built import seeded
-from fedraclora.narrow_weight import QuantisedWeight
 from fedraclora.training.cohort import pretrain
 from fedraclora.training.localconfig import LocalConfig
 
@@ -23,11 +22,6 @@ def pretrain_model(config: TaskConfig, whole: DataSet, model: torch.nn.Module) -
     The newest results are kept in this process, since the runs of a study share few of them.
     """
     asked = config.pretrain
-    if any(isinstance(weight, QuantisedWeight) for weight in model.parameters()):
-        raise ConfigError(
-            f"model.base={config.model.get('base')} freezes the weights that pretraining would "
-            "train: set pretrain=none, or model.base=float32"
-        )
     if whole.aside is None and config.choices["pretrain"] == "aside":
         raise ConfigError(
             f"pretrain=aside, but data={config.data.name} sets no samples aside. Set "

@@ -20,7 +20,7 @@ from fedraclora.aggregation.server_optimizers import SERVER_OPTIMIZERS, ServerOp
 from fedraclora.allocation import ALLOCATIONS, Uniform
 from fedraclora.attacks import ATTACKS, Attack
 from fedraclora.binding import Plain, bind, build, row_of, section, without
-from fedraclora.compatibility import Feature, Features, refuse
+from fedraclora.compatibility import Feature
 from fedraclora.config.resuming import free_keys
 from fedraclora.config.settings import (
     ENGINES,
@@ -34,9 +34,9 @@ from fedraclora.config.settings import (
 )
 from fedraclora.config.table_rows import BESIDE, TABLES, TableRow, split_group
 from fedraclora.config.titles import method_label, run_title
-from fedraclora.config.unread import refuse_misfits, refuse_unknown, refuse_unread
+from fedraclora.config.unread import refuse_conflicts, refuse_misfits, refuse_unknown
 from fedraclora.data import DataSet
-from fedraclora.data.dataset import Division
+from fedraclora.data.dataset import BY_COLUMN, Division
 from fedraclora.devices.system import SystemConfig
 from fedraclora.errors import MissingKeysError
 from fedraclora.limits import Count, Limit, Limited, OneOf, Whole, later_keys
@@ -46,12 +46,13 @@ from fedraclora.object_registry import NAME, code_digests, is_named, named_by, r
 from fedraclora.privacy.client_level import PRIVACIES, ClientLevel, Privacy
 from fedraclora.privacy.secagg import SECURES, Open, SecAgg
 from fedraclora.protocol.cohorts import WEIGHTINGS, share_of
-from fedraclora.protocol.method import Method, check_method
+from fedraclora.protocol.method import KEPT_BY_CLIENTS, Method, check_method
 from fedraclora.protocol.plan import BIAS_POLICIES, HEAD_POLICIES
 from fedraclora.schema import checked_values
 from fedraclora.training.extras.settings import LocalSettings
 from fedraclora.training.precision import FLOAT32, PRECISIONS
 
+KEEPS_HEADS = Feature("head=personal", instead="head=full, lora or frozen")
 DEVICES = ("auto", "cpu", "cuda")
 ClientsPerRound = Annotated[
     int | str,
@@ -180,7 +181,27 @@ class TaskConfig(Limited):
 
     # Features that depend on two groups of the config.
 
-    @Feature("precision", instead="precision=float32")
+    @Feature("precision=float32", instead="precision=bf16-mixed")
+    def _is_full(self) -> bool:
+        return self.precision == FLOAT32 and not self.local.is_own
+
+    @Feature("data.validation", instead="data.validation=0")
+    def _validates(self) -> str:
+        share = self.data.get("validation")
+        return f"data.validation={share}" if share else ""
+
+    @Feature(
+        "data.labels",
+        instead="data.labels=null",
+        avoids={
+            "data without classes": "there are no classes to keep",
+            "clients that bring their own samples": "the server does not hold their samples",
+        },
+    )
+    def _selects_labels(self) -> bool:
+        return self.data.get("labels") is not None
+
+    @Feature("precision=bf16-mixed", instead="precision=float32")
     def _is_mixed(self) -> str:
         return f"precision={self.precision}" if self.precision != FLOAT32 else ""
 
@@ -188,7 +209,8 @@ class TaskConfig(Limited):
     def _allows_failures(self) -> str:
         return f"max_failures={self.max_failures}" if self.max_failures else ""
 
-    @Feature("head=personal", instead="head=full, lora or frozen")
+    @KEPT_BY_CLIENTS
+    @KEEPS_HEADS
     def _keeps_heads(self) -> bool:
         return self.head == "personal"
 
@@ -199,16 +221,46 @@ class TaskConfig(Limited):
     def _measures_heads(self) -> bool:
         return self._keeps_heads() and not self.evaluate.by_clients
 
+    @Feature(
+        "layers trained in full",
+        take="layers trained in full (head=full, head=personal, bias=full, modules_to_save)",
+        reads=("local.full_lr",),
+    )
+    def _trains_in_full(self) -> bool:
+        return bool(
+            self.head in {"full", "personal"} or self.bias == "full" or self.modules_to_save
+        )
+
+    @Feature(
+        "clients that measure under secure aggregation or privacy",
+        take="clients that measure under secure=secagg or privacy=client_level",
+        reads=("evaluate.min_clients",),
+    )
+    def _veils_measurements(self) -> bool:
+        return self.evaluate.by_clients and self.veiled
+
+    @Feature(
+        "clients that train as one batch",
+        take="batches of clients, but with local=own your function trains one client at a time",
+        reads=("engine.chunk",),
+    )
+    def _batches_clients(self) -> bool:
+        return not self.local.is_own or self.engine.chunk == 1
+
+    @BY_COLUMN
+    def _divides_by_own(self) -> bool:
+        return is_named(self.partition.name)  # a partition of the user's gets all columns
+
     @Feature("privacy=client_level beside secure=secagg", instead="secure=none")
     def _hides_sums(self) -> bool:
         return isinstance(self.privacy, ClientLevel) and isinstance(self.secure, SecAgg)
 
     @Feature(
-        "clients of a deployment that answer a round once",
+        "a deployment whose clients answer a round only once",
         instead="secure=none, local.dp=null",
         avoids={
             "output.checkpoint_every above 1": (
-                "a server that went back by more than a round could not go on"
+                "a server that restarts from an older round could not ask its clients again"
             ),
         },
     )
@@ -291,6 +343,28 @@ class RunConfig(TaskConfig):
     def _trains_lengths(self) -> bool:
         return self.dora
 
+    @Feature("local.steps below method.steps", instead="local.steps=null, or more of them")
+    def _takes_fewer_steps(self) -> str:
+        taken, most = self.local.steps, self.method.most_steps
+        return f"local.steps={taken}" if taken and most and taken < most else ""
+
+    @Feature(
+        "init_from",
+        instead="init_from=null",
+        avoids={"pretraining": "the pretrained weights would be replaced"},
+    )
+    def _begins_from_run(self) -> bool:
+        return self.init_from is not None
+
+    @Feature(
+        "a method that merges",
+        take="methods that merge (method.merge_every), but this one never does",
+        reads=("local.optimizer_state_kept",),
+    )
+    def _ends_links(self) -> bool:
+        # Of an allocation: components are cut, and those that stay are other ones.
+        return type(self.allocation) is not Uniform or self.method.link_rounds is not None
+
 
 # Groups that choose a row of a table: functions called at once, and functions that wait for data.
 ROWS: dict[str, Mapping[str, Callable[..., object]]] = {
@@ -350,9 +424,7 @@ def from_plain(
             check_method(method)
     config = RunConfig(method=method, **_fields(RunConfig, plain))  # type: ignore[arg-type]
     refuse_misfits(config)
-    if not resuming:
-        refuse_unread(config)
-    refuse(Features([config, *vars(config).values(), *config.local.added]).conflicts())
+    refuse_conflicts(config, idle=not resuming)
     return config
 
 

@@ -35,10 +35,28 @@ DEPLOYED = Feature(
     instead="another engine",
     avoids={
         "an attack": "attacks only run in simulations",
-        "system": "devices are simulated, and clients of a deployment are real",
-        "max_failures": "engine.min_clients says how many clients a round needs",
-        "head=personal that the server measures": "such heads stay at the clients",
+        "simulated devices": "the clients of a deployment are real",
+        "max_failures": "engine.min_clients sets how many clients a round needs",
+        "head=personal that the server measures": "the server does not have these heads",
     },
+)
+ROUNDS_UP = Feature(
+    "compression.uplink below float32",
+    instead="compression.uplink=float32",
+    reads=("compression.uplink_coding",),
+)
+ROUNDS_DOWN = Feature(
+    "compression.downlink below float32",
+    instead="compression.downlink=float32",
+    avoids={
+        "a method whose clients send numbers along random directions": (
+            "clients repeat the server's steps exactly"
+        ),
+        "factors or magnitudes that hold a part of the weights": (
+            "they are sent whole in each round, so quantization would damage the model itself"
+        ),
+    },
+    reads=("compression.downlink_coding",),
 )
 # most threads of torch: if the system refuses one, the process ends without a message
 MOST_THREADS = 1024
@@ -70,23 +88,26 @@ class CompressionConfig(Limited, group="compression"):
     uplink_coding: Annotated[str, OneOf((NONE, ZSTD))] = NONE
     downlink_coding: Annotated[str, OneOf((NONE, ZSTD))] = NONE
 
-    @override
-    def __post_init__(self) -> None:
-        """Reject error feedback and coding without quantization."""
-        super().__post_init__()
-        if self.feedback and self.uplink == self.downlink == FULL:
-            raise ConfigError(
-                "compression.feedback=true, but compression.uplink and compression.downlink are "
-                "float32, which loses nothing to feed back. Set one of them to one of "
-                f"{', '.join(ROUNDED)}."
-            )
-        for way in ("uplink", "downlink"):
-            coding = getattr(self, f"{way}_coding")
-            if coding != NONE and getattr(self, way) == FULL:
-                raise ConfigError(
-                    f"compression.{way}_coding={coding}, but float32 numbers are not coded. Set "
-                    f"compression.{way} to one of {', '.join(ROUNDED)}."
-                )
+    @ROUNDS_UP
+    def _rounds_up(self) -> str:
+        return rounds("uplink", self.uplink)
+
+    @ROUNDS_DOWN
+    def _rounds_down(self) -> str:
+        return rounds("downlink", self.downlink)
+
+    @Feature(
+        "compression below float32",
+        take=f"compression.uplink or compression.downlink as one of {', '.join(ROUNDED)}",
+        reads=("compression.feedback",),
+    )
+    def _rounds(self) -> bool:
+        return not self.uplink == self.downlink == FULL
+
+
+def rounds(way: str, kind: str) -> str:
+    """Say in how few bits numbers go up or down; empty: in all that they have."""
+    return "" if kind == FULL else f"compression.{way}={kind}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -151,16 +172,7 @@ class InlineConfig(EngineConfig):
 
     name: ClassVar[str] = "inline"
 
-    chunk: Chunk = 1
-
-    @override
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.chunk != 1:
-            raise ConfigError(
-                f"engine.chunk={self.chunk!r}, but engine={self.name} trains one client at a "
-                "time. Leave it out, or choose engine=vectorized."
-            )
+    chunk: Annotated[Chunk, Limit("1, one client after another,", lambda n: n == 1)] = 1
 
 
 @dataclass(frozen=True)
@@ -214,7 +226,9 @@ class DeployConfig(EngineConfig):
 
     name: ClassVar[str] = "deploy"
 
-    chunk: Chunk = 1
+    chunk: Annotated[
+        Chunk, Limit("a number (the memory of nodes is not known)", lambda n: n != "auto")
+    ] = 1
     min_clients: Count | None = None
     wait: Seconds = 300.0
     timeout: Seconds = 3600.0
@@ -226,11 +240,6 @@ class DeployConfig(EngineConfig):
     @override
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.chunk == "auto":
-            raise ConfigError(
-                "engine.chunk=auto, but engine=deploy cannot know the memory of all nodes "
-                "before a run. Set a number of clients (1: one after another)."
-            )
         if self.folder is not None and not self.folder.startswith("/"):
             raise ConfigError(f"engine.folder={self.folder!r} is not an absolute path: give one")
 
@@ -353,13 +362,40 @@ class EvaluateConfig(Limited, group="evaluate"):
     @Feature(
         "clients that measure",
         instead="evaluate.clients=none",
+        take="clients that measure (evaluate.clients=round and all)",
         avoids={
             "local.dp": UNCOVERED,
+            "data.objects=true": "only your training function can read them",
             "privacy=client_level beside secure=secagg": UNCOVERED,
         },
+        reads=(
+            "evaluate.share",
+            "evaluate.clients_every",
+            "evaluate.personal",
+            "privacy.measure_noise",
+            "privacy.measure_bound",
+        ),
     )
     def _asks_clients(self) -> str:
         return f"evaluate.clients={self.clients}" if self.by_clients else ""
+
+    @Feature(
+        "evaluate.generate",
+        instead="evaluate.generate=null",
+        avoids={"data of numbers": "they hold no prompts"},
+        reads=("evaluate.answers", "evaluate.new_tokens", "evaluate.shown"),
+    )
+    def _generates(self) -> bool:
+        return self.generate is not None
+
+    @Feature(
+        "evaluate.choices",
+        instead="evaluate.choices=null",
+        avoids={"data of numbers": "they hold no questions"},
+        reads=("data.choices",),
+    )
+    def _asks_choices(self) -> bool:
+        return self.choices is not None
 
     @property
     def portion(self) -> float | None:
@@ -391,6 +427,18 @@ class StopConfig(Limited, group="stop"):
     patience: Count | None = None
     min_delta: NotNegative = 0.0
 
+    @Feature(
+        "stop.metric of clients",
+        instead="a metric of the server as stop.metric",
+        requires={"clients that measure": "they compute that metric"},
+    )
+    def _stops_by_clients(self) -> bool:
+        return self.patience is not None and self.metric.startswith("clients.")
+
+    @Feature("stop.patience", reads=("stop.metric", "stop.min_delta"))
+    def _stops_early(self) -> bool:
+        return self.patience is not None
+
 
 @dataclass(frozen=True)
 class PretrainConfig(Limited, group="pretrain"):
@@ -407,3 +455,12 @@ class PretrainConfig(Limited, group="pretrain"):
     epochs: Whole = 0
     lr: Positive = 1e-3
     batch_size: Count = 64
+
+    @Feature(
+        "pretraining",
+        instead="pretrain=none",
+        take="pretrain.epochs above 0 (pretrain=none leaves all of it out)",
+        reads=("pretrain.labels", "pretrain.lr", "pretrain.batch_size"),
+    )
+    def _pretrains(self) -> bool:
+        return self.epochs > 0

@@ -87,10 +87,15 @@ class TableRow(Generic[T]):
         return str(self.group["name"])
 
     @property
+    def function(self) -> Callable[..., object]:
+        """The function or class of the row."""
+        return row_of(self.kind, TABLES[self.kind], self.name)
+
+    @property
     def defaults(self) -> dict[str, object]:
         """The defaults of the row's arguments, by name."""
-        row = row_of(self.kind, TABLES[self.kind], self.name)
-        return {name: p.default for name, p in inspect.signature(row).parameters.items()}
+        parameters = inspect.signature(self.function).parameters
+        return {name: p.default for name, p in parameters.items()}
 
     def get(self, key: str) -> object:
         """Return the value that the config gives a key; None without one."""

@@ -1,4 +1,4 @@
-"""Check across groups of the config: keys without effect, and values that contradict each other.
+"""Check across groups of the config: keys without effect, and parts that exclude each other.
 
 A key at its default is always allowed: the files of `conf` list the keys of their group. A user who
 set a key to another value expects an effect.
@@ -6,134 +6,22 @@ set a key to another value expects an effect.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping
-from dataclasses import dataclass, fields
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import fields, is_dataclass
 from typing import TYPE_CHECKING
 
-from fedraclora.allocation import Uniform
-from fedraclora.attacks import Attack
 from fedraclora.binding import Plain, without
-from fedraclora.config.settings import StopConfig
+from fedraclora.compatibility import Choice, Features, refuse
 from fedraclora.config.table_rows import TableRow
 from fedraclora.data.own_loss import is_own, named_loss, short_name
 from fedraclora.errors import ConfigError, UnreadKeysError, nearest, unknown
 from fedraclora.evaluation.metrics import MEASURED, PERSONAL
 from fedraclora.protocol.cohorts import cohort_size
-from fedraclora.protocol.method import Method
 from fedraclora.renamed import renamed
-from fedraclora.training.extras.settings import LocalSettings
+from fedraclora.training.extras.settings import READ_BY_OWN
 
 if TYPE_CHECKING:
     from fedraclora.config.run_config import RunConfig
-
-
-@dataclass(frozen=True)
-class Rule:
-    """Define keys of a group, and the condition under which they have an effect.
-
-    Attributes:
-        keys: Their paths.
-        read: Whether they have an effect.
-        reader: What reads them, for messages.
-    """
-
-    keys: Collection[str]
-    read: Callable[[RunConfig], bool]
-    reader: str
-
-
-# Keys passed to a user's training function, among them the step sizes' scale over rounds.
-READ_BY_OWN = {
-    "lr",
-    "train",
-    "parameters",
-    "timeout",
-    "schedule",
-    "warmup",
-    "restart_every",
-    "final",
-} | {
-    "step_every",
-    "step_factor",
-}
-UNEQUAL = "sizes that are not constant (lognormal, pareto)"
-RULES = (
-    Rule(
-        [f"local.{field.name}" for field in fields(LocalSettings) if field.name not in READ_BY_OWN],
-        lambda c: not c.local.is_own,
-        "the built-in training loop, but with local=own your function trains instead",
-    ),
-    Rule(
-        ["engine.chunk"],
-        lambda c: not c.local.is_own or c.engine.chunk == 1,
-        "batches of clients, but with local=own your function trains one client at a time",
-    ),
-    Rule(["local.epochs"], lambda c: c.local.steps is None, "local.steps=null"),
-    Rule(["local.damping"], lambda c: c.local.adjust != "none", "local.adjust"),
-    Rule(
-        ["local.min_lr_ratio"],
-        lambda c: c.local.schedule in {"cosine", "linear"},
-        "local.schedule=cosine and linear",
-    ),
-    Rule(
-        ["local.step_every", "local.step_factor"],
-        lambda c: c.local.schedule == "step",
-        "local.schedule=step",
-    ),
-    Rule(
-        ["local.optimizer_state_kept"],
-        lambda c: links_end(c.method, c.allocation),
-        "methods that merge (method.merge_every), but this one never does",
-    ),
-    Rule(
-        ["local.full_lr"],
-        lambda c: c.head in {"full", "personal"} or c.bias == "full" or bool(c.modules_to_save),
-        "layers trained in full (head=full, head=personal, bias=full, modules_to_save)",
-    ),
-    Rule(
-        ["pretrain.labels", "pretrain.lr", "pretrain.batch_size"],
-        lambda c: c.pretrain.epochs > 0,
-        "pretrain.epochs above 0 (pretrain=none leaves all of it out)",
-    ),
-    Rule(
-        ["attack.share"],
-        lambda c: type(c.attack) is not Attack,
-        "attacks, but attack=none has none",
-    ),
-    Rule(
-        ["evaluate.sample"],
-        lambda c: c.head == "personal" or c.method.client_state,
-        "head=personal and methods that leave a part at each client",
-    ),
-    Rule(
-        ["evaluate.share", "evaluate.clients_every", "evaluate.personal"],
-        lambda c: c.evaluate.by_clients,
-        "clients that measure (evaluate.clients=round and all)",
-    ),
-    Rule(
-        ["evaluate.min_clients"],
-        lambda c: c.evaluate.by_clients and c.veiled,
-        "clients that measure under secure=secagg or privacy=client_level",
-    ),
-    Rule(
-        ["privacy.measure_noise", "privacy.measure_bound"],
-        lambda c: c.evaluate.by_clients,
-        "clients that measure (evaluate.clients=round and all)",
-    ),
-    Rule(
-        ["evaluate.answers", "evaluate.new_tokens", "evaluate.shown"],
-        lambda c: c.evaluate.generate is not None,
-        "evaluate.generate",
-    ),
-    Rule(["data.choices"], lambda c: c.evaluate.choices is not None, "evaluate.choices"),
-    Rule(["partition.spread"], lambda c: unequal(c.partition.group), UNEQUAL),
-    Rule(["data.spread"], lambda c: unequal(c.data.group), UNEQUAL),
-    Rule(
-        [f"stop.{field.name}" for field in fields(StopConfig) if field.name != "patience"],
-        lambda c: c.stop.patience is not None,
-        "stop.patience",
-    ),
-)
 
 
 def as_read(plain: Plain) -> dict[str, object]:
@@ -146,24 +34,25 @@ def as_read(plain: Plain) -> dict[str, object]:
     return found | ({"engine": without(engine, "chunk")} if isinstance(engine, Mapping) else {})
 
 
-def unequal(group: Mapping[str, object]) -> bool:
-    """Return whether clients on demand have different numbers of samples."""
-    return group.get("sizes") != "constant"
+def parts_of(config: RunConfig) -> list[object]:
+    """List the parts of a run that its config alone makes; each may declare features."""
+    rows = (part for part in vars(config).values() if isinstance(part, TableRow))
+    choices = [Choice(row.function, {**row.defaults, **row.group}) for row in rows]
+    return [config, *vars(config).values(), *config.local.added, *choices]
 
 
-def links_end(method: Method, allocation: Uniform) -> bool:
-    """Return whether a method ever merges its update and starts new factors."""
-    if type(allocation) is not Uniform:  # components are cut, so that the remaining ones differ
-        return True
-    return method.link_rounds is not None
-
-
-def said(config: RunConfig, group: str) -> tuple[Mapping[str, object], dict[str, object]]:
-    """Return the settings of a group, and their defaults."""
-    settings = getattr(config, group)
-    if isinstance(settings, TableRow):
-        return settings.group, settings.defaults
-    return vars(settings), {field.name: field.default for field in fields(settings)}
+def values_of(config: RunConfig) -> dict[str, tuple[object, object]]:
+    """Return the value and the default of each key of a group, by its path."""
+    found = dict[str, tuple[object, object]]()
+    for group, part in vars(config).items():
+        if isinstance(part, TableRow):
+            values, defaults = part.group, part.defaults
+        elif is_dataclass(part):
+            values, defaults = vars(part), {each.name: each.default for each in fields(part)}
+        else:
+            continue
+        found |= {f"{group}.{k}": (values[k], defaults[k]) for k in defaults if k in values}
+    return found
 
 
 def refuse_unknown(plain: Plain, known: Collection[str]) -> None:
@@ -197,26 +86,22 @@ def unknown_key(key: str, known: Iterable[str]) -> str:
     )
 
 
-def refuse_unread(config: RunConfig) -> None:
-    """Reject settings that have no effect.
+def refuse_conflicts(config: RunConfig, *, idle: bool) -> None:
+    """Reject parts of a run that do not go together, all at once.
+
+    Args:
+        config: Of the run.
+        idle: Whether settings that nothing reads are refused, too.
 
     Raises:
-        UnreadKeysError: Naming all of them, what would read them, and their defaults.
+        UnreadKeysError: If some settings have no effect.
+        ConfigError: If parts do not go together.
     """
-    found = {}
-    own = config.method.unread.items()
-    for rule in (*RULES, *(Rule([f"method.{k}"], lambda _: False, by) for k, by in own)):
-        for path in rule.keys if not rule.read(config) else ():
-            group, _, key = path.partition(".")
-            settings, defaults = said(config, group)
-            if key in defaults and (value := settings.get(key, defaults[key])) != defaults[key]:
-                default = "null" if defaults[key] is None else defaults[key]
-                found[path] = (
-                    f"{path}={value} has no effect here: it is for {rule.reader}. Leave it at "
-                    f"{default}."
-                )
+    features = Features(parts_of(config))
+    found = features.idle(values_of(config)) if idle else {}
     if found:
-        raise UnreadKeysError("\n  ".join(found.values()), found)
+        raise UnreadKeysError("\n  ".join([*found.values(), *features.conflicts()]), found)
+    refuse(features.conflicts())
 
 
 def refuse_misfits(config: RunConfig) -> None:

@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from fedraclora.compatibility import Feature
 from fedraclora.data.clients import ClientData
 from fedraclora.data.entries import Entries
 from fedraclora.data.samples import Samples
@@ -23,6 +24,18 @@ FLOAT_TYPES = {"float32": torch.float32, "float64": torch.float64}
 Dtype = Annotated[str, OneOf(FLOAT_TYPES)]
 Clients = Annotated[Count, Called("clients")]
 OF_RUN = Composed("${clients}")  # as many clients as the run has
+NUMBERS = Feature("data of numbers", instead="data of texts, such as data=text or instructions")
+TEXTS = Feature("data of texts", instead="data of numbers, such as data=table or arrays")
+NO_CLASSES = Feature("data without classes", instead="data with classes")
+UNDIVIDED = Feature("data without a division", instead="data that bring one")
+FROM_CLIENTS = Feature(
+    "clients that bring their own samples", instead="a table, which the server divides"
+)
+BY_COLUMN = Feature(
+    "clients that a column of the data names",
+    take="partition=natural or auto",
+    reads=("data.client",),
+)
 Division = list[RowNumbers] | ClientData  # rows of each client, or clients created on demand
 
 

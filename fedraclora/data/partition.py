@@ -13,10 +13,12 @@ import numpy.typing as npt
 import torch
 
 from fedraclora.binding import row_of
-from fedraclora.data.dataset import MOST_NAMED, Clients, DataSet, Division, RowNumbers
+from fedraclora.compatibility import Feature
+from fedraclora.data.dataset import BY_COLUMN, MOST_NAMED, Clients, DataSet, Division, RowNumbers
 from fedraclora.data.fingerprint import fingerprint_of, what_differs
 from fedraclora.data.objective import with_labels
 from fedraclora.data.partitioners import (
+    DIVIDES,
     bootstrap,
     by_partitioner,
     dirichlet,
@@ -34,6 +36,8 @@ log = logging.getLogger(__name__)
 SIZES_SEEN = 1000  # most clients on demand whose sizes go into the summary
 
 
+@DIVIDES
+@BY_COLUMN.where(lambda it: it["column"] == "client")
 @limited("partition")
 def natural(
     data: DataSet,
@@ -84,6 +88,11 @@ def natural(
     return parts
 
 
+@Feature(
+    "partition=given",
+    instead="another partition, such as partition=iid",
+    avoids={"data without a division": "the data bring no division into clients"},
+)
 def given(data: DataSet, *, clients: int | None, seed: int) -> Division:
     """Use the data set's own division.
 
@@ -121,6 +130,7 @@ def fitting(data: DataSet) -> str:
     return "natural" if "client" in data.columns else "iid"
 
 
+@BY_COLUMN
 def auto(data: DataSet, *, clients: int | None, seed: int) -> Division:
     """Divide a data set by its own division, by its client column, or at random.
 

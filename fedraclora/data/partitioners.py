@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from typing_extensions import override
 
+from fedraclora.compatibility import Feature
 from fedraclora.data.client_law import ClientLaw, OfLaw, SizeLaw, class_mixes, pick, size_quantiles
 from fedraclora.data.clients import TableRows
 from fedraclora.data.dataset import Clients, Column, DataSet, RowNumbers
@@ -30,12 +31,28 @@ from fedraclora.imports import told_as
 from fedraclora.limits import Count, NotNegative, Positive, Whole, limited
 from fedraclora.rng import generator, hash_key
 
+DIVIDES = Feature(
+    "a partition that divides the rows of a table",
+    instead="partition=given",
+    avoids={
+        "clients that bring their own samples": "the samples are divided already",
+    },
+)
+BY_CLASS = Feature(
+    "a partition by class",
+    instead="partition=iid, or natural where a column names the client",
+    avoids={"data without classes": "it divides the samples of each class"},
+)
 
+
+@DIVIDES
 def iid(data: DataSet, *, clients: int, seed: int) -> list[RowNumbers]:
     """Divide rows evenly at random; sizes differ by one at most."""
     return _divide(data, _library().IidPartitioner(clients), {}, seed)
 
 
+@DIVIDES
+@BY_CLASS
 @limited("partition")
 def dirichlet(
     data: DataSet, *, clients: int, seed: int, alpha: Positive = 0.5, min_size: Whole = 1
@@ -59,6 +76,8 @@ def dirichlet(
     return _by_label(data, clients, seed, "Dirichlet", float(alpha), min_size)
 
 
+@DIVIDES
+@BY_CLASS
 @limited("partition")
 def pathological(
     data: DataSet, *, clients: int, seed: int, classes_per_client: Count = 2
@@ -84,6 +103,8 @@ def pathological(
     return _by_label(data, clients, seed, "Pathological", classes_per_client, "first-deterministic")
 
 
+@DIVIDES
+@BY_CLASS
 @limited("partition")
 def shards(
     data: DataSet,
@@ -116,6 +137,8 @@ def shards(
     )
 
 
+@DIVIDES
+@BY_CLASS
 @limited("partition")
 def fedslop(data: DataSet, *, clients: int, seed: int, alpha: Positive = 0.1) -> list[RowNumbers]:
     """Cut each class at ``int(cumsum(p) * count)`` with p from a Dirichlet distribution.
@@ -268,6 +291,12 @@ class Resampled(OfLaw, TableRows):
         return self.rows[places].reshape(positions.shape)
 
 
+@DIVIDES
+@Feature(
+    "partition.sizes=lognormal or pareto",
+    take="sizes that are not constant (lognormal, pareto)",
+    reads=("partition.spread",),
+).where(lambda it: it["sizes"] != "constant")
 @limited("partition")
 def bootstrap(
     data: DataSet,

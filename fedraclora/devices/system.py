@@ -16,12 +16,11 @@ from typing import Annotated
 
 import torch
 from annotated_types import Ge, Lt
-from typing_extensions import override
 
 from fedraclora.compatibility import Feature
 from fedraclora.devices.distributions import Availability, Distribution, Diurnal, LogNormal
 from fedraclora.devices.timeline import Load, Race, Timeline
-from fedraclora.errors import ClientError, ConfigError
+from fedraclora.errors import ClientError
 from fedraclora.limits import Count, Fraction, Limited, NotNegative, Seconds
 from fedraclora.protocol.cohorts import draw_cohort
 from fedraclora.rng import cohort_uniforms, generator, hash_key
@@ -29,15 +28,15 @@ from fedraclora.rng import cohort_uniforms, generator, hash_key
 _MEGABYTE = 1e6
 _TIMES = "system.speed, downlink, uplink or latency"
 UNMIXED = (  # keys for which one server step uses replies of one round only
-    "a method that needs each client's own update",
-    "a method of which a part stays at each client",
-    "another aggregator than mean",
+    "a method that needs each client's update",
+    "a method that keeps a part of the model at each client",
+    "an aggregator other than mean",
     "an attack whose clients collude",
     "secure=secagg",
     "control_variates=true",
-    "an allocation of ranks",
+    "rank allocation",
     "server_optimizer.space=factors",
-    "other things to train at each client",
+    "clients that train different parameters",
     "clients that send gradients",
     "a method whose frozen factors recur",
 )
@@ -76,34 +75,6 @@ class SystemConfig(Limited, group="system"):
     over_select: Annotated[float, Ge(1), Lt(math.inf)] = 1.0
     buffer: Count | None = None
 
-    @override
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not self.timed and (self.jitter or self.deadline is not None):
-            raise ConfigError(
-                f"system.jitter={self.jitter} and system.deadline={self.deadline}, but no "
-                f"client takes any time; set {_TIMES}, or leave them out"
-            )
-        if isinstance(self.availability, Diurnal) and not self.timed:
-            raise ConfigError(
-                "system.availability is diurnal, but no client takes any time, so that the clock "
-                f"stands still and it is the same hour in every round; set {_TIMES}"
-            )
-        if self.buffer is not None:
-            self._check_buffer(self.buffer)
-
-    def _check_buffer(self, buffer: int) -> None:
-        if not self.timed:
-            raise ConfigError(
-                f"system.buffer={buffer}, which wants clients that take time: set {_TIMES}"
-            )
-        for key, plain in (("deadline", None), ("over_select", 1.0), ("rank_budget", None)):
-            if getattr(self, key) != plain:
-                raise ConfigError(
-                    f"system.{key} is {getattr(self, key)}, but with system.buffer nobody is late "
-                    f"and all train the same; set it to {'null' if plain is None else plain}"
-                )
-
     @property
     def enabled(self) -> bool:
         """Return whether any setting differs from ideal devices."""
@@ -115,36 +86,66 @@ class SystemConfig(Limited, group="system"):
         paces = (self.speed, self.downlink, self.uplink, self.latency)
         return any(pace is not None for pace in paces)
 
-    @Feature("system", instead="system=none")
+    @Feature("simulated devices", instead="system=none")
     def _differs(self) -> bool:
         return self.enabled
 
     @Feature(
-        "devices that take time",
+        "simulated devices with a speed or a network",
         instead="system.speed=null, system.downlink=null and system.uplink=null",
+        take=f"clients that take time ({_TIMES})",
+        reads=("system.jitter", "system.deadline"),
     )
     def _takes_time(self) -> bool:
         return self.timed
+
+    @Feature("simulated devices without a speed or a network", instead=f"one of {_TIMES}")
+    def _takes_no_time(self) -> bool:
+        return not self.timed
+
+    @Feature(
+        "system.availability=diurnal",
+        instead="another system.availability",
+        avoids={
+            "simulated devices without a speed or a network": (
+                "the clock stands still, so the time of day never changes"
+            )
+        },
+    )
+    def _sleeps(self) -> bool:
+        return isinstance(self.availability, Diurnal)
+
+    @Feature("system.deadline", instead="system.deadline=null")
+    def _ends_rounds(self) -> bool:
+        return self.deadline is not None
+
+    @Feature("system.over_select", instead="system.over_select=1")
+    def _asks_more(self) -> bool:
+        return self.over_select != 1
 
     @Feature(
         "system.buffer",
         instead="system.buffer=null",
         avoids={
-            "a method whose clients send numbers along drawn directions": (
-                "late ones are along the directions of another round"
+            "simulated devices without a speed or a network": "all replies would come at once",
+            "system.deadline": "a buffered server has no late replies",
+            "system.over_select": "a buffered server uses every reply",
+            "system.rank_budget": "the replies of one step must train the same parameters",
+            "a method whose clients send numbers along random directions": (
+                "late replies belong to the directions of another round"
             ),
-            **dict.fromkeys(UNMIXED, "it mixes replies of several rounds"),
-            "a method whose links last several rounds": (
-                "what late replies trained has been merged since"
+            **dict.fromkeys(UNMIXED, "one server step mixes replies of several rounds"),
+            "a method that merges after several rounds": (
+                "late replies trained factors that have been merged since"
             ),
-            "a method whose next link begins with what the last left": (
-                "a late reply belongs to a link that has ended"
+            "a method that starts from the factors of the last merge": (
+                "late replies trained factors that have been replaced"
             ),
-            "a method that trains another layout in each round": (
-                "a late reply does not fit the round in which it comes"
+            "a method that has changed the shapes that it trains": (
+                "late replies have other shapes"
             ),
-            "a method whose next round depends on more than the weights": (
-                "what a late reply was trained beside has changed since"
+            "a method whose next round needs more than the weights": (
+                "the state beside which late replies were trained has changed"
             ),
         },
     )
@@ -155,10 +156,8 @@ class SystemConfig(Limited, group="system"):
         "system.rank_budget",
         instead="system.rank_budget=null",
         avoids={
-            "a method that trains one rank everywhere": (
-                "clients with a budget train some components alone"
-            ),
-            "a method without one rank": "a budget is a share of it",
+            "a method without rank budgets": ("clients with a budget train only some components"),
+            "a method without one rank for all layers": "a budget is a share of that rank",
         },
     )
     def _limits_ranks(self) -> bool:

@@ -6,6 +6,7 @@ import logging
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import fields
 from functools import cache
 from pathlib import Path
 from typing import Any, Self
@@ -19,6 +20,8 @@ from flwr.serverapp.strategy.strategy_utils import validate_message_reply_consis
 from torch import nn
 from typing_extensions import override
 
+from fedraclora.compatibility import Feature, Features, conflict, refuse
+from fedraclora.config.run_config import KEEPS_HEADS
 from fedraclora.config.settings import CompressionConfig
 from fedraclora.devices.system import SystemConfig
 from fedraclora.engines.base import Traffic
@@ -29,7 +32,7 @@ from fedraclora.flower.transport import FlowerTransport, NodeStore
 from fedraclora.models.built import require_numbers
 from fedraclora.narrow_weight import dense as written_out
 from fedraclora.protocol.coding import NONE, ZSTD
-from fedraclora.protocol.method import Cohort, Draw, Method, first_instructions
+from fedraclora.protocol.method import ASKS_TWICE, Cohort, Draw, Method, first_instructions
 from fedraclora.protocol.plan import trained_of
 from fedraclora.protocol.quantized import FULL
 from fedraclora.run.folder import alone, has_checkpoint, is_ours, refuse_existing, run_id
@@ -66,6 +69,16 @@ class _Sampled(RoundStep):
         return self.clients
 
 
+@Feature(
+    "fedraclora.flower.LowRank",
+    instead="`fedraclora deploy`",
+    avoids={
+        "a method that keeps a part of the model at each client": "Flower's nodes do not store it",
+        "head=personal": "Flower's nodes do not store it",
+        "a method with two exchanges in a round": "Flower sends one message in a round",
+        "a method with a client program of its own": "clients train with your code",
+    },
+)
 class LowRank(FedAvg):
     """Run Flower's FedAvg with the factors of a low-rank method instead of full weights.
 
@@ -159,11 +172,9 @@ class LowRank(FedAvg):
         self._base, self._names, self._plan, self._peft = planned(model, settings)
         self._buffers = {*dict(model.named_buffers())}
         self._server = OwnStep(self, self._stepped) if isinstance(self, FedOpt | FedAvgM) else None
-        if method.client_state or self._plan.local:
-            raise ConfigError(
-                f"{type(method).__name__} with head={head} keeps a part at each client, which "
-                "Flower's nodes do not store. Choose another, or use `fedraclora deploy`."
-            )
+        features = Features([self, method, wire])
+        values = {f"compression.{f.name}": (getattr(wire, f.name), f.default) for f in fields(wire)}
+        refuse([*features.idle(values).values(), *features.conflicts()])
         self.rounds: FedStrategy | None = None
         self._given = self._shape = ArrayRecord()
         self._exchange: Exchange | None = None
@@ -233,7 +244,7 @@ class LowRank(FedAvg):
 
         def send(asks: Sequence[Ask]) -> Came:
             if asks is not exchange.asks:
-                raise ConfigError(f"{type(self.method).__name__} asks clients twice in a round")
+                raise conflict(LowRank, ASKS_TWICE)
             return self._transport.read_all(replies)
 
         try:
@@ -284,6 +295,10 @@ class LowRank(FedAvg):
         down = exchange.payload_bytes() * len(traffic.sent)
         counted = {"downlink_bytes": down, "catchup_bytes": traffic.fetched}
         return self._aggregated(server_round, failed, self.evaluate_metrics_aggr_fn, counted)
+
+    @KEEPS_HEADS
+    def _keeps_heads(self) -> bool:
+        return bool(self._plan.local)
 
     def _stepped(self, mean: Message) -> ArrayRecord:
         """Let the combined strategy aggregate a mean, without clients' metrics."""
@@ -342,11 +357,7 @@ class LowRank(FedAvg):
         # Copies, since the app may still use its model, for example for evaluation.
         base = {n: given[n] if n in given else t.clone() for n, t in self._base.items()}
         asked = first_instructions(method, method.initial_state(base, plan, draw), draw, 1)
-        if not asked.program.plain:
-            raise ConfigError(
-                f"{method} needs more of its clients than their own training "
-                f"({asked.program.name}): choose another method or initialization"
-            )
+        refuse(Features([self, method, asked, asked.program], asked).conflicts())
         changed = (*asked.adapters, *asked.dense)
         base |= {n: base[n].to(wide(base[n].dtype)) for n in changed}
         dtype = "float64" if any(base[n].dtype == torch.float64 for n in changed) else "float32"

@@ -27,11 +27,11 @@ DORA = Feature(
     "dora=true",
     instead="dora=false",
     avoids={
-        "a method that folds updates into the weights": "a rescaled weight is no W + s B A",
-        "an allocation of ranks": (
-            "it changes which layers are adapted, and only those have magnitudes"
+        "a method that merges updates into the weights": (
+            "a rescaled weight does not have the form W + s B A"
         ),
-        "clients that send gradients": "from these the factors begin, and magnitudes have none",
+        "rank allocation": ("only adapted layers have magnitudes, and it changes which those are"),
+        "clients that send gradients": "factors can begin from gradients, and magnitudes cannot",
     },
 )
 

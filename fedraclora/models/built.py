@@ -8,7 +8,7 @@ training.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from math import prod
@@ -21,16 +21,56 @@ from torch.nn.parameter import is_lazy
 from torch.overrides import TorchFunctionMode
 from typing_extensions import override
 
+from fedraclora.compatibility import Feature
 from fedraclora.data.task import forward
 from fedraclora.errors import ConfigError, ModelError
 from fedraclora.limits import OneOf
 from fedraclora.lowrank.layers import is_batch_norm, is_head, layer_kind
-from fedraclora.narrow_weight import BITS, QuantisedWeight, quantized
+from fedraclora.narrow_weight import BITS, QuantisedWeight, base_name, is_narrow, quantized
 from fedraclora.rng import hash_key
+from fedraclora.tree import Tree
 
 Attention = Annotated[str, OneOf(("sdpa", "eager"))]  # one fused kernel, or plain products
 FLOATS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 Base = Annotated[str, OneOf((*FLOATS, *BITS))]  # narrow weights are never merged into
+READS_NUMBERS = Feature(
+    "a model of numbers",
+    instead="model=transformer, hf, gpt or causal_lm",
+    avoids={"data of texts": "its inputs are token ids"},
+)
+READS_TOKENS = Feature(
+    "a model of token ids",
+    instead="model=mlp, cnn or linear",
+    avoids={"data of numbers": "its inputs are not token ids"},
+)
+ROUNDED = "most of such a change would be rounded away"
+NARROW = Feature(
+    "model.base below float32",
+    instead="model.base=float32",
+    avoids={
+        "a method that merges updates into the weights": ROUNDED,
+        "a method that takes its first factors out of the weights": ROUNDED,
+        "a method whose clients send gradients first": (
+            "factors that begin from gradients are taken out of the weights, and " + ROUNDED
+        ),
+        "dora=true": f"it rescales the weights, and {ROUNDED}",
+        "server_optimizer.space=weights": ROUNDED,
+        "a weight below float32 that is trained in full": ROUNDED,
+    },
+)
+QUANTIZED = Feature(
+    "model.base=int8 or int4",
+    instead="model.base=float32 or bfloat16",
+    avoids={
+        "pretraining": "quantized weights cannot be trained",
+        "init_from": f"the weights of another run are merged into its own, and {ROUNDED}",
+    },
+)
+BFLOAT16 = Feature(
+    "model.base=bfloat16",
+    instead="model.base=float32",
+    avoids={"precision=float32": "its matrix products are in bfloat16"},
+)
 
 
 @dataclass(frozen=True)
@@ -50,6 +90,31 @@ class Built:
     targets: str
     narrow: bool = False
     drawn: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class BaseWeights:
+    """The base weights of a run, as a part of it.
+
+    Attributes:
+        weights: By name.
+        in_full: Names of those that are trained themselves.
+    """
+
+    weights: Tree
+    in_full: Collection[str]
+
+    @NARROW
+    def _is_narrow(self) -> str:
+        found = (base_name(w) for w in self.weights.values() if is_narrow(w))
+        return next((f"model.base={name}" for name in found), "")
+
+    @Feature(
+        "a weight below float32 that is trained in full",
+        instead="head=frozen, bias=frozen and modules_to_save=null",
+    )
+    def _trains_narrow(self) -> str:
+        return next((n for n in self.in_full if is_narrow(self.weights[n])), "")
 
 
 @contextmanager

@@ -19,6 +19,10 @@ from torch import nn
 from fedraclora.errors import ConfigError, ModelError, unknown
 from fedraclora.limits import Composed, Count, Fraction, limited
 from fedraclora.models.built import (
+    BFLOAT16,
+    NARROW,
+    QUANTIZED,
+    READS_TOKENS,
     Attention,
     Base,
     Built,
@@ -31,12 +35,22 @@ from fedraclora.models.built import (
     seeded,
 )
 from fedraclora.models.pretrained import load_pretrained
+from fedraclora.narrow_weight import BITS
 
 # Names of dropout rates in the configurations of architectures: hidden_dropout_prob, resid_pdrop,
 # dropout_rate, ...
 _DROPOUT = re.compile(r"(dropout|pdrop)(_prob|_rate)?")
 
 
+def few_bits(base: object) -> str:
+    """Say in which precision below float32 a base model is, if it is."""
+    return "" if base == "float32" else f"model.base={base}"
+
+
+@READS_TOKENS
+@NARROW.where(lambda it: few_bits(it["base"]))
+@QUANTIZED.where(lambda it: it["base"] in BITS and few_bits(it["base"]))
+@BFLOAT16.where(lambda it: it["base"] == "bfloat16")
 @limited("model")
 def build_hf(
     *,
@@ -92,6 +106,7 @@ def build_hf(
     return held_in(replace(_built(model), drawn=drawn), base)
 
 
+@READS_TOKENS
 @limited("model")
 def build_transformer(
     *,
@@ -184,6 +199,10 @@ def cut_layers(config: Any, layers: int | None) -> None:
 QUERY_VALUE = ("q_proj,v_proj", "c_attn", "query_key_value")
 
 
+@READS_TOKENS
+@NARROW.where(lambda it: few_bits(it["base"]))
+@QUANTIZED.where(lambda it: it["base"] in BITS and few_bits(it["base"]))
+@BFLOAT16.where(lambda it: it["base"] == "bfloat16")
 @limited("model")
 def build_causal_lm(
     *,
@@ -301,6 +320,7 @@ def _head(model: Any) -> str:
     raise ModelError(f"{type(model).__name__} has no output layer over tokens")
 
 
+@READS_TOKENS
 @limited("model")
 def build_gpt(
     *,

@@ -14,7 +14,7 @@ from typing_extensions import override
 
 from fedraclora.errors import ConfigError
 from fedraclora.limits import Count, Fraction, Limit, limited
-from fedraclora.models.built import Built, require_input, seeded
+from fedraclora.models.built import READS_NUMBERS, Built, require_input, seeded
 
 
 class Halve(nn.MaxPool2d):
@@ -35,6 +35,7 @@ class Halve(nn.MaxPool2d):
         return torch.maximum(pairs[..., 0::2, :], pairs[..., 1::2, :])
 
 
+@READS_NUMBERS
 @limited("model")
 def build_mlp(
     *,
@@ -80,6 +81,7 @@ def build_mlp(
     return Built(nn.Sequential(layers), head=(f"fc{len(widths) + 1}",), targets="all-linear")
 
 
+@READS_NUMBERS
 def build_linear(*, shape: tuple[int, ...], classes: int, seed: int, bias: bool = True) -> Built:
     """Build one linear layer ``fc1`` from the flattened input to the outputs.
 
@@ -104,6 +106,7 @@ def build_linear(*, shape: tuple[int, ...], classes: int, seed: int, bias: bool 
     return Built(nn.Sequential(layers), head=(), targets="all-linear")
 
 
+@READS_NUMBERS
 @limited("model")
 def build_cnn(
     *,

@@ -63,25 +63,29 @@ class Privacy(Limited, group="privacy"):
     "privacy=client_level",
     instead="privacy=none",
     avoids={
-        "system": "privacy draws its cohorts itself",
-        "another step that looks at single updates": UNCOVERED,
-        "a step of a program's own that stands before all others": UNCOVERED,
-        "another aggregator than mean": (
-            "privacy takes the mean itself, whose sensitivity it knows"
+        "simulated devices": "privacy samples the clients of each round itself",
+        "another round step that needs each client's update": UNCOVERED,
+        "a round step of yours with first=True": UNCOVERED,
+        "an aggregator other than mean": (
+            "the noise is made for the mean, whose sensitivity is known"
         ),
-        "a method that needs each client's own update": "privacy gives the noisy mean alone",
-        "a method some of whose numbers are never trained": (
-            "noise is added to all numbers that are sent, and these must stay as they are"
+        "a method that needs each client's update": "only the noisy mean is released",
+        "a method that sends numbers that it never trains": (
+            "noise is added to all sent numbers, and these must not change"
         ),
-        "aggregation_weights=samples": "under privacy clients count alike",
+        "aggregation_weights=samples": "the noise assumes equal weights",
         "compression.uplink=eden1": (
-            "rounding lengthens an update by a quarter, and of the clipped mean a fifth is cut away"
+            "quantization makes an update a quarter longer, and clipping then cuts off a fifth"
         ),
-        "other factors to start from at each client": "their mean has no one start",
-        "too few clients that measure": (
-            "nothing is released of fewer clients than evaluate.min_clients"
+        "clients that start from different factors": (
+            "the mean of their updates has no common start"
         ),
-        "a method that asks twice in a round": "privacy is accounted for one exchange a round",
+        "fewer measuring clients than evaluate.min_clients": (
+            "metrics of so few clients are not released"
+        ),
+        "a method with two exchanges in a round": (
+            "the privacy account covers one exchange in a round"
+        ),
     },
 )
 @dataclass(frozen=True)
@@ -117,13 +121,6 @@ class ClientLevel(Privacy):
     @override
     def __post_init__(self) -> None:
         super().__post_init__()
-        adapts = {"clip_rate": ClientLevel.clip_rate, "count_noise": ClientLevel.count_noise}
-        for key, default in adapts.items():
-            if self.quantile is None and getattr(self, key) != default:
-                raise ConfigError(
-                    f"privacy.{key} is {getattr(self, key)}, but without privacy.quantile the clip "
-                    f"stays as it is; set a quantile, or leave {key} at {default}"
-                )
         if (self.noise_multiplier is None) == (self.target_epsilon is None):
             raise ConfigError(
                 "privacy.noise_multiplier or privacy.target_epsilon is wanted, and not both"
@@ -132,8 +129,9 @@ class ClientLevel(Privacy):
     @Feature(
         "privacy.quantile",
         instead="privacy.quantile=null",
+        reads=("privacy.clip_rate", "privacy.count_noise"),
         avoids={
-            "secure=secagg": "it counts short updates one by one, which a sum hides",
+            "secure=secagg": "it counts the clients with short updates, which a secure sum hides",
         },
     )
     def _adapts(self) -> bool:

@@ -29,7 +29,7 @@ from fedraclora.limits import Count, Limit, Limited, Positive
 from fedraclora.rng import generator
 
 _EVEN = Limit("an even number from 2 on", lambda value: value >= 2 and value % 2 == 0)
-SUM_ALONE = "the server gets a sum alone"
+SUM_ALONE = "the server sees only the sum of the updates"
 LEAST_CLIENTS = 3  # clients of a sum: of two, each knows the other's part
 # Why there is no sum of measurements, in the words of clients and of the server.
 FEW = "fewer than evaluate.min_clients={} clients have samples to measure on"
@@ -46,19 +46,19 @@ class Open(Limited, group="secure"):
     "secure=secagg",
     instead="secure=none",
     avoids={
-        "a rule that looks at single updates": SUM_ALONE,
+        "a robust rule that needs each client's update": SUM_ALONE,
         "an attack whose clients collude": SUM_ALONE,
-        "a method that needs each client's own update": SUM_ALONE,
-        "another step that looks at single updates": SUM_ALONE,
-        "a cohort of two or less": "it hides a client among 3 or more",
-        "other things to train at each client": "what is added up must be the same numbers",
-        "compression.uplink in fewer bits": (
-            "its clients round their updates already, to common steps"
+        "a method that needs each client's update": SUM_ALONE,
+        "another round step that needs each client's update": SUM_ALONE,
+        "clients_per_round of 1 or 2": "a client can only hide among at least 3",
+        "clients that train different parameters": (
+            "only updates of the same parameters can be summed"
         ),
-        "too few clients that measure": (
-            "nothing is released of fewer clients than evaluate.min_clients"
+        "compression.uplink below float32": ("its clients quantize their updates already"),
+        "fewer measuring clients than evaluate.min_clients": (
+            "metrics of so few clients are not released"
         ),
-        "a method that asks twice in a round": "its masks serve one exchange a round",
+        "a method with two exchanges in a round": "its masks are made for one exchange in a round",
     },
 )
 @dataclass(frozen=True)
@@ -91,7 +91,9 @@ class SecAgg(Open):
     @Feature(
         "secure.max_weight above 1",
         instead="secure.max_weight=1",
-        avoids={"aggregation_weights=uniform": "under it every weight is 1"},
+        avoids={
+            "aggregation_weights=uniform": "every weight is 1, so a larger bound has no effect"
+        },
     )
     def _weighs_clients(self) -> str:
         return f"secure.max_weight={self.max_weight}" if self.max_weight > 1 else ""
@@ -99,7 +101,7 @@ class SecAgg(Open):
     @Feature(
         "secure.max_weight=1",
         instead="for secure.max_weight the most samples that a client may have",
-        avoids={"aggregation_weights=samples": "clients weigh as much as they have samples"},
+        avoids={"aggregation_weights=samples": "the weight of a client is its number of samples"},
     )
     def _weighs_nobody(self) -> bool:
         return self.max_weight == 1

@@ -18,7 +18,7 @@ from fedraclora.protocol.program import PLAIN, ClientProgram
 from fedraclora.tree import Layout, Tree
 
 PARTS_OF_WEIGHTS = Feature(
-    "factors or lengths that hold a part of the weights",
+    "factors or magnitudes that hold a part of the weights",
     instead="method.init=kaiming_uniform (a drawing), another method, dora=false",
 )
 
@@ -158,14 +158,14 @@ class RoundInstructions:
     # What a run in which this is sent does not go with.
 
     @Feature(
-        "other things to train at each client",
+        "clients that train different parameters",
         instead="another method, system=none (system.rank_budget=null), method.sketches=1",
         each_round=True,
     )
     def _trains_apart(self) -> bool:
         return self.apart
 
-    @Feature("other factors to start from at each client", each_round=True)
+    @Feature("clients that start from different factors", each_round=True)
     def _starts_apart(self) -> bool:
         return any(slot.per_client for slot in self.uploaded().values())
 
@@ -184,38 +184,72 @@ class RoundInstructions:
         return not self.program.trains
 
     @Feature(
-        "steps of the project's loop alone",
+        "a method with a client program of its own",
         instead="another method, another method.init or allocation=none",
         each_round=True,
     )
     def _own_steps(self) -> str:
         return "" if self.program.plain else f"the client program {self.program.name}"
 
+    @Feature(
+        "a method without adapters",
+        instead="a method with adapters",
+        each_round=True,
+    )
+    def _has_no_adapters(self) -> bool:
+        return self.program.trains and not self.adapters
+
+    @Feature("adapters with three factors", each_round=True)
+    def _multiplies_three(self) -> str:
+        return self._unlike(lambda adapter: tuple(adapter.factors) == ("B", "A"))
+
+    @Feature("adapters with three factors that train an outer one", each_round=True)
+    def _trains_ends(self) -> str:
+        def core(adapter: Adapter) -> bool:
+            trained = [label for label, each in adapter.factors.items() if each.trained]
+            return tuple(adapter.factors) == ("B", "A") or trained == ["R"]
+
+        return self._unlike(core)
+
+    @Feature("adapters that train both factors", each_round=True)
+    def _trains_both(self) -> str:
+        return self._unlike(lambda adapter: any(not f.trained for f in adapter.factors.values()))
+
+    @Feature("a method with its own rule for local steps", each_round=True)
+    def _limits_steps(self) -> str:
+        limits = self.program.trains and not self.program.plain
+        return f"the client program {self.program.name}" if limits else ""
+
+    def _unlike(self, wanted: Callable[[Adapter], bool]) -> str:
+        """Name the first adapter that clients train and that is not as wanted."""
+        adapters = self.adapters.items() if self.program.trains else ()
+        return next((name for name, adapter in adapters if not wanted(adapter)), "")
+
     @Feature("a method whose clients send gradients first")
     def _begins_with_gradients(self) -> bool:
         return not self.program.trains
 
-    @Feature("a method some of whose numbers are never trained")
+    @Feature("a method that sends numbers that it never trains")
     def _fixes(self) -> bool:
         return self.program.fixes
 
-    @Feature("a method that trains a share of the entries of full weights")
+    @Feature("a method that trains a sparse part of the full weights")
     def _fixes_entries(self) -> bool:
         return self.program.fixes and not self.adapters
 
-    @Feature("a method whose clients send numbers along drawn directions")
+    @Feature("a method whose clients send numbers along random directions")
     def _along_directions(self) -> str:
         return f"the client program {self.program.name}" if self.program.moves_weights else ""
 
-    @Feature("a method whose clients train by differences of losses")
+    @Feature("a method that estimates gradients from losses")
     def _by_losses(self) -> bool:
         return self.program.forms_gradients
 
-    @Feature("momentum that is kept over rounds", instead="no momentum of the method")
+    @Feature("momentum that the method keeps over rounds", instead="no momentum of the method")
     def _keeps_direction(self) -> bool:
         return self.program.keeps_direction
 
-    @Feature("a factor A or B that is trained", take="a method whose clients train one in round 1")
+    @Feature("a trained factor A or B", take="a method whose clients train one in round 1")
     def _trains_rows(self) -> bool:
         factors = self.factors().items()
         sent = (name for name, factor in factors if factor.trained and factor.upload)

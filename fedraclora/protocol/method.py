@@ -46,12 +46,19 @@ __all__ = [
 ]
 
 
-# Shows the method's progress while a round is computed.
-ASKS_TWICE = Feature("a method that asks twice in a round")
-BEGINS_ANEW = Feature("a method whose trained factors begin anew")
-FROZEN_CHANGED = Feature("a method whose frozen factors have changed")
-OTHER_LAYOUT = Feature("a method that trains another layout in each round")
-BEYOND_WEIGHTS = Feature("a method whose next round depends on more than the weights")
+KEPT_BY_CLIENTS = Feature(
+    "a part of the model that is kept at each client",
+    take="head=personal and methods that leave a part at each client",
+    reads=("evaluate.sample",),
+)
+# What a round shows of a method while it is computed.
+ASKS_TWICE = Feature("a method with two exchanges in a round")
+DOES_MORE = Feature("a method whose clients do more than plain local steps")
+OTHER_LAYERS = Feature("a method that leaves some layers out")
+BEGINS_ANEW = Feature("a method that has restarted its trained factors")
+FROZEN_CHANGED = Feature("a method that has changed its frozen factors")
+OTHER_LAYOUT = Feature("a method that has changed the shapes that it trains")
+BEYOND_WEIGHTS = Feature("a method whose next round needs more than the weights")
 
 
 @dataclass(frozen=True)
@@ -192,8 +199,6 @@ class Method(Protocol):
 
     counters: ClassVar[type[Counters]] = Counters
     """The class of `State.counters`."""
-    cuts_components: ClassVar[bool] = False
-    """Whether components of continued factors may be cut while the others are kept."""
     gradient_figures: ClassVar[tuple[str, ...]] = ()
     """Figures of its report that assume local steps to be multiples of the gradient. They are left
     out otherwise, as under an adaptive optimizer."""
@@ -241,11 +246,6 @@ class Method(Protocol):
         """Return the most local steps of a client if it sends a number for each; None: no limit."""
         return None
 
-    @property
-    def unread(self) -> Mapping[str, str]:
-        """Name hyperparameters that have no effect, and the setting that would use them."""
-        return {}
-
     def initial_state(self, base: Tree, plan: Plan, draw: Draw) -> State:
         """Build the state before the first round."""
 
@@ -280,70 +280,97 @@ class Method(Protocol):
     # Features that this method is incompatible with; a method of your own may declare more.
 
     @Feature(
-        "a method whose links last one round",
+        "a method that merges after every round",
         instead="method.merge_every=2 or more, where the method has it, or another method",
     )
     def _links_last_a_round(self) -> bool:
         return not self.recurs and self.link_rounds == 1
 
     @Feature(
-        "a method whose links last several rounds",
-        instead="a method whose links last one round (method.merge_every=1)",
+        "a method that merges after several rounds",
+        instead="a method that merges after every round (method.merge_every=1)",
     )
     def _links_last_rounds(self) -> bool:
         return self.traits.merges and not self.recurs and (self.link_rounds or 1) > 1
 
     @Feature(
-        "a method that needs each client's own update",
+        "a method that needs each client's update",
         instead="a method that docs/methods.md marks `linear`",
     )
     def _needs_updates(self) -> str:
         return "" if self.traits.linear else f"method={_named(type(self))}"
 
-    @Feature("a method of which a part stays at each client")
+    @KEPT_BY_CLIENTS
+    @Feature("a method that keeps a part of the model at each client")
     def _leaves_a_part(self) -> bool:
         return self.client_state
 
-    @Feature("a method that trains other tensors from round to round")
+    @Feature("a method that trains different tensors in each round")
     def _varies(self) -> bool:
         return self.traits.varies
 
     @Feature(
-        "a method that folds updates into the weights",
+        "a method that merges updates into the weights",
         instead="a method that leaves them (method.merge_every=null, where it has that)",
     )
     def _merges(self) -> bool:
         return self.traits.merges
 
+    @Feature(
+        "a method that takes its first factors out of the weights",
+        instead="another method.init or method",
+    )
+    def _takes_from_weights(self) -> str:
+        return ""
+
+    @Feature("a method with counters of its own")
+    def _keeps_numbers(self) -> bool:
+        return self.counters is not Counters
+
+    @Feature(
+        "a method that restarts its components",
+        instead="a method that docs/methods.md marks `both`",
+    )
+    def _ends_components(self) -> str:
+        return f"method={_named(type(self))}"
+
+    @Feature(
+        "a method that sends a scalar for each of method.steps",
+        instead="method.steps at or below local.steps",
+        avoids={"local.steps below method.steps": "clients would send zeros for the missing steps"},
+    )
+    def _sends_each_step(self) -> str:
+        return "" if self.most_steps is None else f"method.steps={self.most_steps}"
+
     @Feature("a method whose frozen factors recur")
     def _recurs(self) -> bool:
         return self.recurs
 
-    @Feature("a method whose next link begins with what the last left")
+    @Feature("a method that starts from the factors of the last merge")
     def _begins_with_last(self) -> bool:
         return self.begins_with_last
 
     @Feature(
-        "a method that trains one rank everywhere",
+        "a method without rank budgets",
         instead="a method that docs/methods.md marks `ranks`",
     )
     def _has_one_rank(self) -> bool:
         return not self.traits.ranks
 
     @Feature(
-        "a method without one rank",
+        "a method without one rank for all layers",
         instead="a whole number as method.rank, allocation=none",
     )
     def _has_no_rank(self) -> str:
         return "" if isinstance(self.rank, int) else f"its rank is {self.rank!r}"
 
-    @Feature("a method whose factors begin anew with each link")
+    @Feature("a method that restarts its factors at each merge")
     def _factors_begin_anew(self, sent: RoundInstructions) -> str:
         if not self.traits.merges:
             return ""
         return next((n for n, a in sent.adapters.items() if not a.trains_beside_shared), "")
 
-    @Feature("a method whose factors stand beside others in each link")
+    @Feature("a method that changes the frozen factors at each merge")
     def _factors_change(self, sent: RoundInstructions) -> str:
         changes = self.traits.merges or self.recurs
         return next(iter(sent.adapters), "") if changes else ""

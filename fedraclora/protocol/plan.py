@@ -253,7 +253,7 @@ def resolve_scale(alpha: float | str, rank: int, *, rslora: bool = False) -> flo
         rslora: Divide by the root, so that an adapter's update does not shrink as its rank grows.
 
     Raises:
-        ConfigError: If alpha is not positive and finite, or ``auto`` under ``rslora``.
+        ConfigError: If alpha is not positive and finite.
 
     References:
         Kalajdzievski, *A rank stabilization scaling factor for fine-tuning with LoRA*, 2023,
@@ -264,11 +264,6 @@ def resolve_scale(alpha: float | str, rank: int, *, rslora: bool = False) -> flo
         (0.5, 2.0)
     """
     if alpha == "auto":
-        if rslora:
-            raise ConfigError(
-                "method.rslora is true, but method.alpha is auto, which is s = 1 at any rank; "
-                "give alpha a number"
-            )
         return 1.0
     if isinstance(alpha, str) or not math.isfinite(alpha) or alpha <= 0:
         raise ConfigError(f"method.alpha={alpha}: expected a positive finite number or auto")

@@ -138,24 +138,17 @@ class LocalConfig(Limited, group="local"):
         "local=own",
         instead="local=sgd",
         avoids={
-            "control_variates=true": (
-                "the project's loop takes them out of each gradient, and a function of yours has "
-                "none of it"
-            ),
-            "steps of the project's loop alone": (
-                "the method says what becomes of each gradient, and a function of yours does not "
-                "know it"
-            ),
-            "dora=true": "a model of yours has no place for the lengths of its rows",
+            "control_variates=true": ("only the built-in loop subtracts them from each gradient"),
+            "a method with a client program of its own": ("only the built-in loop runs it"),
+            "dora=true": "your model has no parameters for the magnitudes",
             "attack=label_flip": (
-                "it flips labels that the project's loop reads, and a function of yours has "
-                "samples of its own"
+                "it flips the labels of the built-in loop, and your function reads its own samples"
             ),
-            "devices that take time": (
-                "how many steps a function of yours takes is not known before it ends"
+            "simulated devices with a speed or a network": (
+                "the number of steps that your function takes is not known in advance"
             ),
-            "precision": (
-                "the project's own loop reads it, and your function says how it computes"
+            "precision=bf16-mixed": (
+                "only the built-in loop reads it; your function sets its own precision"
             ),
         },
     )
@@ -166,38 +159,120 @@ class LocalConfig(Limited, group="local"):
     def _counts_steps(self) -> bool:
         return bool(self.steps)
 
+    @Feature("local.steps=null", reads=("local.epochs",))
+    def _counts_epochs(self) -> bool:
+        return self.steps is None
+
     @Feature(
-        "local moments that live on",
+        "local.schedule=cosine or linear",
+        take="local.schedule=cosine and linear",
+        reads=("local.min_lr_ratio",),
+    )
+    def _anneals(self) -> bool:
+        return self.schedule in {"cosine", "linear"}
+
+    @Feature("local.schedule=step", reads=("local.step_every", "local.step_factor"))
+    def _steps_down(self) -> bool:
+        return self.schedule == "step"
+
+    @Feature("local.optimizer=sgd", reads=("local.momentum",))
+    def _takes_plain_steps(self) -> bool:
+        return self.optimizer == "sgd"
+
+    @Feature(
+        "an adaptive local.optimizer",
+        reads=("local.beta1", "local.beta2", "local.eps"),
+    )
+    def _adapts(self) -> bool:
+        return self.optimizer != "sgd"
+
+    @Feature("local.clip", reads=("local.clip_by",))
+    def _clips(self) -> bool:
+        return self.clip is not None
+
+    @Feature("local.optimizer_state=merge", reads=("local.optimizer_state_kept",))
+    def _keeps_until_merge(self) -> bool:
+        return self.optimizer_state == "merge"
+
+    @Feature(
+        "optimizer moments that are kept after a round",
+        instead="local.optimizer_state=round",
+        avoids={
+            "an optimizer without moments": "there are no moments to keep",
+            "a client program whose moments end with the round": (
+                "they mean nothing in the next round"
+            ),
+        },
+    )
+    def _keeps_beyond(self) -> str:
+        kept = self.optimizer_state
+        return "" if kept == "round" else f"local.optimizer_state={kept}"
+
+    @Feature(
+        "an optimizer without moments",
+        instead="local=adamw, or local.momentum above 0",
+    )
+    def _has_no_moments(self) -> str:
+        return "" if moment_kinds(self) else "local.momentum=0"
+
+    @Feature("an optimizer without second moments", instead="local=adamw")
+    def _has_no_second(self) -> str:
+        return "" if "second" in moment_kinds(self) else f"local.optimizer={self.optimizer}"
+
+    @Feature("a client program whose moments end with the round", instead="local=adamw or momentum")
+    def _ends_moments(self) -> str:
+        return next((extra.setting for extra in self.added if extra.ends_moments), "")
+
+    @Feature("a client program with a step of its own", instead="local=adamw")
+    def _steps_itself(self) -> str:
+        own = (x for x in self.added if type(x).optimizer is not ClientProgram.optimizer)
+        return next((extra.setting for extra in own), "")
+
+    @Feature("a second optimizer for pairs of factors", instead="one of them")
+    def _steps_factors_twice(self) -> str:
+        rules = [extra.setting for extra in self.added if extra.takes_factor_step]
+        return " and ".join(rules) if len(rules) > 1 else ""
+
+    @Feature(
+        "optimizer moments that are kept after a merge",
         instead="local.optimizer_state=round or merge, with local.optimizer_state_kept=0",
         avoids={
-            "a method that trains other tensors from round to round": (
-                "moments of the last round are none of the next"
+            "a method that trains different tensors in each round": (
+                "moments of one tensor do not belong to another"
             ),
         },
     )
     def _keeps_moments(self) -> str:
         if self.optimizer_state_kept:
             return f"local.optimizer_state_kept={self.optimizer_state_kept}"
-        return "local.optimizer_state is run" if self.optimizer_state == "run" else ""
+        return "local.optimizer_state=run" if self.optimizer_state == "run" else ""
 
     @Feature(
         "local.optimizer_state=rows",
         instead="local.optimizer_state=round or merge",
         avoids={
-            "privacy=client_level": (
-                "its noise would drown squares of gradients, which are small and never negative"
+            "privacy=client_level": ("the noise is larger than squared gradients"),
+            "secure=secagg": (
+                "squared gradients are smaller than the quantization steps of its sums"
             ),
-            "secure=secagg": "squares of gradients are smaller than the steps of its sums",
-            "compression.uplink in fewer bits": "what rounds to zero is divided by",
-            "compression.downlink in fewer bits": "what rounds to zero is divided by",
-            "server_optimizer.space=factors": "it would step in second moments, too",
-            "other things to train at each client": (
-                "the mean over a row has parts that a client does not train"
+            "compression.uplink below float32": (
+                "squared gradients that round to zero are divided by"
             ),
-            "a method that asks twice in a round": "only the first exchange has them",
-            "system.buffer": "replies of several rounds have seen other squares",
+            "compression.downlink below float32": (
+                "squared gradients that round to zero are divided by"
+            ),
+            "server_optimizer.space=factors": "it would treat second moments as parameters",
+            "clients that train different parameters": (
+                "the mean of a row would include parameters that a client does not train"
+            ),
+            "a method with two exchanges in a round": (
+                "only the first exchange sends second moments"
+            ),
+            "system.buffer": "late replies used other second moments",
+            "an optimizer without second moments": "there are no second moments to average",
+            "a client program with a step of its own": "it keeps its own moments",
         },
-        requires={"a factor A or B that is trained": "no other tensor has such rows"},
+        requires={"a trained factor A or B": "the second moments are those of their rows"},
     )
     def _averages_moments(self) -> bool:
         return self.optimizer_state == "rows"
@@ -205,9 +280,11 @@ class LocalConfig(Limited, group="local"):
     @Feature(
         "local.momentum",
         instead="local.momentum=0",
+        take="local.momentum above 0",
+        reads=("local.nesterov",),
         avoids={
-            "momentum that is kept over rounds": (
-                "its steps would not be those that the server takes again"
+            "momentum that the method keeps over rounds": (
+                "the server could not repeat the clients' steps"
             ),
         },
     )
@@ -218,19 +295,18 @@ class LocalConfig(Limited, group="local"):
         "local.weight_decay",
         instead="local.weight_decay=0",
         avoids={
-            "a method whose clients train by differences of losses": (
-                "what is trained are numbers along directions, and their decay is not that of the "
-                "weights"
+            "a method that estimates gradients from losses": (
+                "the trained numbers are not weights, so they must not decay"
             ),
-            "a method that trains a share of the entries of full weights": (
-                "decay would move the others"
+            "a method that trains a sparse part of the full weights": (
+                "decay would move the entries that are not trained"
             ),
         },
     )
     def _decays(self) -> str:
         return f"local.weight_decay={self.weight_decay}" if self.weight_decay > 0 else ""
 
-    @Feature("local steps that are not plain SGD", instead="local=sgd")
+    @Feature("local steps other than plain SGD", instead="local=sgd")
     def _beside_plain_sgd(self) -> str:
         beside = {
             "optimizer": self.optimizer != "sgd",
@@ -249,25 +325,6 @@ class LocalConfig(Limited, group="local"):
             object_of(f"local.extras[{k}]", it, ClientProgram) for k, it in enumerate(self.extras)
         ]
         object.__setattr__(self, "extras", (*own,))
-        self._check_extras()
-        self._check_moments()
-        if self.nesterov and self.momentum == 0:
-            raise ConfigError("local.nesterov=true needs local.momentum above 0")
-        if self.clip_by != "all" and self.clip is None:
-            raise ConfigError(
-                f"local.clip_by={self.clip_by}, but local.clip is null, so nothing is clipped; "
-                "set local.clip to the largest norm, or leave local.clip_by at all"
-            )
-        adaptive = self.OPTIMIZERS[1:]
-        # Settings that an optimizer would ignore: the run would not match its config.
-        users = {"momentum": ("sgd",)} | dict.fromkeys(("beta1", "beta2", "eps"), adaptive)
-        for key, used in users.items():
-            value, default = getattr(self, key), getattr(LocalConfig, key)
-            if value != default and self.optimizer not in used:
-                raise ConfigError(
-                    f"local.{key} is {value}, which {self.optimizer} makes no use of; it is for "
-                    f"{' and '.join(used)}: leave it at {default}"
-                )
         self._check_warmup()
 
     def _check_warmup(self) -> None:
@@ -278,41 +335,6 @@ class LocalConfig(Limited, group="local"):
                 f"there is nothing to do again, and with {every} or more the step size never "
                 "reaches local.lr; set 0 < warmup < restart_every (under local=relora that is "
                 "method.merge_every), or restart_every=null"
-            )
-
-    def _check_extras(self) -> None:
-        for extra in self.added if self.optimizer_state != "round" else ():
-            steps_itself = type(extra).optimizer is not ClientProgram.optimizer
-            if extra.ends_moments or (self.optimizer_state == "rows" and steps_itself):
-                raise ConfigError(
-                    f"local.optimizer_state={self.optimizer_state}, but under {extra.setting} "
-                    "moments mean "
-                    "nothing beyond their round; set local.optimizer_state=round"
-                )
-        steps = [extra.setting for extra in self.added if extra.takes_factor_step]
-        if len(steps) > 1:
-            raise ConfigError(
-                f"{' and '.join(steps)} each say how factors take a step; take one of them"
-            )
-
-    def _check_moments(self) -> None:
-        if self.optimizer_state == "rows" and "second" not in moment_kinds(self):
-            raise ConfigError(
-                f"local.optimizer_state is rows, but {self.optimizer} has no second moment; take "
-                "local=adamw, or local.optimizer_state=round or merge"
-            )
-        if self.optimizer_state != "round" and not moment_kinds(self):
-            raise ConfigError(
-                f"local.optimizer_state={self.optimizer_state}, but sgd without momentum has "
-                "none; "
-                "set local.momentum, take local=adamw, or leave it at round"
-            )
-        if self.optimizer_state_kept and self.optimizer_state != "merge":
-            raise ConfigError(
-                f"local.optimizer_state_kept={self.optimizer_state_kept}, but with "
-                "local.optimizer_state="
-                f"{self.optimizer_state} nothing is reset at the end of a link; set "
-                "local.optimizer_state=merge"
             )
 
     def rate_scale(self, round_: int, rounds: int) -> float:

@@ -8,14 +8,10 @@ with its 8 bits, would lose it. Evaluation and aggregation use the precision of 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-
 import torch
 from torch import nn
 
 from fedraclora.errors import ConfigError
-from fedraclora.narrow_weight import base_name, is_narrow
-from fedraclora.tree import Tree
 
 FLOAT32, BF16_MIXED = "float32", "bf16-mixed"
 PRECISIONS = (FLOAT32, BF16_MIXED)
@@ -32,30 +28,6 @@ def products_in(precision: str, device: torch.device) -> torch.autocast:
     # memory.
     mixed = precision == BF16_MIXED
     return torch.autocast(device.type, torch.bfloat16, enabled=mixed, cache_enabled=False)
-
-
-def check_base(base: Tree, in_full: Sequence[str], changes: Mapping[str, bool]) -> None:
-    """Refuse to change weights that are narrower than float32.
-
-    Args:
-        base: The weights.
-        in_full: Weights that are trained in full.
-        changes: Reasons for which they may change, as sentences, and whether each applies.
-
-    Raises:
-        ConfigError: If they would change: an update is far smaller than the weight it is added to,
-            and most of it would be rounded away.
-    """
-    narrow = [n for n, w in base.items() if is_narrow(w)]
-    own = [f"{name} is trained in full" for name in narrow if name in in_full]
-    why = [said for said, holds in changes.items() if holds] + own
-    if narrow and why:
-        raise ConfigError(
-            f"model.base={base_name(base[narrow[0]])}, but {why[0]}, and most of such a change "
-            "would be rounded away: set model.base=float32, or choose what stays beside the "
-            "weights (a method that docs/methods.md does not mark `merges`, dora=false, "
-            " server_optimizer=none, head=frozen, bias=frozen, modules_to_save=null)"
-        )
 
 
 def check_precision(precision: str, model: nn.Module, device: torch.device) -> None:

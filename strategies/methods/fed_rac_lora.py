@@ -80,11 +80,9 @@ class FedRacLora(GradientFirst, Asymmetric):
     density: Chance = 0.1
     server_lr: Positive = 1.0
 
-    @property
-    @override
-    def unread(self) -> dict[str, str]:
-        reader = "method.sketch=sparse_sign"
-        return {} if self.sketch == "sparse_sign" else {"density": reader}
+    @Feature("method.sketch=sparse_sign", reads=("method.density",))
+    def _draws_sparsely(self) -> bool:
+        return self.sketch == "sparse_sign"
 
     @override
     def __post_init__(self) -> None:

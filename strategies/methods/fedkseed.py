@@ -36,7 +36,7 @@ from typing import cast
 import torch
 from typing_extensions import override
 
-from fedraclora.errors import ConfigError
+from fedraclora.compatibility import Feature
 from fedraclora.limits import Count, Limited, Positive
 from fedraclora.protocol.link import Terms
 from fedraclora.protocol.method import Draw, Link, Plan, RoundInstructions, State, Traits
@@ -168,15 +168,9 @@ class FedKSeed(Limited, Walking, group="method"):
     def most_steps(self) -> int | None:
         return self.steps
 
-    @override
-    def __post_init__(self) -> None:
-        """Reject impossible hyperparameters."""
-        super().__post_init__()
-        if self.pro and self.steps is None:
-            raise ConfigError(
-                "method.pro=true: it needs single steps, but clients send sums along "
-                "directions. Set method.steps to the local steps of a client"
-            )
+    @Feature("method.steps", reads=("method.pro",))
+    def _tells_steps(self) -> bool:
+        return self.steps is not None
 
     @property
     @override

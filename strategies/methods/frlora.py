@@ -49,6 +49,10 @@ class FrLora(LayerMethod):
         return begin(state, "pissa", *self.ranks_and_scales(plan), draw)
 
     @override
+    def _takes_from_weights(self) -> str:
+        return "method=frlora"
+
+    @override
     def update(self, layer: Layer, replies: Replies) -> LayerUpdate:
         first = layer.carried["B"], layer.carried["A"]  # B_0, A_0: they stay
         B, A = (mean.to(layer.dtype) for mean in replies.mean_factors)

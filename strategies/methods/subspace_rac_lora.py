@@ -42,7 +42,7 @@ import numpy as np
 import torch
 from typing_extensions import override
 
-from fedraclora.errors import ConfigError
+from fedraclora.compatibility import Feature
 from fedraclora.limits import Count, Limit, OneOf, Share
 from fedraclora.lowrank.algebra import Product
 from fedraclora.protocol.factor import FactorLike, as_rows
@@ -189,11 +189,13 @@ class SubspaceRacLora(GradientFirst):
     def begins_with_last(self) -> bool:
         return self.keeps_rows
 
-    @property
-    @override
-    def unread(self) -> dict[str, str]:
-        reader = "kept rows, and with this method.fresh and method.rank all rows are random"
-        return {} if self.keeps_rows else dict.fromkeys(("kept_scale", "pairs"), reader)
+    @Feature(
+        "rows of the last sketch that are kept",
+        take="kept rows, and with this method.fresh and method.rank all rows are random",
+        reads=("method.kept_scale", "method.pairs"),
+    )
+    def _keeps_some(self) -> bool:
+        return self.keeps_rows
 
     def kept(self, rank: int, link: int) -> int:
         """Count the rows of a link that come from the one before it, k."""
@@ -224,15 +226,9 @@ class SubspaceRacLora(GradientFirst):
         kept = [pair for pair in frozen if link > 0 and self.kept(pair[0], link)]
         return up, down + sum(numbers(r, d, self.basis) for r, d in kept)
 
-    @override
-    def __post_init__(self) -> None:
-        """Reject impossible hyperparameters."""
-        super().__post_init__()
-        if self.probe_rounds and self.fresh == 1:
-            raise ConfigError(
-                "method.init=gradient: with method.fresh=1 all rows are random, so the "
-                "gradient is not used. Lower method.fresh"
-            )
+    @Feature("method.fresh below 1", reads=("method.init",))
+    def _keeps_rows_at_first(self) -> bool:
+        return self.fresh < 1
 
 
 def numbers(rank: int, dim: int, basis: str) -> int:

@@ -9,7 +9,7 @@ import torch
 from fedraclora.compatibility import Feature
 from fedraclora.config.build import BuiltTask
 from fedraclora.config.run_config import RunConfig
-from fedraclora.config.settings import WaitPolicy
+from fedraclora.config.settings import ROUNDS_DOWN, ROUNDS_UP, WaitPolicy, rounds
 from fedraclora.protocol.coding import NONE
 from fedraclora.protocol.quantized import FULL
 from fedraclora.protocol.uplinks import SUM_BLOCK
@@ -80,9 +80,9 @@ class LoopConfig(WaitPolicy):
     def _weighs_by_samples(self) -> bool:
         return self.weights == "samples"
 
-    @Feature("compression.uplink in fewer bits", instead="compression.uplink=float32")
+    @ROUNDS_UP
     def _rounds_up(self) -> str:
-        return f"compression.uplink={self.uplink}" if self.uplink != FULL else ""
+        return rounds("uplink", self.uplink)
 
     @Feature(
         "compression.uplink=eden1",
@@ -91,47 +91,30 @@ class LoopConfig(WaitPolicy):
     def _cuts_updates(self) -> bool:
         return self.uplink == "eden1"
 
-    @Feature(
-        "compression.downlink in fewer bits",
-        instead="compression.downlink=float32",
-        avoids={
-            "a method whose clients send numbers along drawn directions": (
-                "every replica takes the very steps of the server"
-            ),
-            "factors or lengths that hold a part of the weights": (
-                "they go down whole in each round, so that rounding would damage the model and not "
-                "what it learns"
-            ),
-        },
-    )
+    @ROUNDS_DOWN
     def _rounds_down(self) -> str:
-        return f"compression.downlink={self.downlink}" if self.downlink != FULL else ""
+        return rounds("downlink", self.downlink)
 
     @Feature(
         "compression.feedback=true",
         instead="compression.feedback=false",
         avoids={
-            "a method that trains other tensors from round to round": (
-                "what rounding left of one is nothing of the next"
+            "a method that trains different tensors in each round": (
+                "the error of one tensor does not belong to another"
             ),
-            "a method whose links last one round": (
-                "a factor of the next link stands beside another one, which does not see what "
-                "rounding left"
+            "a method that merges after every round": (
+                "the error of a factor has no meaning beside the next frozen factor"
             ),
-            "other things to train at each client": (
-                "a client's next factor stands beside another one"
+            "clients that train different parameters": (
+                "the error of a factor has no meaning beside another frozen factor"
             ),
-            "an allocation of ranks": "what clients train changes its shape",
-            "control_variates=true": (
-                "variates would take what is added to a change for a gradient"
-            ),
-            "server_optimizer.space=weights beside links that end": (
-                "whole weights are sent there, in which what rounding left of the factors would be "
-                "lost"
+            "rank allocation": "the shapes that clients train change",
+            "control_variates=true": ("the added error would be read as a gradient"),
+            "server_optimizer.space=weights with a method that merges": (
+                "after a merge whole weights are sent, and the error of the factors would be lost"
             ),
             "privacy=client_level": (
-                "the server shortens what came once more, and no client knows of what that cuts "
-                "away"
+                "the server clips updates again, and clients do not know what it cut off"
             ),
         },
     )

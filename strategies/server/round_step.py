@@ -71,7 +71,7 @@ class RunContext:
         return Draw(self.loop.seed)
 
     @Feature(
-        "too few clients that measure",
+        "fewer measuring clients than evaluate.min_clients",
         instead=(
             "evaluate.clients=none or all, more clients_per_round or a lower "
             "evaluate.min_clients (3 or more)"
@@ -113,12 +113,12 @@ class RoundStep:
     own: bool = False
     run: RunContext
 
-    @Feature("another step that looks at single updates", instead="steps without it")
+    @Feature("another round step that needs each client's update", instead="steps without it")
     def _looks_at_updates(self) -> str:
         told = declared_by(type(self.settings))  # what chose it says itself what it is
         return f"the step {step_name(self)}" if self.individuals and not told else ""
 
-    @Feature("a step of a program's own that stands before all others", instead="steps without it")
+    @Feature("a round step of yours with first=True", instead="steps without it")
     def _stands_first(self) -> str:
         return f"the step {step_name(self)}" if self.first else ""
 

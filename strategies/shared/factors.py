@@ -16,7 +16,7 @@ from typing import Annotated, ClassVar
 import torch
 from typing_extensions import override
 
-from fedraclora.errors import ConfigError
+from fedraclora.compatibility import Feature
 from fedraclora.limits import Count, OneOf
 from fedraclora.lowrank.algebra import Product
 from fedraclora.protocol.instructions import PARTS_OF_WEIGHTS
@@ -27,6 +27,7 @@ from fedraclora.sketch import Normalize, Sketch, SketchSpec, check_sketch
 from fedraclora.strategies.shared.common import closed
 from fedraclora.strategies.shared.initials import (
     STARTS,
+    TAKEN_FROM_WEIGHTS,
     Probing,
     begin,
     begun,
@@ -164,6 +165,8 @@ class Factored(Probing, Drawn):
     """
 
     carries: ClassVar[bool] = True
+    cuts_components: ClassVar[bool] = False
+    """Whether components of factors that live on may be cut while the others go on."""
     truncates: ClassVar[bool] = False
     """Return whether a client with a budget has only its own components, without the frozen rest.
     """
@@ -193,13 +196,20 @@ class Factored(Probing, Drawn):
         return f"method.init={self.init}" if self.init in STARTS else ""
 
     @override
+    def _takes_from_weights(self) -> str:
+        return f"method.init={self.init}" if self.init in TAKEN_FROM_WEIGHTS else ""
+
+    @override
+    def _ends_components(self) -> str:
+        return "" if self.cuts_components and self.lives_on else super()._ends_components()
+
+    @Feature("a factor that begins at zero", reads=("method.zero_init",))
+    def _begins_at_zero(self) -> bool:
+        return not self.begins_carried
+
+    @override
     def check_initial(self) -> None:
         check_start(self.init, fits=self.lives_on, why="here they begin anew in each link")
-        if self.begins_carried and self.zero_init != "B":
-            raise ConfigError(
-                f"method.zero_init={self.zero_init}: with method.init={self.init} neither "
-                "factor begins at zero. Leave method.zero_init at B"
-            )
 
     @override
     def layer_rank(self, plan: Plan, name: str) -> Rank:

@@ -61,6 +61,7 @@ from typing import Annotated, ClassVar
 import torch
 from typing_extensions import override
 
+from fedraclora.compatibility import Feature
 from fedraclora.errors import ConfigError, unknown
 from fedraclora.limits import OneOf
 from fedraclora.lowrank.algebra import Product, fix_signs, principal
@@ -86,6 +87,7 @@ from fedraclora.strategies.shared.layerwise import Layer, LayerMethod
 from fedraclora.tree import Tree
 
 STARTS = ("pissa", "orthogonal", "lora_ga")
+TAKEN_FROM_WEIGHTS = ("pissa", "lora_ga")  # the product of the factors of the others is 0
 ORTHOGONAL_STD = 0.1
 GAMMA = 16.0
 OVERSAMPLED = 4  # q / r: columns of the range finder, for 2 r singular vectors
@@ -321,15 +323,15 @@ class GradientFirst(Probing):
 
     init: Annotated[str, OneOf(FIRST)] = "random"
 
-    @override
-    def __post_init__(self) -> None:
-        """Reject impossible hyperparameters."""
-        super().__post_init__()
-        if self.probe_rounds and self.recurs:
-            raise ConfigError(
-                "method.init=gradient: the factors of this method recur and are drawn again from "
-                "their seeds. Use method.init=random, or another method"
-            )
+    @Feature(
+        "method.init=gradient",
+        instead="method.init=random",
+        avoids={
+            "a method whose frozen factors recur": "they are drawn again from their seeds",
+        },
+    )
+    def _begins_from_gradient(self) -> bool:
+        return self.init == "gradient"
 
     def first_factor(self, layer: Layer, gradient: Product) -> Tree:
         """Compute the factors of the first merge period, by label.

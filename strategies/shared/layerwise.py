@@ -22,6 +22,7 @@ from typing import ClassVar
 import torch
 from typing_extensions import override
 
+from fedraclora.compatibility import Feature
 from fedraclora.errors import ConfigError
 from fedraclora.limits import Limited
 from fedraclora.lowrank.algebra import Product, sum_products
@@ -100,6 +101,10 @@ class LowRankMethod(Limited, Method, group="method"):
             object.__setattr__(self, "rank", {str(k): rank for k, rank in self.rank.items()})
         check_rank(self.rank)
         resolve_scale(self.alpha, 1, rslora=self.rslora)
+
+    @Feature("a number as method.alpha", reads=("method.rslora",))
+    def _has_alpha(self) -> bool:
+        return self.alpha != "auto"
 
 
 LowRank = LowRankMethod  # for methods outside of the project that import it

@@ -292,8 +292,8 @@ class Looking:
 
 
 @Feature(
-    "a method that moves all weights along common directions",
-    avoids={"head=personal": "none of the weights stays at a client"},
+    "a method that moves all weights along shared random directions",
+    avoids={"head=personal": "all weights move, so none can stay at a client"},
 )
 @dataclass(frozen=True)
 class Walking(Method):

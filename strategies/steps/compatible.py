@@ -10,12 +10,13 @@ from collections.abc import Iterator, Sequence
 import torch
 from typing_extensions import override
 
-from fedraclora.aggregation.base import AggregationContext
 from fedraclora.compatibility import Features, refuse
+from fedraclora.models.built import BaseWeights
 from fedraclora.protocol.method import Cohort, RoundInstructions, State
-from fedraclora.protocol.uplinks import Uplinks
-from fedraclora.strategies.server.round_step import RoundStep, step_of
+from fedraclora.strategies.server.exchange import Exchange
+from fedraclora.strategies.server.round_step import RoundStep, Send, step_of
 from fedraclora.strategies.wrappers.around import inside
+from fedraclora.tree import Tree
 
 
 class CompatibilityCheck(RoundStep):
@@ -27,7 +28,7 @@ class CompatibilityCheck(RoundStep):
 
     def __init__(self, steps: Sequence[RoundStep]) -> None:
         self.steps = steps
-        self.sent: RoundInstructions | None = None  # the last checked instructions
+        self.opens = False  # whether what was looked at last opens a round
         self.found = Features(())  # before the first round
 
     def parts(self) -> Iterator[object]:
@@ -40,25 +41,27 @@ class CompatibilityCheck(RoundStep):
 
     @override
     def begin(self, state: State) -> None:
+        plan = state.plan
+        weights = BaseWeights(state.base, (*plan.dense, *plan.local))
         budgets = self.run.devices.system.rank_budget is not None
         ranks = torch.ones(2, dtype=torch.int64) if budgets else None
         some = Cohort(torch.arange(2), torch.ones(2), ranks)
         sent = self.run.method.open_round(state, 1, some, self.run.draw)
-        self.found = Features([*self.parts(), sent, sent.program], sent)
+        self.found = Features([*self.parts(), weights, sent, sent.program], sent)
         refuse(self.found.conflicts())
 
     @override
     def send(self, sent: RoundInstructions, state: State) -> RoundInstructions:
         self._check(sent)
+        self.opens = True
         return sent
 
     @override
-    def treat(self, got: Uplinks, context: AggregationContext) -> Uplinks:
-        if context.sent is not self.sent:  # it may be that of a later exchange
-            self._check(context.sent)
-        return got
+    def receive(self, send: Send, exchange: Exchange, base: Tree) -> None:
+        if not self.opens:  # a later exchange of the round
+            self._check(exchange.downlink)
+        self.opens = False
 
     def _check(self, sent: RoundInstructions) -> None:
-        self.sent = sent
         now = Features([*self.parts(), sent, sent.program], sent, self.found.lasting)
         refuse(now.conflicts(each_round=True))

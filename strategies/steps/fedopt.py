@@ -69,7 +69,7 @@ class OptimisedServer(RoundStep):
         self.rule = rule
 
     @Feature(
-        "server_optimizer.space=weights beside links that end",
+        "server_optimizer.space=weights with a method that merges",
         instead="server_optimizer=none or space=factors",
     )
     def _sends_whole_weights(self) -> bool:

@@ -43,29 +43,26 @@ from fedraclora.tree import Tree
     "control_variates=true",
     instead="control_variates=false",
     avoids={
-        "privacy=client_level": (
-            "its noise, which no client knows of, would add up in the server's variate"
+        "privacy=client_level": ("the noise would add up in the server's control variate"),
+        "a robust rule that needs each client's update": (
+            "it changes or drops updates, and clients do not know which"
         ),
-        "a rule that looks at single updates": (
-            "it changes or leaves out updates of which clients keep variates as they are"
+        "local steps other than plain SGD": "the mean gradient cannot be computed from their sum",
+        "a method that keeps a part of the model at each client": (
+            "gradients of two rounds have different coordinates"
         ),
-        "local steps that are not plain SGD": "their sum does not tell the mean gradient",
-        "a method of which a part stays at each client": (
-            "gradients of two rounds have no coordinates in common"
+        "a method that needs each client's update": (
+            "its server changes the factors, so gradients of two rounds have different coordinates"
         ),
-        "a method that needs each client's own update": (
-            "its server refits factors, so that gradients of two rounds have no coordinates in "
-            "common"
+        "a round without a mean gradient": "control variates are mean gradients",
+        "a method that has restarted its trained factors": (
+            "old gradients say nothing about the new factors, unless the frozen factor is shared"
         ),
-        "a round without a mean gradient": "the variates are mean gradients",
-        "a method whose trained factors begin anew": (
-            "their gradients tell nothing of the next, unless a shared factor stands beside them"
-        ),
-        "an allocation of ranks": "it changes what has variates",
+        "rank allocation": "it changes which parameters have control variates",
     },
     requires={
         "local.steps": (
-            "the server knows the mean gradient by the one number of steps that all clients take"
+            "the server divides by the number of local steps, which must be equal for all clients"
         ),
     },
 )

@@ -118,7 +118,7 @@ class SecureSum(RoundStep):
     counts: bool = False
     file: Path | None = None
 
-    @Feature("a cohort of two or less", instead="clients_per_round=3 or more")
+    @Feature("clients_per_round of 1 or 2", instead="clients_per_round=3 or more")
     def _asks_few(self) -> str:
         cohort = self.run.loop.cohort
         return f"clients_per_round={cohort}" if cohort < LEAST_CLIENTS else ""

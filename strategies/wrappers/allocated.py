@@ -32,8 +32,11 @@ from typing import ClassVar, cast
 from typing_extensions import override
 
 from fedraclora.allocation import ALLOCATED, CHOOSES_LAYERS, SYNFLOW, AdaLora, HeteroLora, Uniform
-from fedraclora.errors import ConfigError
+from fedraclora.compatibility import conflict
 from fedraclora.protocol.method import (
+    BEYOND_WEIGHTS,
+    DOES_MORE,
+    OTHER_LAYERS,
     Cohort,
     Counters,
     Draw,
@@ -46,7 +49,7 @@ from fedraclora.protocol.method import (
 from fedraclora.protocol.program import GRADIENT, PLAIN
 from fedraclora.protocol.uplinks import Uplinks
 from fedraclora.strategies.shared.common import dense_slots, opening
-from fedraclora.strategies.shared.factors import Factored
+from fedraclora.strategies.shared.layerwise import LayerMethod
 from fedraclora.strategies.wrappers.around import Around
 from fedraclora.strategies.wrappers.pruned import Pruned
 from fedraclora.tree import Tree
@@ -91,12 +94,7 @@ class Allocated(Around):
 
     @override
     def initial_state(self, base: Tree, plan: Plan, draw: Draw) -> State:
-        state = self.inner.initial_state(base, plan, draw)
-        if any(state.base[name] is not base[name] for name in plan.targets):
-            raise refused(self.inner, "it changes the base weights before the first round")
-        if self.inner.counters is not Counters:
-            raise refused(self.inner, "it has its own state from round to round")
-        return replace(state, counters=Chosen())
+        return replace(self.inner.initial_state(base, plan, draw), counters=Chosen())
 
     @override
     def at(self, state: State) -> tuple[Method, State]:
@@ -116,9 +114,9 @@ class Allocated(Around):
             return super().open_round(state, round_, cohort, draw)
         sent = self.inner.open_round(state, round_, cohort, draw)
         if not sent.program.plain:
-            raise refused(self.inner, f"its clients do more than local steps ({sent.program.name})")
+            raise conflict(HeteroLora, DOES_MORE, f"the client program {sent.program.name}")
         if sent.adapters.keys() != state.plan.targets.keys():
-            raise refused(self.inner, "it does not adapt every layer in each round")
+            raise conflict(HeteroLora, OTHER_LAYERS)
         if self.rule.proxy != SYNFLOW or self.flow is None:
             return replace(sent, program=GRADIENT, dense={})
         chosen = self.rule.chosen(self.flow(state.base, sent, state.plan))
@@ -146,11 +144,7 @@ class Allocated(Around):
     def close_round(self, state: State, sent: RoundInstructions, got: Uplinks) -> State:
         after = self.inner.close_round(narrowed(state, sent.adapters), sent, got)
         if after.depends_on_past and self.rule.every is not None:
-            raise refused(
-                self.inner,
-                f"allocation.every={self.rule.every} would drop the state that it keeps for "
-                "layers that are left out; set every=null",
-            )
+            raise conflict(HeteroLora, BEYOND_WEIGHTS, f"allocation.every={self.rule.every}")
         adapted = {name: int(name in sent.adapters) for name in state.plan.targets}
         counters = replace(cast(Chosen, after.counters), adapted=adapted)
         report = after.report | {"adapted_layers": float(len(sent.adapters))}
@@ -165,24 +159,12 @@ def allocated(method: Method, rule: Uniform, flow: Flow | None = None) -> Method
         rule: The rule.
         flow: Computes SYNFLOW scores of a downlink's adapters, if there is a model.
 
-    Raises:
-        ConfigError: If they are incompatible.
     """
     if isinstance(rule, HeteroLora):
         return Allocated(method, rule, flow)
     if not isinstance(rule, AdaLora):
         return method
-    if not (isinstance(method, Factored) and method.cuts_components and method.lives_on):
-        take = "a method that docs/methods.md marks `both`"
-        raise refused(method, "its components do not live on from round to round", take)
-    return Pruned(method, rule)
-
-
-def refused(method: Method, why: str, take: str = "another method") -> ConfigError:
-    """Build the error for a method that is incompatible with a rule."""
-    return ConfigError(
-        f"allocation does not fit {type(method).__name__}: {why}. Use {take}, or allocation=none"
-    )
+    return Pruned(cast(LayerMethod, method), rule)
 
 
 def narrowed(state: State, names: Collection[str]) -> State:

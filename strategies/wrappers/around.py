@@ -41,6 +41,16 @@ class Around(Method):
         """Return the inner method in a round, and its state."""
         return self.inner, state
 
+    # What the inner method declares by itself.
+
+    @override
+    def _keeps_numbers(self) -> bool:
+        return False
+
+    @override
+    def _ends_components(self) -> str:
+        return ""
+
     @override
     def open_round(
         self, state: State, round_: int, cohort: Cohort, draw: Draw

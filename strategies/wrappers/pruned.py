@@ -28,7 +28,13 @@ from typing import ClassVar, cast
 import torch
 from typing_extensions import override
 
-from fedraclora.allocation import ALLOCATED, AdaLora, component_scores, kept_components
+from fedraclora.allocation import (
+    ALLOCATED,
+    CUTS_COMPONENTS,
+    AdaLora,
+    component_scores,
+    kept_components,
+)
 from fedraclora.errors import ConfigError
 from fedraclora.lowrank.algebra import Product, sum_products
 from fedraclora.protocol.method import (
@@ -68,6 +74,7 @@ class RanksLeft(Counters):
 
 
 @ALLOCATED
+@CUTS_COMPONENTS
 @dataclass(frozen=True)
 class Pruned(Around):
     """Apply the rule to a method.

@@ -121,11 +121,11 @@ BAD: dict[str, tuple[list[str], list[str]]] = {
     "allocation": (["allocation=hetrolora"], ["did you mean 'heterolora'?", NAMES]),
     "allocation of a drawing": (
         ["allocation=adalora"],
-        ["does not fit FedRacLora", "marks `both`", "allocation=none"],
+        ["method=fed_rac_lora", "marks `both`", "allocation=none"],
     ),
     "allocation in a buffer": (
         ["allocation=heterolora", "system=buffered"],
-        ["system.buffer does not go with an allocation", "it mixes replies"],
+        ["system.buffer does not go with rank allocation", "mixes replies"],
     ),
     "start of factors": (
         ["method.init=pissa", "method=fed_cola"],
@@ -197,12 +197,12 @@ BAD: dict[str, tuple[list[str], list[str]]] = {
         ],
     ),
     "missing table": (
-        ["data=text", "data.file=mine.tsv", "model=mlp"],
+        ["data=table", "data.file=mine.tsv", "data.label=y", "model=mlp"],
         ["there is no mine.tsv", "set data.root"],
     ),
     "model of another kind": (
         ["model=transformer", "model.hidden=8", "model.heads=2"],
-        ["model=transformer reads token ids", "use model=mlp"],
+        ["a model of token ids", "model=mlp"],
     ),
     "no validation samples": (["evaluate.split=validation"], ["data.validation=0", "above 0"]),
     "resume from nowhere": (["resume=nowhere"], ["nowhere is not a run folder", "config.yaml"]),

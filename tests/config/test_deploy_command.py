@@ -64,9 +64,9 @@ def nothing_starts(monkeypatch: pytest.MonkeyPatch) -> None:
         (["nodes=3", "engine.timeout=0"], "engine.timeout=0"),
         (["nodes=3", "engine.max_samples=0"], "engine.max_samples=0"),
         (["nodes=3", "engine.chunk=auto"], "engine.chunk"),
-        (["nodes=3", "max_failures=1"], "engine.min_clients says how many clients a round needs"),
-        (["nodes=3", "system=phones"], "engine=deploy does not go with system: devices"),
-        (["nodes=3", "system=buffered"], "engine=deploy does not go with system: devices"),
+        (["nodes=3", "max_failures=1"], "engine.min_clients sets how many clients a round needs"),
+        (["nodes=3", "system=phones"], "engine=deploy does not go with simulated devices"),
+        (["nodes=3", "system=buffered"], "engine=deploy does not go with simulated devices"),
         (
             ["connection=x", "clients=3", "clients_per_round=3", "system=buffered"],
             "system=none",

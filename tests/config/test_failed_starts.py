@@ -82,7 +82,7 @@ REFUSED: dict[str, list[str]] = {
     "local.dp={name: gaussian, clip: 1e30, noise_multiplier: 1e30}": ["local.dp.", "product"],
     "seed=99999999999999999999": ["seed is 99999999999999999999", "up to 9223372"],
     "local.epochs=2147483648": ["local.epochs=2147483648", "1000000"],
-    "engine=inline method=fed_sb local=lora_rite": ["lora_rite is defined for adapters B A"],
+    "engine=inline method=fed_sb local=lora_rite": ["local.optimizer=lora_rite", "three factors"],
     "secure=secagg aggregation_weights=uniform clients_per_round=2": [
         "3 or more",
         "clients_per_round=2",

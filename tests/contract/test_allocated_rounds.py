@@ -25,12 +25,13 @@ from worlds import (
 
 from fedraclora.aggregation.server_optimizers import Momentum
 from fedraclora.allocation import AdaLora, HeteroLora, Uniform, flows
-from fedraclora.compatibility import Features
+from fedraclora.compatibility import Features, refuse
 from fedraclora.errors import ConfigError
 from fedraclora.protocol.method import Cohort, Draw, Method
 from fedraclora.strategies.methods import METHODS
 from fedraclora.strategies.steps.scaffold import ControlVariates
 from fedraclora.strategies.wrappers.allocated import Allocated, allocated
+from fedraclora.strategies.wrappers.around import inside
 from tests.messages import unpack_downlink
 
 LAYERS = {"linear": linear, "conv1d": conv1d}
@@ -190,21 +191,21 @@ def test_a_client_that_fails_in_the_probe_is_not_asked_to_train() -> None:
 
 
 REFUSED: dict[str, tuple[Method, str]] = {
-    "changes the base": (METHODS["frlora"](rank=2), "changes the base weights"),
-    "pissa": (make_method("fedavg_lora", init="pissa"), "changes the base weights"),
-    "probes by itself": (make_method("fedavg_lora", init="lora_ga"), "gradient"),
+    "changes the base": (METHODS["frlora"](rank=2), "first factors out of the weights"),
+    "pissa": (make_method("fedavg_lora", init="pissa"), "first factors out of the weights"),
+    "probes by itself": (make_method("fedavg_lora", init="lora_ga"), "out of the weights"),
     "follows a recipe": (make_method("ravan"), "block_diagonal"),
-    "no adapters": (make_method("fedavg"), "does not adapt every layer"),
-    "draws layers": (make_method("xgblora"), "does not adapt every layer"),
+    "no adapters": (make_method("fedavg"), "leaves some layers out"),
+    "draws layers": (make_method("xgblora"), "leaves some layers out"),
 }
 
 
 @pytest.mark.parametrize(("method", "said"), REFUSED.values(), ids=list(REFUSED))
 def test_methods_that_do_not_fit_are_refused(method: Method, said: str) -> None:
     assert type(method) in METHODS.values()
-    world = make_world(dtype=torch.float64)
-    with pytest.raises(ConfigError, match=f"allocation does not fit.*{said}"):
-        opened(world, allocated(method, HeteroLora()))
+    world, rule = make_world(dtype=torch.float64), HeteroLora()
+    with pytest.raises(ConfigError, match=f"allocation=heterolora does not go with.*{said}"):
+        opened(world, allocated(method, rule), rule)
 
 
 @pytest.mark.parametrize("name", ["pool_rac_lora", "fedsa_lora"])
@@ -216,7 +217,8 @@ def test_methods_of_which_more_than_layers_is_kept_are_refused(name: str) -> Non
         run(make_world(), allocated(make_method(name), HeteroLora()), RAGGED, rounds=1)
 
 
-def opened(world: World, method: Method) -> None:
+def opened(world: World, method: Method, *beside: object) -> None:
+    refuse(Features([*inside(method), *beside]).conflicts())
     draw = Draw(1)
     state = method.initial_state(world.base, world.plan, draw)
     method.open_round(state, 1, Cohort(torch.arange(3), torch.ones(3)), draw)
@@ -224,7 +226,7 @@ def opened(world: World, method: Method) -> None:
 
 def test_methods_that_carry_factors_are_asked_once() -> None:
     method = heterolora("fedavg_lora", {"every": 2})
-    with pytest.raises(ConfigError, match=r"allocation\.every=2 .*every=null"):
+    with pytest.raises(ConfigError, match=r"allocation\.every.*allocation\.every=2"):
         run(make_world(), method, RAGGED, rounds=1)
 
 
@@ -237,4 +239,4 @@ def test_what_the_server_keeps_by_coordinates_is_refused_beside_a_rule(
     assert not [*Features([method, kept, Uniform()]).conflicts()]
     for part in (rule, allocated(method, rule)):
         (said,) = Features([method, kept, part]).conflicts()
-        assert "an allocation of ranks" in said
+        assert "rank allocation" in said

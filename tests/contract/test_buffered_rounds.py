@@ -40,6 +40,7 @@ from fedraclora.strategies.wrappers.dora import Dora
 from fedraclora.training.cohort import CohortTrainer
 from fedraclora.tree import Layout, Tree
 from fedraclora.weights.chain import CatchUp, link_tensors, read_link, term_bytes
+from tests.common import accepted
 
 Variant = tuple[str, dict[str, Any]]
 SEED, COHORT = 1, 4
@@ -250,19 +251,19 @@ def test_a_run_goes_on_bit_for_bit_with_replies_on_their_way(
 @pytest.mark.parametrize(
     ("variant", "more", "told"),
     [
-        (("flora_stacking", {}), {}, "each client's own update"),
-        (("fedsa_lora", {}), {}, "stays at each client"),
-        (("fed_rac_lora", {"sketches": 2}), {}, "things to train"),
-        (("fed_rac_lora", {"merge_every": 2}), {}, "links last several rounds"),
-        (("rolora", {}), {}, "what the last left"),
-        (("fedsvd", {}), {}, "what the last left"),
-        (("slora", {"sparse_rounds": 2}), {}, "depends on more than"),
-        (("subspace_rac_lora", {"merge_every": 1}), {}, "what the last left"),
-        (("subspace_rac_lora", {}), {}, "links last several rounds"),
+        (("flora_stacking", {}), {}, "each client's update"),
+        (("fedsa_lora", {}), {}, "part of the model at each client"),
+        (("fed_rac_lora", {"sketches": 2}), {}, "train different parameters"),
+        (("fed_rac_lora", {"merge_every": 2}), {}, "merges after several rounds"),
+        (("rolora", {}), {}, "factors of the last merge"),
+        (("fedsvd", {}), {}, "factors of the last merge"),
+        (("slora", {"sparse_rounds": 2}), {}, "needs more than the weights"),
+        (("subspace_rac_lora", {"merge_every": 1}), {}, "factors of the last merge"),
+        (("subspace_rac_lora", {}), {}, "merges after several rounds"),
         (
             ("subspace_rac_lora", {"rank": 1, "fresh": 0.0, "merge_every": 1}),
             {},
-            "what the last left",
+            "factors of the last merge",
         ),
         (("pool_rac_lora", {}), {}, "frozen factors recur"),
         (("fed_rac_lora", {"blocks": "cover"}), {}, "method.blocks=cover"),
@@ -294,19 +295,19 @@ def test_one_block_of_a_cover_that_serves_for_ever_leaves_none_out() -> None:
 
 def test_a_method_inside_another_is_looked_at() -> None:
     method = Dora(make_method("rolora"))
-    with pytest.raises(ConfigError, match="what the last left"):
+    with pytest.raises(ConfigError, match="factors of the last merge"):
         run(make_world(), method, RAGGED, rounds=1, cohort=COHORT, seed=SEED, system=UNEVEN)
 
 
 @pytest.mark.parametrize(
     ("changes", "told"),
     [
-        ({"speed": None, "jitter": 0.0}, "clients that take time"),
+        ({"speed": None, "jitter": 0.0}, "without a speed or a network"),
         ({"buffer": 0}, "system.buffer=0: expected 1 or more"),
-        ({"deadline": 3.0}, "set it to null"),
-        ({"over_select": 1.5}, "set it to 1.0"),
+        ({"deadline": 3.0}, "system.deadline=null"),
+        ({"over_select": 1.5}, "system.over_select=1"),
     ],
 )
 def test_a_buffer_that_cannot_be_is_refused(changes: dict[str, Any], told: str) -> None:
     with pytest.raises(ConfigError, match=told):
-        replace(UNEVEN, **changes)
+        accepted("system", replace(UNEVEN, **changes))

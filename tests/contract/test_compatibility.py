@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import ast
+import inspect
+import re
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,14 +20,27 @@ import fedraclora
 from fedraclora.aggregation.robust import GeometricMedian, Krum
 from fedraclora.aggregation.server_optimizers import Momentum
 from fedraclora.allocation import HeteroLora
-from fedraclora.compatibility import KNOWN, Feature
+from fedraclora.compatibility import KNOWN, Feature, Features, declared_by
+from fedraclora.compose.choices import groups
+from fedraclora.compose.values import config_of
+from fedraclora.config.run_config import RunConfig, from_plain
 from fedraclora.devices.distributions import Constant
 from fedraclora.devices.system import SystemConfig
 from fedraclora.errors import ConfigError
 from fedraclora.lowrank.dora import DORA
 from fedraclora.privacy.client_level import ClientLevel
 from fedraclora.privacy.secagg import SecAgg
-from fedraclora.protocol.method import Cohort, Draw, Method, RoundInstructions
+from fedraclora.protocol.method import (
+    ASKS_TWICE,
+    BEGINS_ANEW,
+    BEYOND_WEIGHTS,
+    DOES_MORE,
+    Cohort,
+    Draw,
+    Method,
+    RoundInstructions,
+)
+from fedraclora.strategies.methods import METHODS
 from fedraclora.strategies.methods.fedavg_lora import FedAvgLora
 from fedraclora.strategies.server.device_simulator import DeviceSimulator
 from fedraclora.strategies.server.loop import LoopConfig
@@ -32,6 +51,8 @@ from tests.contract.worlds import every_variant, make_method, make_world
 
 Variant = tuple[str, dict[str, Any]]
 Promise = Callable[[Method, RoundInstructions], bool]
+ROOT = Path(__file__).resolve().parents[2]
+GROUPS = [*groups(), "compression", "evaluate", "stop"]
 SGD = LocalSettings(lr=0.1, steps=2, batch_size=0)
 WORDS = (
     "data=digits",
@@ -39,6 +60,7 @@ WORDS = (
     "output.progress=false",
     "clients=4",
     "clients_per_round=3",
+    "local.lr=0.5",
 )
 
 
@@ -65,12 +87,16 @@ def starts_apart(sent: RoundInstructions) -> bool:
     return any(slot.per_client for slot in sent.uploaded().values())
 
 
+def takes_parts(method: Method) -> bool:
+    return bool(Features([method]).has("a method that takes its first factors out of the weights"))
+
+
 @DORA
 class Lengths(RoundStep):
     """Has the feature of lengths of rows."""
 
 
-@Feature("a test of links", avoids={"a method whose links last one round": "it is one"})
+@Feature("a test of links", avoids={"a method that merges after every round": "it is one"})
 class Links(RoundStep):
     """Does not go with links of one round."""
 
@@ -114,7 +140,10 @@ CHOICES = {
         lambda m, sent: m.traits.merges or not sent.program.trains or moves(sent),
         own=(Lengths(),),
     ),
-    "an allocation": Choice(lambda m, _: m.recurs or m.client_state, {"allocation": HeteroLora()}),
+    "an allocation": Choice(
+        lambda m, _: m.recurs or m.client_state or takes_parts(m),
+        {"allocation": HeteroLora()},
+    ),
     "links": Choice(lambda m, _: m.link_rounds == 1 and not m.recurs, own=(Links(),)),
 }
 
@@ -168,10 +197,263 @@ def test_each_declared_pair_is_of_features_that_exist_and_stands_once() -> None:
     assert [pair for pair, count in Counter(named).items() if count > 1] == []
 
 
-def test_each_feature_avoids_something_or_is_avoided() -> None:
+def test_each_feature_excludes_or_reads_something_or_is_excluded() -> None:
     used = {name for feature in KNOWN.values() for name in [*feature.avoids, *feature.requires]}
-    idle = [n for n, f in KNOWN.items() if n not in used and not f.avoids and not f.requires]
-    assert [name for name in idle if not name.startswith("a test")] == []
+    for name, feature in KNOWN.items():
+        if not name.startswith("a test"):
+            assert name in used or feature.avoids or feature.requires or feature.reads
+
+
+@every_variant
+def test_a_method_says_whether_it_takes_its_first_factors_out_of_the_weights(
+    variant: Variant,
+) -> None:
+    world, method = make_world(), make_method(variant[0], **variant[1])
+    state = method.initial_state(world.base, world.plan, Draw(1))
+    moved = any(state.base[name] is not weight for name, weight in world.base.items())
+    said = Features([method]).has("a method that takes its first factors out of the weights")
+    sent = method.open_round(state, 1, Cohort(torch.arange(2), torch.ones(2)), Draw(1))
+    assert moved <= bool(said) <= (moved or not sent.program.trains)
+
+
+# A run that has the feature, of those that the config alone decides.
+HAVING: dict[str, list[str]] = {
+    "simulated devices": ["system.speed={name: constant, value: 1.0}"],
+    "simulated devices with a speed or a network": ["system.speed={name: constant, value: 1.0}"],
+    "simulated devices without a speed or a network": [],
+    "system.availability=diurnal": ["system.availability={name: diurnal, share: 0.5}"],
+    "system.buffer": ["system.buffer=2"],
+    "system.deadline": ["system.deadline=3"],
+    "system.over_select": ["system.over_select=1.5"],
+    "system.rank_budget": ["system.rank_budget={name: constant, value: 0.5}"],
+    "secure=secagg": ["secure=secagg", "secure.max_weight=9"],
+    "privacy=client_level": ["privacy=client_level"],
+    "privacy=client_level beside secure=secagg": [
+        "privacy=client_level",
+        "secure=secagg",
+        "secure.max_weight=1",
+    ],
+    "privacy.quantile": ["privacy=client_level", "privacy.quantile=0.5"],
+    "an aggregator other than mean": ["aggregator=median"],
+    "a robust rule that needs each client's update": ["aggregator=median"],
+    "a robust rule that returns one update for the round": ["aggregator=geometric_median"],
+    "a robust rule that compares clients": ["aggregator=krum"],
+    "an attack": ["attack=sign_flip"],
+    "an attack whose clients collude": ["attack=a_little_is_enough"],
+    "attack=label_flip": ["attack=label_flip"],
+    "rank allocation": ["allocation=heterolora"],
+    "allocation=heterolora": ["allocation=heterolora"],
+    "allocation=adalora": ["allocation=adalora"],
+    "engine=deploy": ["engine=deploy"],
+    "max_failures": ["max_failures=1"],
+    "head=personal": ["head=personal"],
+    "head=personal that the server measures": ["head=personal"],
+    "precision=float32": ["precision=float32"],
+    "precision=bf16-mixed": ["precision=bf16-mixed"],
+    "pretraining": ["pretrain.epochs=1"],
+    "init_from": ["init_from=somewhere"],
+    "data.validation": ["data.validation=0.1"],
+    "data.labels": ["data.labels=[1,2]"],
+    "data.objects=true": ["data=own", "data.objects=true", "data.samples=a:b"],
+    "data=own": ["data=own"],
+    "clients that bring their own samples": ["data=own"],
+    "data without a division": ["data=digits"],
+    "data without classes": ["data=least_squares"],
+    "data of numbers": ["data=digits"],
+    "data of texts": ["data=text", "data.file=f", "data.tokenizer=t", "local.lr=0.1"],
+    "a partition that divides the rows of a table": ["partition=iid"],
+    "a partition by class": ["partition=dirichlet"],
+    "partition=given": ["partition=given"],
+    "a model of numbers": ["model=mlp"],
+    "a model of token ids": ["model=transformer"],
+    "model.base below float32": ["model=causal_lm", "model.path=p", "model.base=int8"],
+    "model.base=int8 or int4": ["model=causal_lm", "model.path=p", "model.base=int8"],
+    "model.base=bfloat16": ["model=causal_lm", "model.path=p", "model.base=bfloat16"],
+    "evaluate.generate": ["evaluate.generate=1"],
+    "evaluate.choices": ["evaluate.choices=1"],
+    "clients that measure": ["evaluate.clients=round"],
+    "compression.uplink below float32": ["compression.uplink=int8"],
+    "compression.downlink below float32": ["compression.downlink=int8"],
+    "dora=true": ["dora=true"],
+    "local=own": ["local=own", "local.train=a:b"],
+    "local.dp": ["local=dp_sgd"],
+    "local.momentum": ["local.momentum=0.5"],
+    "local.optimizer_state=rows": ["local=adamw", "local.optimizer_state=rows"],
+    "optimizer moments that are kept after a round": ["local.optimizer_state=run"],
+    "optimizer moments that are kept after a merge": [
+        "local.momentum=0.5",
+        "local.optimizer_state=run",
+    ],
+    "an optimizer without moments": ["local.momentum=0"],
+    "an optimizer without second moments": ["local.optimizer=sgd"],
+    "a client program whose moments end with the round": ["local=lora_rite"],
+    "a client program with a step of its own": ["local=lora_rite"],
+    "an optimizer for pairs of factors": ["local.adjust=lora_pro"],
+    "a second optimizer for pairs of factors": ["local.adjust=lora_pro", "local.precondition=true"],
+    "server_optimizer.space=weights": ["server_optimizer=adam", "server_optimizer.space=weights"],
+    "server_optimizer.space=factors": ["server_optimizer=adam", "server_optimizer.space=factors"],
+    "a method that needs each client's update": ["method=flora_stacking"],
+    "a method that keeps a part of the model at each client": ["method=fedsa_lora"],
+    "a method that merges updates into the weights": ["method=fed_rac_lora"],
+    "a method that merges after several rounds": ["method=fed_rac_lora", "method.merge_every=3"],
+    "a method that trains different tensors in each round": ["method=rolora"],
+    "a method whose frozen factors recur": ["method=pool_rac_lora"],
+    "a method that starts from the factors of the last merge": ["method=rolora"],
+    "a method that takes its first factors out of the weights": [
+        "method=fedavg_lora",
+        "method.init=pissa",
+    ],
+    "a method that restarts its components": ["method=fed_rac_lora"],
+    "a method without rank budgets": ["method=fedavg"],
+    "a method without one rank for all layers": ["method=fed_rac_lora", "method.rank=full"],
+    "a method that moves all weights along shared random directions": ["method=fedkseed"],
+    "a method that sends a scalar for each of method.steps": ["method=decomfl", "method.steps=4"],
+    "method.blocks=cover": ["method=fed_rac_lora", "method.blocks=cover"],
+    "method.init=gradient": ["method.init=gradient"],
+    "output.checkpoint_every above 1": ["output.checkpoint_every=2"],
+}
+PAIRS = [
+    (name, beside)
+    for name, feature in KNOWN.items()
+    for beside in feature.avoids
+    if name in HAVING and beside in HAVING and not name.startswith("a test")
+]
+
+
+@pytest.mark.parametrize(("name", "beside"), PAIRS)
+def test_a_declared_conflict_of_settings_is_raised(name: str, beside: str) -> None:
+    lines = list[str]()
+    for first, last in ((name, beside), (beside, name)):  # what is said last counts
+        words = [*WORDS, *HAVING[first], *HAVING[last]]
+        with suppress(ConfigError):
+            plain, _ = config_of(tuple(words), {})
+            lines += refusal_of(plain).split("\n")
+    assert any({name, beside} <= set(found_in(line)) for line in lines)
+
+
+def refusal_of(plain: dict[str, Any]) -> str:
+    """Return the error of a config; empty: there is none."""
+    try:
+        from_plain(plain, METHODS)
+    except ConfigError as error:
+        return str(error)
+    return ""
+
+
+def found_in(line: str) -> list[str]:
+    """List the features that a line names."""
+    return [name for name in KNOWN if name in line]
+
+
+@pytest.mark.parametrize("constant", [ASKS_TWICE, BEGINS_ANEW, BEYOND_WEIGHTS, DOES_MORE])
+def test_a_feature_that_a_round_shows_is_raised_by_each_that_avoids_it(constant: Feature) -> None:
+    """Nothing declares it, so each part that avoids it raises it while it computes."""
+    avoiding = {name for name, feature in KNOWN.items() if constant.name in feature.avoids}
+    raised = set[str]()
+    for kind, beside in raised_in_code():
+        if beside is constant:
+            declared = (each.feature for each in declared_by(kind))
+            raised |= {each.name for each in declared if constant.name in each.avoids}
+    assert avoiding <= raised
+
+
+# ---- No other code refuses a combination ----------------------------------------------------
+
+RANGE = "two numbers of one part: no choice of another part is meant"
+ONE = "two keys, of which one or both must be set"
+LATER = "seen only when the data, the model or the cluster are there"
+GUARD = "guards privacy where no config was checked"
+ELSEWHERE = {
+    ("fedraclora/allocation.py", "__post_init__"): RANGE,
+    ("fedraclora/data/sources/shakespeare.py", "load_shakespeare"): RANGE,
+    ("fedraclora/models/built.py", "require_heads"): RANGE,
+    ("fedraclora/training/localconfig.py", "_check_warmup"): RANGE,
+    ("strategies/wrappers/pruned.py", "initial_state"): RANGE,
+    ("fedraclora/config/unread.py", "refuse_misfits"): ONE,
+    ("fedraclora/data/encoders/conversations.py", "__post_init__"): ONE,
+    ("fedraclora/data/locate.py", "load_tokenizer"): ONE,
+    ("fedraclora/data/partitioners.py", "shards"): ONE,
+    ("fedraclora/data/per_client.py", "whole"): ONE,
+    ("fedraclora/data/sources/own.py", "own_samples"): ONE,
+    ("fedraclora/data/sources/own.py", "_completed"): ONE,
+    ("fedraclora/models/hf.py", "build_causal_lm"): ONE,
+    ("fedraclora/privacy/client_level.py", "__post_init__"): ONE,
+    ("fedraclora/config/pretraining.py", "pretrain_model"): LATER,
+    ("fedraclora/data/encoders/labels.py", "found_classes"): LATER,
+    ("fedraclora/data/encoders/table.py", "of_frames"): LATER,
+    ("fedraclora/data/partition.py", "_dealt"): LATER,
+    ("fedraclora/data/split.py", "hold_out"): LATER,
+    ("fedraclora/engines/ray/cluster.py", "check_address"): LATER,
+    ("fedraclora/engines/ray/cluster.py", "_count"): LATER,
+    ("fedraclora/evaluation/generate.py", "__post_init__"): LATER,
+    ("fedraclora/lowrank/layers.py", "find_targets"): LATER,
+    ("fedraclora/models/pretrained.py", "_check_config"): LATER,
+    ("fedraclora/protocol/plan.py", "make_plan"): LATER,
+    ("fedraclora/training/precision.py", "check_precision"): LATER,
+    ("strategies/builder.py", "watching"): LATER,
+    ("strategies/builder.py", "plan"): LATER,
+    ("fedraclora/privacy/client_level.py", "of"): GUARD,
+    ("strategies/server/round_step.py", "steps_of"): "the objects of a call of Python",
+}
+CONFIG_KEY = re.compile(
+    rf"\b(?:(?:{'|'.join(GROUPS)})\.[a-z_]+|(?:{'|'.join(inspect.signature(RunConfig).parameters)})=)"
+)
+ADVICE = re.compile(  # what an error tells to do names other keys
+    r"(?:[.;:,(] ?|\b(?:and|or) )(?:set|use|leave|take|choose|lower|raise|name|write|give|add)\b",
+    re.IGNORECASE,
+)
+
+
+def test_no_other_code_refuses_a_combination_of_settings() -> None:
+    """An error about two keys belongs to a declaration beside a part, but for those above."""
+    found = {
+        (path, function)
+        for path, function, told in errors_in_code()
+        if len({key.rstrip("=") for key in CONFIG_KEY.findall(ADVICE.split(told)[0])}) > 1
+    }
+    assert found - ELSEWHERE.keys() == set()
+    assert ELSEWHERE.keys() - found == set(), "no such error is left: take its line away"
+
+
+def errors_in_code() -> Iterator[tuple[str, str, str]]:
+    """Yield file, function and text of each ConfigError that is raised."""
+    for path, tree in trees():
+        for function in ast.walk(tree):
+            for node in ast.walk(function) if isinstance(function, ast.FunctionDef) else ():
+                error = node.exc if isinstance(node, ast.Raise) else None
+                if isinstance(error, ast.Call) and ast.unparse(error.func) == "ConfigError":
+                    yield path, function.name, "".join(map(text_of, error.args))
+
+
+def trees() -> Iterator[tuple[str, ast.Module]]:
+    """Yield each module of the packages, with its path."""
+    for package in ("fedraclora", "strategies", "clients"):
+        for path in sorted((ROOT / package).rglob("*.py")):
+            if not any(parent.is_symlink() for parent in path.parents):
+                yield str(path.relative_to(ROOT)), ast.parse(path.read_text(encoding="utf-8"))
+
+
+def text_of(node: ast.expr) -> str:
+    """Return the text of a string as it is written, with X for what is put in."""
+    match node:
+        case ast.Constant(value=str(text)):
+            return text
+        case ast.JoinedStr(values=parts):
+            return "".join(map(text_of, parts))
+        case ast.BinOp(left=left, right=right):
+            return text_of(left) + text_of(right)
+    return "X"
+
+
+def raised_in_code() -> Iterator[tuple[type, Feature]]:
+    """Yield the class and the feature of each ``conflict(class, feature, ...)`` in the code."""
+    for path, tree in trees():
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Call) and ast.unparse(node.func) == "conflict":
+                name = path.removesuffix(".py").replace("/", ".")
+                module = vars(import_module(f"fedraclora.{name.removeprefix('fedraclora.')}"))
+                kind, beside = (module[ast.unparse(each)] for each in node.args[:2])
+                yield kind, beside
 
 
 # ---- What a run is told ---------------------------------------------------------------------
@@ -200,7 +482,9 @@ def test_a_pair_of_settings_is_refused_before_data_are_read(
 
     monkeypatch.setattr("fedraclora.strategies.builder.build_task", read)
     (line,) = told_of("secure=secagg", "secure.max_weight=2000", "aggregator=krum")
-    assert line.startswith("secure=secagg does not go with a rule that looks at single updates")
+    assert line.startswith(
+        "secure=secagg does not go with a robust rule that needs each client's update"
+    )
     assert "aggregator=krum" in line
     assert "aggregator=mean, or secure=none" in line
 
@@ -213,7 +497,7 @@ def test_what_clients_add_to_their_steps_is_looked_at() -> None:
 # ---- Parts of a user's own ------------------------------------------------------------------
 
 
-@Feature("a test method", avoids={"compression.uplink in fewer bits": "it reads the last bit"})
+@Feature("a test method", avoids={"compression.uplink below float32": "it reads the last bit"})
 @dataclass(frozen=True)
 class Exacting(FedAvgLora):
     """FedAvg-LoRA that declares something."""

@@ -287,7 +287,7 @@ def test_buffered_rounds_carry_the_magnitudes(world: World) -> None:
 def test_methods_that_merge_are_refused(variant: Variant) -> None:
     method = make_method(variant[0], **variant[1])
     told = [*Features([method, Dora(method)]).conflicts()]
-    assert any("a method that folds updates into the weights" in line for line in told)
+    assert any("a method that merges updates into the weights" in line for line in told)
 
 
 def test_a_start_from_gradients_is_refused(world: World) -> None:

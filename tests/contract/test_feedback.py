@@ -38,6 +38,7 @@ from fedraclora.tree import Tree, below
 from fedraclora.wire.changes import Changes, Coded
 from fedraclora.wire.exchange import TrainRequest
 from fedraclora.wire.feedback import PREFIX
+from tests.common import accepted
 from tests.messages import pack_downlink, unpack_downlink
 
 BITS: dict[str, Any] = {"uplink": "int4", "downlink": "int8", "feedback": True}
@@ -296,10 +297,10 @@ def test_without_it_nothing_is_kept() -> None:
 @pytest.mark.parametrize(
     ("name", "method", "reason"),
     [
-        ("fed_rac_lora", {}, r"links last one round.*next link"),
-        ("flexlora", {}, "links last one round"),
-        ("subspace_rac_lora", {}, "trains other tensors"),
-        ("fed_rac_lora", {"sketches": 2, "merge_every": 2}, "things to train"),
+        ("fed_rac_lora", {}, r"merges after every round.*next frozen"),
+        ("flexlora", {}, "merges after every round"),
+        ("subspace_rac_lora", {}, "trains different tensors"),
+        ("fed_rac_lora", {"sketches": 2, "merge_every": 2}, "train different parameters"),
     ],
 )
 def test_what_it_is_of_no_use_to_is_refused(
@@ -324,15 +325,15 @@ def test_control_variates_refuse_it() -> None:
 
 def test_a_step_in_whole_weights_refuses_it_where_links_end() -> None:
     chosen: dict[str, Any] = {"treatment": {"server_optimizer": Momentum()}, "rounds": 2}
-    with pytest.raises(ConfigError, match=r"compression\.feedback=true .* links that end"):
+    with pytest.raises(ConfigError, match=r"compression\.feedback=true .* a method that merges"):
         finished("fed_rac_lora", {"merge_every": 2}, **chosen)
     for name in ("ffa_lora", "fedex_lora", "pool_rac_lora"):
         finished(name, **chosen)
 
 
 def test_feedback_of_numbers_that_are_not_rounded_is_refused() -> None:
-    with pytest.raises(ConfigError, match=r"compression.uplink.*loses nothing to feed back"):
-        CompressionConfig(feedback=True)
+    with pytest.raises(ConfigError, match=r"compression.feedback=True has no effect"):
+        accepted("compression", CompressionConfig(feedback=True))
 
 
 @pytest.mark.parametrize(

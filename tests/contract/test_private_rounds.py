@@ -278,5 +278,5 @@ def test_a_method_that_needs_each_update_gets_no_private_round(
     method = make_method(variant[0], **variant[1])
     if method.traits.linear:
         return
-    with pytest.raises(ConfigError, match="each client's own update"):
+    with pytest.raises(ConfigError, match="each client's update"):
         run(world, method, RAGGED, rounds=1, weights="uniform", treatment=private())

@@ -24,6 +24,7 @@ from worlds import (
 )
 
 from fedraclora.allocation import AdaLora
+from fedraclora.compatibility import Features
 from fedraclora.errors import ConfigError
 from fedraclora.protocol.method import Draw, State
 from fedraclora.strategies.wrappers.allocated import allocated
@@ -152,8 +153,8 @@ def test_a_run_under_a_schedule_resumes_to_the_bit(initial: str, tmp_path: Path)
 
 def test_methods_whose_components_do_not_live_on_are_refused() -> None:
     for name in ("fed_cola", "flexlora", "fed_rac_lora", "fedavg"):
-        with pytest.raises(ConfigError, match="do not live on"):
-            allocated(make_method(name), RULE)
+        (said,) = Features([make_method(name), RULE]).conflicts()
+        assert "restarts its components" in said
 
 
 @pytest.mark.parametrize(("target", "left"), [(4.0, 12), (0.1, 0)])

@@ -225,7 +225,7 @@ def test_what_learns_nothing_moves_nothing(variant: tuple[str, dict[str, Any]]) 
     bits = {"uplink": "int4", "downlink": "int4"}
     method = make_method(name, **changes)
     if name in WALKING or name == "frlora" or changes.get("init") in STARTS:
-        with pytest.raises(ConfigError, match=r"a part of the weights|along drawn directions"):
+        with pytest.raises(ConfigError, match=r"a part of the weights|along random directions"):
             run(world, method, still, rounds=1, **bits)
         return
     treatments = [None]

@@ -139,8 +139,8 @@ def test_moments_go_on_across_sketches_and_move_the_second_round() -> None:
             {"treatment": {"privacy": ClientLevel(clip=0.1)}, "weights": "uniform"},
             "privacy=client_level",
         ),
-        ("fed_rac_lora", {"uplink": "int8"}, "compression.uplink in fewer bits"),
-        ("fed_rac_lora", {"downlink": "bfloat16"}, "compression.downlink in fewer bits"),
+        ("fed_rac_lora", {"uplink": "int8"}, "compression.uplink below float32"),
+        ("fed_rac_lora", {"downlink": "bfloat16"}, "compression.downlink below float32"),
         (
             "fed_rac_lora",
             {"treatment": {"server_optimizer": Momentum(space="factors")}},
@@ -149,10 +149,10 @@ def test_moments_go_on_across_sketches_and_move_the_second_round() -> None:
         (
             "fed_rac_lora",
             {"system": SystemConfig(rank_budget=Choice([0.34, 1.0]))},
-            "things to train",
+            "train different parameters",
         ),
-        ("fedavg", {}, "a factor A or B"),
-        ("fed_sb", {}, "a factor A or B"),
+        ("fedavg", {}, "a trained factor A or B"),
+        ("fed_sb", {}, "a trained factor A or B"),
     ],
 )
 def test_what_it_does_not_go_with_is_refused_by_name(

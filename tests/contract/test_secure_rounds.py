@@ -383,7 +383,7 @@ def test_noise_goes_on_the_secure_sum(world: World, monkeypatch: pytest.MonkeyPa
 
 
 def test_what_looks_at_clients_is_refused_beside_it(world: World) -> None:
-    with pytest.raises(ConfigError, match=r"single updates .aggregator=median"):
+    with pytest.raises(ConfigError, match=r"each client's update .aggregator=median"):
         secure(world, beside={"aggregator": Median()})
     with pytest.raises(ConfigError, match=r"whose clients collude .attack=a_little_is_enough"):
         secure(world, beside={"attack": ALittleIsEnough(0.4)})

@@ -259,9 +259,9 @@ def test_no_momentum_and_a_step_of_one_is_the_method_itself(space: str, world: W
 @pytest.mark.parametrize(
     ("variant", "rule", "told"),
     [
-        (("fedsa_lora", {}), Momentum(), "weights of its own"),
-        (("flora_stacking", {}), Momentum(space="factors"), "each client's own update"),
-        (("frlora", {}), Momentum(space="factors"), "anew with each link"),
+        (("fedsa_lora", {}), Momentum(), "does not have the clients' weights"),
+        (("flora_stacking", {}), Momentum(space="factors"), "each client's update"),
+        (("frlora", {}), Momentum(space="factors"), "restarts its factors at each merge"),
         (("fed_rac_lora", {}), Adam(space="factors"), "or server_optimizer=momentum"),
         (("rolora", {}), Adam(space="factors"), "or server_optimizer=momentum"),
         (("pool_rac_lora", {}), Adam(space="factors"), "or server_optimizer=momentum"),

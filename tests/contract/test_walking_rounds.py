@@ -37,6 +37,7 @@ from fedraclora.strategies.methods.fedkseed import SUMS, FedKSeed
 from fedraclora.strategies.methods.ferret import Ferret
 from fedraclora.strategies.server.device_simulator import DeviceSimulator
 from fedraclora.strategies.wrappers import method_of
+from tests.common import accepted
 
 Array = npt.NDArray[np.float64]
 Weights = dict[str, Array]
@@ -317,9 +318,9 @@ def test_what_does_not_go_with_walking_is_refused() -> None:
             LocalSettings(lr=0.5, steps=3, momentum=0.5),
             rounds=1,
         )
-    with pytest.raises(ConfigError, match="drawn directions"):
+    with pytest.raises(ConfigError, match="random directions"):
         run(make_world(), Ferret(), LocalSettings(lr=0.5), rounds=1, downlink="int8")
     with pytest.raises(ConfigError, match="head=personal"):
         from_plain(composed(["method=fedkseed", "head=personal"]), METHODS)
     with pytest.raises(ConfigError, match=r"method\.steps"):
-        FedKSeed(pro=True)
+        accepted("method", FedKSeed(pro=True))

@@ -19,6 +19,8 @@ from fedraclora.protocol.plan import (
     resolve_rank,
     resolve_scale,
 )
+from fedraclora.strategies.methods import METHODS
+from tests.common import accepted
 
 
 def network() -> nn.Module:
@@ -226,8 +228,8 @@ def test_the_scale_is_alpha_over_rank(alpha: float | str, rank: int, wanted: flo
 
 def test_rslora_divides_by_the_root_of_the_rank() -> None:
     assert resolve_scale(6.0, 4, rslora=True) == 3.0
-    with pytest.raises(ConfigError, match=r"method\.rslora is true.*method\.alpha is auto"):
-        resolve_scale("auto", 4, rslora=True)
+    with pytest.raises(ConfigError, match=r"method\.rslora=True has no effect.*method\.alpha"):
+        accepted("method", METHODS["ffa_lora"](rslora=True))
 
 
 @pytest.mark.parametrize("alpha", [0, -1.0, float("nan"), float("inf"), "atuo", "8"])

@@ -184,7 +184,7 @@ def test_what_clients_need_is_read_without_a_method() -> None:
             "engine.chunk='automatic': expected auto, or a number of clients",
         ),
         ({"engine__threads": 0}, "engine.threads=0"),
-        ({"engine__name": "inline", "engine__chunk": 4}, "engine=inline trains one client"),
+        ({"engine__name": "inline", "engine__chunk": 4}, "engine.chunk=4: expected 1, one client"),
         ({"engine__name": "ray", "engine__workers": 0}, "engine.workers=0"),
         ({"engine__name": "ray", "engine__gpus": -1}, "engine.gpus=-1"),
         ({"engine__name": "ray", "engine__retries": -1}, "engine.retries=-1"),
@@ -273,6 +273,7 @@ FACTORS = {**choice("method", "fedavg_lora")}
 DRAWN = {**choice("method", "subspace_rac_lora"), "fresh": 1.0}
 BOOTSTRAP = {**choice("partition", "bootstrap"), "sizes": "constant"}
 VIRTUAL = {"name": "virtual", "sizes": "constant"}
+GIVEN: dict[str, Any] = {"partition": {"name": "given"}, "clients": None}
 IDLE: list[tuple[str, object, dict[str, Any]]] = [  # key, value, and what it takes to read it
     ("local.damping", 0.1, {"method": FACTORS, "local__adjust": "riemannian"}),
     ("local.min_lr_ratio", 0.3, {"local__schedule": "cosine"}),
@@ -291,7 +292,7 @@ IDLE: list[tuple[str, object, dict[str, Any]]] = [  # key, value, and what it ta
     ("evaluate.sample", 7, {"head": "personal"}),
     ("stop.metric", "accuracy", {"stop__patience": 3}),
     ("partition.spread", 1.5, {"partition": BOOTSTRAP | {"sizes": "pareto"}}),
-    ("data.spread", 1.5, {"data": VIRTUAL | {"sizes": "lognormal"}}),
+    ("data.spread", 1.5, {"data": VIRTUAL | {"sizes": "lognormal"}, **GIVEN}),
 ]
 BESIDE: dict[str, Any] = {  # what puts all of these out of action
     "local__steps": 2,
@@ -312,7 +313,7 @@ def test_a_key_that_nothing_reads_is_refused_by_name(
         "method.kept_scale": {"method": DRAWN},
         "method.pairs": {"method": DRAWN},
         "partition.spread": {"partition": BOOTSTRAP},
-        "data.spread": {"data": VIRTUAL},
+        "data.spread": {"data": VIRTUAL, **GIVEN},
     }
     idle = {**BESIDE, **needs.get(key, {})}
     with pytest.raises(UnreadKeysError, match=f"^{key}=.*has no effect here") as caught:
@@ -323,11 +324,11 @@ def test_a_key_that_nothing_reads_is_refused_by_name(
 
 def test_all_keys_that_nothing_reads_are_named_at_once() -> None:
     said = refusal(attack__share=0.3, local__min_lr_ratio=0.1, evaluate__sample=3)
-    assert [line.split("=")[0].strip() for line in said.splitlines()] == [
+    assert {line.split("=")[0].strip() for line in said.splitlines()} == {
         "local.min_lr_ratio",
         "attack.share",
         "evaluate.sample",
-    ]
+    }
 
 
 def test_a_run_that_goes_on_keeps_what_an_earlier_version_passed_over() -> None:

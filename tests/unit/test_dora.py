@@ -87,7 +87,7 @@ def test_the_setting_puts_magnitudes_around_the_method() -> None:
 
 
 def test_a_method_that_merges_is_refused_by_the_setting() -> None:
-    with pytest.raises(ConfigError, match=r"dora=true .* folds updates .*dora=false"):
+    with pytest.raises(ConfigError, match=r"dora=true .* merges updates .*dora=false"):
         assemble(config("method=fed_rac_lora", "dora=true"), None)
 
 

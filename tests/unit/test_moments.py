@@ -18,6 +18,7 @@ from fedraclora.training.localconfig import LocalConfig
 from fedraclora.training.moments import begin_moments, blank_moments, mark_largest
 from fedraclora.training.optimizer import CohortOptimizer
 from fedraclora.tree import Tree
+from tests.common import accepted
 
 A = SketchSpec("gaussian", "right", 2, 7, seed=3, index=0)
 SENT = RoundInstructions(
@@ -153,8 +154,8 @@ def test_clients_go_on_after_different_numbers_of_steps(changes: dict[str, Any])
     ("changes", "words"),
     [
         ({"optimizer_state": "epoch"}, "unknown local.optimizer_state 'epoch'"),
-        ({"optimizer_state": "merge"}, "sgd without momentum"),
-        ({"momentum": 0.5, "optimizer_state_kept": 0.1}, "set local.optimizer_state=merge"),
+        ({"optimizer_state": "merge"}, "an optimizer without moments"),
+        ({"momentum": 0.5, "optimizer_state_kept": 0.1}, "it is for local.optimizer_state=merge"),
         (
             {"momentum": 0.5, "optimizer_state": "merge", "optimizer_state_kept": 1.5},
             "a number in [0, 1]",
@@ -164,5 +165,5 @@ def test_clients_go_on_after_different_numbers_of_steps(changes: dict[str, Any])
 )
 def test_what_cannot_live_on_is_refused(changes: dict[str, Any], words: str) -> None:
     with pytest.raises(ConfigError) as caught:
-        LocalConfig(**{"lr": 0.5, **changes})
+        accepted("local", LocalConfig(**{"lr": 0.5, **changes}))
     assert words in str(caught.value)

@@ -9,6 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fedraclora.compatibility import Features
 from fedraclora.errors import ConfigError
 from fedraclora.protocol.factor import to_train
 from fedraclora.protocol.method import Adapter, Factor, RoundInstructions
@@ -24,7 +25,7 @@ from fedraclora.training.extras.pairs import (
 )
 from fedraclora.training.extras.settings import LocalSettings
 from fedraclora.tree import Tree
-from tests.common import normal
+from tests.common import accepted, normal
 from tests.example_program import Example
 
 K, M, R, N, S = 3, 5, 2, 7, 0.6
@@ -191,21 +192,20 @@ CORE: dict[str, Factor] = {
 @pytest.mark.parametrize(
     ("factors", "program", "words"),
     [
-        ({}, PLAIN, "local.precondition=true works on the"),
+        ({}, PLAIN, "a method without adapters"),
         (
             CORE,
             PLAIN,
-            "product of B, R, A",
+            "three factors",
         ),
-        (BOTH, Example(2), "may move (example)"),
+        (BOTH, Example(2), "own rule for local steps"),
     ],
 )
 def test_what_it_does_not_fit_is_refused(
     factors: dict[str, Factor], program: ClientProgram, words: str
 ) -> None:
-    with pytest.raises(ConfigError) as caught:
-        Precondition().pairs(chunk_of(downlink_of(factors, program)))
-    assert words in str(caught.value)
+    said = [*Features([Precondition(), sent := downlink_of(factors, program)], sent).conflicts()]
+    assert any("local.precondition=true" in line and words in line for line in said)
 
 
 def test_a_probe_has_nothing_to_adjust() -> None:
@@ -220,8 +220,9 @@ def test_a_preconditioner_needs_a_factor_that_is_frozen() -> None:
     hook = Precondition().hooks(one)[When.PROGRAM]
     kept = hook({"w/B": VALUES["w/B"]}, VALUES)["w/B"]
     torch.testing.assert_close(kept @ (A @ A.mT), VALUES["w/B"], **TIGHT)
-    with pytest.raises(ConfigError, match=r"both of w .*local\.adjust=riemannian"):
-        Precondition().hooks(chunk_of(downlink_of(BOTH)))
+    (said,) = Features([Precondition(), both := downlink_of(BOTH)], both).conflicts()
+    assert "train both factors (w)" in said
+    assert "local.adjust=riemannian" in said
 
 
 @pytest.mark.parametrize(
@@ -247,7 +248,7 @@ def test_a_preconditioner_needs_a_factor_that_is_frozen() -> None:
         ),
         (
             {"optimizer": "lora_rite", "optimizer_state": "merge"},
-            "under local.optimizer=lora_rite",
+            "moments end with the round",
         ),
     ],
 )
@@ -255,5 +256,5 @@ def test_settings_that_do_not_go_together_are_refused(
     changes: dict[str, object], words: str
 ) -> None:
     with pytest.raises(ConfigError) as caught:
-        LocalSettings(**{"lr": 0.5, **changes})  # type: ignore[arg-type]
+        accepted("local", LocalSettings(**{"lr": 0.5, **changes}))  # type: ignore[arg-type]
     assert words in str(caught.value)

@@ -7,11 +7,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedraclora.errors import ConfigError
+from fedraclora.compatibility import Features
 from fedraclora.protocol.factor import to_train
 from fedraclora.protocol.method import Adapter, Factor, RoundInstructions
 from fedraclora.rng import generator, torch_normal
-from fedraclora.training.extras.prox import with_prox
+from fedraclora.training.extras.prox import Prox, with_prox
 from fedraclora.tree import Tree
 
 K, ACTIVE, M, R, N, SCALE, MU = 3, 2, 5, 2, 4, 1.7, 0.3
@@ -88,6 +88,7 @@ def test_there_is_no_pull_at_the_start() -> None:
 
 def test_a_term_of_three_factors_is_refused() -> None:
     factors: dict[str, Factor] = {k: to_train((2, 2)) for k in ("B", "R", "A")}
-    downlink = RoundInstructions({"w": Adapter.of(factors, 1.0)})
-    with pytest.raises(ConfigError, match=r"local\.prox .*adapters B A.*B, R, A"):
-        with_prox({}, {}, starts={}, frozen={}, downlink=downlink, mu=1.0)
+    sent = RoundInstructions({"w": Adapter.of(factors, 1.0)})
+    (said,) = Features([Prox(1.0), sent], sent).conflicts()
+    assert "local.prox" in said
+    assert "three factors" in said

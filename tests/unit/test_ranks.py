@@ -210,4 +210,4 @@ def test_methods_without_a_shared_sketch_refuse_budgets() -> None:
     budgets = SystemConfig(rank_budget=Constant(0.5))
     assert not [*Features([budgets, FedRacLora()]).conflicts()]
     one, _ = Features([budgets, FedAvg()]).conflicts()
-    assert one.startswith("system.rank_budget does not go with a method that trains one rank")
+    assert one.startswith("system.rank_budget does not go with a method without rank budgets")

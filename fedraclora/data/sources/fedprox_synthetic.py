@@ -8,13 +8,22 @@ from typing import Annotated
 import numpy as np
 import torch
 
-from fedraclora.data.dataset import FLOAT_TYPES, OF_RUN, Clients, DataSet, Dtype, classification
+from fedraclora.data.dataset import (
+    FLOAT_TYPES,
+    NUMBERS,
+    OF_RUN,
+    Clients,
+    DataSet,
+    Dtype,
+    classification,
+)
 from fedraclora.data.samples import Samples
 from fedraclora.limits import Fraction, NotNegative, limited
 
 FEATURES, CLASSES = 60, 10
 
 
+@NUMBERS
 @limited("data")
 def fedprox_synthetic(
     *,

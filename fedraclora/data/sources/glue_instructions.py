@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from fedraclora.data.dataset import DataSet
+from fedraclora.data.dataset import TEXTS, DataSet
 from fedraclora.data.encoders.chat import Chat
 from fedraclora.data.encoders.conversations import Conversation, RowForm, read_conversations
 from fedraclora.data.encoders.instructions import (
@@ -70,6 +70,7 @@ TASKS = {
 }
 
 
+@TEXTS
 @limited("data")
 def load_glue_instructions(
     *,

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import numpy as np
 
-from fedraclora.data.dataset import DataSet
+from fedraclora.data.dataset import BY_COLUMN, TEXTS, DataSet
 from fedraclora.data.encoders.chat import Chat
 from fedraclora.data.encoders.conversations import Conversation, RowForm, read_conversations
 from fedraclora.data.encoders.instructions import InstructionReader, SampleLength, Tokenizer
@@ -18,6 +18,8 @@ from fedraclora.limits import Count, Fraction, OneOf, limited
 from fedraclora.rng import generator
 
 
+@TEXTS
+@BY_COLUMN.where(lambda it: it["test_file"] is None or it["packing"])
 @limited("data")
 def load_instructions(
     *,

@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from fedraclora.data.dataset import DataSet, classification, take
+from fedraclora.data.dataset import NUMBERS, UNDIVIDED, DataSet, classification, take
 from fedraclora.data.locate import Root, check_file, check_sha256, install_command, resolve, unread
 from fedraclora.data.samples import Samples
 from fedraclora.data.split import Holdout
@@ -80,6 +80,8 @@ IDX_SHA256 = {
 }
 
 
+@NUMBERS
+@UNDIVIDED
 @limited("data")
 def load_mnist_5k(
     *, root: Root = None, test_fraction: Fraction = 0.2, split_seed: int = 0, normalize: bool = True
@@ -111,6 +113,8 @@ def load_mnist_5k(
     return classification(train, test, 10, info, reading=_scale(normalize))
 
 
+@NUMBERS
+@UNDIVIDED
 def load_mnist(*, root: Root = None, normalize: bool = True, flat: bool = True) -> DataSet:
     """Load the full MNIST: 60,000 training and 10,000 test images.
 

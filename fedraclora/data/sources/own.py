@@ -12,7 +12,8 @@ import numpy as np
 import torch
 
 from fedraclora.binding import call_function
-from fedraclora.data.dataset import OF_RUN, Clients, DataSet
+from fedraclora.compatibility import Feature
+from fedraclora.data.dataset import FROM_CLIENTS, OF_RUN, Clients, DataSet
 from fedraclora.data.encoders.array import (
     SampleSpec,
     found_shape,
@@ -37,6 +38,26 @@ from fedraclora.trust import is_function
 OF_A_NODE = Part("node")  # keys that a node sets, and no choice lists
 
 
+@FROM_CLIENTS
+@Feature(
+    "data=own",
+    instead="data that the server has",
+    avoids={
+        "pretraining": "the server has no samples to train on",
+        "data.validation": "the server has no samples to hold out",
+    },
+)
+@Feature("data.objects=true", instead="data.objects=false").where(lambda it: it["objects"])
+@Feature(
+    "samples that are tensors",
+    take="data.objects=false, since nobody measures on objects",
+    reads=("data.test_file", "data.test_function", "data.test_fraction"),
+).where(lambda it: not it["objects"])
+@Feature(
+    "a function that gets samples",
+    take="a function as data.samples or data.test_function",
+    reads=("data.parameters",),
+).where(lambda it: it["samples"] is None or is_function(it["samples"]) or it["test_function"])
 @limited("data")
 def own_samples(
     *,
@@ -88,19 +109,8 @@ def own_samples(
     form = SampleSpec(None if shape is None else tuple(shape), like or loss, classes)
     named = {"test_file": test_file, "test_function": test_function}
     holdout, said = _holdout(named, test_fraction, split_seed, samples), parameters or {}
-    function = test_function or (samples is not None and is_function(samples))
-    if said and samples is not None and not function:
-        raise ConfigError(
-            f"data.parameters={dict(said)}, but there is no function to pass them to. Set "
-            "data.samples or data.test_function, or leave them out."
-        )
     count = counted(samples, clients)
     if objects:
-        if any(named.values()) or test_fraction:
-            key = next((k for k, value in named.items() if value), "test_fraction")
-            raise ConfigError(
-                f"data.objects=true, but objects cannot be evaluated: leave data.{key} out"
-            )
         if samples is not None and not is_function(samples):
             raise ConfigError(
                 f"data.samples={samples}, but data.objects=true needs a function (module:function)"

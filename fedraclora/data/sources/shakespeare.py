@@ -16,7 +16,7 @@ import numpy.typing as npt
 import torch
 from annotated_types import Ge
 
-from fedraclora.data.dataset import DataSet
+from fedraclora.data.dataset import TEXTS, DataSet
 from fedraclora.data.locate import Root, resolve
 from fedraclora.data.samples import Samples
 from fedraclora.errors import ConfigError, DataError, unknown
@@ -29,6 +29,7 @@ _SPEAKER = re.compile(r"\*\*(.+?)\*\*")
 _DIRECTION = re.compile(r"_[^_]*_")
 
 
+@TEXTS
 @limited("data")
 def load_shakespeare(
     *,

@@ -8,7 +8,8 @@ from typing import Annotated
 
 import numpy as np
 
-from fedraclora.data.dataset import DataSet
+from fedraclora.compatibility import Feature
+from fedraclora.data.dataset import BY_COLUMN, NO_CLASSES, TEXTS, UNDIVIDED, DataSet
 from fedraclora.data.encoders.labels import TaskName, found_classes, supervised
 from fedraclora.data.encoders.text import Cleaned, TextReader
 from fedraclora.data.locate import Root, check_file, resolve
@@ -18,6 +19,15 @@ from fedraclora.limits import Composed, Count, Fraction, limited
 from fedraclora.rng import generator
 
 
+@TEXTS
+@NO_CLASSES.where(lambda it: it["task"] == "regression")
+@BY_COLUMN.where(lambda it: it["test_by_client"])
+@UNDIVIDED
+@Feature(
+    "clients in one file",
+    take="data.client, with data.test_file=null",
+    reads=("data.test_by_client",),
+).where(lambda it: it["client"] is not None and not it["test_file"])
 @limited("data")
 def load_text(
     *,
@@ -78,8 +88,6 @@ def load_text(
     columns = [text] if isinstance(text, str | int) else list(text)
     if len(columns) not in {1, 2}:
         raise ConfigError(f"data.text={columns}: name one column, or two for pairs of texts")
-    if test_by_client and (test_file or client is None):
-        raise ConfigError("data.test_by_client=true needs data.client, and data.test_file=null")
     count = len(columns)
     reader = TextReader(tuple(columns), label, header, task, values, tokenizer, root, max_length)
 

@@ -26,8 +26,18 @@ import torch
 from annotated_types import Ge
 from typing_extensions import override
 
+from fedraclora.compatibility import Feature
 from fedraclora.data.client_law import ClientLaw, OfLaw, SizeLaw, class_mixes, pick, size_quantiles
-from fedraclora.data.dataset import FLOAT_TYPES, OF_RUN, Clients, DataSet, Dtype, classification
+from fedraclora.data.dataset import (
+    FLOAT_TYPES,
+    FROM_CLIENTS,
+    NUMBERS,
+    OF_RUN,
+    Clients,
+    DataSet,
+    Dtype,
+    classification,
+)
 from fedraclora.data.samples import Samples
 from fedraclora.limits import Count, NotNegative, Positive, limited
 from fedraclora.rng import generator, hash_key
@@ -76,6 +86,13 @@ class Mixture(OfLaw):
         return self.pool[rows[..., 0]].add_(self.pool[rows[..., 1]])
 
 
+@NUMBERS
+@FROM_CLIENTS
+@Feature(
+    "data.sizes=lognormal or pareto",
+    take="sizes that are not constant (lognormal, pareto)",
+    reads=("data.spread",),
+).where(lambda it: it["sizes"] != "constant")
 @limited("data")
 def virtual(
     *,

@@ -39,7 +39,7 @@ from typing import ClassVar
 import torch
 from typing_extensions import override
 
-from fedraclora.errors import ConfigError
+from fedraclora.compatibility import Feature
 from fedraclora.lowrank.algebra import sylvester
 from fedraclora.protocol.program import ClientChunk, ClientProgram, Hook, When
 from fedraclora.protocol.rank_budgets import within
@@ -182,33 +182,28 @@ class FactorStep(ClientProgram):
 
     takes_factor_step: ClassVar[bool] = True
 
-    def pairs(self, chunk: ClientChunk) -> list[Pair]:
-        """List the adapters of a chunk, each a product of two factors; none for a probe.
+    @Feature(
+        "an optimizer for pairs of factors",
+        instead="local=adamw without local.adjust, local.precondition and local.gate_penalty",
+        avoids={
+            "a second optimizer for pairs of factors": "a factor can take only one kind of step",
+            "a method without adapters": "it needs factors to work on",
+            "adapters with three factors": "it is defined for products of two factors, B A",
+            "a method with its own rule for local steps": (
+                "it mixes components that the method keeps apart"
+            ),
+        },
+    )
+    def _steps_factors(self) -> str:
+        return self.setting
 
-        Raises:
-            ConfigError: If the setting does not fit the factors that the method trains.
-        """
+    def pairs(self, chunk: ClientChunk) -> list[Pair]:
+        """List the adapters B A of a chunk; none of a probe, which is not followed by a step."""
         downlink = chunk.downlink
         if not downlink.program.trains:
-            return []  # a probe, which takes no step
-        if not downlink.adapters:
-            raise ConfigError(
-                f"{self.setting} works on the factors of adapters, but this method trains whole "
-                "weights: take a method with adapters, or leave the setting out"
-            )
-        if not downlink.program.plain:
-            raise ConfigError(
-                f"{self.setting} mixes the components of a factor, but this method limits which of "
-                f"them a step may move ({downlink.program.name}): leave one of the two out"
-            )
+            return []
         pairs = []
         for weight, adapter in downlink.adapters.items():
-            if tuple(adapter.factors) != ("B", "A"):
-                raise ConfigError(
-                    f"{self.setting} is defined for adapters B A, but that of {weight} is a "
-                    f"product of {', '.join(adapter.factors)}: take a method that trains B, A or "
-                    "both"
-                )
             fixed = {n: f for n, f in chunk.frozen.items() if n in (f"{weight}/B", f"{weight}/A")}
             rank, ranks = adapter.factors["A"].shape[0], chunk.ranks
             budget = None if ranks is None else within(ranks, rank)
@@ -222,21 +217,19 @@ class Precondition(FactorStep):
 
     form: ClassVar[str] = "local.precondition=true"
 
+    @Feature(
+        "local.precondition",
+        instead="local.adjust=riemannian, by which each factor has the other's inverse",
+        avoids={
+            "adapters that train both factors": "it inverts the frozen factor, and there is none",
+        },
+    )
+    def _inverts_frozen(self) -> bool:
+        return True
+
     @override
     def hooks(self, chunk: ClientChunk) -> dict[When, Hook]:
-        """See `ClientProgram.hooks`.
-
-        Raises:
-            ConfigError: If an adapter has no frozen factor by which to precondition the other one.
-        """
         pairs = self.pairs(chunk)
-        for pair in pairs:
-            if not pair.frozen:
-                raise ConfigError(
-                    f"local.precondition=true inverts the frozen factor of an adapter, but both of "
-                    f"{pair.weight} are trained: take local.adjust=riemannian, by which each has "
-                    "the other's inverse, or leave it out"
-                )
         frozen = {n: f for pair in pairs for n, f in pair.frozen.items()}
         hook = projected(frozen, ranks=chunk.ranks)
         return {When.PROGRAM: lambda gradients, _: hook(gradients)}

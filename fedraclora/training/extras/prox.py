@@ -13,8 +13,7 @@ from typing import ClassVar
 from typing_extensions import override
 
 from fedraclora.compatibility import Feature
-from fedraclora.errors import ConfigError
-from fedraclora.protocol.method import Adapter, RoundInstructions
+from fedraclora.protocol.method import RoundInstructions
 from fedraclora.protocol.program import ClientChunk, ClientProgram, Hook, When
 from fedraclora.training.materialize import factor_of
 from fedraclora.tree import Tree
@@ -35,10 +34,13 @@ class Prox(ClientProgram):
         "local.prox",
         instead="local.prox=0",
         avoids={
-            "a method whose clients train by differences of losses": (
-                "there is no gradient to add its term to"
+            "a method that estimates gradients from losses": (
+                "there is no gradient to which the proximal term is added"
             ),
-            "dora=true": "a weight is no sum of the base and a low-rank term",
+            "dora=true": "a rescaled weight is not the sum of the base and a low-rank term",
+            "adapters with three factors that train an outer one": (
+                "its gradient is defined for B A, and for R in B R A"
+            ),
         },
     )
     def _pulls(self) -> str:
@@ -70,9 +72,6 @@ def with_prox(
         downlink: Says which tensors form which term.
         mu: Strength of the pull.
 
-    Raises:
-        ConfigError: For a term of three factors that trains more than its middle one, R.
-
     References:
         Li et al., *Federated optimization in heterogeneous networks*, arXiv 1812.06127.
     """
@@ -81,15 +80,9 @@ def with_prox(
     for name in downlink.dense:
         out[name] = gradients[name] + mu * (leaves[name] - begun[name])
     for weight, adapter in downlink.adapters.items():
-        is_core = _is_core(weight, adapter, leaves)
-        if tuple(adapter.factors) != ("B", "A") and not is_core:
-            raise ConfigError(
-                "local.prox is defined for adapters B A, but one of this method is a product of "
-                f"{', '.join(adapter.factors)}: set local.prox=0, or take another method"
-            )
         names, pull = [f"{weight}/{label}" for label in adapter.factors], mu * adapter.scale**2
         now, then = ([factor_of(n, own, frozen, active) for n in names] for own in (leaves, begun))
-        if is_core:
+        if len(adapter.factors) == 3:  # R is trained alone
             left, R, right = now
             moved = left.mT @ left @ (R - then[1]) @ right @ right.mT
             out[names[1]] = gradients[names[1]] + pull * moved
@@ -100,9 +93,3 @@ def with_prox(
         if na in gradients:
             out[na] = gradients[na] + pull * ((B.mT @ B) @ A - (B.mT @ B0) @ A0)
     return out
-
-
-def _is_core(weight: str, adapter: Adapter, leaves: Tree) -> bool:
-    """Check whether a term of three factors trains only its middle one."""
-    trained = [label for label in adapter.factors if f"{weight}/{label}" in leaves]
-    return tuple(adapter.factors) == ("B", "R", "A") and trained == ["R"]

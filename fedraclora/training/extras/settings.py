@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Annotated, ClassVar
 
 import torch
@@ -32,8 +32,12 @@ from fedraclora.tree import Tree
     "local.dp",
     instead="local.dp=null",
     avoids={
-        "a method whose clients train by differences of losses": "there is no gradient of a sample",
-        "a method that asks twice in a round": "privacy is accounted for one exchange a round",
+        "a method that estimates gradients from losses": (
+            "there are no gradients of single samples to clip"
+        ),
+        "a method with two exchanges in a round": (
+            "the privacy account covers one exchange in a round"
+        ),
     },
 )
 @dataclass(frozen=True)
@@ -120,6 +124,14 @@ class LocalSettings(LocalConfig):
     def is_own(self) -> bool:
         return self.train is not None
 
+    def trains_in_loop(self) -> bool:
+        """Return whether clients train by the loop of this project."""
+        return not self.is_own
+
+    @Feature("local.adjust", reads=("local.damping",))
+    def _adjusts(self) -> bool:
+        return self.adjust != "none"
+
     @property
     @override
     def added(self) -> tuple[ClientProgram, ...]:
@@ -132,3 +144,16 @@ class LocalSettings(LocalConfig):
             *([Gates(self.gate_penalty, self)] if self.gate_penalty is not None else ()),
             *super().added,
         )
+
+
+# What is told to a user's training function, the step sizes' scale over rounds among it.
+READ_BY_OWN = {"lr", "train", "parameters", "timeout", "schedule", "warmup", "restart_every"} | {
+    "min_lr_ratio",
+    "step_every",
+    "step_factor",
+}
+Feature(
+    "the built-in training loop",
+    take="the built-in training loop, but with local=own your function trains instead",
+    reads=[f"local.{each.name}" for each in fields(LocalSettings) if each.name not in READ_BY_OWN],
+)(LocalSettings.trains_in_loop)
