@@ -16,7 +16,7 @@ from fedraclora.compatibility import Features, refuse
 from fedraclora.config.build import BuiltTask, answering_of, build_task, measured_samples
 from fedraclora.config.builder import TaskBuilder
 from fedraclora.config.run_config import RunConfig
-from fedraclora.config.unread import parts_of
+from fedraclora.config.unread import config_parts
 from fedraclora.data.partition import spread_clients
 from fedraclora.data.task import Task
 from fedraclora.devices.system import SystemConfig
@@ -25,7 +25,7 @@ from fedraclora.errors import ConfigError, unknown
 from fedraclora.evaluation.choices import measure_of
 from fedraclora.evaluation.evaluate import personal_accuracy
 from fedraclora.evaluation.metrics import PERSONAL, lower_of
-from fedraclora.models.built import BaseWeights
+from fedraclora.models.built import InitialWeights
 from fedraclora.object_registry import object_digest
 from fedraclora.privacy.client_level import ClientLevel
 from fedraclora.protocol.method import Draw, Method, Plan, RoundInstructions, first_instructions
@@ -162,8 +162,8 @@ class RunBuilder(TaskBuilder, RoundsBuilder):  # type: ignore[override]
     def first_instructions(self) -> RoundInstructions:
         sent = first_instructions(self.method, self.initial_state, self.draw, self.built.cohort)
         # Before a step is tried for the size of a chunk.
-        weights = BaseWeights(self.initial_weights, (*self.plan.dense, *self.plan.local))
-        parts = [*parts_of(self.config), *inside(self.method), weights, sent, sent.program]
+        weights = InitialWeights(self.initial_weights, (*self.plan.dense, *self.plan.local))
+        parts = [*config_parts(self.config), *inside(self.method), weights, sent, sent.program]
         refuse(Features(parts, sent, complete=False).conflicts())
         return sent
 

@@ -34,7 +34,7 @@ def as_read(plain: Plain) -> dict[str, object]:
     return found | ({"engine": without(engine, "chunk")} if isinstance(engine, Mapping) else {})
 
 
-def parts_of(config: RunConfig) -> list[object]:
+def config_parts(config: RunConfig) -> list[object]:
     """List the parts of a run that its config alone makes; each may declare features."""
     rows = (part for part in vars(config).values() if isinstance(part, TableRow))
     choices = [Choice(row.function, {**row.defaults, **row.group}) for row in rows]
@@ -97,7 +97,7 @@ def refuse_conflicts(config: RunConfig, *, idle: bool) -> None:
         UnreadKeysError: If some settings have no effect.
         ConfigError: If parts do not go together.
     """
-    features = Features(parts_of(config))
+    features = Features(config_parts(config))
     found = features.idle(values_of(config)) if idle else {}
     if found:
         raise UnreadKeysError("\n  ".join([*found.values(), *features.conflicts()]), found)

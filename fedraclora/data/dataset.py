@@ -24,7 +24,7 @@ FLOAT_TYPES = {"float32": torch.float32, "float64": torch.float64}
 Dtype = Annotated[str, OneOf(FLOAT_TYPES)]
 Clients = Annotated[Count, Called("clients")]
 OF_RUN = Composed("${clients}")  # as many clients as the run has
-NUMBERS = Feature("data of numbers", instead="data of texts, such as data=text or instructions")
+NUMERIC = Feature("data of numbers", instead="data of texts, such as data=text or instructions")
 TEXTS = Feature("data of texts", instead="data of numbers, such as data=table or arrays")
 NO_CLASSES = Feature("data without classes", instead="data with classes")
 UNDIVIDED = Feature("data without a division", instead="data that bring one")

@@ -93,7 +93,7 @@ class Built:
 
 
 @dataclass(frozen=True)
-class BaseWeights:
+class InitialWeights:
     """The base weights of a run, as a part of it.
 
     Attributes:

@@ -11,7 +11,7 @@ import torch
 from typing_extensions import override
 
 from fedraclora.compatibility import Features, refuse
-from fedraclora.models.built import BaseWeights
+from fedraclora.models.built import InitialWeights
 from fedraclora.protocol.method import Cohort, RoundInstructions, State
 from fedraclora.strategies.server.exchange import Exchange
 from fedraclora.strategies.server.round_step import RoundStep, Send, step_of
@@ -42,7 +42,7 @@ class CompatibilityCheck(RoundStep):
     @override
     def begin(self, state: State) -> None:
         plan = state.plan
-        weights = BaseWeights(state.base, (*plan.dense, *plan.local))
+        weights = InitialWeights(state.base, (*plan.dense, *plan.local))
         budgets = self.run.devices.system.rank_budget is not None
         ranks = torch.ones(2, dtype=torch.int64) if budgets else None
         some = Cohort(torch.arange(2), torch.ones(2), ranks)

@@ -50,11 +50,16 @@ DIGITS = ["data=digits", "pretrain=none", *TINY]  # digits 5-9, by the root's da
 SMALL = ["pretrain=none", "model.hidden=12", "model.layers=1"]
 ROLES = ["data=shakespeare", "data.labels=null", "partition=natural", "model=gpt", *SMALL]
 SYNTHETIC = ["partition=given", "model=linear", "model.bias=false", "pretrain=none", *TINY]
+TEXT = ["data=rotten_tomatoes"]  # a model of token ids does not go with data of numbers
 # What a choice needs beside it to be a config at all: a warm-up shorter than a link, a file.
 WITH = {
     "local/relora": ["method=fed_relora"],
     "data/text": ["data.file=mine.csv"],
-    "model/hf": ["model.path=mine"],
+    "model/hf": [*TEXT, "model.path=mine"],
+    "model/causal_lm": TEXT,
+    "model/minilm": TEXT,
+    "model/smollm2": TEXT,
+    "model/transformer": TEXT,
     "local/own": ["local.train=mine:train"],
 }
 # What a choice needs beside it to run a round; digits and the other defaults where it is absent.

@@ -54,7 +54,7 @@ def test_of_clients_that_agree_every_rule_makes_their_update(
     sent = method.open_round(state, 1, Cohort(torch.arange(5), torch.ones(5)), draw)
     for rule in RULES:
         if (rule.estimates and not method.traits.linear) or (rule.compares and sent.apart):
-            with pytest.raises(ConfigError, match=f"a rule that .*aggregator={rule.name}"):
+            with pytest.raises(ConfigError, match=f"a robust rule that .*aggregator={rule.name}"):
                 run(same, method, local, rounds=2, aggregator=rule)
             continue
         found = run(same, method, local, rounds=2, chunk=5, aggregator=rule)

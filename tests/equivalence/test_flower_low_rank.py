@@ -303,7 +303,10 @@ def test_options_of_fedavg_go_on_to_work(
 @pytest.mark.parametrize(
     ("options", "why"),
     [
-        ({"method": METHODS["fedsa_lora"](rank=1)}, "FedSaLora.*keeps a part at each client"),
+        (
+            {"method": METHODS["fedsa_lora"](rank=1)},
+            "LowRank.*keeps a part of the model",
+        ),
         ({"method": METHODS["slora"](rank=1)}, "sparse"),
         ({"method": FedRacLora(rank=1, init="gradient")}, "gradient"),
         ({"method": FedRacLora}, "an instance"),

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
-from vectorized_agreement import LOCAL, assert_agrees, base_of, foldable, trainer_of
+from vectorized_agreement import LOCAL, assert_agrees, base_of, foldable
 from vectorized_cases import SIZES, Case, mlp, normal, reader, scaled
 from vectorized_settings import A_FEW, FORMS, LAYERS, LIKE_LINEAR, adapters_of, trained_in
 
-from fedraclora.errors import ConfigError
+from fedraclora.compatibility import Features
 from fedraclora.protocol.factor import to_train
 from fedraclora.protocol.method import RoundInstructions
 
@@ -52,13 +53,14 @@ def test_dense_tensors_may_start_at_each_client() -> None:
     assert_agrees(case, plan, local, base, RoundInstructions(dense=dense), torch.arange(K))
 
 
-def test_prox_refuses_three_factors() -> None:
-    case = Case(mlp(), targets="fc1")
-    plan = case.plan()
-    downlink = RoundInstructions(adapters_of(("own", "zero", "own"), ("fc1.weight",), plan.targets))
-    trainer = trainer_of(case.task, plan, replace(LOCAL, prox=0.1))
-    with pytest.raises(ConfigError, match=r"prox.*B, M, A"):
-        trainer.train(base_of(case.task), downlink, torch.arange(2), round_=1, rate_scale=1.0)
+@pytest.mark.parametrize("setting", [{"prox": 0.1}, {"precondition": True}])
+def test_what_is_defined_for_two_factors_refuses_three(setting: dict[str, Any]) -> None:
+    plan = Case(mlp(), targets="fc1").plan()
+    sent = RoundInstructions(adapters_of(("own", "zero", "own"), ("fc1.weight",), plan.targets))
+    local = replace(LOCAL, **setting)
+    (key,) = setting
+    found = [*Features([local, *local.added, sent], sent).conflicts()]
+    assert any(f"local.{key}" in line and "three factors" in line for line in found)
 
 
 @pytest.mark.parametrize(

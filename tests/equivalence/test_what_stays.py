@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import pytest
@@ -88,10 +88,12 @@ def test_a_client_that_diverged_keeps_what_it_had() -> None:
     assert held[0].abs().max() > 0
 
 
-def test_an_impossible_setting_is_nobodys_failure() -> None:
-    bench = make_bench(prox=0.5)
-    factors = dict(bench.downlink.adapters["weight"].factors)
-    core = {"B": factors["B"], "R": torch.eye(2, dtype=torch.float64), "A": factors["A"]}
-    three = replace(bench, downlink=RoundInstructions({"weight": Adapter.of(core, 1.0)}))
-    with pytest.raises(ConfigError, match=r"local\.prox .*adapters B A"):
-        three.round(1)
+def test_an_impossible_setting_is_nobodys_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+    bench = make_bench()
+
+    def refuse(*_: object, **__: object) -> None:
+        raise ConfigError("local.lr=0.1: expected another value")
+
+    monkeypatch.setattr(bench.worker.trainer, "train", refuse)
+    with pytest.raises(ConfigError, match=r"local\.lr=0\.1"):
+        bench.round(1)

@@ -271,7 +271,6 @@ BAD = {
     "length": ({"max_length": 0}, "data.max_length=0"),
     "values": ({"values": ["0", "2"]}, r"data.values.*\['2'\]"),
     "no value": ({"values": ["7"]}, "no usable row.*data.values"),
-    "by client": ({"test_by_client": True, "test_file": None}, "needs data.client"),
     "test": ({"test_file": None, "test_fraction": 1.0}, "data.test_fraction=1.0"),
     "sha256": ({"sha256": "00"}, "sha256"),
     "score": ({"task": "regression", "label": "film"}, "is not a number, but data.task=regression"),

@@ -31,7 +31,7 @@ from fedraclora.training.cohort import CohortTrainer
 from fedraclora.training.localconfig import LocalConfig
 from fedraclora.training.optimizer import CohortOptimizer
 from fedraclora.tree import Tree
-from tests.common import normal
+from tests.common import accepted, normal
 
 LR, CLIP = 0.25, 0.01
 CLIENTS = torch.arange(3)
@@ -160,5 +160,5 @@ class Forgetful(ClientProgram):
 
 
 def test_what_it_says_of_its_moments_is_heeded() -> None:
-    with pytest.raises(ConfigError, match=r"local\.optimizer_state=run, .*local\.forgets=0\.5"):
-        Mine(momentum=0.5, optimizer_state="run", mine=Forgetful(0.5))
+    with pytest.raises(ConfigError, match=r"kept after a round .*local\.forgets=0\.5"):
+        accepted("local", Mine(momentum=0.5, optimizer_state="run", mine=Forgetful(0.5)))

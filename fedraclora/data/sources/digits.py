@@ -7,7 +7,7 @@ from functools import cache
 import numpy as np
 import torch
 
-from fedraclora.data.dataset import NUMBERS, UNDIVIDED, DataSet, classification, take
+from fedraclora.data.dataset import NUMERIC, UNDIVIDED, DataSet, classification, take
 from fedraclora.data.locate import package_path
 from fedraclora.data.samples import Samples
 from fedraclora.data.split import Holdout
@@ -16,7 +16,7 @@ from fedraclora.limits import Fraction, limited
 DIGITS_FILE = "datasets/data/digits.csv.gz"
 
 
-@NUMBERS
+@NUMERIC
 @UNDIVIDED
 @limited("data")
 def load_digits(*, test_fraction: Fraction = 0.25, split_seed: int = 0) -> DataSet:

@@ -10,7 +10,7 @@ import torch
 
 from fedraclora.data.dataset import (
     FLOAT_TYPES,
-    NUMBERS,
+    NUMERIC,
     OF_RUN,
     Clients,
     DataSet,
@@ -23,7 +23,7 @@ from fedraclora.limits import Fraction, NotNegative, limited
 FEATURES, CLASSES = 60, 10
 
 
-@NUMBERS
+@NUMERIC
 @limited("data")
 def fedprox_synthetic(
     *,

@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from fedraclora.data.dataset import NUMBERS, UNDIVIDED, DataSet, classification, take
+from fedraclora.data.dataset import NUMERIC, UNDIVIDED, DataSet, classification, take
 from fedraclora.data.locate import Root, check_file, check_sha256, install_command, resolve, unread
 from fedraclora.data.samples import Samples
 from fedraclora.data.split import Holdout
@@ -80,7 +80,7 @@ IDX_SHA256 = {
 }
 
 
-@NUMBERS
+@NUMERIC
 @UNDIVIDED
 @limited("data")
 def load_mnist_5k(
@@ -113,7 +113,7 @@ def load_mnist_5k(
     return classification(train, test, 10, info, reading=_scale(normalize))
 
 
-@NUMBERS
+@NUMERIC
 @UNDIVIDED
 def load_mnist(*, root: Root = None, normalize: bool = True, flat: bool = True) -> DataSet:
     """Load the full MNIST: 60,000 training and 10,000 test images.

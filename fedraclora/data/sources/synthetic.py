@@ -15,7 +15,7 @@ import numpy.typing as npt
 import torch
 from annotated_types import Ge, Lt
 
-from fedraclora.data.dataset import FLOAT_TYPES, NO_CLASSES, NUMBERS, Clients, DataSet, Dtype
+from fedraclora.data.dataset import FLOAT_TYPES, NO_CLASSES, NUMERIC, Clients, DataSet, Dtype
 from fedraclora.data.samples import Samples
 from fedraclora.errors import ConfigError
 from fedraclora.limits import Count, NotNegative, limited
@@ -28,7 +28,7 @@ _GRADIENT = 1e-12  # Newton stops here: about the rounding error of the mean gra
 _FLAT = 1e-10  # the condition of a Hessian without a minimum in float64
 
 
-@NUMBERS
+@NUMERIC
 @NO_CLASSES
 @limited("data")
 def least_squares(
@@ -83,7 +83,7 @@ def least_squares(
     return _problem("least squares", table, clients, "squared_error", optimum, info)
 
 
-@NUMBERS
+@NUMERIC
 @limited("data")
 def logistic_regression(
     *,

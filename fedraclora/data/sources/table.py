@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Annotated
 
-from fedraclora.data.dataset import NO_CLASSES, NUMBERS, UNDIVIDED, DataSet
+from fedraclora.data.dataset import NO_CLASSES, NUMERIC, UNDIVIDED, DataSet
 from fedraclora.data.encoders.labels import (
     TaskName,
 )
@@ -16,7 +16,7 @@ from fedraclora.data.tables import Table
 from fedraclora.limits import Fraction, OneOf, limited
 
 
-@NUMBERS
+@NUMERIC
 @NO_CLASSES.where(lambda it: it["task"] == "regression")
 @UNDIVIDED
 @limited("data")

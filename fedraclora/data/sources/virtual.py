@@ -31,7 +31,7 @@ from fedraclora.data.client_law import ClientLaw, OfLaw, SizeLaw, class_mixes, p
 from fedraclora.data.dataset import (
     FLOAT_TYPES,
     FROM_CLIENTS,
-    NUMBERS,
+    NUMERIC,
     OF_RUN,
     Clients,
     DataSet,
@@ -86,7 +86,7 @@ class Mixture(OfLaw):
         return self.pool[rows[..., 0]].add_(self.pool[rows[..., 1]])
 
 
-@NUMBERS
+@NUMERIC
 @FROM_CLIENTS
 @Feature(
     "data.sizes=lognormal or pareto",
