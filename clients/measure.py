@@ -121,11 +121,11 @@ class Measurer:
             one = self.task.train.gather(clients[:1].to(zero.device), zero[None])
             self._layout = Layout.of(self._sent({}, one, zero + 1), skip=1)
         summed = SummedMeasure(self.measure, self._layout, points)
-        came = {c: k for k, c in enumerate(answer.clients.tolist())}
+        places = {c: k for k, c in enumerate(answer.clients.tolist())}
         sent = answer.layout.unpack(answer.numbers)
 
         def words(client: int) -> Words:
-            if (k := came.get(client)) is None:
+            if (k := places.get(client)) is None:
                 return np.zeros(summed.size, dtype=np.uint32)
             own = {n: t[k : k + 1] for n, t in sent.items()}
             found: Words = summed.words(own, answer.samples[k : k + 1])[0]

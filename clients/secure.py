@@ -178,10 +178,10 @@ def _shares(client: int, memory: Memory, data: Any, terms: SecAggTerms) -> Any:
     threshold = terms.config.shares(len(keys))
     memory["keys"], memory["threshold"] = keys, threshold
     seeds, scalars = (split_secret(memory[name], threshold, len(keys)) for name in ("seed", "mask"))
-    told = [HOLDS if memory["measurers"] else HOLDS_NONE] if "measurers" in memory else []
+    notes = [HOLDS if memory["measurers"] else HOLDS_NONE] if "measurers" in memory else []
     return {
         other: [
-            seal(shared_key(memory["box"], key["box"]), client, other, [seed, scalar, *told]),
+            seal(shared_key(memory["box"], key["box"]), client, other, [seed, scalar, *notes]),
             mark(seed),
             mark(scalar),
         ]
@@ -227,9 +227,9 @@ def of_updates(
         trained: Ids int64 [k], updates float64 [k, P], weights float64 [k], and which updates were
             longer than the clip, bool [k].
     """
-    told = request.clip, stage.settings, terms
+    settings = request.clip, stage.settings, terms
     return {
-        client: partial(_whole, update, float(weight), bool(cut), *told)
+        client: partial(_whole, update, float(weight), bool(cut), *settings)
         for client, update, weight, cut in zip(trained[0].tolist(), *trained[1:], strict=True)
     }
 
@@ -301,10 +301,10 @@ def _open(client: int, memory: Memory, data: Mapping[str, Any]) -> list[int]:
             sealed = unseal(box, other, client, text)
         except FedRacLoraError:
             sealed = []
-        shares, told = sealed[:2], sealed[2:]
+        shares, notes = sealed[:2], sealed[2:]
         if [mark(share) for share in shares] == marks:
             memory["held"][str(other)] = shares
-            if told == [HOLDS] and "measurers" in memory:
+            if notes == [HOLDS] and "measurers" in memory:
                 memory["measurers"].append(other)
         else:
             closed.append(other)

@@ -320,7 +320,7 @@ def answer_of(
             {n: torch.empty(0, *s) for n, s in layout.shapes}, none.double(), none, none
         )
     trained = {n: result.trained[n] for n, _ in layout.shapes}
-    said: dict[str, Any] = {
+    fields: dict[str, Any] = {
         "round_": request.round_,
         "version": request.version,
         "first": request.first,
@@ -336,7 +336,7 @@ def answer_of(
     }
     if request.reduce is not None:
         numbers = layout.pack(trained, lead=1)
-        return summed(Summed(**said, pieces=(numbers,)), request)
+        return summed(Summed(**fields, pieces=(numbers,)), request)
     sizes, pieces = None, layout.pieces(trained) if coded is None and mask is None else ()
     if coded is not None:
         codes = coded.codes
@@ -347,7 +347,9 @@ def answer_of(
     elif mask is not None:
         numbers = layout.pack(trained, lead=1)
         pieces = (numbers[mask.to(numbers.device)],)
-    return TrainedAnswer(**said, sizes=sizes, pieces=tuple(each.detach().cpu() for each in pieces))
+    return TrainedAnswer(
+        **fields, sizes=sizes, pieces=tuple(each.detach().cpu() for each in pieces)
+    )
 
 
 def summed(answer: Summed, request: TrainRequest) -> Summed:

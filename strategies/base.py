@@ -185,9 +185,9 @@ class FedStrategy:
             dropped = [vars(refusal) for refusal in exchange.dropped]
             row |= {"asked": len(exchange.first.asked), "dropped": dropped, **self.devices.clock}
         for extra in (*self.local.added, exchange.downlink.program):
-            told = self.local.told(extra)
-            with told_as(ConfigError, f"{told}: ", "computing its columns of the ledger"):
-                row = joined(row, extra.columns(exchange.downlink, got), told)
+            name = self.local.told(extra)
+            with told_as(ConfigError, f"{name}: ", "computing its columns of the ledger"):
+                row = joined(row, extra.columns(exchange.downlink, got), name)
         self.recorder.link(round_, self.state)
         watch.lap("write")
         self._write(self.steps.added(row, columns), step, watch, grid)

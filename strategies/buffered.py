@@ -99,12 +99,14 @@ class BufferedStrategy(FedStrategy):
         if len(got.clients):
             batches.append(batch_of(got, exchange.downlink, before.base, leg.started))
         landed, flying = frozenset(leg.landed), frozenset(leg.flying)
-        came = [part for b in batches if (part := b.select(landed)).flights]
+        landed_batches = [part for b in batches if (part := b.select(landed)).flights]
         after = replace(before, link=None, report={}, notes=())
-        if came:
+        if landed_batches:
 
             def merged(_: Uplinks) -> State:
-                return merge(self.method, before, came, exchange.downlink, exchange.round_)
+                return merge(
+                    self.method, before, landed_batches, exchange.downlink, exchange.round_
+                )
 
             after = self.steps.close(merged, before, exchange, got)
         waiting = [batch.select(flying) for batch in batches]

@@ -207,10 +207,10 @@ class RunBuilder(TaskBuilder, RoundsBuilder):  # type: ignore[override]
     @override
     def recorder(self) -> RunRecorder:
         config, task = self.config, self.task
-        came = {"chunk": self.chunk.chunk, "device": self.built.device.type}
-        came |= {"dtype": self.loop.dtype}
-        came |= {k: v for k, v in section(task.info, "partition").items() if k == "rows"}
-        fixed = {**config.digested, "resolved": came | {"summation_block": SUM_BLOCK}}
+        resolved = {"chunk": self.chunk.chunk, "device": self.built.device.type}
+        resolved |= {"dtype": self.loop.dtype}
+        resolved |= {k: v for k, v in section(task.info, "partition").items() if k == "rows"}
+        fixed = {**config.digested, "resolved": resolved | {"summation_block": SUM_BLOCK}}
         return RunRecorder(
             self.folder,
             fixed=fixed | self._code(),

@@ -72,17 +72,17 @@ def begin_from(config: RunConfig, model: nn.Module) -> dict[str, str]:
     """
     if config.init_from is None:
         return {}
-    said = {"path": config.init_from} if isinstance(config.init_from, str) else config.init_from
-    if not {"path"} <= said.keys() <= {"path", "sha256"}:
+    start = {"path": config.init_from} if isinstance(config.init_from, str) else config.init_from
+    if not {"path"} <= start.keys() <= {"path", "sha256"}:
         raise ConfigError(
-            f"init_from={said}: not a folder. Name the folder of a finished run or of an adapter"
+            f"init_from={start}: not a folder. Name the folder of a finished run or of an adapter"
         )
-    folder = Path(said["path"]).expanduser()
+    folder = Path(start["path"]).expanduser()
     found = start_digest(folder)
-    if found != said.get("sha256", found):
+    if found != start.get("sha256", found):
         raise CheckpointError(
             f"init_from={folder} has changed since the config was written: its checksum is "
-            f"{found}, expected {said['sha256']}. Restore it from a copy"
+            f"{found}, expected {start['sha256']}. Restore it from a copy"
         )
     if is_adapter(folder):
         merge_adapter(model, folder)

@@ -181,19 +181,19 @@ def _rows_of(data: Partitioned, part: ClientSplit) -> Partitioned:
     Clients' own test samples become further rows of the table.
     """
     sizes = part.sizes(torch.arange(data.num_clients))
-    table, brought = data.samples, torch.zeros(0)
+    table, test_rows = data.samples, torch.zeros(0)
     if part.held and part.brings_tests:
         tests = data.own_tests
         own = torch.tensor([len(each or ()) for each in tests])
         first = len(table) + own.cumsum(0) - own
-        brought = first.masked_fill(own == 0, -1)
+        test_rows = first.masked_fill(own == 0, -1)
         table = Samples.join([table, *(each for each in tests if each)])
     found = []
     for ids in torch.arange(data.num_clients).split(AT_ONCE):
         place = torch.arange(int(sizes[ids].max())).expand(len(ids), -1)
         rows = data.rows_at(ids, part.places(ids, place))
-        if len(brought):
-            rows = torch.where(brought[ids, None] < 0, rows, brought[ids, None] + place)
+        if len(test_rows):
+            rows = torch.where(test_rows[ids, None] < 0, rows, test_rows[ids, None] + place)
         rows = rows.masked_fill(place >= sizes[ids, None], len(table)).sort(dim=1).values
         found.append(rows[rows < len(table)])
     offsets = torch.cat([sizes.new_zeros(1), sizes.cumsum(0)])

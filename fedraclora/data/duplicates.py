@@ -106,16 +106,16 @@ def check_duplicates(
         if not count:
             continue
         trained = sum(map(len, train))
-        said = f"{count} of the {total} {what} are among the {trained} training samples, too"
+        message = f"{count} of the {total} {what} are among the {trained} training samples, too"
         chance = _by_chance(train) if count >= MOST * total and not keep else 0.0
         margin = DEVIATIONS * math.sqrt(chance * (1 - chance) / total)
         many = count >= max(LEAST, (chance + MOST + margin) * total)
         if not keep and (many or _same(train, tables, shared)):
             raise DataError(
-                f"{said} (inputs and target are equal; {source}), so the model would look better "
-                f"than it is: {REMEDY}"
+                f"{message} (inputs and target are equal; {source}), so the model would look "
+                f"better than it is: {REMEDY}"
             )
-        found[what] = f"{said} (inputs and target are equal)"
+        found[what] = f"{message} (inputs and target are equal)"
     return found
 
 

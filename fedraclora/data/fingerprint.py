@@ -177,14 +177,14 @@ class _Reader:
 
     def _tensor(self, found: torch.Tensor) -> str:
         counts = self.versions and not found.is_inference()
-        said = f"{found.dtype} {tuple(found.shape)} {found._version if counts else ''}"  # noqa: SLF001
+        text = f"{found.dtype} {tuple(found.shape)} {found._version if counts else ''}"  # noqa: SLF001
         plain = found.detach()
         if plain.layout != torch.strided or plain.is_meta or plain.is_quantized:
-            return said
+            return text
         places = self._places(tuple(plain.shape), plain.numel() * plain.element_size())
         some = plain[tuple(map(torch.from_numpy, places)) if places else ()].cpu().contiguous()
         bits = some.reshape(-1).view(torch.uint8) if some.numel() else some
-        return f"{said} {_hash(bits.numpy().tobytes())}"
+        return f"{text} {_hash(bits.numpy().tobytes())}"
 
     def _places(self, shape: tuple[int, ...], size: int) -> tuple[npt.NDArray[np.int64], ...]:
         """Choose the numbers to read; empty: all."""

@@ -160,13 +160,13 @@ def objective_of(said: str | None, tables: Sequence[Samples], model: object) -> 
     """
     if said is not None:
         return said, "said"
-    told, source = told_by(model)
-    if told and told is not OF_SAMPLES:
-        return told[0], f"guessed from {source}"
+    from_model, source = told_by(model)
+    if from_model and from_model is not OF_SAMPLES:
+        return from_model[0], f"guessed from {source}"
     targets = [table.target for table in tables]
     first = targets[0]
     flat, binary = first[0].numel() == 1, all(map(is_binary, targets))
-    came = f"{first.dtype} of shape {tuple(first.shape)}".removeprefix("torch.")
+    found = f"{first.dtype} of shape {tuple(first.shape)}".removeprefix("torch.")
     if not any(target.is_floating_point() for target in targets):
         if flat:
             return "cross_entropy", "guessed from the targets: a whole number for each sample"
@@ -174,17 +174,17 @@ def objective_of(said: str | None, tables: Sequence[Samples], model: object) -> 
         meant = ["token_classes"] * (axes == 2) + ["pixel_classes"] * (axes == 3)
         meant += ["next_token"] * (axes == 2 and tokens) + ["multi_label"] * binary
     elif binary:
-        came = f"{came}, all 0 or 1"
+        found = f"{found}, all 0 or 1"
         meant = ["logistic" if flat else "multi_label"]
     elif all(bool((target == target.round()).all()) for target in targets):
-        came, meant = f"{came}, all whole numbers", []
+        found, meant = f"{found}, all whole numbers", []
     else:
         return "squared_error", "guessed from the targets: fractions"
     classes = "of one-hot rows target.argmax(1) is one class a sample"
     if flat:
         classes = "if they are classes, give them as whole numbers (int64)"
     raise DataError(
-        f"the targets are {came}, from which no loss can be guessed. Give loss=..., one of "
+        f"the targets are {found}, from which no loss can be guessed. Give loss=..., one of "
         f"{choices([*meant, 'squared_error'])}; {classes}"
     )
 
@@ -201,16 +201,16 @@ def refuse_contradiction(model: nn.Module, loss: str) -> str | None:
     Raises:
         ConfigError: If the configuration of the model names another problem type.
     """
-    told, source = told_by(model)
-    if not told or is_own(loss) or loss in told:
+    from_model, source = told_by(model)
+    if not from_model or is_own(loss) or loss in from_model:
         return None
     if source.startswith("problem_type"):
         right = next((name for name, losses in PROBLEM_LOSSES.items() if loss in losses), None)
         raise ConfigError(
-            f"loss={loss}, but {source} is for {' or '.join(told)}. Use that loss, or set "
+            f"loss={loss}, but {source} is for {' or '.join(from_model)}. Use that loss, or set "
             f"model.config.problem_type to {right!r} first"
         )
-    return f"loss={loss}, but {source}, is for {' or '.join(told)}"
+    return f"loss={loss}, but {source}, is for {' or '.join(from_model)}"
 
 
 def takes_whole(model: object, tables: Sequence[Samples]) -> bool:

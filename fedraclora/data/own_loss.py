@@ -115,7 +115,7 @@ class OwnLoss:
             found = found.expand(len(target))
         pair = found if isinstance(found, tuple | list) else (found,)
         count, shapes = len(target), [tuple(each.shape) for each in pair if _is_tensor(each)]
-        came = f"tensors of shape {', '.join(map(str, shapes))}" if shapes else "no tensor"
+        problem = f"tensors of shape {', '.join(map(str, shapes))}" if shapes else "no tensor"
         if len(shapes) == len(pair) == 1 and shapes[0] in {(count,), (count, 1), target.shape}:
             counted = torch.ones_like(pair[0], dtype=torch.int64)
             if shapes[0] == target.shape and not target.is_floating_point():
@@ -124,9 +124,11 @@ class OwnLoss:
             return next(both), next(both)
         if len(pair) != 2 or shapes != [(count,)] * 2:
             if shapes == [(count, count)]:
-                came += f" (an output of {tuple(output.shape)} beside a target of "
-                came += f"{tuple(target.shape)} was spread out: reshape one of them)"
-            raise ConfigError(f"data.loss={self.name} gives {came} for {count} samples; {WANTED}")
+                problem += f" (an output of {tuple(output.shape)} beside a target of "
+                problem += f"{tuple(target.shape)} was spread out: reshape one of them)"
+            raise ConfigError(
+                f"data.loss={self.name} gives {problem} for {count} samples; {WANTED}"
+            )
         return pair[0], pair[1]
 
 
@@ -148,20 +150,20 @@ def check_loss(
     Raises:
         ConfigError: Naming the loss, and the found and expected result.
     """
-    said = f"loss {loss.name}"
+    name = f"loss {loss.name}"
     if isinstance(loss.function, nn.Module) and any(
         each.requires_grad for each in loss.function.parameters()
     ):
         raise ConfigError(
-            f"{said} has weights of its own, which would not be trained: keep them in the model"
+            f"{name} has weights of its own, which would not be trained: keep them in the model"
         )
     wanted, slope, is_scalar = _called(loss, output, target)
     if is_scalar and not scalar:
-        raise ConfigError(f"{said} gives a scalar for {len(target)} samples; {WANTED}")
+        raise ConfigError(f"{name} gives a scalar for {len(target)} samples; {WANTED}")
     if not bool(torch.isfinite(wanted).all()):
         row = int((~torch.isfinite(wanted)).nonzero()[0])
         raise ConfigError(
-            f"{said} gives {float(wanted[row])} for an output {output[row].tolist()} and a "
+            f"{name} gives {float(wanted[row])} for an output {output[row].tolist()} and a "
             f"target {target[row].tolist()}, but losses must be finite: keep logarithms, roots "
             "and quotients away from 0"
         )
@@ -171,14 +173,14 @@ def check_loss(
         slope = _called(loss, other.to(output), target)[1]
         slope = slope if slope is not None and bool(slope.any()) else None
     if slope is None or not bool(torch.isfinite(slope).all()):
-        came = "no gradient" if slope is None else "a gradient with a NaN or an infinity"
+        problem = "no gradient" if slope is None else "a gradient with a NaN or an infinity"
         raise ConfigError(
-            f"{said} gives the model {came}. Compute it from the output with differentiable "
+            f"{name} gives the model {problem}. Compute it from the output with differentiable "
             "torch functions only (no argmax, round, detach, item or numpy)."
         )
     if not torch.equal(_called(loss, output, target)[0], wanted):
         raise ConfigError(
-            f"{said} returns something else when it is called twice with the same output and "
+            f"{name} returns something else when it is called twice with the same output and "
             "target. It must use no random numbers and keep no state between calls."
         )
     if is_scalar:
@@ -187,7 +189,7 @@ def check_loss(
     each = torch.cat([_called(loss, output[i : i + 1], target[i : i + 1])[0] for i in rows])
     if not torch.allclose(each.double(), wanted.double(), 1e-3, 1e-3 * float(wanted.abs().max())):
         raise ConfigError(
-            f"{said}: the loss of a sample depends on the other samples of its batch (through a "
+            f"{name}: the loss of a sample depends on the other samples of its batch (through a "
             "mean or weights over the batch, for example), so it would depend on the engine and "
             "on other clients. Compute each sample's loss from its own output and target."
         )
@@ -202,8 +204,8 @@ def _called(
         f"{name} {tuple(t.shape)} of {str(t.dtype).removeprefix('torch.')} on {t.device}"
         for name, t in (("output", output), ("target", target))
     )
-    said = (f"loss {loss.name}: ", f"calling it with {of}", f". {WANTED}", PASSING)
-    with told_as(ConfigError, *said), torch.enable_grad():
+    context = (f"loss {loss.name}: ", f"calling it with {of}", f". {WANTED}", PASSING)
+    with told_as(ConfigError, *context), torch.enable_grad():
         given = leaf * 1.0  # the loss may write into it, which we detect
         found = loss.call(given, beside)
         losses, parts = loss.read(found, given, beside)

@@ -336,17 +336,20 @@ def _named(
     found: dict[str, object] = {"names": values[firsts].tolist()}
     if data.clients is None or not np.array_equal(values, data.columns["client"]):
         return found
-    gone: list[str] = np.setdiff1d(data.clients, data.columns["client"]).tolist()
-    if not gone:
+    without_rows: list[str] = np.setdiff1d(data.clients, data.columns["client"]).tolist()
+    if not without_rows:
         return found
     log.warning(
         "%d clients in the data have no training rows left (all were filtered or held out) and "
         "take no part: %s%s",
-        len(gone),
-        ", ".join(map(str, gone[:MOST_NAMED])),
-        ", ..." if len(gone) > MOST_NAMED else "",
+        len(without_rows),
+        ", ".join(map(str, without_rows[:MOST_NAMED])),
+        ", ..." if len(without_rows) > MOST_NAMED else "",
     )
-    return found | {"clients_without_rows": len(gone), "without_rows": gone[:MOST_NAMED]}
+    return found | {
+        "clients_without_rows": len(without_rows),
+        "without_rows": without_rows[:MOST_NAMED],
+    }
 
 
 def _facts(name: str, asked: int, dropped: int, sizes: npt.NDArray[np.int64]) -> dict[str, object]:

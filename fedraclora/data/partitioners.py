@@ -232,9 +232,9 @@ def by_partitioner(
     """
     del clients  # the partitioner knows the number
     divider = copy.deepcopy(partitioner)  # a partitioner accepts data only once
-    what, told = f"dividing {len(data.train)} samples by it", type(partitioner).__name__
+    what, name = f"dividing {len(data.train)} samples by it", type(partitioner).__name__
     after = f"; the columns of these data are: {', '.join(data.columns) or 'none'}"
-    with told_as(ConfigError, f"partition is a {told}, and ", what, after, passing=()):
+    with told_as(ConfigError, f"partition is a {name}, and ", what, after, passing=()):
         return _divide(data, divider, data.columns, seed)
 
 

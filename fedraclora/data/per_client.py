@@ -265,9 +265,11 @@ class PerClientSource(ClientData):
         if self.objects:
             return stand_in(length(self.object_of(client)))
         if client not in self._read:
-            alone, said = len(self.only or range(self.num_clients)) == 1, self.parameters
+            alone, arguments = len(self.only or range(self.num_clients)) == 1, self.parameters
             twice = not self._tests  # the first client represents all
-            found, test = read_own(self.source, client, alone=alone, parameters=said, twice=twice)
+            found, test = read_own(
+                self.source, client, alone=alone, parameters=arguments, twice=twice
+            )
             self._read[client] = found
             where = f"client {client}, test (data.samples={self.source})"
             self._tests[client] = None if test is None else self.spec.validate(test, where)

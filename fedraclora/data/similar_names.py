@@ -52,10 +52,10 @@ def check_similar(key: str, names: Iterable[str]) -> list[str]:
             f"characters, Unicode form or zeros, but would be two {OF[key]}: write them alike"
         )
     found = _pairs(every, lambda name: unicodedata.normalize("NFKC", _plain(name)).casefold())
-    said = " and ".join(f"{_shown(one)} and {_shown(other)}" for one, other in found[:SHOWN])
+    pairs = " and ".join(f"{_shown(one)} and {_shown(other)}" for one, other in found[:SHOWN])
     more = f" (and {len(found) - SHOWN} more)" if found[SHOWN:] else ""
-    told = f"{key}: {said}{more} differ only in letter case; they count as two {OF[key]}"
-    return [told] if found else []
+    warning = f"{key}: {pairs}{more} differ only in letter case; they count as two {OF[key]}"
+    return [warning] if found else []
 
 
 def _pairs(names: list[str], form: Callable[[str], str]) -> list[tuple[str, str]]:

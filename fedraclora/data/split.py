@@ -136,14 +136,14 @@ def holdout_of(fraction: float | None, seed: int, **named: object) -> Holdout | 
     Raises:
         ConfigError: If two keys define the test samples.
     """
-    said = [f"data.{key}={value}" for key, value in named.items() if value is not None]
+    given = [f"data.{key}={value}" for key, value in named.items() if value is not None]
     if fraction is not None:
-        said.append(f"data.test_fraction={fraction}")
-    if len(said) > 1:
+        given.append(f"data.test_fraction={fraction}")
+    if len(given) > 1:
         raise ConfigError(
-            f"{' and '.join(said)} each choose the test samples: leave out all but one"
+            f"{' and '.join(given)} each choose the test samples: leave out all but one"
         )
-    if said and fraction is None:
+    if given and fraction is None:
         return None
     return Holdout(TEST_FRACTION if fraction is None else fraction, seed)
 

@@ -124,8 +124,8 @@ def _classes(batch: Batch) -> torch.Tensor:
 
 def _labels(batch: Batch) -> torch.Tensor:
     """Count the same for each yes-or-no output: [owners, 3 C]."""
-    said, wanted = batch.output.reshape(batch.target.shape) > 0, batch.target == 1
-    columns = torch.cat([said & wanted, said, wanted], dim=1)
+    predicted, wanted = batch.output.reshape(batch.target.shape) > 0, batch.target == 1
+    columns = torch.cat([predicted & wanted, predicted, wanted], dim=1)
     return batch.owners.sums(*columns.unbind(dim=1))
 
 

@@ -344,8 +344,8 @@ class _Words:
 
     def multi_label(self, outputs: torch.Tensor, _: Samples) -> Iterator[Prediction]:
         for row in outputs.reshape(len(outputs), -1):
-            said = [self.name(k) for k in (row > 0).nonzero().flatten().tolist()]
-            yield {"prediction": said, "probability": self.each(row.sigmoid())}
+            names = [self.name(k) for k in (row > 0).nonzero().flatten().tolist()]
+            yield {"prediction": names, "probability": self.each(row.sigmoid())}
 
     def squared_error(self, outputs: torch.Tensor, _: Samples) -> Iterator[Prediction]:
         for row in outputs if self.scale is None else as_unscaled(outputs, self.scale):

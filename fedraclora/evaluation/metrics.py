@@ -192,31 +192,31 @@ def _perplexity(sums: Sums) -> float:
 
 
 def _matthews(sums: Sums) -> float:
-    right, said, wanted = sums.reshape(3, -1)
+    right, predicted, wanted = sums.reshape(3, -1)
     total, hits = wanted.sum(), right.sum()
     if not total:
         return math.nan
-    spread = (total**2 - said @ said) * (total**2 - wanted @ wanted)
-    return float((hits * total - said @ wanted) / math.sqrt(spread)) if spread else 0.0
+    spread = (total**2 - predicted @ predicted) * (total**2 - wanted @ wanted)
+    return float((hits * total - predicted @ wanted) / math.sqrt(spread)) if spread else 0.0
 
 
 def _f1(sums: Sums, *, average: str) -> float:
     """Compute F1 of class 1 of two, the mean over classes, or F1 of all outputs together."""
-    right, said, wanted = sums.reshape(3, -1)
+    right, predicted, wanted = sums.reshape(3, -1)
     if average == "micro":
-        right, said, wanted = (side.sum(keepdims=True) for side in (right, said, wanted))
-    each = 2 * right / np.maximum(said + wanted, 1)
+        right, predicted, wanted = (side.sum(keepdims=True) for side in (right, predicted, wanted))
+    each = 2 * right / np.maximum(predicted + wanted, 1)
     if average != "classes":
         return float(each.mean())
     if not wanted.any():
         return math.nan
-    return float(each[1] if len(each) == 2 else each[said + wanted > 0].mean())
+    return float(each[1] if len(each) == 2 else each[predicted + wanted > 0].mean())
 
 
 def _mean_iou(sums: Sums) -> float:
     """Compute the mean intersection over union of the classes that occur or were predicted."""
-    right, said, wanted = sums.reshape(3, -1)
-    union = said + wanted - right
+    right, predicted, wanted = sums.reshape(3, -1)
+    union = predicted + wanted - right
     return float(np.mean(right[union > 0] / union[union > 0])) if union.any() else math.nan
 
 
@@ -281,8 +281,8 @@ def higher_is_better(metric: str, lower: Collection[str] = ()) -> bool:
         [True, False, False]
     """
     if metric.startswith("clients."):  # of one of clients: by what describes it over them
-        metric, _, told = metric.removeprefix("clients.").rpartition(".")
-        if told == "std":
+        metric, _, statistic = metric.removeprefix("clients.").rpartition(".")
+        if statistic == "std":
             return False
     metric = metric.removeprefix(PERSONAL).removeprefix(AFTER)
     return METRICS[metric].higher_is_better if metric in METRICS else metric not in lower

@@ -125,8 +125,8 @@ class _Whole:
         """Call a user's function and name it in errors."""
         of = " and ".join(f"{each.dtype} {tuple(each.shape)}" for each in given)
         what = f"calling it with {of}" if given else "computing it"
-        said = (f"metric {self.name}: ", what, f"; {WANTED}", PASSING)
-        with told_as(ConfigError, *said):
+        context = (f"metric {self.name}: ", what, f"; {WANTED}", PASSING)
+        with told_as(ConfigError, *context):
             return function(*given)
 
     def number(self, found: Any) -> float:
@@ -216,11 +216,11 @@ class _Torch(_Whole):
             self.load(torch.from_numpy(given[0]))
         else:
             return math.nan
-        with warnings.catch_warnings(record=True) as said:
+        with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             found = self.called(self.function.compute)
         # A warning that the metric is undefined, as the area under the curve of one class.
-        empty = any("meaningless" in str(each.message) for each in said)
+        empty = any("meaningless" in str(each.message) for each in caught)
         return math.nan if empty else self.number(found)
 
     def load(self, left: torch.Tensor) -> None:

@@ -104,8 +104,8 @@ def _built(trained: TrainedModel) -> str:
     given = {"shape": tuple(shape), "classes": last.shape[0], "seed": 0, **group}
     words = ", ".join(f"{key}={value!r}" for key, value in given.items())
     one = last.shape[0] == 1 and trained.facts.get("loss") == "logistic"
-    said = "  # classes are outputs: one score tells two classes apart" if one else ""
-    return f"from fedraclora.models import MODELS\nmodel = MODELS[{name!r}]({words}).model{said}"
+    note = "  # classes are outputs: one score tells two classes apart" if one else ""
+    return f"from fedraclora.models import MODELS\nmodel = MODELS[{name!r}]({words}).model{note}"
 
 
 def lacks_tokenizer(model: Any, folder: Path) -> bool:
@@ -119,9 +119,9 @@ def _mapping(value: object) -> Mapping[str, object]:
 
 
 def _spelt(group: object) -> str:
-    said = _mapping(group)
-    rest = ", ".join(f"{k}={v}" for k, v in said.items() if k != "name" and v is not None)
-    return f"{said['name']}{f' ({rest})' if rest else ''}" if "name" in said else rest
+    values = _mapping(group)
+    rest = ", ".join(f"{k}={v}" for k, v in values.items() if k != "name" and v is not None)
+    return f"{values['name']}{f' ({rest})' if rest else ''}" if "name" in values else rest
 
 
 __all__ = ["FORMATS", "TrainedModel", "export"]

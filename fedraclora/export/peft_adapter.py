@@ -98,11 +98,11 @@ def write_peft(trained: TrainedModel, order: Order) -> ExportRecord:
 
 def _order(path: Path) -> None:
     """Sort the names in a configuration: PEFT writes sets, whose order changes."""
-    said = json.loads(path.read_text())
+    config = json.loads(path.read_text())
     for key in ("target_modules", "modules_to_save"):
-        if isinstance(said[key], list):
-            said[key].sort()
-    path.write_text(json.dumps(said, indent=2, sort_keys=True))
+        if isinstance(config[key], list):
+            config[key].sort()
+    path.write_text(json.dumps(config, indent=2, sort_keys=True))
 
 
 def _base(trained: TrainedModel, folder: Path) -> tuple[str | None, Tree]:

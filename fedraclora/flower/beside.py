@@ -124,8 +124,10 @@ class OwnStep(ServerOptimizer):
     def settings(self) -> str:
         """Return its class and its numbers, by which a checkpoint recognizes it."""
         kind = next(each for each in type(self.strategy).__mro__ if each in SERVED)
-        told = (f"{n}={v}" for n in SETTINGS if (v := getattr(self.strategy, n, None)) is not None)
-        return f"{kind.__name__}({', '.join(told)})"
+        numbers = (
+            f"{n}={v}" for n in SETTINGS if (v := getattr(self.strategy, n, None)) is not None
+        )
+        return f"{kind.__name__}({', '.join(numbers)})"
 
     @override
     def advance(self, change: Tree, moments: Tree) -> tuple[Tree, Tree]:

@@ -368,10 +368,10 @@ class LowRank(FedAvg):
         )  # fmt: skip
         run = RunContext(method, local, loop, DeviceSimulator(SystemConfig(), self.seed, local))
         known = is_adapter if self.same_start is None else self.same_start
-        told = {"seed": self.seed, "weight": self.weighted_by_key, "known": known}
+        facts = {"seed": self.seed, "weight": self.weighted_by_key, "known": known}
         resume, name = self._found()
         self._transport = FlowerTransport(
-            grid, history, self.configrecord_key, told, self.timeout, name
+            grid, history, self.configrecord_key, facts, self.timeout, name
         )
         trained = str(trained_of(asked, plan.shapes))
         fixed = {"method": str(method), "seed": self.seed, "trained": trained, **self.wire}

@@ -97,9 +97,9 @@ class FlowerTransport(DeployGrid):
         for envelope in self._envelopes:
             self.count(envelope)
         sent = {envelope.message.metadata.message_id: envelope for envelope in self._envelopes}
-        came = [(reply.metadata.reply_to_message_id, reply) for reply in replies]
-        waiting = {name: sent[name] for name, _ in came if name in sent}  # not for late nodes
-        found = self.receive(waiting, time.monotonic() + self.settings.timeout, came)
+        arrived = [(reply.metadata.reply_to_message_id, reply) for reply in replies]
+        waiting = {name: sent[name] for name, _ in arrived if name in sent}  # not for late nodes
+        found = self.receive(waiting, time.monotonic() + self.settings.timeout, arrived)
         good = [(ask, a) for ask, a in found if isinstance(a, Answer)]
         if any(ask.apart for ask, _ in good):
             return found

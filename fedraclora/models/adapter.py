@@ -146,10 +146,10 @@ def _configured(peft: Any, folder: Path, largest: int) -> Any:
     path = folder / CONFIG
     damaged = f"{CONFIG} is damaged"
     with _told(folder, damaged, kind=DataError):
-        said = json.loads(path.read_text(encoding="utf-8"))
-        kind: Any = peft.PEFT_TYPE_TO_CONFIG_MAPPING[said["peft_type"]]
+        config = json.loads(path.read_text(encoding="utf-8"))
+        kind: Any = peft.PEFT_TYPE_TO_CONFIG_MAPPING[config["peft_type"]]
     hints = typing.get_type_hints(kind)
-    for key, value in said.items():
+    for key, value in config.items():
         if key == "runtime_config":
             continue  # PEFT leaves it out
         if key not in hints:
@@ -205,8 +205,8 @@ def _told(
     try:
         yield
     except Exception as error:
-        said = " ".join(f"init_from={folder}: {what}: {type(error).__name__}: {error}".split())
-        raise kind(f"{said}. {do}" if do else said) from error
+        text = " ".join(f"init_from={folder}: {what}: {type(error).__name__}: {error}".split())
+        raise kind(f"{text}. {do}" if do else text) from error
 
 
 def _refuse(folder: Path, what: str, names: set[str]) -> None:

@@ -122,11 +122,11 @@ def output_of(model: nn.Module, inputs: Mapping[str, torch.Tensor]) -> torch.Ten
         ModelError: If it raises, or returns no tensor.
     """
     shapes = {name: tuple(value.shape) for name, value in inputs.items()}
-    told, what = (
+    context, what = (
         "the model cannot be used with these data: ",
         "calling it with inputs of the shapes",
     )
-    with told_as(ModelError, told, f"{what} {shapes}", passing=PASSING):
+    with told_as(ModelError, context, f"{what} {shapes}", passing=PASSING):
         return forward(model, dict(inputs))
 
 

@@ -298,8 +298,8 @@ def assumed(header: Header) -> list[str]:
     # The last two are sizes of heads, which the shapes of tensors contain.
     unread = sorted(n for n in inside if n not in known and not n.startswith(others))
     absent = sorted(n for n, read in known.items() if read is not None and n not in inside)
-    said = {"not read of its header": unread, "not in its header, so by default": absent}
-    return [f"{what}: {', '.join(names)}" for what, names in said.items() if names]
+    keys = {"not read of its header": unread, "not in its header, so by default": absent}
+    return [f"{what}: {', '.join(names)}" for what, names in keys.items() if names]
 
 
 def made_plain(model: Any) -> Any:

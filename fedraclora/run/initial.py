@@ -50,8 +50,13 @@ class ModelSource:
         if is_small(there):
             return dict(base), {}
         model = dict(self.model)
-        said = {"model": model, "sha256": digest(there), "names": list(there), "order": list(base)}
-        return kept, {"elsewhere": said}
+        reference = {
+            "model": model,
+            "sha256": digest(there),
+            "names": list(there),
+            "order": list(base),
+        }
+        return kept, {"elsewhere": reference}
 
 
 def source_of(model: Mapping[str, object], head: tuple[str, ...], base: Tree) -> ModelSource | None:
@@ -86,21 +91,21 @@ def initial_weights(tensors: Tree, meta: Mapping[str, Any], path: Path) -> Tree:
         CheckpointError: If weights stored elsewhere are missing, or have changed.
     """
     base = {n: t for n, t in tensors.items() if not n.startswith(CARRIED)}
-    said = meta.get("elsewhere")
-    if said is None:
+    reference = meta.get("elsewhere")
+    if reference is None:
         return base
-    named = f"the model at model.path={said['model'].get('path')}, from which this run began"
+    named = f"the model at model.path={reference['model'].get('path')}, from which this run began"
     try:
-        built = _built(json.dumps(said["model"]))
+        built = _built(json.dumps(reference["model"]))
     except FedRacLoraError as error:
         raise CheckpointError(f"{path} refers to {named}: {error}") from error
-    there = {n: built[n] for n in said["names"] if n in built}
-    if digest(there) != said["sha256"]:
+    there = {n: built[n] for n in reference["names"] if n in built}
+    if digest(there) != reference["sha256"]:
         raise CheckpointError(
             f"{path} refers to {named}, whose weights have changed. Install the version that "
             "the run began from"
         )
-    return {n: base[n] if n in base else there[n] for n in said["order"]}
+    return {n: base[n] if n in base else there[n] for n in reference["order"]}
 
 
 @lru_cache(maxsize=1)
@@ -152,12 +157,12 @@ def state_after(folder: Path, round_: int, kind: type[Counters]) -> tuple[State,
     Raises:
         CheckpointError: If a file is damaged, missing or of another run.
     """
-    chain, last, state, said = folder / "chain", -1, State({}, Plan({})), dict[str, Any]()
+    chain, last, state, metadata = folder / "chain", -1, State({}, Plan({})), dict[str, Any]()
     beyond = False
     for number, after, meta in read_states(folder, kind):
         if beyond := number > round_:
             break
-        last, state, said = number, replace(after, link=None), meta
+        last, state, metadata = number, replace(after, link=None), meta
     if last < 0:
         raise CheckpointError(
             f"round {round_} cannot be read: {chain} holds no rounds, since they were not "
@@ -170,7 +175,7 @@ def state_after(folder: Path, round_: int, kind: type[Counters]) -> tuple[State,
             f"{chain} reaches round {last}, but not round {round_}: {missing} is missing. "
             "Restore it from a copy"
         )
-    return state, said
+    return state, metadata
 
 
 def checkpoint_base(stored: Tree, meta: Mapping[str, Any], folder: Path) -> Tree:

@@ -327,6 +327,6 @@ def ledger_value(value: object, where: str) -> object:
 
 def withheld(row: Mapping[str, object]) -> str:
     """Return why a row lacks clients' metrics; empty if none is withheld."""
-    told = row.get("clients")
-    why = told.get("withheld") if isinstance(told, Mapping) else None
+    clients = row.get("clients")
+    why = clients.get("withheld") if isinstance(clients, Mapping) else None
     return f"what clients measured is withheld: {why}" if why else ""

@@ -214,8 +214,8 @@ class RunRecorder:
     ) -> None:
         """Write a merge, with the method's tensors if they changed."""
         new = dict(state.carried)
-        changed, gone = carried_change(self._carried, new)
-        meta = meta | {"counters": state.counters.stored()} | gone
+        changed, removed = carried_change(self._carried, new)
+        meta = meta | {"counters": state.counters.stored()} | removed
         path = append_link(
             chain, round_, tensors | changed, meta, previous=self._link, sync=self.sync
         )
@@ -369,8 +369,8 @@ def carried_change(old: Tree, new: Tree) -> tuple[Tree, dict[str, object]]:
         The changed tensors, and in metadata the names of removed ones.
     """
     changed = {n: t for n, t in new.items() if n not in old or not _same(old[n], t)}
-    gone = [n for n in old if n not in new]
-    return {f"{CARRIED}{n}": t for n, t in changed.items()}, {"gone": gone} if gone else {}
+    removed = [n for n in old if n not in new]
+    return {f"{CARRIED}{n}": t for n, t in changed.items()}, {"gone": removed} if removed else {}
 
 
 def _same(old: torch.Tensor, new: torch.Tensor) -> bool:

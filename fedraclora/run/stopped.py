@@ -22,9 +22,9 @@ def note_stop(folder: Path, done: int, error: BaseException) -> None:
     kind = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
     if isinstance(error, DivergenceError):
         kind = "diverged"
-    unsaid = "by Ctrl-C or a signal" if kind == "interrupted" else type(error).__name__
-    told = [str(error) or unsaid, *getattr(error, "__notes__", ())]
-    found = {"kind": kind, "round": done, "reason": "; ".join(told)}
+    otherwise = "by Ctrl-C or a signal" if kind == "interrupted" else type(error).__name__
+    lines = [str(error) or otherwise, *getattr(error, "__notes__", ())]
+    found = {"kind": kind, "round": done, "reason": "; ".join(lines)}
     write_text(folder / STOPPED, json.dumps(found, indent=1) + "\n")
 
 

@@ -63,7 +63,7 @@ def refuse_meeting(
     """
     if not (own := [extra for extra in trainer.local.extras if isinstance(extra, ClientProgram)]):
         return
-    before, said = [*map(held, own)], " and ".join(map(trainer.local.told, own))
+    before, names = [*map(held, own)], " and ".join(map(trainer.local.told, own))
     ids, changes = torch.zeros(min(2, chunk)).long().to(trainer.device), list[Tree]()
     with nothing_drawn():
         for away in (0.1, 0.2, 0.1):
@@ -77,12 +77,12 @@ def refuse_meeting(
     first, other, again = changes
     if not _alike(first, again):
         raise ConfigError(
-            f"{said}: the same step gives something else the second time: a part of a local step "
+            f"{names}: the same step gives something else the second time: a part of a local step "
             "keeps nothing from call to call, and draws by the seed of its chunk alone"
         )
     if not _alike(first, other):
         raise ConfigError(
-            f"{said}: what a client trains depends on the other clients of its batch (a mean over "
+            f"{names}: what a client trains depends on the other clients of its batch (a mean over "
             "the first axis, for example): treat each row of the first axis by itself"
         )
 
@@ -251,10 +251,10 @@ def _explained(trainer: CohortTrainer, clients: str, advice: str) -> Iterator[No
     except Exception as error:
         if is_out_of_memory(error):
             raise ConfigError(f"memory runs out with {clients} ({error}); {advice}") from error
-        said = failure_of(error, "the first training step of a client")
+        failure = failure_of(error, "the first training step of a client")
         if blamed := trainer.blamed(error):
-            raise ConfigError(f"{blamed}{said}") from error
+            raise ConfigError(f"{blamed}{failure}") from error
         raise ModelError(
-            f"{said}. Check that the model "
+            f"{failure}. Check that the model "
             "takes inputs of the data's shape, and gives what its loss takes (docs/data.md)"
         ) from error

@@ -380,12 +380,12 @@ def refuse_other(gradients: object, wanted: Mapping[str, tuple[int, ...]]) -> No
     Raises:
         ConfigError: Naming both shapes: torch would broadcast or ignore the difference.
     """
-    came: object = type(gradients).__name__
+    found: object = type(gradients).__name__
     if isinstance(gradients, dict):
-        came = shapes_of(gradients)
-    if came != wanted:
+        found = shapes_of(gradients)
+    if found != wanted:
         raise ConfigError(
-            f"a part of the local step (local.extras) gives {came!s:.200}, "
+            f"a part of the local step (local.extras) gives {found!s:.200}, "
             "expected the gradients that it "
             f"was given, by name, with an axis of clients first: {wanted!s:.200}"
         )

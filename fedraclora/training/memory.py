@@ -56,8 +56,8 @@ def keep_freed_memory() -> bool:
     References:
         mallopt(3), M_TRIM_THRESHOLD and M_MMAP_THRESHOLD.
     """
-    said = any(name.startswith(("MALLOC_", "GLIBC_TUNABLES")) for name in os.environ)
-    if said or platform.libc_ver()[0] != "glibc":
+    configured = any(name.startswith(("MALLOC_", "GLIBC_TUNABLES")) for name in os.environ)
+    if configured or platform.libc_ver()[0] != "glibc":
         return False
     mallopt = ctypes.CDLL(None).mallopt
     return bool(mallopt(_MMAP_THRESHOLD, LARGEST_KEPT) and mallopt(_TRIM_THRESHOLD, KEPT))

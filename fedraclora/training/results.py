@@ -46,10 +46,10 @@ class Trained:
         """
         if not isinstance(self.metrics, Mapping):
             raise ClientError(f"metrics is {self.metrics!r:.100}, expected a dict of numbers")
-        told = {str(n): _number(f"metrics[{n!r}]", v) for n, v in self.metrics.items()}
+        metrics = {str(n): _number(f"metrics[{n!r}]", v) for n, v in self.metrics.items()}
         counts = {key: _count(key, getattr(self, key)) for key in ("samples", "steps")}
         loss = None if self.loss is None else _number("loss", self.loss)
-        vars(self).update(counts, loss=loss, metrics=told)
+        vars(self).update(counts, loss=loss, metrics=metrics)
 
 
 def _count(name: str, value: Any) -> int:

@@ -235,12 +235,12 @@ class Exchange:
     def _bytes_of(self, reply: FromTraining, refused: Sequence[Refusal]) -> int:
         """Count the bytes of the numbers in a reply, including those that a sum excludes."""
         out = torch.tensor([f.client for f in refused], dtype=torch.int64)
-        came = torch.cat([reply.clients, out])
+        senders = torch.cat([reply.clients, out])
         if isinstance(reply, TrainedAnswer) and reply.sizes is not None:
-            return sum(self.sizes[client] for client in came.tolist())
+            return sum(self.sizes[client] for client in senders.tolist())
         if self.downlink.ranks is None:  # each client sends the same number
-            return len(came) * int(self._each[0])
-        return int(self._each[torch.searchsorted(self.cohort.clients, came)].sum())
+            return len(senders) * int(self._each[0])
+        return int(self._each[torch.searchsorted(self.cohort.clients, senders)].sum())
 
     @cached_property
     def _each(self) -> torch.Tensor:
@@ -258,9 +258,9 @@ class Exchange:
 
         self.mean_loss = mean_said(of("losses"), weights, UNSAID)
         trained = [each for each in self.replies if isinstance(each, FromTraining)]
-        told = join_columns([(each.metrics, len(each.clients)) for each in trained])
-        for name in sorted(told):
-            self.metrics[name] = mean_said(told[name][used], weights, math.nan)
+        metrics = join_columns([(each.metrics, len(each.clients)) for each in trained])
+        for name in sorted(metrics):
+            self.metrics[name] = mean_said(metrics[name][used], weights, math.nan)
         self.steps = int(of("steps").sum())
         if self.loop.uplink != FULL:
             self.rounding = float(of("rounding").mean())
@@ -393,5 +393,5 @@ class Exchange:
     @property
     def notes(self) -> list[str]:
         """Return the notes of the workers in this round so far."""
-        told = [said for each in self.so_far for said in (each.timeline, *each.replies)]
-        return [note for said in told if said is not None for note in said.notes]
+        sources = [source for each in self.so_far for source in (each.timeline, *each.replies)]
+        return [note for source in sources if source is not None for note in source.notes]

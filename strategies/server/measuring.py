@@ -148,8 +148,8 @@ class Measurement(Exchange):
                 raise
             why = printable(str(error))
         self._fail(silent, why)
-        came = sorted(self.replies, key=lambda each: each.first)
-        self.replies = [answer for answer in came if len(answer.clients)]
+        ordered = sorted(self.replies, key=lambda each: each.first)
+        self.replies = [answer for answer in ordered if len(answer.clients)]
         if self.replies:
             self.layout = usual([answer.layout for answer in self.replies])
         for answer in self.replies:
@@ -197,8 +197,8 @@ class Measurement(Exchange):
             column, parts = self._described()
             recorder.by_clients += parts
         why = {refusal.client: refusal.reason for refusal in self.failures}
-        told = sorted((c, reason) for c, reason in why.items() if c not in self.untold)
-        failed = [{"client": c, "reason": reason} for c, reason in told]
+        reasons = sorted((c, reason) for c, reason in why.items() if c not in self.untold)
+        failed = [{"client": c, "reason": reason} for c, reason in reasons]
         row: Row = {"clients": column | took | ({"failures": failed} if failed else {})}
         row |= self.beside
         if self.measuring.alone:
@@ -228,9 +228,9 @@ class Measurement(Exchange):
         lower = self.measuring.measure.lower
         for (when, prefix), (values, pooled) in zip(self.when.items(), self.values(), strict=True):
             column |= {prefix + n: spread(n, v, pooled[n], lower) for n, v in values.items()}
-            told = {"client": clients, "samples": samples}
-            told["steps"] = steps if prefix else torch.zeros_like(steps)
+            counts = {"client": clients, "samples": samples}
+            counts["steps"] = steps if prefix else torch.zeros_like(steps)
             row = {"round": np.full(len(clients), self.round_ - 1)}
-            row |= {name: numbers.numpy() for name, numbers in told.items()}
+            row |= {name: numbers.numpy() for name, numbers in counts.items()}
             parts.append(row | {"when": np.full(len(clients), when)} | values)
         return column | {"n": len(clients), "samples": int(samples.sum())}, parts

@@ -81,8 +81,8 @@ class RunContext:
         if self.measuring is None:
             return ""
         count, least = self.measuring.count(self.loop), self.measuring.asked.min_clients
-        told = f"evaluate.clients asks {count}, evaluate.min_clients={least}"
-        return told if count < least else ""
+        settings = f"evaluate.clients asks {count}, evaluate.min_clients={least}"
+        return settings if count < least else ""
 
 
 class RoundStep:
@@ -115,8 +115,8 @@ class RoundStep:
 
     @Feature("another round step that needs each client's update", instead="steps without it")
     def _looks_at_updates(self) -> str:
-        told = declared_by(type(self.settings))  # what chose it says itself what it is
-        return f"the step {step_name(self)}" if self.individuals and not told else ""
+        declared = declared_by(type(self.settings))  # what chose it says itself what it is
+        return f"the step {step_name(self)}" if self.individuals and not declared else ""
 
     @Feature("a round step of yours with first=True", instead="steps without it")
     def _stands_first(self) -> str:
@@ -221,10 +221,10 @@ def described(step: object) -> str:
     inner = step_of(step)
     kept = [name for name in signature(type(inner)).parameters if name in vars(inner)]
     values = [(name, vars(inner)[name]) for name in kept]
-    told = [
+    arguments = [
         f"{n}={v!r}" if isinstance(v, PLAIN) else f"{n}=<{type(v).__name__}>" for n, v in values
     ]
-    return f"{step_name(step)}({', '.join(told)})"
+    return f"{step_name(step)}({', '.join(arguments)})"
 
 
 def own_steps(given: object) -> list[RoundStep]:

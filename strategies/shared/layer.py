@@ -304,8 +304,8 @@ class Replies:
     @property
     def p(self) -> torch.Tensor:
         """Return aggregation weights with sum 1, [K]."""
-        got, came = self.all.got, next(iter(self.all.stack.values()))
-        return got.weights.to(came.device, torch.float64) / got.total
+        got, stacked = self.all.got, next(iter(self.all.stack.values()))
+        return got.weights.to(stacked.device, torch.float64) / got.total
 
     @property
     def kept(self) -> torch.Tensor:

@@ -44,10 +44,10 @@ def factors_of(method: OfLayers, layer: Layer, now: RoundContext) -> dict[str, F
     """
     with _calling(method, "factors", layer):
         found: object = method.factors(layer, now)
-    said = _Said(method, f"factors of {type(method).__name__} returns for {layer.name}")
-    if not (factors := said.labelled("", found)):
-        raise ConfigError(f"{said.text} no factor; {LABELLED}")
-    _check_product(said.text, [*factors.values()], layer)
+    checks = _Said(method, f"factors of {type(method).__name__} returns for {layer.name}")
+    if not (factors := checks.labelled("", found)):
+        raise ConfigError(f"{checks.text} no factor; {LABELLED}")
+    _check_product(checks.text, [*factors.values()], layer)
     return factors
 
 
@@ -60,17 +60,17 @@ def update_of(method: OfLayers, layer: Layer, replies: Replies) -> LayerUpdate:
     """
     with _calling(method, "update", layer):
         update: object = method.update(layer, replies)
-    said = _Said(
+    checks = _Said(
         method, f"update of {type(method).__name__} returns for {layer.name}", clients=False
     )
     if not isinstance(update, LayerUpdate):
-        raise ConfigError(f"{said.text} a {type(update).__name__}, expected a LayerUpdate")
-    carried = said.labelled("carried ", update.carried)
+        raise ConfigError(f"{checks.text} a {type(update).__name__}, expected a LayerUpdate")
+    carried = checks.labelled("carried ", update.carried)
     ends = {"B": (0, layer.m), "A": (1, layer.n)}
     for label, (axis, length) in ends.items():
         if label in carried and carried[label].shape[axis] != length:
             raise ConfigError(
-                f"{said.text} carried {label} of the shape {carried[label].shape}, expected "
+                f"{checks.text} carried {label} of the shape {carried[label].shape}, expected "
                 f"{layer.m} rows of B and {layer.n} columns of A"
             )
     for name, factors in (("merged", update.merged), ("aggregate", update.aggregate)):
@@ -78,12 +78,13 @@ def update_of(method: OfLayers, layer: Layer, replies: Replies) -> LayerUpdate:
             continue
         if not isinstance(factors, tuple | list):
             raise ConfigError(
-                f"{said.text} {name}={type(factors).__name__}, expected a tuple of matrices (B, A)"
+                f"{checks.text} {name}={type(factors).__name__}, expected a tuple of "
+                "matrices (B, A)"
             )
-        product = [said.matrix(f"{name} {k}", factor) for k, factor in enumerate(factors)]
-        _check_product(f"{said.text} {name}", product, layer)
+        product = [checks.matrix(f"{name} {k}", factor) for k, factor in enumerate(factors)]
+        _check_product(f"{checks.text} {name}", product, layer)
     if update.keep not in {None, "B", "A"}:
-        raise ConfigError(f"{said.text} keep={update.keep!r}, expected B, A or None")
+        raise ConfigError(f"{checks.text} keep={update.keep!r}, expected B, A or None")
     return update
 
 
@@ -113,8 +114,8 @@ def _calling(method: OfLayers, hook: str, layer: Layer) -> AbstractContextManage
     """Name a user's method in its errors; errors of the project's methods pass unchanged."""
     if of_project(type(method)):
         return nullcontext()
-    said = f"{type(method).__name__}, {layer.name}: "
-    return told_as(ConfigError, said, f"calling its {hook}", passing=PASSING)
+    name = f"{type(method).__name__}, {layer.name}: "
+    return told_as(ConfigError, name, f"calling its {hook}", passing=PASSING)
 
 
 @dataclass(frozen=True)
@@ -146,31 +147,31 @@ class _Said:
 
     def matrix(self, what: str, given: object) -> Factor:
         """Convert a factor; refuse one that is no matrix of finite floating-point numbers."""
-        said, expected = f"{self.text} {what}", "expected a matrix of floating-point numbers"
+        name, expected = f"{self.text} {what}", "expected a matrix of floating-point numbers"
         if not isinstance(given, FactorLike):
             raise ConfigError(
-                f"{said} as a {type(given).__name__}, expected a tensor, a random factor "
+                f"{name} as a {type(given).__name__}, expected a tensor, a random factor "
                 "(now.sketch) or a trained one (layer.trained)"
             )
         factor = Factor.of(given)
         numbers, shape = factor.numbers, factor.shape
         if len(shape) != 2 or min(shape) < 0 or (factor.per_client and not self.clients):
             got = shape if numbers is None else numbers.shape
-            raise ConfigError(f"{said} with the shape {[*got]}; {expected}")
+            raise ConfigError(f"{name} with the shape {[*got]}; {expected}")
         if numbers is None:
             return factor
         if numbers.layout != torch.strided or numbers.is_meta or not numbers.is_floating_point():
             kind = "without numbers (meta)" if numbers.is_meta else f"{numbers.dtype}"
             raise ConfigError(
-                f"{said} as {kind}, {numbers.layout}; {expected}, as replies.mean(label) gives"
+                f"{name} as {kind}, {numbers.layout}; {expected}, as replies.mean(label) gives"
             )
         if tuple(numbers.shape[-2:]) != shape:
             raise ConfigError(
-                f"{said} to be trained with the shape {[*shape]}, from a start of the shape "
+                f"{name} to be trained with the shape {[*shape]}, from a start of the shape "
                 f"{[*numbers.shape]}"
             )
         if not of_project(type(self.method)) and not bool(numbers.isfinite().all()):
-            raise DivergenceError(f"{said} with NaN or infinity, expected finite numbers")
+            raise DivergenceError(f"{name} with NaN or infinity, expected finite numbers")
         return factor
 
 

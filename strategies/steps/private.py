@@ -143,9 +143,9 @@ class PrivateRounds(RoundStep):
         if len(measurement.cohort):
             measurement.gather(send)
         done = measurement.round_ - 1
-        came = sum(len(answer.clients) for answer in measurement.replies)
+        replied = sum(len(answer.clients) for answer in measurement.replies)
         values, measurement.replies = measurement.own(), []  # no single client's values are kept
-        measurement.summed = {**self.means.released(values, came, self.source, done)}
+        measurement.summed = {**self.means.released(values, replied, self.source, done)}
         self.measured += 1
         if not self.row:  # before round 1
             self.note(done, self.clip)
@@ -157,10 +157,10 @@ class PrivateRounds(RoundStep):
     def columns(self, exchange: Exchange, got: Uplinks | None) -> Row:
         if got is None:  # nothing is released, at the same privacy cost
             self.note(exchange.round_, self.clip)
-        told = ["train_loss"]
-        told += ["rounding_up"] if exchange.rounding is not None else []
-        told += ["train_metrics"] if exchange.metrics else []
-        return {**dict.fromkeys(told), "privacy": self.row}  # no noise covers these
+        revealing = ["train_loss"]
+        revealing += ["rounding_up"] if exchange.rounding is not None else []
+        revealing += ["train_metrics"] if exchange.metrics else []
+        return {**dict.fromkeys(revealing), "privacy": self.row}  # no noise covers these
 
     def note(self, round_: int, clip: float) -> None:
         """Record the ledger's figures for a round with this clip."""

@@ -167,8 +167,8 @@ class SecAggSession:
             ClientError: If more clients failed than allowed.
         """
         left = {c: failures.get(c, "no reply in time") for c in asked.keys() - answers.keys()}
-        said = f"secure aggregation, {stage}"
-        self.exchange.fail(Refusal(c, f"{said}: {why}") for c, why in left.items())
+        stage_name = f"secure aggregation, {stage}"
+        self.exchange.fail(Refusal(c, f"{stage_name}: {why}") for c, why in left.items())
 
     def name(self, leaves: dict[int, str]) -> list[Refusal]:
         """Record leaving clients with their reasons; return the record."""

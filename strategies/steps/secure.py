@@ -68,11 +68,11 @@ class MeasureSession(SecAggSession):
 
     @override
     def size(self, answer: Staged) -> int:
-        told = read_sizes(answer.stage.settings.get("layout"))
-        if [name for name, _ in told.shapes] != (names := sums_named(self.measure, [""])):
-            raise WireError(f"it measured {told.shapes}, expected {names}")
-        self.told |= dict.fromkeys(answer.clients.tolist(), told)
-        return SummedMeasure(self.measure, told, self.points).size
+        sizes = read_sizes(answer.stage.settings.get("layout"))
+        if [name for name, _ in sizes.shapes] != (names := sums_named(self.measure, [""])):
+            raise WireError(f"it measured {sizes.shapes}, expected {names}")
+        self.told |= dict.fromkeys(answer.clients.tolist(), sizes)
+        return SummedMeasure(self.measure, sizes, self.points).size
 
     @override
     def collect(self, stage: str, data: dict[int, Any], check: Check) -> Said:
@@ -83,10 +83,10 @@ class MeasureSession(SecAggSession):
     @override
     def masked(self, pending: dict[int, Any], settings: dict[str, Any]) -> Said:
         found, failures = super().masked(pending, settings)
-        came = [c for c, part in found.items() if not isinstance(part, set)]
-        if came and self.layout is None:
-            self.layout = usual([self.told[c] for c in came])
-        for client in came:
+        senders = [c for c, part in found.items() if not isinstance(part, set)]
+        if senders and self.layout is None:
+            self.layout = usual([self.told[c] for c in senders])
+        for client in senders:
             if self.told[client] != self.layout:
                 failures[client] = "it reports other metrics than most clients"
                 del found[client]

@@ -191,16 +191,16 @@ class Session:
     def _secret(self, kind: str, owner: int) -> str:
         """Rebuild a client's secret: the seed of its own mask, or its key."""
         answers = [answer[kind] for answer in self.shares.values()]
-        came = [answer[str(owner)] for answer in answers if str(owner) in answer]
-        if len(came) < self.threshold:
+        shares = [answer[str(owner)] for answer in answers if str(owner) in answer]
+        if len(shares) < self.threshold:
             raise ClientError(
-                f"round {self.round_}: {len(came)} neighbours of client {owner} sent their "
+                f"round {self.round_}: {len(shares)} neighbours of client {owner} sent their "
                 f"shares, but {self.threshold} are needed to remove its masks: too many "
                 "clients dropped out"
             )
         secret, known = "", self.keys[owner]
         try:
-            secret = combine(came[: self.threshold])
+            secret = combine(shares[: self.threshold])
         except WireError as error:
             why = f"what it sealed are not shares ({error})"
             raise CulpritError(self.round_, owner, why) from error

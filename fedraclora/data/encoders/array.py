@@ -58,8 +58,8 @@ class SampleSpec:
         fitted = Samples(inputs, self._target(samples, where)).clone()
         x = inputs.get("x")
         if self.shape and (x is None or tuple(x.shape[1:]) != self.shape):
-            came = [*inputs] if x is None else tuple(x.shape[1:])
-            raise DataError(f"{where}: one input has {came}, but data.shape={self.shape}")
+            found = [*inputs] if x is None else tuple(x.shape[1:])
+            raise DataError(f"{where}: one input has {found}, but data.shape={self.shape}")
         return fitted
 
     def nothing(self) -> Samples:

@@ -285,23 +285,23 @@ def _rows(
         raise DataError(f"{path}: {features} do not all hold numbers: {error}") from error
     gaps = {name: ~np.isfinite(x[:, place]) for place, name in enumerate(features)}
     gaps |= {name: frame[name].isna().to_numpy() for name in (label, client) if name is not None}
-    gone = np.logical_or.reduce([*gaps.values()])
-    if missing == "error" and gone.any():
+    missing_rows = np.logical_or.reduce([*gaps.values()])
+    if missing == "error" and missing_rows.any():
         gaps_by_column = [
             f"{name} in {int(gap.sum())} rows" for name, gap in gaps.items() if gap.any()
         ]
         raise DataError(
             f"{path}: values are missing or infinite in {', '.join(gaps_by_column[:5])}, first "
-            f"in row {int(np.flatnonzero(gone)[0]) + 1}. {mend.gaps}"
+            f"in row {int(np.flatnonzero(missing_rows)[0]) + 1}. {mend.gaps}"
         )
-    if gone.all():
+    if missing_rows.all():
         raise DataError(
             f"{path}: every row has a missing value: check data.features, data.label, data.client"
         )
-    whole = frame[~gone]
+    whole = frame[~missing_rows]
     clients = None if client is None else texts_of(whole[client])
     labels = [] if label is None else texts_of(whole[label])
-    return torch.from_numpy(x[~gone]), labels, clients, np.flatnonzero(~gone)
+    return torch.from_numpy(x[~missing_rows]), labels, clients, np.flatnonzero(~missing_rows)
 
 
 def _refuse_flat(path: Path, names: list[str], raw: Samples, scaled: Samples) -> None:

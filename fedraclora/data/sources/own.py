@@ -108,27 +108,29 @@ def own_samples(
     like = said_like(loss)
     form = SampleSpec(None if shape is None else tuple(shape), like or loss, classes)
     named = {"test_file": test_file, "test_function": test_function}
-    holdout, said = _holdout(named, test_fraction, split_seed, samples), parameters or {}
+    holdout, arguments = _holdout(named, test_fraction, split_seed, samples), parameters or {}
     count = counted(samples, clients)
     if objects:
         if samples is not None and not is_function(samples):
             raise ConfigError(
                 f"data.samples={samples}, but data.objects=true needs a function (module:function)"
             )
-        brought = PerClientSource(samples, count, form, served, parameters=said, objects=True)
+        clients_data = PerClientSource(
+            samples, count, form, served, parameters=arguments, objects=True
+        )
         info: dict[str, object] = {"source": "each client's own", "loss_from": "nobody measures"}
         nothing = stand_in(0)
-        return DataSet(nothing, nothing, 1, loss, (), {}, (), brought, info=info)
-    brought = PerClientSource(samples, count, form, served, holdout, said)
+        return DataSet(nothing, nothing, 1, loss, (), {}, (), clients_data, info=info)
+    clients_data = PerClientSource(samples, count, form, served, holdout, arguments)
     if served is None:
-        brought, measured = _measured(brought, test_file, test_function)
-        form = brought.spec
+        clients_data, measured = _measured(clients_data, test_file, test_function)
+        form = clients_data.spec
     elif classes is None:
         raise ConfigError(
             "data.classes is not set, and a node sees only its own client's labels: set it"
         )
     else:
-        measured = _none_of(_readable(brought, served))
+        measured = _none_of(_readable(clients_data, served))
     labelled = has_classes(form.loss, measured.target) and samples is not None and served is None
     return DataSet(
         train=_none_of(measured),
@@ -138,10 +140,10 @@ def own_samples(
         metrics=tuple(map(named_loss, metrics or usual_metrics(loss, measured.target))),
         columns={"label": np.zeros(0, dtype=np.int64)} if labelled else {},
         sample_shape=form.shape if form.shape is not None else found_shape(measured),
-        parts=brought,
-        info={"source": "each client's own", **brought.told}
+        parts=clients_data,
+        info={"source": "each client's own", **clients_data.told}
         | ({"held_out": holdout.fraction} if holdout.fraction else {}),
-        reading=dict(brought.reading),
+        reading=dict(clients_data.reading),
         like=like,
     )
 

@@ -203,7 +203,7 @@ class DeployGrid(PostedGrid):
         found = list[Reply]()
         for names in ([name] for name in waiting) if self.one_by_one else [list(waiting)]:
             try:
-                came = pulled(self.grid, names, end)
+                arrived = pulled(self.grid, names, end)
             except UNREADABLE as error:
                 why = printable(str(error))
                 if self.one_by_one:
@@ -214,7 +214,7 @@ class DeployGrid(PostedGrid):
                     f"a client's reply cannot be decoded ({why}). The server now fetches "
                     "replies one by one, to find and exclude that client"
                 ) from error
-            found += [(reply.metadata.reply_to_message_id, reply) for reply in came]
+            found += [(reply.metadata.reply_to_message_id, reply) for reply in arrived]
         return found
 
     def _post(self, node: int, left: Queues, waiting: dict[str, Envelope], seconds: float) -> None:
@@ -296,14 +296,14 @@ class DeployGrid(PostedGrid):
     def _check_job(self, job: object) -> None:
         """Reject a reply from other weights, or from another run, which may have the same ones."""
         newest = self.history.since(self.history.version)
-        told = dict(job) if isinstance(job, ConfigRecord) else {}
-        proof = told.get("held"), told.get("mark")
+        facts = dict(job) if isinstance(job, ConfigRecord) else {}
+        proof = facts.get("held"), facts.get("mark")
         if proof != (expected := (newest.version, str(newest.mark))):
-            came = f"({', '.join(map(shown, proof))})"
+            found = f"({', '.join(map(shown, proof))})"
             raise WireError(
-                f"it trained on weights of version and fingerprint {came}, expected {expected}"
+                f"it trained on weights of version and fingerprint {found}, expected {expected}"
             )
-        if (run := told.get("run")) != self.run_id:
+        if (run := facts.get("run")) != self.run_id:
             raise WireError(f"it answers for run {shown(run)}, expected run {self.run_id}")
 
     def answered(self, content: RecordDict, envelope: Envelope) -> Answer:

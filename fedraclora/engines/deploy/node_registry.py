@@ -156,22 +156,22 @@ class NodeRegistry:
                 known = self._claims.get(client, {})
                 self._node[client] = keeper
                 if node != keeper and node not in known:
-                    said = f"served by {self._name(keeper)}, which was registered first; "
-                    said += f"{self._name(node)} claims the same, and is not asked"
-                    self._claims.setdefault(client, {})[node] = said
-                    new.setdefault(said, []).append(client)
+                    note = f"served by {self._name(keeper)}, which was registered first; "
+                    note += f"{self._name(node)} claims the same, and is not asked"
+                    self._claims.setdefault(client, {})[node] = note
+                    new.setdefault(note, []).append(client)
                 if before != keeper:
-                    said = f"served by {self._name(keeper)} from here on, in place of "
-                    said += self._name(before)
-                    self._claims.setdefault(client, {}).setdefault(keeper, said)
-                    new.setdefault(said, []).append(client)
-        self.post.incidents += [f"{_told(sorted(own))}: {said}" for said, own in new.items()]
+                    note = f"served by {self._name(keeper)} from here on, in place of "
+                    note += self._name(before)
+                    self._claims.setdefault(client, {}).setdefault(keeper, note)
+                    new.setdefault(note, []).append(client)
+        self.post.incidents += [f"{_told(sorted(own))}: {note}" for note, own in new.items()]
         most, claimed = self.post.settings.max_claims, sorted(self._claims)
         if most is not None and len(claimed) > most:
-            said = next(iter(self._claims[claimed[0]].values()))
+            note = next(iter(self._claims[claimed[0]].values()))
             raise EngineError(
                 f"engine.max_claims={most}: more than one node claims {_told(claimed)} "
-                f"(client {claimed[0]}: {said}). Stop the node that should not serve it (`flwr "
+                f"(client {claimed[0]}: {note}). Stop the node that should not serve it (`flwr "
                 "supernode unregister NODE`), then resume"
             )
 

@@ -177,8 +177,8 @@ class Round:
         check_alike(found)
         for name, mask in asked.masks.items():  # weight decay also moves values beyond the budget
             found[name] = torch.where(mask, found[name], asked.values[name])
-        told: Any = {} if metrics is None else metrics
-        read = Trained(self.client, self.number, found, samples, steps, loss, told)
+        numbers: Any = {} if metrics is None else metrics
+        read = Trained(self.client, self.number, found, samples, steps, loss, numbers)
         return replace(read, seal=self._seal(read))
 
     def check(self, found: Trained) -> None:

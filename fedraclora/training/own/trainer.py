@@ -113,7 +113,7 @@ class OwnTrainer(CohortTrainer):
         seed = seed_of(self.seed, round_, client)
         kept = b"" if self.recall is None else self.recall(client, round_)
         data = self._data_of(client)
-        came = self.came.first(client, data)
+        first = self.came.first(client, data)
         given = Round(client, round_, seed, apart(data), rate_scale, state_of(kept), _asked=asked)
         try:
             with seeded_everywhere(seed), torch.enable_grad():
@@ -143,7 +143,7 @@ class OwnTrainer(CohortTrainer):
             )
         given.check(found)
         self._check_counts(found, client)
-        if part := what_differs(came, fingerprint_of(data, versions=True)):
+        if part := what_differs(first, fingerprint_of(data, versions=True)):
             raise ClientError(
                 f"the training function {self.name} has changed round.data in place ({part}), so "
                 "that the client's rounds would train on other samples: let it work on a copy, and "
@@ -153,17 +153,17 @@ class OwnTrainer(CohortTrainer):
 
     def _check_counts(self, found: Trained, client: int) -> None:
         """Refuse impossible counts; warn once if the data have fewer samples than reported."""
-        said = found.samples
-        for name, count in (("samples", said), ("steps", found.steps)):
+        reported = found.samples
+        for name, count in (("samples", reported), ("steps", found.steps)):
             if count > self.most:
                 raise ClientError(f"{name}={count} is more than engine.max_samples, {self.most}")
         there = int(self.data.examples(torch.tensor([client], device=self.device)))
-        if said > there and not self.warned:
+        if reported > there and not self.warned:
             self.warned, text = True, "client %d says samples=%d to round.read, and has %d: it is "
             log.warning(
                 text + "weighted by what it says (or aggregation_weights=uniform)",
                 client,
-                said,
+                reported,
                 there,
             )
 
@@ -222,14 +222,14 @@ def as_result(found: Sequence[Trained], states: dict[int, bytes] | None = None) 
     """Stack the results of clients; ``states`` are the states that they keep."""
     losses = [UNSAID if one.loss is None else one.loss for one in found]
     names = sorted({name for one in found for name in one.metrics})
-    told = {n: [one.metrics.get(n, math.nan) for one in found] for n in names}
+    metrics = {n: [one.metrics.get(n, math.nan) for one in found] for n in names}
     return LocalResult(
         trained={n: torch.stack([one.tensors[n] for one in found]) for n in found[0].tensors},
         losses=torch.tensor(losses, dtype=torch.float64),
         steps=torch.tensor([one.steps for one in found]),
         samples=torch.tensor([one.samples for one in found]),
         states=states or {},
-        metrics={n: torch.tensor(each, dtype=torch.float64) for n, each in told.items()},
+        metrics={n: torch.tensor(each, dtype=torch.float64) for n, each in metrics.items()},
     )
 
 
