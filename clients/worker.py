@@ -377,7 +377,7 @@ def summed(answer: Summed, request: TrainRequest) -> Summed:
 def leaving(local: LocalConfig, program: ClientProgram, result: LocalResult) -> LocalResult:
     """Select the tensors that clients send, as defined by the round's programs."""
     for each in (*local.added, program):
-        with told_as(ClientError, f"{local.told(each)}: ", "selecting what is sent"):
+        with told_as(ClientError, f"{local.name_of(each)}: ", "selecting what is sent"):
             result = each.sent(result)
     return result
 

@@ -185,7 +185,7 @@ class FedStrategy:
             dropped = [vars(refusal) for refusal in exchange.dropped]
             row |= {"asked": len(exchange.first.asked), "dropped": dropped, **self.devices.clock}
         for extra in (*self.local.added, exchange.downlink.program):
-            name = self.local.told(extra)
+            name = self.local.name_of(extra)
             with told_as(ConfigError, f"{name}: ", "computing its columns of the ledger"):
                 row = joined(row, extra.columns(exchange.downlink, got), name)
         self.recorder.link(round_, self.state)

@@ -53,7 +53,7 @@ class Pair(Probe):
         return self.chunk
 
 
-def refuse_meeting(
+def refuse_mixed_clients(
     trainer: CohortTrainer, base: Tree, downlink: RoundInstructions, chunk: int
 ) -> None:
     """Refuse a user's extras that mix the clients of a chunk, or that change between two calls.
@@ -63,7 +63,7 @@ def refuse_meeting(
     """
     if not (own := [extra for extra in trainer.local.extras if isinstance(extra, ClientProgram)]):
         return
-    before, names = [*map(held, own)], " and ".join(map(trainer.local.told, own))
+    before, names = [*map(held, own)], " and ".join(map(trainer.local.name_of, own))
     ids, changes = torch.zeros(min(2, chunk)).long().to(trainer.device), list[Tree]()
     with nothing_drawn():
         for away in (0.1, 0.2, 0.1):
@@ -73,7 +73,7 @@ def refuse_meeting(
             values, starts = pair.chunk.values, pair.chunk.starts
             changes.append({name: value[0] - starts[name][0] for name, value in values.items()})
     for extra, then in zip(own, before, strict=True):
-        refuse_changed(trainer.local.told(extra), extra, then)
+        refuse_changed(trainer.local.name_of(extra), extra, then)
     first, other, again = changes
     if not _alike(first, again):
         raise ConfigError(
@@ -208,13 +208,13 @@ def plan_chunk(
             with _explained(trainer, "one client", LESS):
                 one = torch.zeros(1, dtype=torch.int64, device=trainer.device)
                 Probe(trainer, None).run(base, downlink, one)
-                refuse_meeting(trainer, base, downlink, most)
+                refuse_mixed_clients(trainer, base, downlink, most)
         return ChunkPlan(min(most, cohort), "engine.chunk" if most < cohort else "the cohort")
     population = torch.arange(min(trainer.data.num_clients, LOOKED_AT))
     advice = "set engine.chunk=1, or lower local.batch_size"
     with _explained(trainer, "two clients in a batch", advice):
         memory = measure_memory(trainer, base, downlink, population)
-        refuse_meeting(trainer, base, downlink, cohort)
+        refuse_mixed_clients(trainer, base, downlink, cohort)
     device = trainer.device.type
     budget = budget_of(trainer.device, share)
     bounds = {

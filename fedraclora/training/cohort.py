@@ -178,12 +178,12 @@ class CohortTrainer:
                 program.
         """
         for program in (*self.local.added, asked.program):
-            name = f"{self.local.told(program)}: "
+            name = f"{self.local.name_of(program)}: "
             with told_as(ClientError, name, "building what clients send (upload)"):
                 values = program.upload(chunk, chunk.program.base, values)
         if lost := asked.uploaded().keys() - values.keys():
             raise ClientError(
-                f"{self.local.told(asked.program)}: upload gives no {', '.join(sorted(lost))}, "
+                f"{self.local.name_of(asked.program)}: upload gives no {', '.join(sorted(lost))}, "
                 "which the server asked for: return it with the others"
             )
         return values
@@ -340,7 +340,7 @@ class CohortTrainer:
             if own and by.startswith("fedraclora.training.") and not of_project(type(own[0])):
                 name = frame.f_code.co_qualname
                 inside = [extra for extra in own if name.startswith(type(extra).__qualname__)]
-                return " or ".join(map(self.local.told, inside or own)) + ": "
+                return " or ".join(map(self.local.name_of, inside or own)) + ": "
         return ""
 
     def _folded(self, base: Tree, downlink: RoundInstructions) -> tuple[Tree, Terms]:

@@ -122,7 +122,7 @@ class LocalConfig(Limited, group="local"):
         """Return the extra of a kind; None if there is none."""
         return next((extra for extra in self.added if isinstance(extra, kind)), None)
 
-    def told(self, extra: ClientProgram) -> str:
+    def name_of(self, extra: ClientProgram) -> str:
         """Name an extra for messages: a user's extra by its key and where it is defined."""
         kind, at = type(extra), [k for k, each in enumerate(self.extras) if each is extra]
         return f"local.extras{at}={kind.__module__}:{kind.__qualname__}" if at else extra.setting

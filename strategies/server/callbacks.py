@@ -25,7 +25,7 @@ from fedraclora.object_registry import held, refuse_changed
 from fedraclora.run.callback import Begin, Callback
 from fedraclora.run.ledger import BY_CLIENTS, Row, ledger_value, metrics_of, number
 from fedraclora.schema import of_project
-from fedraclora.strategies.server.sound import OF_CALLBACKS, HookCheck, told
+from fedraclora.strategies.server.sound import OF_CALLBACKS, HookCheck, describe
 from fedraclora.tree import Tree
 
 log = logging.getLogger(__name__)
@@ -112,7 +112,7 @@ def joined(row: Row, found: Mapping[str, object], who: str) -> Row:
     """
     if not isinstance(found, Mapping):
         raise ConfigError(
-            f"{who} returns {told(found)}, expected a dict of columns by name for the ledger"
+            f"{who} returns {describe(found)}, expected a dict of columns by name for the ledger"
         )
     for name in found:
         if not isinstance(name, str) or not name.isprintable() or not name:

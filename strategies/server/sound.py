@@ -25,7 +25,7 @@ HookCheck = Callable[[str, Any, Any, tuple[Any, ...]], object]
 INTEGERS = (torch.int64, torch.int32)
 
 
-def told(found: object) -> str:
+def describe(found: object) -> str:
     """Describe a value: a tensor by its shape and type, others by their type."""
     if isinstance(found, torch.Tensor):
         return f"a tensor {[*found.shape]} of {str(found.dtype).removeprefix('torch.')}"
@@ -41,7 +41,7 @@ def truth(who: str, found: object, owner: object, given: tuple[Any, ...]) -> boo
     one = isinstance(found, torch.Tensor) and found.numel() == 1 and found.dtype == torch.bool
     if one or isinstance(found, bool | np.bool_ | None):
         return bool(found)
-    raise ConfigError(f"{who} returns {told(found)}, expected True or False")
+    raise ConfigError(f"{who} returns {describe(found)}, expected True or False")
 
 
 def ids(who: str, found: object, owner: Any, given: tuple[Any, ...]) -> torch.Tensor | None:
@@ -54,7 +54,7 @@ def ids(who: str, found: object, owner: Any, given: tuple[Any, ...]) -> torch.Te
         if listed and sorted({*listed}) == listed and listed[0] >= 0 and listed[-1] < count:
             return found.to(torch.int64)
     raise ConfigError(
-        f"{who} returns {told(found)}, expected an int64 tensor of client ids from 0 to "
+        f"{who} returns {describe(found)}, expected an int64 tensor of client ids from 0 to "
         f"{count - 1}, at least one, each once, in ascending order"
     )
 
@@ -69,7 +69,7 @@ def norm(who: str, found: object, owner: object, given: tuple[Any, ...]) -> floa
     except OverflowError:
         value = math.nan
     if not 0 < value < math.inf:
-        raise ConfigError(f"{who} returns {told(found)}, expected a positive number or None")
+        raise ConfigError(f"{who} returns {describe(found)}, expected a positive number or None")
     return value
 
 
@@ -79,7 +79,7 @@ def of_kind(kind: type, *, optional: bool = False) -> HookCheck:
     def check(who: str, found: object, owner: object, given: tuple[Any, ...]) -> object:
         if isinstance(found, kind) or (optional and found is None):
             return found
-        raise ConfigError(f"{who} returns {told(found)}, expected a {kind.__name__}")
+        raise ConfigError(f"{who} returns {describe(found)}, expected a {kind.__name__}")
 
     return check
 
@@ -95,7 +95,9 @@ def state(who: str, found: object, owner: object, given: tuple[Any, ...]) -> obj
 def uplinks(who: str, found: object, owner: object, given: tuple[Any, ...]) -> Uplinks:
     """Check the updates of a cohort; the last given ones define what was sent."""
     if not isinstance(found, Uplinks):
-        raise ConfigError(f"{who} returns {told(found)}, expected the Uplinks that it was given")
+        raise ConfigError(
+            f"{who} returns {describe(found)}, expected the Uplinks that it was given"
+        )
     got = next(each for each in given if isinstance(each, Uplinks))
     count, size = len(found.clients), got.layout.size
     shapes = {
@@ -107,10 +109,12 @@ def uplinks(who: str, found: object, owner: object, given: tuple[Any, ...]) -> U
         if tensor is None and name != "weights":
             continue
         if not isinstance(tensor, torch.Tensor) or [*tensor.shape] != shape:
-            raise ConfigError(f"{who} returns {name}: {told(tensor)}, expected a tensor {shape}")
+            raise ConfigError(
+                f"{who} returns {name}: {describe(tensor)}, expected a tensor {shape}"
+            )
         if not tensor.is_floating_point():
             raise ConfigError(
-                f"{who} returns {name}: {told(tensor)}, expected floating point numbers"
+                f"{who} returns {name}: {describe(tensor)}, expected floating point numbers"
             )
         if not bool(tensor.isfinite().all()):
             raise DivergenceError(
@@ -134,7 +138,7 @@ def tree(who: str, found: object, wanted: Tree) -> None:
         DivergenceError: If one is not finite.
     """
     if not isinstance(found, Mapping):
-        raise ConfigError(f"{who} returns {told(found)}, expected a dict of tensors by name")
+        raise ConfigError(f"{who} returns {describe(found)}, expected a dict of tensors by name")
     if odd := sorted(map(str, found.keys() ^ wanted.keys())):
         raise ConfigError(
             f"{who}: the name {odd[0]!r} is missing or new, expected {', '.join(wanted)}"
@@ -144,11 +148,11 @@ def tree(who: str, found: object, wanted: Tree) -> None:
             continue
         if not isinstance(found[name], torch.Tensor) or found[name].shape != like.shape:
             raise ConfigError(
-                f"{who} returns {told(found[name])} for {name}, expected the shape {[*like.shape]}"
+                f"{who} returns {describe(found[name])} for {name}, expected the shape {[*like.shape]}"
             )
         if found[name].is_complex() or found[name].is_floating_point() != like.is_floating_point():
             raise ConfigError(
-                f"{who} returns {told(found[name])} for {name}, expected the type {like.dtype}"
+                f"{who} returns {describe(found[name])} for {name}, expected the type {like.dtype}"
             )
         if not bool(found[name].isfinite().all()):
             raise DivergenceError(f"{who} returns NaN or infinity for {name}")

@@ -53,7 +53,7 @@ from fedraclora.protocol.uplinks import Uplinks
 from fedraclora.schema import of_project
 from fedraclora.strategies.server.exchange import Exchange
 from fedraclora.strategies.server.round_step import CloseRound, RoundStep
-from fedraclora.strategies.server.sound import told, tree
+from fedraclora.strategies.server.sound import describe, tree
 from fedraclora.strategies.wrappers.around import inside
 from fedraclora.tree import Tree
 
@@ -177,11 +177,11 @@ def advanced(rule: ServerOptimizer, change: Tree, moments: Tree) -> tuple[Tree, 
     with told_as(ConfigError, f"{who}: ", "calling its advance", passing=PASSING):
         found: object = rule.advance(dict(change), dict(moments))
     if not isinstance(found, tuple) or len(found) != 2:
-        raise ConfigError(f"{who} returns {told(found)}, expected a pair (steps, moments)")
+        raise ConfigError(f"{who} returns {describe(found)}, expected a pair (steps, moments)")
     tree(f"{who}, its steps", found[0], change)
     like = {f"{kind}/{name}": t for name, t in change.items() for kind in ("first", "second")}
     if not isinstance(found[1], Mapping):
-        raise ConfigError(f"{who} returns the moments {told(found[1])}, expected a dict")
+        raise ConfigError(f"{who} returns the moments {describe(found[1])}, expected a dict")
     named = {name: like.get(name, moments.get(name)) for name in found[1]}
     if odd := [name for name, known in named.items() if known is None]:
         raise ConfigError(

@@ -65,7 +65,7 @@ class OwnTrainer(CohortTrainer):
         self.function, self.timeout, self.most = function, timeout, most
         self.folded: tuple[object, Tree] = None, {}  # what is folded into it, and the base with it
         self.warned = False  # that clients say more samples than they have
-        self.came = Came()
+        self.fingerprints = SampleFingerprints()
         self.name = name.partition("@")[0]  # of an object of a program, without its digest
 
     @override
@@ -86,7 +86,7 @@ class OwnTrainer(CohortTrainer):
         if narrow and narrow is not self.folded[0]:  # once for all clients of a round
             self.folded = narrow, apply_link(widened(base), Link(narrow), self.plan)
         base = dense(self.folded[1] if narrow else base)
-        if self.task.brought is not None and not self.came.of:
+        if self.task.brought is not None and not self.fingerprints.of:
             self._look_at_objects()
         scale = self.local.rate(main=True, rate_scale=float(given["rate_scale"]))
         states, found = dict[int, bytes](), list[Trained]()
@@ -102,7 +102,7 @@ class OwnTrainer(CohortTrainer):
         if self.data.table is None:  # a function gives each client its own object
             return
         for client in range(min(FIRST, self.data.num_clients)):
-            self.came.note(client, self._data_of(client))
+            self.fingerprints.note(client, self._data_of(client))
 
     def _one(
         self, base: Tree, downlink: RoundInstructions, client: int, round_: int, rate_scale: float
@@ -113,8 +113,10 @@ class OwnTrainer(CohortTrainer):
         seed = seed_of(self.seed, round_, client)
         kept = b"" if self.recall is None else self.recall(client, round_)
         data = self._data_of(client)
-        first = self.came.first(client, data)
-        given = Round(client, round_, seed, apart(data), rate_scale, state_of(kept), _asked=asked)
+        first = self.fingerprints.first(client, data)
+        given = Round(
+            client, round_, seed, apart(data), rate_scale, unpacked_state(kept), _asked=asked
+        )
         try:
             with seeded_everywhere(seed), torch.enable_grad():
                 found: Any = call_within(self.timeout, self.function, given)
@@ -149,7 +151,7 @@ class OwnTrainer(CohortTrainer):
                 "that the client's rounds would train on other samples: let it work on a copy, and "
                 "keep what lasts in round.state"
             )
-        return found, told_of(given.state) if given.state or kept else None
+        return found, packed_state(given.state) if given.state or kept else None
 
     def _check_counts(self, found: Trained, client: int) -> None:
         """Refuse impossible counts; warn once if the data have fewer samples than reported."""
@@ -176,7 +178,7 @@ class OwnTrainer(CohortTrainer):
         return self.data.gather(torch.tensor([client], device=self.device), places)
 
 
-class Came:
+class SampleFingerprints:
     """Remember the fingerprint of each client's samples at its first request."""
 
     def __init__(self) -> None:
@@ -238,12 +240,12 @@ def seed_of(run: int, number: int, client: int) -> int:
     return hash_key(run, "own", number, client) % 2**31
 
 
-def state_of(told: bytes) -> dict[str, Any]:
-    """Read a client's state from the bytes of `told_of`."""
-    return dict(torch.load(io.BytesIO(told), weights_only=True) if told else {})
+def unpacked_state(packed: bytes) -> dict[str, Any]:
+    """Read a client's state from the bytes of `packed_state`."""
+    return dict(torch.load(io.BytesIO(packed), weights_only=True) if packed else {})
 
 
-def told_of(state: object) -> bytes:
+def packed_state(state: object) -> bytes:
     """Write a client's state to bytes: it may be resumed in another process, from a checkpoint.
 
     Raises:
@@ -252,7 +254,7 @@ def told_of(state: object) -> bytes:
     try:
         written = io.BytesIO()
         torch.save(state, written)
-        state_of(written.getvalue())
+        unpacked_state(written.getvalue())
     except Exception as error:
         raise ClientError(
             "round.state holds what cannot be kept: a dict of tensors, numbers, texts, lists and "
