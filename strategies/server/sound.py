@@ -148,7 +148,8 @@ def tree(who: str, found: object, wanted: Tree) -> None:
             continue
         if not isinstance(found[name], torch.Tensor) or found[name].shape != like.shape:
             raise ConfigError(
-                f"{who} returns {describe(found[name])} for {name}, expected the shape {[*like.shape]}"
+                f"{who} returns {describe(found[name])} for {name}, expected the shape "
+                f"{[*like.shape]}"
             )
         if found[name].is_complex() or found[name].is_floating_point() != like.is_floating_point():
             raise ConfigError(
