@@ -4,16 +4,18 @@
     c_t = 1: B_t drawn, client k: trains A_k from 0;  W <- W + s B_t sum_k p_k A_k
     c_t = 0: A_t drawn, client k: trains B_k from 0;  W <- W + s (sum_k p_k B_k) A_t
 
-- Uplink: r n numbers per matrix and client where c_t = 1, r m where c_t = 0. Downlink: a seed, and
-  what the client missed: as many numbers per link as were sent up, at most m n.
-- Aggregation: exact and linear, as in Fed-RAC-LoRA, whose rounds these are.
+- Uplink: r n numbers per matrix and client if c_t = 1, r m if c_t = 0.
+- Downlink: a seed, and the updates that the client missed. One update has as many numbers as one
+  client sent in that round; all of them together have at most m n.
+- Aggregation: exact and linear, as in Fed-RAC-LoRA: each round is a round of Fed-RAC-LoRA.
 - Server: one mean and a merge of 2 m n r operations.
 - Source: Sokolov et al., *Bernoulli-LoRA: a theoretical framework for randomized low-rank
   adaptation*, 2025, arXiv 2508.03820.
-- Departures: local steps, where the paper's federated versions take one gradient per round; its
-  estimators (PAGE, MVR, QGD, MARINA, EF21) are left out. The coins have a seed of their own, so
-  that what a round costs is known beforehand. Sketches are orthonormal by default.
-- Unverified: the paper's statements of its federated algorithms were not read.
+- Departures: clients take local steps; the paper's federated versions take one gradient per round.
+  The paper's gradient estimators (PAGE, MVR, QGD, MARINA, EF21) are left out. The draws c_t have
+  their own seed, so that the bytes of a round are known before the run. Sketches are orthonormal
+  by default.
+- Unverified: we have not read the paper's statements of its federated algorithms.
 """
 
 from __future__ import annotations
@@ -59,7 +61,7 @@ class BernoulliLora(LowRankMethod):
         self.round_method(1)
 
     def round_method(self, round_: int) -> FedRacLora:
-        """Return the method of one round: Fed-RAC-LoRA on the factor that the coin says."""
+        """Return the method of one round: Fed-RAC-LoRA, training the factor that the draw names."""
         left = generator(self.coins, "coin", round_).random() < self.probability
         return self.training("A" if left else "B")
 

@@ -5,23 +5,24 @@
               W_i <- W_i + sum_p c_kp z_kp,  the z of all (round, k, p) drawn from one seed
     server:   W <- W + sum_k sum_p (sum_i p_i c_ikp) z_kp
 
-With ``momentum``, V <- momentum V + sum_p c_kp z_kp and W <- W + V, at clients and at the server; V
-goes on from round to round, and stands beside the weights at every replica.
+With ``momentum``, clients and server compute V <- momentum V + sum_p c_kp z_kp and W <- W + V. V
+is kept over rounds; every replica stores it beside the weights.
 
-- Uplink: K P numbers per client. Downlink: a seed, and for each round that the client missed K P
-  numbers and a seed, by which it takes the same steps; or all weights, with V, where that is less.
-- Aggregation: exact and linear: directions are common.
-- Server and each client that was away: K P d draws a missed round, d the number of all weights.
-- Client: 2 P forward passes a local step, no backward pass; K P d draws.
+- Uplink: K P numbers per client.
+- Downlink: a seed, and K P numbers and a seed for each round that the client missed, with which the
+  client repeats the steps of that round. All weights (with V) are sent instead if they are smaller.
+- Aggregation: exact and linear, because all clients use the same directions.
+- Server, and each client that missed rounds: K P d draws per missed round, for d weights in all.
+- Client: 2 P forward passes per local step, no backward pass; K P d draws.
 - Source: Li et al., *Achieving dimension-free communication in federated learning via zeroth-order
   optimization*, ICLR 2025, arXiv 2405.15861, and its code (``cezo_fl``).
-- Departures: what is sent is the step c, and not g, so that the server needs no step size, and
-  under a schedule V holds the steps as they were taken (torch multiplies V by the step size of
-  now). The mean has the run's ``weights``; the code's is ``aggregation_weights=uniform``. Weight
-  decay is
-  refused: the code's 1e-5 is a replayed step of the server. The difference is central; the code has
-  a forward one as well. A seed a round is sent, where the code sends K. K is an upper bound: a
-  client whose ``local.epochs`` are fewer steps sends zeros for the rest, and its V stands still.
+- Departures: clients send the step c instead of the difference g, so that the server needs no step
+  size. Under a learning rate schedule V therefore sums the steps as they were taken (torch
+  multiplies V by the current step size). The mean has the run's aggregation weights; the code's is
+  ``aggregation_weights=uniform``. Weight decay is refused: the code's decay (1e-5) is applied in
+  replayed steps of the server. The difference is central; the code also has a forward one. One
+  seed is sent per round; the code sends K. K is an upper bound: a client whose ``local.epochs``
+  have fewer steps sends zeros for the remaining ones, and its V does not change in them.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ from fedraclora.strategies.shared.walking import LookAlong, Walk, Walking
 
 @dataclass(frozen=True)
 class LookOnce(LookAlong, group="method"):
-    """Let clients look along each direction once, and send a number for each."""
+    """Let clients measure the loss along each direction once, and send one number per direction."""
 
     name = "decomfl"
 

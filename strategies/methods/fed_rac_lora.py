@@ -5,30 +5,33 @@ Round t, right sketch, per adapted matrix W (m x n) with s = alpha / r:
     A_t ~ D (r x n), drawn from a seed;  client k: trains B_k from 0
     B_bar = sum_k p_k B_k;               W <- W + s B_bar A_t
 
-A left sketch draws B_t (m x r) and trains A_k (r x n). ``merge_every = k`` carries the trained
-factor for k rounds and merges it when the sketch is drawn anew; None never does (FFA-LoRA).
+With a left sketch the server draws B_t (m x r), and clients train A_k (r x n). With
+``merge_every = k`` the trained factor is kept for k rounds; then it is merged, and a new sketch is
+drawn. None never merges (FFA-LoRA).
 
-- Uplink: r m numbers per matrix and client (left: r n). Downlink: a seed, and what the client
-  missed: r m numbers per link, at most m n; plus the carried factor where k > 1.
-- Aggregation: exact and linear, since the factor that is not averaged is the same everywhere; with
-  ``server_lr`` the new weights go beyond that mean by a known factor.
-- ``sketches = G`` deals the cohort at random into G groups as equal as can be, and cuts one drawing
-  of G r rows into G parts: group g trains r columns under part g. Uplink as before, and G r m
-  numbers per link to catch up on. ``server_lr = G`` then takes in each column the mean of its
-  group, where groups have equal weights. With fewer clients than groups some parts stay zero.
-- ``server_lr = eta``: W <- W + eta (mean of the clients' weights - W), biases and head included.
-- ``init=gradient``: a round more, which finds the factor of the first link
-  (`fedraclora.strategies.shared.initials`), by which the same step size goes further.
-- Rank budgets: client k trains the first r_k components and sends r_k m numbers (left: r_k n); the
-  rest of a carried factor, which it downloads whole, stays as it is
+- Uplink: r m numbers per matrix and client (left: r n).
+- Downlink: a seed, and the updates that the client missed: r m numbers per merge, at most m n. If
+  k > 1, the current trained factor is sent, too.
+- Aggregation: exact and linear, because all clients have the same frozen factor. With
+  ``server_lr`` the server moves beyond the mean by a known factor.
+- ``sketches = G`` splits a round's clients at random into G groups of nearly equal size, and splits
+  one drawing of G r rows into G parts: group g trains r columns under part g. The uplink is as
+  above; the update has G r m numbers. With ``server_lr = G`` each column moves by the mean of its
+  group, if all groups have the same weight. With fewer clients than groups some parts stay zero.
+- ``server_lr = eta``: W <- W + eta (mean of the clients' weights - W), also for biases and head.
+- ``init=gradient``: one additional round measures a gradient, from which the frozen factor of the
+  first merge is computed (`fedraclora.strategies.shared.initials`). The same step size then makes
+  more progress.
+- Rank budgets: client k trains the first r_k components and sends r_k m numbers (left: r_k n). It
+  downloads the whole trained factor; its other components stay as they are
   (`fedraclora.protocol.rank_budgets`). Exact.
 - Source: Malinovsky et al., *Randomized Asymmetric Chain of LoRA*, 2024, arXiv 2410.08305.
   FFA-LoRA: Sun et al., *Improving LoRA in privacy-preserving federated learning*, ICLR 2024,
   arXiv 2403.12313.
-- Departures: the default sketch has orthonormal rows (same row space as the paper's Gaussian, but
-  the local step is then the step of the theory); the cohort and the number of local steps are
-  ours to choose, since the paper's federated algorithm is known in outline only; FFA-LoRA's
-  A is drawn with orthonormal rows too.
+- Departures: the default sketch has orthonormal rows. They span the same space as the paper's
+  Gaussian sketch, and the local step is then the step of the theory. We know the paper's federated
+  algorithms only in outline, so the sampling of clients and the number of local steps are ours.
+  FFA-LoRA's A has orthonormal rows, too.
 """
 
 from __future__ import annotations
@@ -136,7 +139,7 @@ class FedRacLora(GradientFirst, Asymmetric):
         return {drawn: past.leading(gradient, drawn, count) * length}
 
     def sketch_number(self, link: int) -> int:
-        """Number the sketch of a link: another number is an independent drawing."""
+        """Return the number of a merge's sketch; different numbers are independent drawings."""
         return link
 
     @override
@@ -163,9 +166,9 @@ class FedRacLora(GradientFirst, Asymmetric):
 
 
 def full_factor(factor: torch.Tensor, drawing: SketchSpec) -> torch.Tensor:
-    """Complete a first factor by rows of a drawing, where the gradient has given fewer.
+    """Add rows of a drawing to a first factor that has fewer components than the rank.
 
-    It has no more directions than its weight has rows or columns.
+    A gradient has no more directions than its weight has rows or columns.
 
     Args:
         factor: A [k, n], or B [m, k], whose components have the drawing's length. Not modified.

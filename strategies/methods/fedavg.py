@@ -1,14 +1,15 @@
-"""FedAvg on full weights, the yardstick of every low-rank method.
+"""FedAvg on full weights, the baseline of all low-rank methods.
 
     client k: trains all of W_k from W;   W <- sum_k p_k W_k
 
-- Uplink: m n numbers per matrix. Downlink: what the client missed, at most m n.
+- Uplink: m n numbers per matrix.
+- Downlink: the updates that the client missed, at most m n numbers per matrix.
 - Aggregation: exact and linear.
 - Source: McMahan et al., *Communication-efficient learning of deep networks from decentralized
   data*, AISTATS 2017, arXiv 1602.05629.
-- Departures: head and biases follow the run's policy, so that a comparison with adapters changes
-  one thing only: biases of adapted layers are trained (``bias=full``), those of other layers
-  (of a LayerNorm) where ``modules_to_save`` names the layer.
+- Departures: head and biases follow the settings of the run, so that a comparison with adapters
+  changes one thing only. Biases of adapted layers are trained with ``bias=full``; those of other
+  layers (of a LayerNorm) if ``modules_to_save`` names the layer.
 """
 
 from __future__ import annotations

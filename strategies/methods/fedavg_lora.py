@@ -1,26 +1,28 @@
-"""FedAvg-LoRA (FedIT), and in links COLA and ReLoRA: both factors trained, averaged separately.
+"""FedAvg-LoRA (FedIT): both factors are trained and averaged separately. Also COLA and ReLoRA.
 
     client k: trains (B_k, A_k) from (B_bar, A_bar)
     B_bar <- sum_k p_k B_k;   A_bar <- sum_k p_k A_k;   effective weight W + s B_bar A_bar
-    every ``merge_every`` rounds: W <- W + s B_bar A_bar, and both factors begin anew
+    every ``merge_every`` rounds: W <- W + s B_bar A_bar, and both factors start anew
 
-One factor begins as a drawing and the other at zero, so a new link leaves the weights as they are.
-``merge_every = None`` is one link without end: FedAvg-LoRA, and LoRA where there is one client.
-Links with one client are COLA; ReLoRA also keeps a share of the optimizer's moments and warms the
-step size up anew, which are local settings (``local=relora``).
+New factors are a random one and a zero one, so that the effective weights stay as they are after a
+merge. ``merge_every = None`` never merges: FedAvg-LoRA, or LoRA if there is one client. With one
+client and merges it is COLA. ReLoRA also keeps a part of the optimizer's moments and repeats the
+learning rate's warm-up after each merge; these are local settings (``local=relora``).
 
-- Uplink: r (m + n) numbers per matrix and client. Downlink: the same; a seed where a link begins,
-  and then what the client missed: r (m + n) numbers per link that was merged, at most m n.
-- Aggregation: **not exact**. The mean of the clients' weights is W + s sum_k p_k B_k A_k; what is
-  missed is s sum_k p_k (B_k - B_bar)(A_k - A_bar). Its norm, relative to that of the mean change
-  of the round, is reported each round as ``aggregation_error``. One client misses nothing.
+- Uplink: r (m + n) numbers per matrix and client.
+- Downlink: r (m + n) numbers, or a seed in a round that starts with new factors. With merges also
+  the updates that the client missed: r (m + n) numbers per merge, at most m n.
+- Aggregation: **not exact**. The mean of the clients' weights is W + s sum_k p_k B_k A_k, which
+  differs by s sum_k p_k (B_k - B_bar)(A_k - A_bar). The ledger has the norm of this difference in
+  each round, relative to the norm of the mean update (``aggregation_error``). It is zero for one
+  client.
 - Source: Zhang et al., *Towards building the federated GPT: federated instruction tuning*,
   ICASSP 2024, arXiv 2305.05644; LoRA: Hu et al., ICLR 2022, arXiv 2106.09685. COLA: Xia, Qin and
   Hazan, *Chain of LoRA*, 2024, arXiv 2401.04151. ReLoRA: Lialin et al., ICLR 2024, arXiv
   2307.05695.
-- Departures: a drawn A starts kaiming-uniform, as in PEFT, and so does a drawn B, by its own m
-  (PEFT's rule would take its r). The links of several clients are ours: COLA and ReLoRA have one.
-  ReLoRA's training of all weights before the first link is what ``pretrain`` does, or nothing.
+- Departures: a drawn A is Kaiming-uniform, as in PEFT. A drawn B is, too, with its own m as the
+  fan-in (PEFT's rule would use r). COLA and ReLoRA are defined for one client; we also run them
+  with several. ReLoRA first trains all weights for a while; set ``pretrain`` for that.
 """
 
 from __future__ import annotations

@@ -1,22 +1,22 @@
-"""FedEx-LoRA: FedAvg-LoRA with what separate averages miss added to the base weights.
+"""FedEx-LoRA: FedAvg-LoRA, with the error of averaging factors added to the base weights.
 
     client k: trains (B_k, A_k) from (B_bar, A_bar)
     B_bar <- sum_k p_k B_k;   A_bar <- sum_k p_k A_k
     W <- W + s (sum_k p_k B_k A_k - B_bar A_bar)
 
-The residual is sum_k p_k (B_k - B_bar)(A_k - A_K), since sum_k p_k (B_k - B_bar) = 0: the last
-client drops out, and the rank is (K - 1) r. ``residual_rank`` cuts it.
+The residual equals sum_k p_k (B_k - B_bar)(A_k - A_K), since sum_k p_k (B_k - B_bar) = 0. The term
+of the last client is zero, so the rank is (K - 1) r. ``residual_rank`` truncates it.
 
-- Uplink: r (m + n) numbers per matrix and client. Downlink: the same after the first round, and
-  what the client missed: (K - 1) r (m + n) numbers per link (residual_rank (m + n) where it is
-  cut), at most m n.
-- Aggregation: exact, unless the residual is cut: then its error is reported each round as
-  ``aggregation_error``. It needs each client's own factors.
-- Server: the merge, 2 m n (K - 1) r operations; a cut residual costs two QRs and a small SVD,
+- Uplink: r (m + n) numbers per matrix and client.
+- Downlink: r (m + n) numbers after the first round, and the updates that the client missed:
+  (K - 1) r (m + n) numbers per round (truncated: residual_rank (m + n)), at most m n.
+- Aggregation: exact, unless the residual is truncated; then the ledger has the error of each round
+  (``aggregation_error``). The server needs each client's own factors.
+- Server: the merge, 2 m n (K - 1) r operations. A truncated residual costs two QRs and a small SVD,
   O((m + n) (K r)^2 + (K r)^3), and a merge of 2 m n residual_rank.
 - Source: Singhal et al., *FedEx-LoRA: exact aggregation for federated and efficient fine-tuning of
   large language models*, ACL 2025, arXiv 2410.09432.
-- Departures: none known; the weights p_k are the run's in both sums.
+- Departures: none known; both sums have the aggregation weights p_k of the run.
 """
 
 from __future__ import annotations

@@ -5,17 +5,17 @@
     effective weight W + s sum_j B_jk P_j
     W <- W + s sum_j (sum_k p_k B_jk) P_j
 
-- Uplink: G r m numbers per matrix and client. Downlink: a seed, and what the client missed: G r m
-  numbers per link, at most m n.
-- Aggregation: exact and linear: the subspaces are the same everywhere.
+- Uplink: G r m numbers per matrix and client.
+- Downlink: a seed, and the updates that the client missed: G r m numbers per round, at most m n.
+- Aggregation: exact and linear, because all clients have the same subspaces.
 - Server: one mean and a merge of 2 m n G r operations.
 - Source: *FedKRSO*, INFOCOM 2026, arXiv 2602.03019.
-- Departures: the rows of all P_j are one drawing, of unit length in expectation; the paper has
-  E[P_j^T P_j] = I (``normalize=identity``), whose stable steps are n / r times smaller. Under
-  momentum or weight decay a subspace goes on moving after its turn. A turn that no local step
-  reaches (G times the interval above the steps of a client) leaves zeros, which are sent.
-- Unverified: only the abstract and a summary were read: the number of subspaces, how clients
-  choose among them, the interval, and whether they are ever drawn anew.
+- Departures: the rows of all P_j are one drawing, of unit length in expectation. In the paper
+  E[P_j^T P_j] = I (``normalize=identity``), for which stable steps are n / r times smaller. Under
+  momentum or weight decay B_jk also moves after the steps of its subspace. If a client has fewer
+  than G ``interval`` local steps, it sends zeros for the subspaces that it does not reach.
+- Unverified: we have read only the abstract and a summary. We do not know the number of subspaces,
+  how clients choose among them, the interval, and whether they are ever drawn anew.
 """
 
 from __future__ import annotations
@@ -44,11 +44,11 @@ from fedraclora.tree import Tree
 
 @dataclass(frozen=True)
 class InTurn(ClientProgram, group="method"):
-    """Clients train one part of the columns of each B at a time, the parts in turn.
+    """Let clients train one part of the columns of each B at a time, the parts in turn.
 
     Attributes:
-        parts: How many, of equal size.
-        interval: Local steps of a turn.
+        parts: The number of parts, all of the same size.
+        interval: Local steps before the next part is trained.
     """
 
     name = "in_turn"

@@ -1,30 +1,33 @@
-"""FedKSeed: K directions for the whole run; clients look along them by differences of losses.
+"""FedKSeed: zeroth-order local steps along K random directions that serve the whole run.
 
     W_t = W_0 + sum_j C_j z_j,  z_1 .. z_K drawn from a seed, C = 0 at the start
     client i: each step: j drawn with replacement,  g = (L(W + eps z_j) - L(W - eps z_j)) / (2 eps)
               c_ij <- c_ij - lr g,   W <- W - lr g z_j
     server:   C_j <- C_j + sum_i p_i c_ij
 
-``pro``: j is drawn with the chances softmax(minmax(mean |step| along j so far)), whose histories
-begin with one zero.
+With ``pro``, j is drawn with probabilities softmax(minmax(mean |step| along j so far)); each mean
+starts with one zero.
 
-- Uplink: K numbers per client, the sums c_i; with ``steps`` tau numbers, one a local step, in the
-  order in which the directions were drawn: client, round and seed tell which. A client whose
-  ``local.epochs`` are fewer than tau steps sends zeros for the rest.
-- Downlink: a seed, and C, K numbers, however long the client was away; ``pro``: the chances, too.
-- Aggregation: exact; linear where sums are sent.
-- Server and clients: K d draws to rebuild W_t from W_0, once a round. Client: 2 forward passes a
+- Uplink: K numbers per client, the sums c_i. With ``steps`` tau numbers, one per local step, in the
+  order in which the directions were drawn; server and client draw the same order from the client,
+  the round and the seed. A client whose ``local.epochs`` have fewer than tau steps sends zeros for
+  the remaining ones.
+- Downlink: a seed, and the K numbers of C, however many rounds the client missed. With ``pro`` also
+  the probabilities.
+- Aggregation: exact; linear if sums are sent.
+- Server and clients: K d draws per round to compute W_t from W_0. Client: 2 forward passes per
   local step, no backward pass.
 - Source: Qin et al., *Federated full-parameter tuning of billion-sized language models with
   communication cost under 18 kilobytes*, ICML 2024, arXiv 2312.06353, and its code (FederatedScope,
   branch ``FedKSeed``).
-- Departures: the steps are sent, and not g: the code multiplies sums of all rounds by one lr, which
-  must then be constant. z is drawn on the CPU in one precision, W is rebuilt in float64 and rounded
-  once, and looking along z never changes it; in the code CPU and GPU draw different z, and +eps,
-  -2 eps, +eps leaves W elsewhere. Weight decay is refused: the code decays K times a rebuild, not
-  tau times. Pairs need no seeds, which halves the paper's 8 bytes a step. ``pro`` looks at the
-  steps as sent and clips none (the code clips g at 1000), and needs ``steps``: sums do not tell
-  single steps.
+- Departures: clients send steps instead of the differences g. The code multiplies the sums of all
+  rounds by one lr, which must then be constant. z is drawn on the CPU in one precision, W_t is
+  computed in float64 and rounded once, and measuring along z does not change W. In the code CPU and
+  GPU draw different z, and adding +eps, -2 eps and +eps leaves rounding errors in W. Weight decay
+  is refused: the code decays K times per rebuild instead of tau times. The server draws the
+  directions itself, so that a step is sent without its seed (half of the paper's 8 bytes). ``pro``
+  uses the steps as sent and clips none (the code clips g at 1000). It needs ``steps``, since sums
+  do not contain single steps.
 """
 
 from __future__ import annotations
@@ -60,16 +63,16 @@ HISTORY = "seeds/lengths", "seeds/visits"  # of `pro`: sums of |step| and their 
 
 
 def moved(base: Mapping[str, torch.Tensor], walk: Walk) -> Tree:
-    """Compute the weights of a round, W_t, from those of the start and the numbers beside them."""
+    """Compute the weights of a round, W_t, from the initial weights and the K numbers."""
     return parameters({**base, **replace(walk, scalars=base.get(SUMS)).taken(base)})
 
 
 @dataclass(frozen=True)
 class StandBeside(ClientProgram, group="method"):
-    """The numbers of all rounds stand beside base weights that stay as they are.
+    """Keep the K numbers of the run beside base weights that do not change.
 
     Attributes:
-        walk: Their directions.
+        walk: The directions.
     """
 
     name = "fedkseed.weights"
@@ -92,12 +95,12 @@ class StandBeside(ClientProgram, group="method"):
 
 @dataclass(frozen=True)
 class LookOften(LookAlong, group="method"):
-    """Clients look along directions that serve the whole run, drawn with replacement.
+    """Let clients measure the loss along directions of the whole run, drawn with replacement.
 
     Attributes:
-        seeds: How many there are.
-        round_: Of the draws.
-        sums: Whether a number is sent for each direction; False: for each local step.
+        seeds: The number of directions.
+        round_: The round; the draws depend on it.
+        sums: Whether clients send one number per direction; False: one per local step.
     """
 
     name = "fedkseed"
@@ -134,11 +137,11 @@ class LookOften(LookAlong, group="method"):
 
         Args:
             clients: Ids, int64 [A].
-            steps: Local steps.
+            steps: The number of local steps.
             chances: Of the directions, [K], which need not add up to one.
 
         Returns:
-            Numbers of directions, int64 [A, steps].
+            Indices of directions, int64 [A, steps].
         """
         bits = cohort_bits(hash_key(self.walk.seed, "visited", self.round_), clients.cpu(), steps)
         ends = chances.to("cpu", torch.float64).cumsum(0)
@@ -224,13 +227,13 @@ class FedKSeed(Limited, Walking, group="method"):
 
 
 def chances_in(base: Mapping[str, torch.Tensor], count: int) -> torch.Tensor:
-    """Return the chances of directions as they stand beside base weights; equal at the start."""
+    """Return the probabilities of the directions stored beside base weights; equal at the start."""
     known = base.get(CHANCES, torch.zeros(0))
     return known if known.numel() else torch.ones(count)
 
 
 def history(carried: Tree, at: torch.Tensor, steps: torch.Tensor) -> Tree:
-    """Add steps to the histories of their directions; steps that were not taken are zero."""
+    """Add steps to the histories of their directions; a step that was not taken is zero."""
     count = len(carried[HISTORY[0]])
     taken = steps.abs(), (steps != 0).double()
     more = (
@@ -241,7 +244,7 @@ def history(carried: Tree, at: torch.Tensor, steps: torch.Tensor) -> Tree:
 
 
 def chances_of(lengths: torch.Tensor, visits: torch.Tensor) -> torch.Tensor:
-    """Compute softmax(minmax(mean length)), with one zero in each history."""
+    """Compute softmax(minmax(mean length)), where each mean starts with one zero."""
     mean = lengths / (visits + 1)
     span = mean.max() - mean.min()
     return torch.softmax((mean - mean.min()) / span if span else mean, dim=0)

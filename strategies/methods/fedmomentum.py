@@ -1,19 +1,20 @@
-"""FedMomentum: the leading part of the mean product is carried on, the rest is merged.
+"""FedMomentum: clients continue from the leading part of the mean product; the rest is merged.
 
     client k: trains (B_k, A_k) from (B, A)
     sum_k p_k B_k A_k = U S V^T;   B <- U_r S_r^(1/2),  A <- S_r^(1/2) V_r^T
     W <- W + s (sum_k p_k B_k A_k - B A)
 
-- Uplink: r (m + n) numbers per matrix and client. Downlink: the same after the first round, and
-  what the client missed: up to (K - 1) r (m + n) numbers per link, at most m n.
-- Aggregation: exact. It needs each client's own factors.
+- Uplink: r (m + n) numbers per matrix and client.
+- Downlink: r (m + n) numbers after the first round, and the updates that the client missed: up to
+  (K - 1) r (m + n) numbers per round, at most m n.
+- Aggregation: exact. The server needs each client's own factors.
 - Server: two QRs and a small SVD of the stacked factors, O((m + n) (K r)^2 + (K r)^3), and a merge
   of 2 m n (K - 1) r operations.
 - Source: Yan et al., *FedMomentum: preserving LoRA training momentum in federated fine-tuning*,
   2026, arXiv 2603.08014.
-- Departures: the SVD is exact, where the paper's is randomized; all of the rest is merged.
-- Unverified: only the abstract and summaries were read. How the paper splits S between the
-  factors, how much of the rest it merges and when, and its scale are not known.
+- Departures: the SVD is exact, where the paper's is randomized; the whole rest is merged.
+- Unverified: we have read only the abstract and summaries. We do not know how the paper splits S
+  between the factors, how much of the rest it merges and when, and its scale.
 """
 
 from __future__ import annotations

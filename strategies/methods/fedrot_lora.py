@@ -1,25 +1,26 @@
-"""FedRot-LoRA: FedAvg-LoRA whose clients' factors are turned towards the last ones before the mean.
+"""FedRot-LoRA: FedAvg-LoRA, with clients' factors rotated towards the last mean before averaging.
 
     client k: trains (B_k, A_k) from (B, A)
     R_k = argmin ||R^T A_k - A||_F  or  argmin ||B_k R - B||_F  over rotations, the rounds in turn
-        = U V^T of  A_k A^T = U S V^T,  or of  B_k^T B = U S V^T  (the last column turned, det = 1)
+        = U V^T of  A_k A^T = U S V^T,  or of  B_k^T B = U S V^T  (last column negated if det = -1)
     R_k <- the rotation nearest to (1 - strength) I + strength R_k
     B <- sum_k p_k B_k R_k;   A <- sum_k p_k R_k^T A_k;   effective weight W + s B A
 
-A product B_k A_k is the same in many pairs of factors, and the mean of two pairs depends on which:
-R_k takes the one that is nearest to what all began with. A is aligned in the second round, B in the
-third, and so on; in the first, where one factor is zero, nothing is.
+Many pairs of factors have the same product B_k A_k, and the mean of factors depends on the pair.
+R_k selects the pair nearest to the factors from which all clients started. The server aligns A in
+the second round, B in the third, and so on. It aligns nothing in the first round, in which one
+factor starts at zero.
 
 - Uplink: r (m + n) numbers per matrix and client. Downlink: the same after the first round.
-- Aggregation: **not exact**: factors are averaged apart; the error is reported each round as
-  ``aggregation_error``. It needs each client's own factors.
+- Aggregation: **not exact**, because factors are averaged separately. The ledger has the error of
+  each round (``aggregation_error``). The server needs each client's own factors.
 - Server: K SVDs of r x r matrices and products of O(K (m + n) r^2).
 - Source: Zhang et al., *FedRot-LoRA: mitigating rotational misalignment in federated LoRA*, ICML
   2026, arXiv 2602.23638; the rule is that of its code, ``rotation_align_optimization_soft``.
-- Departures: the server turns the factors, where the paper's clients do before they send: the means
-  are the same, but the server must see each client's own. Where it is open which rotation is
-  nearest (a singular value of zero), the library's choice is taken, as there.
-- Unverified: the abstract and the code were read: its ``rotate_lambda`` (here ``strength``).
+- Departures: the server rotates the factors; in the paper clients do before they send. The means
+  are the same, but the server must see each client's own factors. If the nearest rotation is not
+  unique (a singular value is zero), the library decides, as in the code.
+- Unverified: we have read only the abstract and the code; ``strength`` is its ``rotate_lambda``.
 """
 
 from __future__ import annotations

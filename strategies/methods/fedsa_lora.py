@@ -1,17 +1,17 @@
-"""FedSA-LoRA: both factors trained, A averaged, B kept by each client.
+"""FedSA-LoRA: both factors are trained; A is averaged, and each client keeps its own B.
 
     client k: trains (B_k, A_k) from (its own B_k, A);   A <- sum_k p_k A_k
     effective weight of client k: W + s B_k A
 
 - Uplink: r n numbers per matrix and client. Downlink: a seed in the first round, then r n.
-- Aggregation: the mean of A is exact and linear. There is no global model: a client's weights are
-  its own, and the server's, W, are those of a client that has not trained yet (B = 0).
-- Client state: B_k, r m numbers per matrix, from round to round.
+- Aggregation: the mean of A is exact and linear. There is no global model: each client has its own
+  weights. The server's weights W are those of a client that has not trained yet (B = 0).
+- Client state: B_k, r m numbers per matrix, kept over rounds.
 - Server: one mean, K r n operations.
 - Source: Guo et al., *Selective aggregation for low-rank adaptation in federated learning*, ICLR
   2025, arXiv 2410.01463.
-- Departures: the head follows the run's policy, where the public code keeps it at the client
-  (``head=personal``).
+- Departures: the head follows the settings of the run. In the public code each client keeps its
+  own (``head=personal``).
 """
 
 from __future__ import annotations

@@ -1,20 +1,20 @@
-"""FedSVD: B trained and averaged, then both factors taken anew from the SVD of their product.
+"""FedSVD: B is trained and averaged; then both factors come from the SVD of their product.
 
     client k: trains B_k from B under A;   B_bar = sum_k p_k B_k
     B_bar A = U S V^T;   B <- U S,  A <- V^T;   effective weight W + s B A
 
-A keeps r orthonormal rows, and they span what they did before: the SVD turns the basis, and no new
-direction enters.
+A keeps r orthonormal rows, which always span the same space: the SVD rotates the basis and adds no
+new direction.
 
 - Uplink: r m numbers per matrix and client. Downlink: a seed in the first round, then r (m + n).
-- Aggregation: exact and linear: the rank of B_bar A is at most r, so that nothing is cut.
+- Aggregation: exact and linear: the rank of B_bar A is at most r, so that nothing is truncated.
 - Server: one mean, then two QRs and an SVD of an r x r matrix, O((m + n) r^2).
 - Source: Lee et al., *FedSVD: adaptive orthogonalization for private federated learning with LoRA*,
   NeurIPS 2025, arXiv 2505.12805.
-- Departures: the first A is drawn with orthonormal rows; the SVD goes through the factors, where
-  the public code forms the m x n product: the same result, but for rows that belong to no singular
-  value, which stay in the span of A here and lie anywhere there; the head follows the run's policy,
-  where the public code freezes it at random values.
+- Departures: the first A is drawn with orthonormal rows. We compute the SVD from the factors; the
+  public code forms the m x n product. The results are equal, except for rows of A without a
+  singular value: here they stay in the span of A, in the code they are arbitrary. The head follows
+  the settings of the run; the public code freezes it at random values.
 """
 
 from __future__ import annotations

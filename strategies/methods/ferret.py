@@ -1,27 +1,30 @@
-"""Ferret: plain local training, whose change travels as its shadow on directions drawn from a seed.
+"""Ferret: plain local training; clients send projections of their update on random directions.
 
-    client i: local steps on every weight;  D_i = its change
+    client i: local steps on every weight;  D_i = its update
               gamma_ij = <D_i, z_j> / n_l for the n_l directions of each block l of weights
     server:   W <- W + server_lr sum_j (sum_i p_i gamma_ij) z_j,  block by block
 
-With ``server_lr=1`` the step is unbiased for the mean change, and its squared error is d_l / n_l
-times the square of that: smaller steps are the rule where directions are few.
+With ``server_lr=1`` the step is an unbiased estimate of the mean update, and its squared error is
+d_l / n_l times the squared norm of that update. Choose a smaller ``server_lr`` if there are few
+directions.
 
-- Uplink: sum_l n_l numbers per client; n_l = ``directions`` times the block's share of the largest
-  one, 2 at least. Downlink: a seed; of each round that the client missed, and each block, n_l
-  numbers and a seed, or its weights where they are less.
-- Aggregation: exact and linear in what is sent. A client's own weights are not what it sends: where
-  it stands is known up to the shadow alone.
-- Server and each client that was away: n_l d_l draws a block and missed round.
+- Uplink: sum_l n_l numbers per client. n_l is ``directions`` times the size of block l relative to
+  the largest block, and at least 2.
+- Downlink: a seed, and for each round that the client missed, per block, n_l numbers and a seed, or
+  the block's weights if they are smaller.
+- Aggregation: exact and linear in what clients send. The server knows a client's own weights only
+  up to the projection.
+- Server, and each client that missed rounds: n_l d_l draws per block and missed round.
 - Client: its local training, and as many draws.
 - Source: Shu et al., *Ferret: federated full-parameter tuning at scale for large language models*,
   ICML 2025, arXiv 2409.06277, and its code.
-- Departures: z has E[z z^T] = I, by which gamma is unbiased as in the paper; the code's v, within
-  +-1/sqrt(d), has E[v v^T] = I / (3 d), so that it recovers server_lr / 3 of a change: its 10 is
-  10/3 here. Directions are new in each round, and a block has its own; the code draws all of them
-  from one fixed set, a subspace that is never left, whose indices it does not count. Its clip of
-  each step at 10, which is not linear, and its momentum of gamma are left out. Blocks are the
-  code's: consecutive weights up to nine tenths of the median size.
+- Departures: E[z z^T] = I here, so that gamma is unbiased as in the paper. The code draws v within
+  +-1/sqrt(d), for which E[v v^T] = I / (3 d), so that it recovers server_lr / 3 of an update: its
+  server_lr of 10 is 10/3 here. Each block has new directions in each round. The code draws the
+  directions of all rounds from one fixed set, and so never leaves one subspace; it does not count
+  the bytes of their indices. The code's clipping of steps at 10, which is not linear, and its
+  momentum of gamma are left out. Blocks are the code's: consecutive weights up to nine tenths of
+  the median size.
 """
 
 from __future__ import annotations
@@ -44,10 +47,11 @@ from fedraclora.tree import Tree
 def blocks(
     shapes: Mapping[str, tuple[int, ...]], directions: int
 ) -> list[tuple[tuple[str, ...], int]]:
-    """Cut weights into blocks, and share directions among them, as Ferret's public code does.
+    """Cut weights into blocks, and assign directions to them, as Ferret's public code does.
 
-    A block takes consecutive weights until it has nine tenths of the median size of one or more;
-    the largest gets all directions, others as many as their share of its size, two at least.
+    A block takes consecutive weights until it has nine tenths of the median size of one or more.
+    The largest block gets all directions; the others get a number relative to their size, at
+    least two.
 
     Returns:
         Names and the number of directions of each block.
@@ -67,12 +71,12 @@ def blocks(
 
 @dataclass(frozen=True)
 class ProjectUpdate(AlongDirections, group="method"):
-    """Clients train whole weights, and send their change D along directions, block by block.
+    """Let clients train whole weights, and send their update D projected on directions, by block.
 
         gamma_j = <D, z_j> / n for the n directions of a block: sum_j gamma_j z_j is unbiased for D
 
     Attributes:
-        directions: Of the largest block.
+        directions: The number of directions of the largest block.
     """
 
     name = "projected_update"
@@ -109,7 +113,7 @@ class Ferret(Limited, Walking, group="method"):
         return Traits(exact=True, linear=True, merges=True, varies=True, step=self.server_lr)
 
     def blocks(self, plan: Plan) -> list[tuple[tuple[str, ...], int]]:
-        """Return names and number of directions of each block."""
+        """Return the names of the weights and the number of directions of each block."""
         return blocks({n: plan.shapes[n] for n in (*plan.weights, *plan.dense)}, self.directions)
 
     @override

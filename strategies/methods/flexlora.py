@@ -1,19 +1,19 @@
-"""FlexLoRA: the mean of the clients' products, cut to rank r and handed out again.
+"""FlexLoRA: the mean of the clients' products, truncated to rank r and sent to the clients.
 
     client k: trains (B_k, A_k) from the first r_k components of (B, A)
     sum_k p_k B_k A_k = U S V^T;   B <- U_r S_r^(1/2),  A <- S_r^(1/2) V_r^T
     effective weight W + s B A
 
-- Uplink: r (m + n) numbers per matrix and client; r_k (m + n) under rank budgets. Downlink, after
-  the first round: r (m + n), also under budgets: a client is sent its components and zeros.
-- Aggregation: **not exact** by the cut to rank r; its error is reported each round as
-  ``aggregation_error``. It needs each client's own factors.
+- Uplink: r (m + n) numbers per matrix and client; r_k (m + n) with rank budgets.
+- Downlink: r (m + n) numbers after the first round, also with rank budgets, where the components
+  that a client does not train are zero.
+- Aggregation: **not exact**, because of the truncation to rank r. The ledger has the error of each
+  round (``aggregation_error``). The server needs each client's own factors.
 - Server: two QRs and a small SVD of the stacked factors, O((m + n) (K r)^2 + (K r)^3).
 - Source: Bai et al., *Federated fine-tuning of large language models under heterogeneous tasks and
   client resources*, NeurIPS 2024, arXiv 2402.11505.
-- Departures: the scale is alpha / r for all, where the paper's is alpha / r_k; S is shared between
-  the factors by its root, where the public code puts it into B (the product is the same, local
-  steps are not).
+- Departures: the scale is alpha / r for all clients; the paper's is alpha / r_k. Each factor gets
+  the root of S; the public code puts S into B. The product is the same, local steps are not.
 """
 
 from __future__ import annotations

@@ -1,17 +1,18 @@
-"""FLoRA, by stacking: both factors trained anew in every round, their products merged exactly.
+"""FLoRA (stacking): both factors start new in each round; their products are merged exactly.
 
     client k: B_k = 0, A_k = A_0 (drawn for the round), trains both
     W <- W + s [p_1 B_1, .., p_K B_K] [A_1; ..; A_K] = W + s sum_k p_k B_k A_k
 
-- Uplink: r (m + n) numbers per matrix and client; r_k (m + n) under rank budgets. Downlink: a seed,
-  and what the client missed: (sum_k r_k) (m + n) numbers per link, at most m n.
-- Aggregation: exact, also under rank budgets, since the scale s is common. It needs each client's
-  own factors.
-- Server: K products are put side by side; the merge costs 2 m n K r operations.
+- Uplink: r (m + n) numbers per matrix and client; r_k (m + n) with rank budgets.
+- Downlink: a seed, and the updates that the client missed: (sum_k r_k) (m + n) numbers per round,
+  at most m n.
+- Aggregation: exact, also with rank budgets, because all clients have the same scale s. The server
+  needs each client's own factors.
+- Server: it stacks the K products; the merge costs 2 m n K r operations.
 - Source: Wang et al., *FLoRA: federated fine-tuning large language models with heterogeneous
   low-rank adaptations*, NeurIPS 2024, arXiv 2409.05976. Not the FLORA of arXiv 2402.03293.
-- Departures: the clients of a round start from one drawing, by its seed, where the public code
-  gives each its own; the scale is alpha / r for all, where the paper's is alpha / r_k.
+- Departures: the clients of a round start from one drawing, sent as a seed; in the public code each
+  has its own. The scale is alpha / r for all clients; the paper's is alpha / r_k.
 """
 
 from __future__ import annotations

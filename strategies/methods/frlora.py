@@ -1,22 +1,22 @@
-"""FRLoRA: both factors start from the principal part of the initial weights in every round.
+"""FRLoRA: in every round both factors start from the principal part of the initial weights.
 
     once:     W = U S V^T;  B_0 = U_r (S_r / s)^(1/2),  A_0 = (S_r / s)^(1/2) V_r^T
               W <- W - s B_0 A_0
     client k: trains (B_k, A_k) from (B_0, A_0);  effective weight W + s B A
     B_bar = sum_k p_k B_k;  A_bar = sum_k p_k A_k;  W <- W + s (B_bar A_bar - B_0 A_0)
 
-- Uplink: r (m + n) numbers per matrix and client. Downlink: the same, also in the first round, and
-  what the client missed: 2 r (m + n) numbers per link, at most m n. A client that keeps B_0 and
-  A_0 would need half of that. Nobody is charged for W - s B_0 A_0: a client forms it from what the
-  first round sends.
-- Aggregation: **not exact**: factors are averaged apart, as in FedAvg-LoRA; what is missed is
-  reported each round as ``aggregation_error``.
-- Refused: ``compression.downlink`` in fewer bits, which would round the part of W that B_0 and A_0
+- Uplink: r (m + n) numbers per matrix and client.
+- Downlink: r (m + n) numbers, also in the first round, and the updates that the client missed:
+  2 r (m + n) numbers per round, at most m n. (A client that stored B_0 and A_0 would need half of
+  that.) W - s B_0 A_0 is not sent: clients compute it from the factors of the first round.
+- Aggregation: **not exact**, because factors are averaged separately, as in FedAvg-LoRA. The ledger
+  has the error of each round (``aggregation_error``).
+- Refused: ``compression.downlink`` below 32 bits, which would round the part of W that B_0 and A_0
   hold.
 - Server: two means and a merge of 4 m n r operations; an SVD of each matrix before the first round.
 - Source: Yan et al., *Federated residual low-rank adaptation of large language models*, ICLR 2025,
   OpenReview e0rQRMUhs7 (no arXiv number was found).
-- Departures: the run's aggregation weights, where the public code takes uniform ones.
+- Departures: the run's aggregation weights; the public code has uniform ones.
 """
 
 from __future__ import annotations

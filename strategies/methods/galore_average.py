@@ -1,39 +1,39 @@
-"""GaLore at the clients, full weights averaged: moments live in a subspace of the gradients.
+"""GaLore at the clients, full weights averaged: moments are kept in a subspace of the gradients.
 
     client k: every ``gap`` local steps P_k = the r leading singular vectors of its gradient G, on
     the smaller side;  R = P_k^T G (m <= n), or G P_k (m > n);  D = the optimizer's step for R
     W_k <- W_k + scale P_k D,  or W_k + scale D P_k^T;   W <- sum_k p_k W_k
 
-- Uplink: m n numbers per matrix. Downlink: what the client missed, at most m n.
-- Aggregation: exact and linear: it is FedAvg's.
-- Client: moments of r max(m, n) numbers per matrix each, where FedAvg's have m n, and r min(m, n)
-  of P_k. They begin anew in each round, with the count of steps and P_k, unless
-  ``local.optimizer_state`` is ``merge`` or ``run`` (alike, since nothing is merged): then a client
-  that returns goes on with its own, and ``gap`` counts its steps over all rounds. Plain SGD has no
-  moments: P_k is taken anew in each round.
+- Uplink: m n numbers per matrix.
+- Downlink: the updates that the client missed, at most m n numbers per matrix.
+- Aggregation: exact and linear, as FedAvg's.
+- Client: each moment has r max(m, n) numbers per matrix (m n in FedAvg), and P_k has r min(m, n).
+  Moments, step count and P_k start anew in each round, unless ``local.optimizer_state`` is
+  ``merge`` or ``run`` (which are the same here, since this method never merges). Then a client that
+  is sampled again continues with its own, and ``gap`` counts its steps over all rounds. Plain SGD
+  has no moments, so P_k is computed anew in each round.
 - Server: one mean, K m n operations.
 - Source: Mahla, Jadhav and Ramakrishnan, *Why gradient subspace? Identifying and mitigating LoRA's
   bottlenecks in federated fine-tuning of large language models*, arXiv 2410.23111; GaLore: Zhao et
   al., ICML 2024, arXiv 2403.03507.
-- Departures: from GaLore's code (``galore_torch``: projector ``std``, AdamW). There Adam's eps is
-  added before the correction of the second moment, and decay comes after the step; here both are as
-  in ``torch.optim``. A square matrix is projected from the right there; here from the left, as in
-  the paper's algorithm. It has no SGD. Directions that the gradient has not are left out, and P's
-  signs are fixed. ``scale`` is 1, where GaLore pretrains with 0.25.
-- Unverified: the abstract and summaries of the federated paper were read: its interval, its rank
-  and whether its clients' moments outlive a round.
+- Departures: from GaLore's code (``galore_torch``: projector ``std``, AdamW). The code adds Adam's
+  eps before it corrects the second moment, and decays weights after the step; here both are as in
+  ``torch.optim``. The code projects a square matrix from the right; here from the left, as in the
+  paper's algorithm. The code has no SGD. Here directions without gradient are left out, and P's
+  signs are fixed. ``scale`` is 1; GaLore pretrains with 0.25.
+- Unverified: we have read only the abstract and summaries of the federated paper. We do not know
+  its interval, its rank, and whether its clients keep moments over rounds.
 
-Moments have r rows (columns) in the place of the m (n) of the smaller side. What is trained and not
-projected (heads, biases) takes plain steps of the same optimizer. P belongs to the moments: it
-lives as long as they do, and the steps of a gap are counted where Adam counts its own. When P is
-taken anew the moments stay as they are, in coordinates that then mean other directions, as in the
-authors' code.
+Moments have r rows (columns) instead of the m (n) of the smaller side. Tensors that are trained but
+not projected (heads, biases) take plain steps of the same optimizer. P is stored with the moments,
+and the steps of a gap are counted with Adam's step count. When P is computed anew the moments keep
+their values, although their coordinates then mean other directions; the authors' code does so, too.
 
-- SGD's L2 term is a part of the gradient, and projected with it; AdamW's decay acts on the weight.
-- Columns of P have the sign with which their largest entry is positive: where moments outlive a P,
-  the sign matters, and an SVD leaves it open.
-- Columns for singular values that are zero but for rounding are zero: which directions they would
-  name is the library's choice. Nothing is trained along them until the next P.
+- SGD's L2 term is part of the gradient and is projected with it; AdamW's decay acts on the weight.
+- Columns of P have the sign with which their largest entry is positive. An SVD leaves signs open,
+  and they matter where moments outlive a P.
+- Columns of P are zero where the singular value is zero up to rounding, since their directions are
+  the library's choice. Nothing is trained along them until the next P.
 """
 
 from __future__ import annotations
@@ -59,12 +59,12 @@ from fedraclora.wire.fields import whole
 
 @dataclass(frozen=True)
 class Projection:
-    """How the gradients of one weight are projected.
+    """Hold how the gradients of one weight are projected.
 
     Attributes:
         m, n: Outputs and inputs of the weight as a matrix.
         rank: r, at most the smaller of them.
-        turned: Whether it is stored (in, out).
+        turned: Whether the weight is stored (in, out).
     """
 
     m: int
@@ -74,7 +74,7 @@ class Projection:
 
     @property
     def left(self) -> bool:
-        """Return whether P stands on the left: on the smaller side."""
+        """Return whether P multiplies from the left, the smaller side."""
         return self.m <= self.n
 
     @property
@@ -88,17 +88,17 @@ class Projection:
         return (self.rank, self.n) if self.left else (self.m, self.rank)
 
     def take(self, P: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
-        """Project gradients [K, ...] as they are stored on P [K, *basis]; gives [K, *coordinates].
+        """Project gradients [K, ...] on P [K, *basis]; gives [K, *coordinates].
 
-        Written so that no copy of a gradient is made.
+        Gradients have their stored shape. It makes no copy of a gradient.
         """
         G = as_matrices(gradient, turned=self.turned)
         return P.mT @ G if self.left else G @ P
 
     def add(self, value: torch.Tensor, P: torch.Tensor, D: torch.Tensor, scale: float) -> None:
-        """Add ``scale P D`` (or ``scale D P^T``) to weights [K, ...] as they are stored, in place.
+        """Add ``scale P D`` (or ``scale D P^T``) to weights [K, ...], in place.
 
-        Written so that no second matrix of their size is made.
+        Weights have their stored shape. It makes no second matrix of their size.
         """
         left, right = (P, D) if self.left else (D, P.mT)
         if self.turned:
@@ -122,16 +122,16 @@ def leading_vectors(G: torch.Tensor, projection: Projection) -> torch.Tensor:
 
 
 class GaLore(CohortOptimizer):
-    """SGD or AdamW on tensors [K, ...], some of whose gradients are projected.
+    """Take steps of SGD or AdamW on tensors [K, ...], with projected gradients for some of them.
 
     Args:
         config: Local settings.
-        values: The tensors that are trained, [K, ...]; updated in place by `step`.
+        values: The trained tensors, [K, ...]; updated in place by `step`.
         rates: Step size of each.
-        stored: Moments to begin with and their projections, by the names of
-            `fedraclora.training.moments`; none: at zero.
-        program: Says when and how gradients are projected.
-        projections: Of the weights whose gradients are, by name.
+        stored: Moments and projections to start with, by the names of
+            `fedraclora.training.moments`; without them moments start at zero.
+        program: Its `gap` and `scale`.
+        projections: Of the weights whose gradients are projected, by name.
     """
 
     def __init__(
@@ -177,10 +177,10 @@ class GaLore(CohortOptimizer):
         projection.add(value, P, D, self.scale)
 
     def _basis(self, name: str, gradient: torch.Tensor) -> torch.Tensor:
-        """Return P of the clients that still train, [active, *basis], taken anew where it is due.
+        """Return P of the clients that still train, [active, *basis], computed anew where due.
 
-        One client after another: an SVD then takes its room once, and has the same bits in a chunk
-        of any size.
+        It treats one client after another: an SVD then needs its memory once, and has the same bits
+        in a chunk of any size.
         """
         active, projection = len(gradient), self.projections[name]
         if name not in self.bases:
@@ -194,11 +194,11 @@ class GaLore(CohortOptimizer):
 
 @dataclass(frozen=True)
 class ProjectGradients(ClientProgram, group="method"):
-    """The optimizer of whole weights sees their projected gradients alone.
+    """Give the optimizer of whole weights projected gradients only.
 
     Attributes:
-        gap: Local steps that a projection serves.
-        scale: Of what is projected back.
+        gap: Local steps for which a projection is used.
+        scale: Factor of the step that is projected back.
         ranks: r of each weight whose gradients are projected.
         turned: Those of them that are stored (in, out).
     """
@@ -268,7 +268,7 @@ class GaloreAverage(Limited, FedAvg, group="method"):
         return State(base, plan, notes=notes)
 
     def layer_rank(self, plan: Plan, name: str) -> Rank:
-        """Compute the rank of one layer, and a note where it is not the one that was asked for."""
+        """Compute the rank of one layer, and a note if it differs from the configured one."""
         return resolve_rank(self.rank, min(plan.targets[name].shape), name, cap=True)
 
     @override

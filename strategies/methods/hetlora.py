@@ -4,19 +4,21 @@
     w_k = p_k ||B_k A_k||_F / sum_j p_j ||B_j A_j||_F
     B <- sum_k w_k B_k;  A <- sum_k w_k A_k, padded;   effective weight W + s B A
 
-- Uplink: r (m + n) numbers per matrix and client; r_k (m + n) under rank budgets. Downlink, after
-  the first round: r (m + n), also under budgets: a client is sent its components and zeros.
-- Aggregation: **not exact**: factors are averaged apart, and weighted by their norms; the error is
-  reported each round as ``aggregation_error``. It needs each client's own factors.
+- Uplink: r (m + n) numbers per matrix and client; r_k (m + n) with rank budgets.
+- Downlink: r (m + n) numbers after the first round, also with rank budgets, where the components
+  that a client does not train are zero.
+- Aggregation: **not exact**, because factors are averaged separately and weighted by their norms.
+  The ledger has the error of each round (``aggregation_error``). The server needs each client's
+  own factors.
 - Server: a mean of K factors and K norms, O(K (m + n) r^2).
 - Source: Cho et al., *Heterogeneous LoRA for federated fine-tuning of on-device foundation models*,
   EMNLP 2024, arXiv 2401.06432.
-- Departures: ranks are the budgets of the clients' devices and stay as they are: the penalty on
+- Departures: ranks are the budgets of the clients' devices and do not change: the penalty on
   trailing components and the pruning of ranks are left out. The scale is alpha / r for all. The
-  norms multiply the run's aggregation weights; with ``aggregation_weights=uniform`` they are the
-  paper's alone. Clients that send nothing but zeros are averaged by p_k. Components that no client
-  of a round has stay as they were: the mean of nothing but padding would be zero, in both factors
-  and so for good.
+  norms multiply the run's aggregation weights; the paper's weights are those of
+  ``aggregation_weights=uniform``. If all clients of a round send zeros, they are averaged by p_k.
+  Components that no client of a round trains stay as they were: a mean of padding would set both
+  factors to zero, from which they could never be trained again.
 - Unverified: how the paper scales adapters of several ranks.
 """
 

@@ -1,4 +1,4 @@
-"""LoRA-FAIR: FedAvg-LoRA with a correction of B that is fitted on the server.
+"""LoRA-FAIR: FedAvg-LoRA with a correction of B that the server fits.
 
     client k: trains (B_k, A_k) from (B, A)
     B_bar = sum_k p_k B_k;   A <- sum_k p_k A_k;   R = sum_k p_k B_k A_k - B_bar A
@@ -6,13 +6,14 @@
     effective weight W + s B A
 
 - Uplink: r (m + n) numbers per matrix and client. Downlink: the same after the first round.
-- Aggregation: **not exact**: what lies outside the row space of A is missed, and reported each
-  round as ``aggregation_error``. It needs each client's own factors.
+- Aggregation: **not exact**: the correction cannot reach what lies outside the row space of A. The
+  ledger has the error of each round (``aggregation_error``). The server needs each client's own
+  factors.
 - Server: products of the stacked factors with A^T, O((m + n) K r^2), and an r x r solve.
 - Source: Bian et al., *LoRA-FAIR: federated LoRA fine-tuning with aggregation and initialization
   refinement*, ICCV 2025, arXiv 2411.14961.
-- Departures: the paper measures the fit by a cosine similarity and descends on it with SGD on the
-  server; a cosine does not see magnitude, and the squared distance here has a closed form.
+- Departures: the paper maximizes a cosine similarity with SGD on the server. A cosine ignores
+  magnitude; the squared distance here does not, and has a closed form.
 - Unverified: the paper's own weight of the penalty (0.01 by a secondary source).
 """
 

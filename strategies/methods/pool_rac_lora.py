@@ -1,4 +1,4 @@
-"""Fed-RAC-LoRA on a pool of K sketches that recur: links under one sketch add up.
+"""Fed-RAC-LoRA on a pool of K sketches that recur: updates under the same sketch add up.
 
 Round t, right sketch, per adapted matrix W (m x n) with s = alpha / r:
 
@@ -6,27 +6,30 @@ Round t, right sketch, per adapted matrix W (m x n) with s = alpha / r:
     j = (t - 1) mod K;  client k: trains B_k from 0 under W_t + s B_k A_j
     B^(j) <- B^(j) + sum_k p_k B_k
 
-``refresh = E`` folds the pool into W after E rounds, an era, and draws K new sketches; None never
-does: W_0 stays as it is, and the run is one adapter of rank K r. Under ``blocks=cover`` sketches
-are blocks of one basis. Where K r = n they tile it: with E = K, ``fed_rac_lora blocks=cover``.
+``refresh = E`` merges the pool into W after E rounds (an era) and draws K new sketches. None never
+does: W_0 stays as it is, and the run is one adapter of rank K r. Under ``blocks=cover`` the
+sketches are row blocks of one orthonormal basis. If K r = n they are a whole basis; with E = K the
+run is then that of ``fed_rac_lora blocks=cover``.
 
-- Uplink: r m numbers per matrix and client (left: r n). Downlink: a seed, and min(q, K) r m numbers
-  after q rounds away, K r m for a newcomer; K r m more for each refresh in between, at most m n for
-  all of them. Within a link of several rounds r m numbers more, the carried factor.
+- Uplink: r m numbers per matrix and client (left: r n).
+- Downlink: a seed, and min(q, K) r m numbers after q missed rounds, K r m for a new client. K r m
+  numbers more for each refresh in between; at most m n for all of them. If ``merge_every`` is above
+  1, r m numbers more for the current trained factor.
 - Aggregation: exact and linear, as in Fed-RAC-LoRA, whose rounds these are.
 - Server and replicas: K r m numbers per matrix beside W.
-- K r is at most n: the rank is cut at n / K. A fraction is a share of n / K, so that ``rank=full``
-  tiles every layer whose n is a multiple of K.
+- K r is at most n: the rank is limited to n / K. A fraction is a fraction of n / K, so that
+  ``rank=full`` gives a whole basis in every layer whose n is a multiple of K.
 - Source: Malinovsky et al., *Randomized Asymmetric Chain of LoRA*, 2024, arXiv 2410.08305, for the
   rounds. The pool is ours; what it can reach is in ``docs/records/theory.md``.
 - Departures: those of Fed-RAC-LoRA.
 
-Pools stand beside a weight, and never in it. Server and replicas keep each trained part B^(j) among
-their base weights, under a name of its own. A link of a pool is the new value of one part: what all
-links under that sketch add up to, rounded once at the server. So every replica has the same bits,
-however many links it has missed, and fetches each part once (`fedraclora.weights.chain.LinkSizes`).
-A part of which nothing is trained yet has no numbers. `Pool.term` alone says how parts add up; it
-is what clients train beside, what the server measures, and what is folded into W where a pool ends.
+A pool is stored beside its weight and is not added to it. Server and replicas keep each trained
+part B^(j) among their base weights, under its own name. A merge sends the new value of one part:
+the sum of all updates under that sketch, rounded once at the server. Therefore every replica has
+the same bits, however many rounds it missed, and downloads each part once
+(`fedraclora.weights.chain.LinkSizes`). A part that has not been trained yet has no numbers.
+`Pool.term` alone defines how parts add up. Clients train beside its result, the server evaluates
+with it, and it is merged into W at the end of an era.
 """
 
 from __future__ import annotations
@@ -68,7 +71,7 @@ def part_name(weight: str, label: str, place: int) -> str:
 
 @dataclass(frozen=True)
 class Pool:
-    """What of a pool stands beside one weight.
+    """Hold the parts of a pool that are stored beside one weight.
 
     Attributes:
         first: The first frozen factor; the others have the numbers after its own.
@@ -82,20 +85,20 @@ class Pool:
 
     @classmethod
     def around(cls, sketch: SketchSpec, place: int, size: int, scale: float) -> Pool:
-        """Build the pool of ``size`` sketches in which one has the given place."""
+        """Build the pool of ``size`` sketches in which one sketch has the given place."""
         return cls(replace(sketch, index=sketch.index - place), size, scale)
 
     @property
     def frozen(self) -> Factor:
-        """The frozen factors as one."""
+        """Return all frozen factors as one."""
         return Factor(sketch=self.first, count=self.count)
 
     def begun(self, links: int) -> Pool:
-        """Keep the parts that have numbers after the first links of an era."""
+        """Keep the parts that have numbers after the first merges of an era."""
         return replace(self, count=min(links, self.count))
 
     def term(self, weight: str, base: Mapping[str, torch.Tensor]) -> Term:
-        """Join the parts into one product, of rank K r; the order is that of their numbers."""
+        """Join the parts into one product of rank K r, in the order of their numbers."""
         right, frozen = self.first.side == "right", self.frozen
         label, dim = ("B", 1) if right else ("A", 0)
         parts = [base[part_name(weight, label, j)] for j in range(self.count)]
@@ -104,7 +107,7 @@ class Pool:
 
 
 def added(part: torch.Tensor, more: torch.Tensor) -> torch.Tensor:
-    """Add up what is trained under one sketch, rounded once; a part without numbers is zero."""
+    """Add an update to the part of its sketch, rounded once; a part without numbers is zero."""
     if not part.numel():
         return more
     return (part.to("cpu", torch.float64) + more.to("cpu", torch.float64)).to(more.dtype)
@@ -112,11 +115,11 @@ def added(part: torch.Tensor, more: torch.Tensor) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class InPool(ClientProgram, group="method"):
-    """Clients train beside what stands in the pool of each weight.
+    """Let clients train beside the pool of each weight.
 
     Attributes:
-        pools: By weight, what stands beside it at every replica, adapted in this round or not.
-        turn: The place of the sketch whose turn it is, of how many, and in which era.
+        pools: By weight, the pool that every replica stores, also of weights not adapted now.
+        turn: The place of the current sketch, the number of sketches, and the era.
     """
 
     name = "pool"
@@ -191,7 +194,7 @@ class PoolRacLora(FedRacLora):
         return era * self.pool + turn % self.pool
 
     def turn(self, link: int) -> tuple[int, int]:
-        """Compute the era that a link belongs to, and how many links of the era came before it."""
+        """Compute the era of a merge, and how many merges of that era came before it."""
         return (0, link) if self.refresh is None else divmod(link, self.refresh // self.link_rounds)
 
     @override
@@ -200,7 +203,7 @@ class PoolRacLora(FedRacLora):
         return replace(state, base=state.base | self.blank(state))
 
     def blank(self, state: State) -> Tree:
-        """Build the parts of all pools as they begin: without numbers."""
+        """Build the parts of all pools without numbers, as a run starts."""
         return {
             part_name(layer.name, trained, j): state.base[layer.name].new_zeros(
                 layer.trained(trained, rank=0).shape, dtype=layer.dtype
@@ -220,7 +223,7 @@ class PoolRacLora(FedRacLora):
         return replace(sent, program=InPool(self.pools(state, draw), turn))
 
     def pools(self, state: State, draw: Draw) -> dict[str, Pool]:
-        """Say what stands beside each weight; nothing does where an era begins."""
+        """Build the pool beside each weight; it is empty at the start of an era."""
         found: dict[str, Pool] = {}
         turn = self.turn(state.counters.sketch)[1]
         for layer in self.layers_of(state) if turn else ():
@@ -232,7 +235,7 @@ class PoolRacLora(FedRacLora):
 
     @override
     def merge(self, state: State, terms: dict[str, Term], dense: Tree) -> Link:
-        """Add each product to its part; where an era ends, fold pools into W and empty them."""
+        """Add each product to its part; at the end of an era, merge pools into W and empty them."""
         link, parts, pools = state.counters.sketch, Tree(), dict[str, Pool]()
         place = self.turn(link)[1] % self.pool
         for name, term in terms.items():

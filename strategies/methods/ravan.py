@@ -4,19 +4,20 @@
     client k: trains all cores H_ik (r x r) from H_i;   H_i <- sum_k p_k H_ik
     effective weight W + s sum_i B_i H_i A_i, with H_i = 0 at the start
 
-The heads are the diagonal blocks of one core of h r rows: the rank is h r for h r^2 parameters.
-The directions of all heads are orthogonal under drawings with orthonormal rows, the default.
+The cores of all heads are stored as the diagonal blocks of one matrix of h r rows: the rank is h r
+with h r^2 parameters. By default drawings have orthonormal rows, so that the directions of all
+heads are orthogonal.
 
-- Uplink: (h r)^2 numbers per matrix and client, the zeros beside the blocks included, where h r^2
-  would do. Downlink: two seeds, and (h r)^2 numbers after the first round.
-- Aggregation: exact and linear: the factors about the cores are the same everywhere.
+- Uplink: (h r)^2 numbers per matrix and client, with the zeros beside the blocks (h r^2 would do).
+- Downlink: two seeds in the first round, then (h r)^2 numbers.
+- Aggregation: exact and linear, because all clients have the same frozen factors.
 - Server: one mean, K (h r)^2 operations.
 - Source: Raje et al., *Ravan: multi-head low-rank adaptation for federated fine-tuning*, NeurIPS
   2025, arXiv 2506.05568.
-- Departures: the trained scalar of each head is left out: clients upload its product with H_i, and
-  only the local steps differ. All clients train all heads.
-- Unverified: only the abstract and summaries were read: how the factors begin, what the cores start
-  from, the scale, and which heads a small client trains.
+- Departures: the trained scalar of each head is left out. Clients send its product with H_i in the
+  paper, so only the local steps differ. All clients train all heads.
+- Unverified: we have read only the abstract and summaries. We do not know how the paper initializes
+  factors and cores, its scale, and which heads a small client trains.
 """
 
 from __future__ import annotations
@@ -36,10 +37,10 @@ from fedraclora.tree import Tree
 
 @dataclass(frozen=True)
 class BlockDiagonal(ClientProgram, group="method"):
-    """Clients train the diagonal blocks of the middle factor R alone; what is beside them stays.
+    """Let clients train only the diagonal blocks of the middle factor R.
 
     Attributes:
-        blocks: How many; it divides the rows of R.
+        blocks: The number of blocks; it divides the rows of R.
     """
 
     name = "block_diagonal"
@@ -48,7 +49,7 @@ class BlockDiagonal(ClientProgram, group="method"):
     blocks: Count
 
     def cut(self, gradient: torch.Tensor) -> torch.Tensor:
-        """Set what is beside the blocks of a gradient [K, r, r] to zero."""
+        """Set the entries of a gradient [K, r, r] outside the blocks to zero."""
         block = column_parts(gradient, self.blocks)
         return gradient.masked_fill(block[:, None] != block, 0)
 

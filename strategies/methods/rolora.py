@@ -1,19 +1,19 @@
-"""RoLoRA: B and A trained in turn, each under the mean of the other.
+"""RoLoRA: B and A are trained in alternate rounds, each under the mean of the other.
 
     odd rounds:  client k: trains B_k from B under A;   B <- sum_k p_k B_k
     even rounds: client k: trains A_k from A under B;   A <- sum_k p_k A_k
     effective weight W + s B A, with B = 0 and A drawn at the start
 
-- Uplink: r m numbers per matrix and client in odd rounds, r n in even ones. Downlink: a seed in the
-  first round, r m numbers in the second, then r (m + n): the factor that is trained and the one
-  that is not. A client that was there the round before would need the new factor alone.
-- Aggregation: exact and linear, since the factor that is not averaged is the same everywhere.
+- Uplink: r m numbers per matrix and client in odd rounds, r n in even ones.
+- Downlink: a seed in the first round, r m numbers in the second, then r (m + n), both factors. (A
+  client that took part in the round before would need the new factor alone.)
+- Aggregation: exact and linear, because all clients have the same frozen factor.
 - Rank budgets: client k trains the first r_k components; the others stay as they are.
 - Server: one mean, K r m or K r n operations.
 - Source: Chen et al., *Robust federated finetuning of LLMs via alternating optimization of LoRA*,
   NeurIPS 2025, arXiv 2502.01755 (earlier 2409.02346). Not the RoLoRA of quantization.
 - Departures: none known.
-- Unverified: the official code was not read: how A is drawn, and the scale.
+- Unverified: we have not read the official code. We do not know how it draws A, and its scale.
 """
 
 from __future__ import annotations

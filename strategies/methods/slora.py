@@ -1,21 +1,22 @@
-"""SLoRA: a few rounds of sparse full weights, whose change then begins the factors of FedAvg-LoRA.
+"""SLoRA: a few rounds train sparse full weights; their update initializes FedAvg-LoRA's factors.
 
     rounds 1..R: client k: trains the entries of W that a shared mask of density d keeps
                  W <- sum_k p_k W_k
     after R:     (W - W_0) / s = U S V^T;  B = U_r S_r^(1/2),  A = S_r^(1/2) V_r^T;  W <- W - s B A
     then:        FedAvg-LoRA from (B, A);  effective weight W + s B A
 
-- Uplink: m n numbers per matrix and client in the first stage, the zeros beside the mask included,
-  where d m n would do; then r (m + n). Downlink: what the client missed, and r (m + n) in the
-  second stage.
-- Aggregation: **not exact** in the second stage, as FedAvg-LoRA; the first stage and the change to
-  the second are exact. The error of a round is reported as ``aggregation_error``.
-- Server: one mean; once, an SVD of each m x n change.
+- Uplink: in the first stage m n numbers per matrix and client, with the zeros outside the mask
+  (d m n would do); then r (m + n).
+- Downlink: the updates that the client missed, and r (m + n) numbers in the second stage.
+- Aggregation: **not exact** in the second stage, as FedAvg-LoRA. The first stage and the step from
+  the first to the second are exact. The ledger has the error of each round (``aggregation_error``).
+- Server: one mean; once, an SVD of each m x n update.
 - Source: Babakniya et al., *SLoRA: federated parameter efficient fine-tuning of language models*,
   2023, arXiv 2308.06522.
-- Departures: what the rank cuts off the change stays in W, where the paper drops it; S is shared
-  between the factors by its root.
-- Unverified: how the paper draws its mask: here every entry is kept with probability d, for good.
+- Departures: the part of the update beyond rank r stays in W; the paper drops it. Each factor gets
+  the root of S.
+- Unverified: how the paper draws its mask. Here every entry is kept with probability d, for the
+  whole first stage.
 """
 
 from __future__ import annotations
@@ -47,12 +48,12 @@ from fedraclora.tree import Tree
 
 @dataclass(frozen=True)
 class SparseMask(ClientProgram, group="method"):
-    """Clients train a random share of the entries of full weights; one mask for all, for good.
+    """Let clients train a random part of the entries of full weights, the same for all clients.
 
     Attributes:
-        density: The chance of an entry to be trained.
-        seeds: Of the mask of each weight that has one.
-        turned: Those of them that are stored (in, out), whose mask is turned, too.
+        density: The probability with which an entry is trained.
+        seeds: Seeds of the masks, by weight.
+        turned: The weights that are stored (in, out), whose masks are transposed, too.
     """
 
     name = "sparse"

@@ -1,34 +1,35 @@
-"""Subspace RAC-LoRA: Fed-RAC-LoRA whose frozen factor is taken from the links before it.
+"""Subspace RAC-LoRA: Fed-RAC-LoRA whose frozen factor is computed from earlier merges.
 
-Link j = 0, 1, ... lasts for ``merge_every`` rounds; even links are right, odd ones left. Per
+Merge j = 0, 1, ... ends ``merge_every`` rounds; even merges have right sketches, odd ones left. Per
 adapted matrix W (m x n), s = alpha / r, with k kept and f = r - k fresh rows, f = ceil(fresh r):
 
-    right: A = [c K; F], K the k leading right singular vectors of the last link's change of W,
+    right: A = [c K; F], K the k leading right singular vectors of the last merged update of W,
            F the rows of a drawing made orthonormal to K and to one another
            client i: trains B_i from B;  B = sum_i p_i B_i;  last round: W <- W + s B A
     left:  B = [c K, F] likewise, K of left singular vectors; clients train A
 
-Each link turns the basis by the gradient once: subspace iteration with a warm start, along the
-chain. The first link is drawn, or has its K from the gradient (`strategies.shared.initials`).
-With ``pairs`` all other even links are drawn: each pair is one randomized range finder. With
-``fresh = 1`` these are Fed-RAC-LoRA's links, of sides by turns.
+Each merge multiplies the basis by the gradient once: this is subspace iteration with a warm start.
+The first frozen factor is drawn, or has its K from the gradient (`strategies.shared.initials`).
+With ``pairs`` every second right factor is drawn whole, so that each pair of merges is a randomized
+range finder. With ``fresh = 1`` the rounds are those of Fed-RAC-LoRA with alternating sides.
 
-- Uplink: r m numbers per matrix and client in right links, r n in left ones. Downlink: a seed, and
-  where rows are kept 2 r^2 coefficients, by which clients compute the frozen factor from what the
-  last link trained (`fedraclora.protocol.factor`), or it itself where that is less in float32, in
-  a link from the gradient and under ``basis=coordinate``. (Fewer bits round it, but never
-  coefficients, which may then be more.) Within a link the trained factor, too; and what the client
-  missed: per link what was trained and coefficients, at most m n and what was trained last.
-- Aggregation: exact and linear, since the factor that is not averaged is the same everywhere.
+- Uplink: r m numbers per matrix and client under right sketches, r n under left ones.
+- Downlink: a seed. If rows are kept, also 2 r^2 coefficients, from which clients compute the frozen
+  factor with the factor trained last (`fedraclora.protocol.factor`). The frozen factor itself is
+  sent if it is smaller in float32, if it comes from the gradient, and under ``basis=coordinate``.
+  (Compression rounds it but never coefficients, which may then be the larger ones.) Between merges
+  also the current trained factor. And the updates that the client missed: per merge the trained
+  factor and coefficients; at most m n and the factor trained last.
+- Aggregation: exact and linear, because all clients have the same frozen factor.
 - Rank budgets: client i trains the first r_i components, those of the strongest directions. Exact.
-- Ledger: ``energy_seen`` in the last round of a link with fresh rows: the estimated share of the
-  gradient's energy in its basis (`fedraclora.strategies.shared.energies`), under local SGD.
+- Ledger: ``energy_seen`` in the last round before a merge with fresh rows: the estimated share of
+  the gradient's energy in its basis (`fedraclora.strategies.shared.energies`), under local SGD.
 - Under SGD set ``local.clip=1``: gradients along kept rows are long (docs/records/better.md).
-- Server: one mean; per link and matrix an SVD, a QR, a least-squares fit to 2 r rows, a merge.
+- Server: one mean; per merge and matrix an SVD, a QR, a least-squares fit to 2 r rows, a merge.
 - Source: Malinovsky et al., 2024, arXiv 2410.08305 (the chain); Vogels et al., *PowerSGD*, NeurIPS
   2019, arXiv 1905.13727 (the iteration); Halko, Martinsson and Tropp, SIAM Review 53(2), 2011,
   doi 10.1137/090771806 (pairs); He et al., *GoLore*, arXiv 2410.11289 (why a share stays random).
-- Departures: a method of this project, put together from these; no paper has it.
+- Departures: this project built the method from these parts; no paper has it.
 """
 
 from __future__ import annotations
@@ -65,12 +66,12 @@ ENERGY = "energy_seen"  # a column of the ledger
 
 
 def sides(link: int) -> tuple[str, str]:
-    """Return the labels of the frozen and of the trained factor of a link: right, then left."""
+    """Return the labels of the frozen and of the trained factor of a merge: right, then left."""
     return ("A", "B") if link % 2 == 0 else ("B", "A")
 
 
 def trained_side(adapter: Adapter) -> str:
-    """Return the label of the trained factor of what was asked."""
+    """Return the label of the factor that these instructions train."""
     return next(label for label, asked in adapter.factors.items() if asked.trained)
 
 
@@ -152,7 +153,7 @@ class SubspaceRacLora(GradientFirst):
     def frozen(
         self, layer: Layer, label: str, drawing: SketchSpec, now: RoundContext
     ) -> FactorLike:
-        """Build a frozen factor: K from the gradient, coordinates or the last link, and F."""
+        """Build a frozen factor: K from the gradient, coordinates or the last merge, and F."""
         count = self.kept(layer.rank, layer.link)
         kept = count, self.length(layer.rank, drawing.dim)
         if (found := layer.carried.get(label)) is not None:
@@ -179,7 +180,7 @@ class SubspaceRacLora(GradientFirst):
 
     @property
     def keeps_rows(self) -> bool:
-        """Return whether some rows of a frozen factor may come from the last link."""
+        """Return whether a frozen factor can have rows from the last merge."""
         if isinstance(self.rank, int):
             return self.kept(self.rank, 1) > 0
         return self.fresh < 1  # of a share of each layer's width
@@ -198,7 +199,7 @@ class SubspaceRacLora(GradientFirst):
         return self.keeps_rows
 
     def kept(self, rank: int, link: int) -> int:
-        """Count the rows of a link that come from the one before it, k."""
+        """Count the rows of a frozen factor that come from the merge before, k."""
         whole = self.pairs and link % 2 == 0 if link else not self.probe_rounds
         return 0 if whole else rank - ceil(self.fresh * rank)
 
@@ -238,25 +239,25 @@ def numbers(rank: int, dim: int, basis: str) -> int:
 
 
 def energies(term: Term, trained: str, kept: int) -> torch.Tensor:
-    """Estimate the energy of a gradient G inside the basis of a link, and all of it.
+    """Estimate the energy of a gradient G inside the basis of a merge, and its whole energy.
 
-    A step of SGD moves the component beside the row c_i a_i by a multiple of c_i G a_i, so that
-    e_i = ||its component||^2 / c_i^2 stands for ||G a_i||^2, up to one factor. Fresh rows lie
-    uniformly in the complement of the kept ones, which has d - k dimensions:
+    A step of SGD moves the component beside the row c_i a_i by a multiple of c_i G a_i. Therefore
+    e_i = ||its component||^2 / c_i^2 estimates ||G a_i||^2, up to one factor. Fresh rows are
+    uniform in the complement of the kept ones, which has d - k dimensions:
 
         seen = sum_i e_i,    whole = sum_{i <= k} e_i + (d - k) / (r - k) sum_{i > k} e_i
 
-    Over the draw, whole is unbiased. Of several steps these are energies of the way that clients
-    went; steps whose size does not follow the gradient's (adaptive ones, preconditioned ones) say
-    nothing of it, and the ledger then has no such figure (`Method.gradient_figures`).
+    Over the draw, whole is unbiased. After several steps these are energies of the sum of the
+    clients' steps. Steps that are not proportional to the gradient (adaptive or preconditioned
+    ones) tell nothing of it; the ledger then has no such figure (`Method.gradient_figures`).
 
     Args:
-        term: Of the link: two factors and s.
-        trained: Label of the one that was trained.
+        term: Of the merge: two factors and s.
+        trained: Label of the trained factor.
         kept: k.
 
     Returns:
-        (seen, whole), divided by s^2; whole is infinite or no number where no row is fresh.
+        (seen, whole), divided by s^2; whole is infinite or NaN if no row is fresh.
     """
     B, A = matrices(term)
     rows, components = (A, B.mT) if trained == "B" else (B.mT, A)
@@ -268,10 +269,11 @@ def energies(term: Term, trained: str, kept: int) -> torch.Tensor:
 def report(
     terms: Mapping[str, Term], sent: RoundInstructions, kept: Mapping[str, int]
 ) -> dict[str, float]:
-    """Compute the figure for the ledger, ``energy_seen``, of the terms of a link that has ended.
+    """Compute the figure for the ledger, ``energy_seen``, of the terms of a merge.
 
-    There is none where a layer has no fresh rows, since nothing is known of what lies outside, and
-    under budgets below the rank: fresh components are the last, which few clients have trained.
+    It is left out if a layer has no fresh rows, since nothing is known outside the kept ones. It
+    is left out under budgets below the rank, too: fresh components come last, and few clients
+    train them.
     """
     energy = torch.zeros(2, dtype=torch.float64)
     for name, term in terms.items():

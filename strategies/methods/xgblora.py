@@ -1,24 +1,25 @@
-"""XGBLoRA: boosters of rank 1 on a few layers drawn at random, shrunk, merged, and begun anew.
+"""XGBLoRA: boosters of rank 1 on a few random layers, scaled down and merged in each round.
 
     round t: L_t, a random subset of the adapted layers;  A_0 drawn, B_0 = 0 for each of them
     client k: trains (B_k, A_k) from (B_0, A_0);  effective weight W + s B A
     W <- W + eta s B_bar A_bar for the layers of L_t;  B_bar = sum_k p_k B_k, A_bar likewise
 
-One round is one booster: it is trained on what the merged ones left. ``server_lr`` is the shrinkage
-eta of boosting: head and biases take that step too. With all layers and eta = 1 it is Fed-COLA.
+A round trains one booster on top of the merged ones. ``server_lr`` is the shrinkage eta of
+boosting; head and biases take that step, too. With all layers and eta = 1 it is Fed-COLA.
 
-- Uplink: r (m + n) numbers per matrix and client, of L_t. Downlink: a seed, and what the client
-  missed: r (m + n) numbers per matrix and link that was merged, at most m n.
-- Aggregation: **not exact**: factors are averaged apart, as in FedAvg-LoRA; what is missed is
-  reported each round as ``aggregation_error``. Linear.
+- Uplink: r (m + n) numbers per matrix and client, for the matrices of L_t.
+- Downlink: a seed, and the updates that the client missed: r (m + n) numbers per matrix and merge,
+  at most m n.
+- Aggregation: **not exact**, because factors are averaged separately, as in FedAvg-LoRA. The ledger
+  has the error of each round (``aggregation_error``). Linear.
 - Server: two means and a merge of 2 m n r operations per matrix of L_t.
 - Source: Zhang et al., *Less is more: extreme gradient boost rank-1 adaption for efficient
   finetuning of LLMs*, 2024, arXiv 2410.19694.
-- Departures: several clients are ours; the paper has one. Subsets are drawn from ``layers_seed``,
-  not from the seed of a run, so that the bytes of a round are a formula.
-- Unverified: we know the paper by its abstract and by summaries: boosters of rank 1, merged one
-  after another, and layers drawn at random are theirs; how many layers, the shrinkage and the steps
-  of a booster are not known, and the defaults are ours.
+- Departures: the paper has one client; we run several. Subsets are drawn from ``layers_seed``
+  instead of the seed of the run, so that the bytes of a round are known before it.
+- Unverified: we have read only the abstract and summaries. Rank-1 boosters that are merged one
+  after another, and randomly drawn layers, are the paper's. We do not know how many layers, which
+  shrinkage and how many steps it uses; the defaults are ours.
 """
 
 from __future__ import annotations
