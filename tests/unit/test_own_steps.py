@@ -15,7 +15,8 @@ from fedraclora.aggregation.base import rows_of, starts
 from fedraclora.errors import CheckpointError, ConfigError
 from fedraclora.strategies import steps
 
-WORDS = ("data=digits", "pretrain=none", "output.progress=false", "output.checkpoint_every=1")
+QUIET = ("data=digits", "pretrain=none", "output.progress=false", "local.lr=0.5")
+WORDS = (*QUIET, "output.checkpoint_every=1")
 SIZES: dict[str, Any] = {
     "model": {"hidden": [7]},
     "clients": 5,
@@ -25,7 +26,7 @@ SIZES: dict[str, Any] = {
 
 
 def run(*words: str, **keys: Any) -> fedraclora.RunResult:
-    given = WORDS if "folder" in keys else WORDS[:-1]
+    given = WORDS if "folder" in keys else QUIET
     return fedraclora.simulate(*given, *words, **(SIZES | keys))
 
 
