@@ -17,9 +17,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cache
 from inspect import signature
-from typing import Any, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 from fedraclora.errors import ConfigError, unknown
 
@@ -165,19 +165,35 @@ class Features:
         *,
         complete: bool | None = None,
     ) -> None:
-        self.complete = sent is not None if complete is None else complete
-        self.declared: dict[str, list[tuple[Feature, Callable[[], Found]]]] = {}
+        self.sent, self.complete = sent, sent is not None if complete is None else complete
+        self.declared: dict[str, tuple[tuple[Declared, object], ...]] = {}
         self.known = dict(known or {})
+        self._add(parts)
+
+    def _add(self, parts: Iterable[object]) -> None:
         for part in parts:
             for each in declared_by(part.function if isinstance(part, Choice) else type(part)):
-                if sent is not None or not each.by_sent:
-                    one = each.feature, partial(each.found, part, sent)
-                    self.declared.setdefault(each.feature.name, []).append(one)
+                if self.sent is not None or not each.by_sent:
+                    name = each.feature.name
+                    self.declared[name] = (*self.declared.get(name, ()), (each, part))
+
+    def at(self, sent: object, *parts: object) -> Features:
+        """Return the features at a later message of the same run.
+
+        Args:
+            sent: The message to the clients.
+            parts: Parts of this message alone.
+        """
+        later = Features((), sent, self.lasting)
+        later.declared = dict(self.declared)
+        later._add(parts)
+        return later
 
     def has(self, name: str) -> Found:
         """Return whether the run has a feature, or the value that it has."""
         if name not in self.known:
-            found = (holds() for _, holds in self.declared.get(name, ()))
+            declared = self.declared.get(name, ())
+            found = (each.found(part, self.sent) for each, part in declared)
             self.known[name] = next((value for value in found if value), False)
         return self.known[name]
 
@@ -196,7 +212,7 @@ class Features:
             A sentence for each such key.
         """
         found = dict[str, str]()
-        for reader in [pairs[0][0] for pairs in self.declared.values()]:
+        for reader in [pairs[0][0].feature for pairs in self.declared.values()]:
             for key in reader.reads:
                 value, default = values.get(key, (None, None))
                 if value != default and not self.has(reader.name):
@@ -216,39 +232,51 @@ class Features:
         Raises:
             ConfigError: If a feature avoids or requires what is no feature.
         """
-        declared = [pair[0] for pairs in self.declared.values() for pair in pairs]
+        declared = [each.feature for pairs in self.declared.values() for each, _ in pairs]
         for what in dict.fromkeys(declared):
-            for beside, why in _named(
-                what, what.avoids, each_round=each_round, complete=self.complete
-            ):
+            avoided, required = _named(what, each_round, self.complete, len(KNOWN))
+            for beside, why in avoided:
                 if (one := self.has(what.name)) and (other := self.has(beside.name)):
                     yield _conflict(what, beside, why, one, other)
-            needed = {
-                name: why
-                for name, why in what.requires.items()
-                if self.complete or name in self.declared  # else who has it comes later
-            }
-            for beside, why in _named(what, needed, each_round=each_round, complete=True):
+            for beside, why in required:
+                if not self.complete and beside.name not in self.declared:
+                    continue  # who has it comes later
                 if self.has(what.name) and not self.has(beside.name):
                     take = beside.take or beside.name
                     yield f"{what.name} needs {beside.name}: {why}. Take {take}, or {what.instead}"
 
 
-def _named(
-    what: Feature, pairs: Mapping[str, str], *, each_round: bool, complete: bool
-) -> Iterator[tuple[Feature, str]]:
-    """Yield the features that one avoids or requires, and why.
+Named: TypeAlias = list[tuple[Feature, str]]
+
+
+@cache  # asked in each round
+def _named(  # its arguments are keys of a cache
+    what: Feature,
+    each_round: bool,
+    complete: bool,
+    known: int,  # noqa: ARG001
+) -> tuple[Named, Named]:
+    """List the features that one avoids, and those that it requires, and why.
+
+    Args:
+        what: The feature.
+        each_round: Whether to list only those that may change from round to round.
+        complete: Whether all modules of the run are imported.
+        known: How many features there are: more, once another module is imported.
 
     Raises:
         ConfigError: If there is none of a name, and the run is complete; it names the nearest.
     """
-    for name, why in pairs.items():
-        if name not in KNOWN and not complete:
-            continue  # the module that declares it is not imported yet
-        if name not in KNOWN:
-            raise unknown(f"feature beside {what.name}", name, KNOWN)
-        if not each_round or what.each_round or KNOWN[name].each_round:
-            yield KNOWN[name], why
+    found: tuple[Named, Named] = ([], [])
+    for named, pairs in zip(found, (what.avoids, what.requires), strict=True):
+        for name, why in pairs.items():
+            if name not in KNOWN and not complete:
+                continue  # the module that declares it is not imported yet
+            if name not in KNOWN:
+                raise unknown(f"feature beside {what.name}", name, KNOWN)
+            if not each_round or what.each_round or KNOWN[name].each_round:
+                named.append((KNOWN[name], why))
+    return found
 
 
 def _conflict(what: Feature, beside: Feature, why: str, *found: Found) -> str:

@@ -47,8 +47,10 @@ class CompatibilityCheck(RoundStep):
         ranks = torch.ones(2, dtype=torch.int64) if budgets else None
         some = Cohort(torch.arange(2), torch.ones(2), ranks)
         sent = self.run.method.open_round(state, 1, some, self.run.draw)
-        self.found = Features([*self.parts(), weights, sent, sent.program], sent)
-        refuse(self.found.conflicts())
+        self.found = Features([*self.parts(), weights], sent)
+        first = self.found.at(sent, sent, sent.program)
+        refuse(first.conflicts())
+        self.found.known = first.lasting
 
     @override
     def send(self, sent: RoundInstructions, state: State) -> RoundInstructions:
@@ -63,5 +65,4 @@ class CompatibilityCheck(RoundStep):
         self.opens = False
 
     def _check(self, sent: RoundInstructions) -> None:
-        now = Features([*self.parts(), sent, sent.program], sent, self.found.lasting)
-        refuse(now.conflicts(each_round=True))
+        refuse(self.found.at(sent, sent, sent.program).conflicts(each_round=True))
