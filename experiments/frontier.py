@@ -22,8 +22,8 @@ import yaml
 
 from fedraclora.commands import RESULTS
 from fedraclora.commands.status import reported
-from fedraclora.commands.study.entries import Entry, entries, read_lines
-from fedraclora.commands.study.file import SHARED, Study
+from fedraclora.commands.study.entries import Entry, entries, read_results
+from fedraclora.commands.study.file import SHARED
 from fedraclora.errors import ConfigError
 from fedraclora.plots.axes import MEGABYTE
 from fedraclora.plots.frontier import GOOD, frontier_figure, shares_figure
@@ -77,8 +77,7 @@ class Task:
         found: dict[str, Entry] = {}
         shared: dict[str, object] = {}
         for folder in setup["studies"]:
-            path = results / folder
-            for entry in entries(Study.read(path / "study.yaml"), read_lines(path / "runs.jsonl")):
+            for entry in entries(*read_results(results / folder)):
                 if entry.row in found:
                     raise ConfigError(f"{folder}: another study of {name} has a row {entry.row!r}")
                 told_by = flatten(entry.lines[0]["config"])
@@ -269,25 +268,37 @@ def has_run(studies: Iterable[str], results: Path = RESULTS) -> bool:
     return all((results / folder / "table.md").is_file() for folder in studies)
 
 
+def read_tasks(results: Path = RESULTS) -> list[Task]:
+    """Read the tasks whose studies have all run."""
+    tasks = SETUP["tasks"].items()
+    return [
+        Task.read(name, how, results) for name, how in tasks if has_run(how["studies"], results)
+    ]
+
+
+def write_tables(tasks: Sequence[Task], out: Path) -> list[TextTable]:
+    """Write the tables of all tasks, and return them."""
+    tables = {
+        "shares": TextTable.of([shares(task) for task in tasks]),
+        "winners": TextTable.of([record for task in tasks for record in winners(task)]),
+        "summary": TextTable.of([summary(task) for task in tasks]),
+    }
+    for name, table in tables.items():
+        table.write(out, name)
+    return [*tables.values()]
+
+
 @reported
 def main() -> int:
     """Write tables and figures of all tasks that have run."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=RESULTS / "frontier")
     out = parser.parse_args().out
-    studies = SETUP["tasks"]
-    whole = {name: how for name, how in studies.items() if has_run(how["studies"])}
-    tasks = [Task.read(name, how) for name, how in whole.items()]
-    if left := [name for name in studies if name not in whole]:
-        print(f"left out, since not all of their studies have run: {', '.join(left)}")
+    tasks = read_tasks()
+    if left := SETUP["tasks"].keys() - {task.name for task in tasks}:
+        print(f"left out, since not all of their studies have run: {', '.join(sorted(left))}")
     out.mkdir(parents=True, exist_ok=True)
-    for name, records in (
-        ("shares", [shares(task) for task in tasks]),
-        ("winners", [record for task in tasks for record in winners(task)]),
-        ("summary", [summary(task) for task in tasks]),
-    ):
-        table = TextTable.of(records)
-        table.write(out, name)
+    for table in write_tables(tasks, out):
         table.print()
     for task in tasks:
         draw_task(task, out / f"{task.name.lower().replace(' ', '_')}.png")

@@ -17,8 +17,7 @@ from fedraclora.api import RunResult
 from fedraclora.binding import bind
 from fedraclora.client import Round, Trained
 from fedraclora.commands import cli
-from fedraclora.commands.study.entries import is_tuned, read_lines, tried_values, tuned_value
-from fedraclora.commands.study.file import Study
+from fedraclora.commands.study.entries import is_tuned, read_results, tried_values, tuned_value
 from fedraclora.compose.overrides import composed
 from fedraclora.config.run_config import from_plain
 from fedraclora.errors import CheckpointError, ClientError, ConfigError, DivergenceError
@@ -64,8 +63,7 @@ def rule(config: dict[str, Any]) -> float:
 
 def recorded(folder: str, methods: set[str]) -> Iterator[tuple[dict[str, Any], float, list[float]]]:
     """Runs of a study at their tuned rates, these, and the rates beside them in the grid."""
-    study = Study.read(RESULTS / folder / "study.yaml")
-    done = read_lines(RESULTS / folder / "runs.jsonl")
+    study, done = read_results(RESULTS / folder)
     for row in study.rows:
         if not is_tuned(study, row, done):
             continue

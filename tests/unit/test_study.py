@@ -145,7 +145,9 @@ def test_values_may_be_those_that_another_study_has_tuned(tmp_path: Path) -> Non
     assert plan.refined(0.2) == []
     assert tuned_value(plan, "ours", {}) == 0.2
     (tmp_path / "again.yaml").write_text(plan.text)
-    assert Study.read(tmp_path / "again.yaml").rows == plan.rows
+    assert Study.read(tmp_path / "again.yaml") == plan  # so that its tables can be made anew
+    with pytest.raises(ConfigError, match=r"grid\.values .* full under fixed"):
+        plan.changed(more={"full": []})
     with pytest.raises(ConfigError, match="has not tuned full"):
         tuned_by(study(tmp_path, TEXT + "  full: []\n"), tmp_path)
 

@@ -6,13 +6,13 @@ import json
 import math
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fedraclora.binding import Plain, bind, section
-from fedraclora.commands.study.file import Study, check_split, row_config
+from fedraclora.commands.study.file import Study, check_split, row_config, row_method
 from fedraclora.errors import ConfigError
 from fedraclora.evaluation.metrics import higher_is_better, lower_of
 from fedraclora.protocol.method import Method
@@ -46,6 +46,15 @@ def read_lines(path: Path) -> dict[str, Line]:
                 continue
             done[line["key"]] = line
     return done
+
+
+def read_results(folder: Path) -> tuple[Study, dict[str, Line]]:
+    """Read the study of a folder, and what has run, by key.
+
+    Raises:
+        ConfigError: If the folder has no study, or none that can be read.
+    """
+    return Study.read(folder / "study.yaml"), read_lines(folder / "runs.jsonl")
 
 
 def score(line: Mapping[str, Any], metric: str) -> float:
@@ -111,7 +120,7 @@ def tuned_by(study: Study, folder: Path) -> Study:
     Raises:
         ConfigError: If it has not tuned a row, or not on a validation split.
     """
-    other, done = Study.read(folder / "study.yaml"), read_lines(folder / "runs.jsonl")
+    other, done = read_results(folder)
     missing = [r for r in study.rows if r not in other.rows or not is_tuned(other, r, done)]
     if missing:
         raise ConfigError(f"the study in {folder} has not tuned {', '.join(missing)}")
@@ -119,8 +128,7 @@ def tuned_by(study: Study, folder: Path) -> Study:
         if (config := row_config(other, row, "tune")) is not None:
             check_split(other, "tune", config)
     fixed = {row: tuned_value(other, row, done) for row in study.rows}
-    text = f"{study.text}# tuned by {folder}\n"
-    return replace(study, tune=None, fixed=fixed, text=text)
+    return study.changed(tune=None, fixed=fixed)
 
 
 def diverged(study: Study, row: str, value: float, done: Done) -> bool:
@@ -167,11 +175,10 @@ def dropped(study: Study, done: Done) -> list[str]:
     for row in rows:
         value = tuned_value(study, row, done)
         lines = [done[job.key] for job in study.jobs("tune", row, [value])]
-        config = row_config(study, row, "tune")
         good = mean_score(study, row, value, done)
-        if config is not None and math.isfinite(good):
+        if math.isfinite(good):
             sent = Spread.of(map(traffic, lines))
-            groups.setdefault(config.choices["method"], {})[row] = good, -sent.mean
+            groups.setdefault(row_method(study, row), {})[row] = good, -sent.mean
     return [
         row
         for found in groups.values()

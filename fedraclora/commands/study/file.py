@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from fedraclora.weights.files import flatten
 
 KEYS = {"experiment", "metric", "grid", "final", "rows"}
 OPTIONAL = {"tune", "reference", "overrides", "reported"}
-OPTIONAL |= {"target", "varied", "budget", "more", "only"}
+OPTIONAL |= {"target", "varied", "budget", "fixed", "more", "only"}
 SECTIONS = {  # by name: the keys that each must have, and those that it may have
     "grid": ({"key", "values"}, {"refine", "scale"}),
     "tune": ({"seeds"}, {"overrides", "by"}),
@@ -155,6 +156,7 @@ class Study:
             raise ConfigError(
                 f"the study {path} lacks the keys {', '.join(sorted(KEYS - set(loaded)))}"
             )
+        loaded["fixed"] = loaded.get("fixed") or {}
         _sections(path, loaded)
         loaded["rows"] = {**loaded.pop("more", {}), **loaded["rows"]}
         _check(path, loaded)
@@ -184,7 +186,7 @@ class Study:
 
     def values(self, row: str) -> list[float]:
         """Compute the coarse grid of a row: the values of the grid, times the row's own scale."""
-        if self.fixed:
+        if row in self.fixed:
             return [self.fixed[row]]
         factor = float(self.grid.get("scale", {}).get(row, 1))
         return [round(factor * float(str(v)), 9) for v in _list(self.grid["values"])]
@@ -221,6 +223,8 @@ def _sections(path: Path, loaded: dict[str, Any]) -> None:
         _list(loaded[key], f"{key} of {path}")
     if loaded.get("target") is not None:
         _numbers([loaded["target"]], f"target of {path}", float)
+    _numbers([*loaded["fixed"].values()], f"fixed of {path}", float)
+    loaded["fixed"] = {row: float(str(value)) for row, value in loaded["fixed"].items()}
     loaded["rows"] = loaded["rows"] or {}
     if not isinstance(loaded["rows"], Mapping):
         raise ConfigError(f"rows of {path} is {loaded['rows']!r:.200}, but must be a mapping")
@@ -241,7 +245,7 @@ def _check(path: Path, loaded: Mapping[str, Any]) -> None:
     """Check the keys and values of a study's file."""
     refuse_lower(path, str(loaded["metric"]), ())
     named = {"grid.scale": loaded["grid"].get("scale"), "reported": loaded.get("reported")}
-    named["final.more"] = loaded["final"].get("more")
+    named |= {"final.more": loaded["final"].get("more"), "fixed": loaded["fixed"]}
     for key, group in named.items():
         for row in group or ():
             if row not in loaded["rows"]:
@@ -255,10 +259,11 @@ def _check(path: Path, loaded: Mapping[str, Any]) -> None:
     for key in ("reference", "budget"):
         if loaded.get(key) not in {None, *loaded["rows"]}:
             raise unknown(f"row as {key}", loaded[key], loaded["rows"])
-    if loaded.get("tune") is None and len(loaded["grid"]["values"]) != 1:
+    untold = [row for row in loaded["rows"] if row not in loaded["fixed"]]
+    if untold and loaded.get("tune") is None and len(loaded["grid"]["values"]) != 1:
         raise ConfigError(
             f"{path} has no tune, but grid.values is {loaded['grid']['values']}. Give one value "
-            "for all rows, or add tune."
+            f"for all rows, name that of {untold[0]} under fixed, or add tune."
         )
 
 
@@ -361,6 +366,21 @@ def row_config(study: Study, row: str, phase: str) -> RunConfig | None:
     """Compose the first run of a row in a phase; None where it has none."""
     jobs = study.jobs(phase, row, study.values(row)[:1])
     return composed_run(jobs[0]) if jobs else None
+
+
+def row_method(study: Study, row: str) -> str:
+    """Return the name of a row's method: that of its overrides, or else of its preset."""
+    preset = [f"experiment={study.experiment}"] if study.experiment else []
+    words = [*preset, *study.overrides, *study.rows[row]]
+    named = [word for word in words if word.startswith("method=")]
+    if named:
+        return named[-1].removeprefix("method=")
+    return _preset_method(tuple(word for word in words if word.startswith("experiment="))[-1:])
+
+
+@cache
+def _preset_method(words: tuple[str, ...]) -> str:
+    return str(from_plain(composed(words), METHODS).choices["method"])
 
 
 def composed_run(job: Job) -> RunConfig:

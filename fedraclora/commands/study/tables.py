@@ -39,15 +39,30 @@ DRAWN = 12  # curves that can be told apart
 
 def write_results(study: Study, done: Done, out: Path, failed: Mapping[str, str]) -> None:
     """Write table, budgets and figure of the rows whose final runs are all there."""
-    found = finals(study, done)
-    if records := results(found, done):
-        table = TextTable.of(records, study_notes(study, found, done, failed))
-        table.write(out, "table")
+    for table in write_tables(study, done, out, failed):
         table.print()
+    draw(study, finals(study, done), out)
+
+
+def write_tables(
+    study: Study, done: Done, out: Path, failed: Mapping[str, str] | None = None
+) -> list[TextTable]:
+    """Write table and budgets, and return those that there are.
+
+    Args:
+        study: The study.
+        done: Lines of its runs, by key.
+        out: The folder.
+        failed: Why rows failed just now, by row.
+    """
+    found, written = finals(study, done), []
+    if records := results(found, done):
+        written.append(TextTable.of(records, study_notes(study, found, done, failed or {})))
+        written[0].write(out, "table")
     if equal := budgets(study, found):
-        (out / "budgets.md").write_text(equal.markdown())
-        equal.print()
-    draw(study, found, out)
+        (out / "budgets.md").write_text(equal.markdown(), encoding="utf-8")
+        written.append(equal)
+    return written
 
 
 def results(found: Sequence[Entry], done: Done) -> list[dict[str, object]]:

@@ -13,8 +13,7 @@ import plotly.graph_objects as go
 
 from fedraclora.commands.report.figures import laid_out, lines_of
 from fedraclora.commands.report.page import figure
-from fedraclora.commands.study.entries import Line, read_lines
-from fedraclora.commands.study.file import Study
+from fedraclora.commands.study.entries import Line, read_results
 from fedraclora.plots.axes import MEGABYTE
 from fedraclora.run.ledger import number
 from fedraclora.run.statistics import traffic
@@ -33,7 +32,8 @@ def study_status(folder: Path) -> dict[str, Any]:
 
     Rows that get no final runs, and values that are tried a second time, make them others.
     """
-    study, lines = Study.read(folder / STUDY), [*read_lines(folder / RUNS).values()]
+    study, done = read_results(folder)
+    lines = [*done.values()]
     planned, table = 0, []
     for row in study.rows:
         jobs = {
@@ -60,7 +60,8 @@ def study_status(folder: Path) -> dict[str, Any]:
 
 def study_figures(folder: Path) -> dict[str, go.Figure]:
     """Draw the first final run of each row, or where there is none its last run to tune."""
-    study, lines = Study.read(folder / STUDY), [*read_lines(folder / RUNS).values()]
+    study, done = read_results(folder)
+    lines = [*done.values()]
     chosen: dict[str, Line] = {}
     for row in study.rows:
         if runs := _of(lines, row, "final")[:1] or _of(lines, row, "tune")[-1:]:
