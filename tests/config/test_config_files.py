@@ -97,6 +97,7 @@ BESIDE = {
     ],
     "allocation/adalora": [*DIGITS, "method=fedavg_lora"],
     "local/relora": [*DIGITS, *WITH["local/relora"]],
+    "method/fedkseed": [*DIGITS, "local.lr=0.002"],  # no rate is sought here
     "partition/fedslop": [*DIGITS, "partition.empty=drop"],
     "pretrain/digits_0_4": ["data=digits", "pretrain.epochs=2", *TINY],
     "experiment/fedslop_mnist": ["rounds=1"],

@@ -109,7 +109,8 @@ class PretendCard(TorchFunctionMode):
         elif rest and isinstance(rest[0], torch.Tensor):
             wanted, rest[0] = (CARD if on_card(rest[0]) else HOST), rest[0].dtype
         else:
-            wanted, dtype, *_ = torch._C._nn._parse_to(*rest, **given)
+            asked = {k: v for k, v in given.items() if k != "copy"}
+            wanted, dtype, *_ = torch._C._nn._parse_to(*rest, **asked)
             given = {k: v for k, v in given.items() if k not in {"device", "dtype"}}
             rest = [] if dtype is None else [dtype]
         card = on_card(tensor) if wanted is None else wanted.type == "cuda"

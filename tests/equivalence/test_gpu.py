@@ -90,13 +90,16 @@ RUNS = {
 }
 
 
+RATE = dict.fromkeys(METHODS, ()) | {"fedkseed": ("local.lr=0.002",)}  # it diverges at JOB's
+
+
 @pytest.mark.short(when=lambda method: method in WIDELY)
 @pytest.mark.parametrize(
     ("method", "model"),
     [*product(METHODS, ["mlp"]), *product(["fed_rac_lora", "fedavg_lora", "fedavg"], ["cnn"])],
 )
 def test_every_method_agrees_with_the_cpu(method: str, model: str, card: Card) -> None:
-    words = (f"method={method}", f"model={model}", "engine.chunk=4", "rounds=2")
+    words = (f"method={method}", f"model={model}", "engine.chunk=4", "rounds=2", *RATE[method])
     there, here = (weights(run(*words, f"device={d}")) for d in ("cuda", "cpu"))
     card.assert_near(there, here, 1e-3)
 

@@ -32,7 +32,7 @@ from fedraclora.training.extras.settings import LocalSettings
 from fedraclora.training.own.trainer import OwnTrainer
 from fedraclora.tree import Tree
 
-LOOPS_ALONE = {"fedkrso", "ravan", "slora", "galore_average"}
+LOOPS_ALONE = {"fedkrso", "ravan", "slora", "galore_average", "fedkseed", "decomfl", "ferret"}
 LOCAL = LocalSettings(lr=0.1, steps=2, batch_size=0, shuffle=False)
 OWN = LocalSettings(lr=0.5, train="mine:train")
 
