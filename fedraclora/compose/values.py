@@ -83,8 +83,15 @@ def pairs_of(mapping: Mapping[str, object]) -> Iterator[tuple[str, object]]:
     Example:
         >>> [*pairs_of({"local": {"lr": 0.1}, "data": {"name": "digits", "labels": [5, 6]}})]
         [('local.lr', 0.1), ('data', 'digits'), ('data.labels', [5, 6])]
+
+    Raises:
+        ConfigError: If a key is no text.
     """
     for key, value in mapping.items():
+        if not isinstance(key, str):
+            raise ConfigError(
+                f"the key {key!r} of a mapping: expected the name of a setting, such as 'local.lr'"
+            )
         if not isinstance(value, Mapping) or "." in key:
             yield key, value
             continue

@@ -275,9 +275,9 @@ def refused(parts: Parts, kind: str, text: str, *, known: bool) -> str | None:
 
 
 def is_sentence(text: str) -> bool:
-    """Tell whether a message is one for people: some words, no page, no trace of a stack."""
+    """Tell whether a message is one for people: a few words, no page, no trace of a stack."""
     words = re.findall(r"[A-Za-z]{2,}", text)
-    return len(words) >= 4 and len(text) < 2500 and "Traceback" not in text and "0x7f" not in text
+    return len(words) >= 3 and len(text) < 2500 and "Traceback" not in text and "0x7f" not in text
 
 
 # ---- All of it ----------------------------------------------------------------------------------

@@ -585,6 +585,7 @@ def run(train: Callable[[Round], Any], case: Case, engine: str = "inline") -> fe
     data = [FORMS[case.form](*samples(size, key)) for key, size in enumerate(SIZES)]
     fixed = (
         "output.progress=false",
+        "local.lr=1",
         "rounds=3",
         "clients_per_round=5",
         "max_failures=1",

@@ -141,6 +141,7 @@ BAD: dict[str, tuple[tuple[Any, ...], dict[str, Any], str]] = {
     "deploy": ((), {"engine": "deploy"}, "Run `fedraclora deploy` with"),
     "object": ((), {"rounds": torch.ones(2)}, "rounds is of type Tensor"),
     "no word": ((5,), {}, "5 is of type int"),
+    "no key": (({5: 1},), {}, "the key 5 of a mapping"),
     "sweep": (("seed=1,2",), {}, "sweep"),
     "resume word": (("resume=auto",), {}, "resume=True"),
     "no folder": ((), {"resume": True}, "folder"),
