@@ -276,7 +276,7 @@ def read_tasks(results: Path = RESULTS) -> list[Task]:
     ]
 
 
-def write_tables(tasks: Sequence[Task], out: Path) -> list[TextTable]:
+def write_frontier(tasks: Sequence[Task], out: Path) -> list[TextTable]:
     """Write the tables of all tasks, and return them."""
     tables = {
         "shares": TextTable.of([shares(task) for task in tasks]),
@@ -298,7 +298,7 @@ def main() -> int:
     if left := SETUP["tasks"].keys() - {task.name for task in tasks}:
         print(f"left out, since not all of their studies have run: {', '.join(sorted(left))}")
     out.mkdir(parents=True, exist_ok=True)
-    for table in write_tables(tasks, out):
+    for table in write_frontier(tasks, out):
         table.print()
     for task in tasks:
         draw_task(task, out / f"{task.name.lower().replace(' ', '_')}.png")

@@ -1,14 +1,17 @@
-"""Make the tables of kept results anew from the runs that are kept beside them.
+"""Make the tables of kept results anew from the runs that are kept beside them, and pack the runs.
 
     python -m fedraclora.experiments.records [NAME ...]
 
-NAME is a folder of ``experiments/results``; without one, all tables are made. No run is repeated.
-A test holds every table to its runs.
+NAME is a folder of ``experiments/results``; without one, it is done for all. No run is repeated.
+What has run is kept packed, as ``runs.jsonl.xz``; readers find it by its plain name
+(`fedraclora.run.packed`), and a study that goes on unpacks it. A test holds every table to its
+runs.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,6 +21,8 @@ from fedraclora.commands.study import leaderboard, tables
 from fedraclora.commands.study.entries import read_results
 from fedraclora.errors import unknown
 from fedraclora.experiments import frontier
+from fedraclora.experiments.theory import figures as theory
+from fedraclora.run import packed
 
 
 def tables_of_study(folder: Path, out: Path) -> None:
@@ -32,19 +37,29 @@ def tables_of_study(folder: Path, out: Path) -> None:
 
 def tables_of_frontier(folder: Path, out: Path) -> None:
     """Write the tables of the frontier, which are made from the studies beside its folder."""
-    frontier.write_tables(frontier.read_tasks(folder.parent), out)
+    frontier.write_frontier(frontier.read_tasks(folder.parent), out)
 
+
+def tables_of_theory(folder: Path, out: Path) -> None:
+    """Write the tables of the bounds that were measured."""
+    report = json.loads(packed.read_text(folder / "theory.json"))
+    text = "\n".join(table.markdown() for table in theory.report_tables(report))
+    (out / "table.md").write_text(text, encoding="utf-8")
+
+
+PACKED = ("runs.jsonl", "theory.json")  # what tables are made from
 
 # By the folder of results: what writes its tables into another folder.
 MAKERS: dict[str, Callable[[Path, Path], None]] = {
     "frontier": tables_of_frontier,
+    "theory": tables_of_theory,
     **{path.parent.name: tables_of_study for path in sorted(RESULTS.glob("*/study.yaml"))},
 }
 
 
 @reported
 def main() -> int:
-    """Make the tables of some folders, or of all."""
+    """Make the tables of some folders, or of all, and pack what they are made from."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("names", nargs="*", metavar="NAME", help="default: all")
     names = parser.parse_args().names or [*MAKERS]
@@ -52,6 +67,8 @@ def main() -> int:
         if name not in MAKERS:
             raise unknown("folder of results", name, MAKERS)
         MAKERS[name](RESULTS / name, RESULTS / name)
+        for file in PACKED:
+            packed.compress(RESULTS / name / file)
     return 0
 
 

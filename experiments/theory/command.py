@@ -36,13 +36,7 @@ from fedraclora.compose.words import key_values
 from fedraclora.config.build import fix_bits
 from fedraclora.experiments.theory import examples, verdict
 from fedraclora.experiments.theory.cases import all_cases
-from fedraclora.experiments.theory.figures import (
-    bounds_table,
-    draw,
-    example_table,
-    slowdown_table,
-    slowdowns,
-)
+from fedraclora.experiments.theory.figures import draw, report_tables, slowdowns
 from fedraclora.experiments.theory.verdict import judge
 from fedraclora.limits import Count, Limited, OneOf
 from fedraclora.run.folder import provenance
@@ -75,12 +69,6 @@ def run(config: TheoryConfig) -> int:
     slow = slowdowns(judged)
     out = Path(config.out or f"runs/theory/{datetime.now():%Y-%m-%d/%H-%M-%S}")
     out.mkdir(parents=True, exist_ok=True)
-    tables = [
-        bounds_table(judged),
-        example_table("3 x 3, rank 1", found, examples.CHAIN, examples.START),
-        example_table("3 x 3, noise in one entry", lost, 1, 1.0),
-        slowdown_table(slow),
-    ]
     report: dict[str, object] = {
         **provenance(),
         "size": config.size,
@@ -93,9 +81,10 @@ def run(config: TheoryConfig) -> int:
         "slowdown": [vars(s) for s in slow],
     }
     (out / "theory.json").write_text(json.dumps(_short(report)) + "\n")
-    (out / "table.md").write_text("\n".join(table.markdown() for table in tables))
+    made = report_tables(report)
+    (out / "table.md").write_text("\n".join(table.markdown() for table in made))
     draw(judged, found, lost, slow, out)
-    for table in tables:
+    for table in made:
         table.print()
     crossed = [j.case.name for j in judged if not j.holds]
     print(

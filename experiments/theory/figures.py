@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import yaml
 
-from fedraclora.experiments.theory.examples import CHAIN, Outcome
+from fedraclora.experiments.theory.examples import CHAIN, START, Outcome
 from fedraclora.experiments.theory.verdict import ERRORS, Curve, Judged
 from fedraclora.plots.comparison import MeasuredCurve, Panel, bounds_figure
 from fedraclora.terminal.tables import TextTable
@@ -108,23 +109,36 @@ def _slowdowns(slow: Sequence[Slowdown], path: Path) -> None:
     bounds_figure("What a small rank costs", panels, 2, path)
 
 
-def bounds_table(judged: Sequence[Judged]) -> TextTable:
-    """Make the table of verdicts, one line per case."""
+def report_tables(report: Mapping[str, Any]) -> list[TextTable]:
+    """Make all tables from a report, as `fedraclora theory` writes it to ``theory.json``."""
+    found = [Outcome(**each) for each in report["counter_example"]]
+    lost = [Outcome(**each) for each in report["noise_example"]]
+    return [
+        bounds_table(report["cases"]),
+        example_table("3 x 3, rank 1", found, CHAIN, START),
+        example_table("3 x 3, noise in one entry", lost, 1, 1.0),
+        slowdown_table([Slowdown(**each) for each in report["slowdown"]]),
+    ]
+
+
+def bounds_table(cases: Sequence[Mapping[str, Any]]) -> TextTable:
+    """Make the table of verdicts, one line per case of a report (`Judged.plain`)."""
     records = []
-    for j in judged:
-        shown = j.curves.get("gap", j.curves["gradient"])
-        given, first = j.descent.given, shown.mean[0]
+    for case in cases:
+        curves = {key: Curve.of_plain(plain) for key, plain in case["curves"].items()}
+        shown = curves.get("gap", curves["gradient"])
+        first = shown.mean[0]
         measured = shown.worst[-1] if shown.sure else shown.mean[-1]
         record: dict[str, object] = {
-            "case": j.case.name,
-            "theorem": j.case.theorem,
-            "step x L": j.case.step * given.smoothness,
-            "lambda": given.lambda_min,
+            "case": case["name"],
+            "theorem": case["case"]["theorem"],
+            "step x L": case["step"] * case["given"]["smoothness"],
+            "lambda": case["given"]["lambda_min"],
             "quantity": shown.quantity,
             "measured": float(measured / first),
             "bound": float(shown.bound[-1] / first),
-            "closest": max(curve.closest for curve in j.curves.values()),
-            "verdict": "holds" if j.holds else "CROSSED",
+            "closest": max(curve.closest for curve in curves.values()),
+            "verdict": "holds" if case["holds"] else "CROSSED",
         }
         records.append(record)
     note = (

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -74,6 +76,13 @@ class Curve:
     worst: Vector
     bound: Vector
     sure: bool = False
+
+    @classmethod
+    def of_plain(cls, plain: Mapping[str, Any]) -> Curve:
+        """Make a curve again of the values that `Judged.plain` writes of it."""
+        names = ("rounds", "mean", "error", "worst", "bound")
+        vectors = {name: np.array(plain[name], dtype=float) for name in names}
+        return cls(plain["quantity"], **vectors, sure=bool(plain["sure"]))
 
     @property
     def excess(self) -> float:

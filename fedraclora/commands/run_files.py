@@ -13,6 +13,7 @@ from typing import Any
 from fedraclora.config.unread import as_read
 from fedraclora.errors import CheckpointError, ConfigError, unknown
 from fedraclora.evaluation.metrics import lower_of
+from fedraclora.run import packed
 from fedraclora.run.folder import is_finished, read_config, read_summary
 from fedraclora.run.ledger import metrics_of, number, read_ledger
 from fedraclora.run.statistics import measured_value
@@ -157,7 +158,7 @@ def _is_run(folder: Path) -> bool:
 
 def is_result(folder: Path) -> bool:
     """Check whether a comparison, a study or `fedraclora theory` has written a folder."""
-    return any(all((folder / name).is_file() for name in names) for names in RESULT_FILES)
+    return any(all(packed.exists(folder / name) for name in names) for names in RESULT_FILES)
 
 
 def refuse_overwriting(out: Path, names: Iterable[str]) -> None:

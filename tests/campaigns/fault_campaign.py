@@ -15,6 +15,7 @@ from pathlib import Path
 from fedraclora.commands.status import reported
 from fedraclora.compose.words import key_values
 from fedraclora.errors import ConfigError
+from fedraclora.run import packed
 from fedraclora.run.folder import provenance
 from tests.campaigns.faults.real import LINK, drill
 from tests.campaigns.faults.trials import KINDS, Outcome, inject
@@ -54,6 +55,7 @@ def campaign(folder: Path, drills: int) -> list[Outcome]:
     """Inject what is left to inject; give all outcomes."""
     folder.mkdir(parents=True, exist_ok=True)
     record = folder / "campaign.jsonl"
+    packed.decompress(record)
     lines = record.read_text().splitlines() if record.is_file() else []
     done = [Outcome(**json.loads(line)) for line in lines]
 

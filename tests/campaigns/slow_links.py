@@ -32,6 +32,7 @@ from fedraclora.compose.overrides import composed
 from fedraclora.compose.words import key_values
 from fedraclora.errors import ConfigError
 from fedraclora.plots.axes import COLOURS, label_axes, make_logarithmic, new_figure, write_png
+from fedraclora.run import packed
 from fedraclora.run.folder import provenance
 from fedraclora.run.ledger import read_ledger, round_seconds
 from fedraclora.terminal.tables import TextTable
@@ -64,7 +65,7 @@ Row = dict[str, object]
 
 def of_study(row: str, phase: str) -> list[Row]:
     """Give the runs of a row of the study."""
-    runs = [json.loads(line) for line in (STUDY / "runs.jsonl").read_text().splitlines()]
+    runs = [json.loads(line) for line in packed.read_text(STUDY / "runs.jsonl").splitlines()]
     return [run for run in runs if run["row"] == row and run["phase"] == phase]
 
 
@@ -213,13 +214,14 @@ class Record:
 
     def add(self, row: Row) -> None:
         """Write a row down."""
+        packed.decompress(self.file)
         with self.file.open("a") as file:
             file.write(json.dumps(row) + "\n")
         print(row["kind"], row["row"], row.get("rate", ""), row["seconds"], flush=True)
 
     def find(self, kind: str, row: str = "", rate: int | None = None) -> Row | None:
         """Find the last row of a kind."""
-        lines = self.file.read_text().splitlines() if self.file.is_file() else []
+        lines = packed.read_text(self.file).splitlines() if packed.exists(self.file) else []
         wanted = {"kind": kind, **({"row": row} if row else {})}
         wanted |= {} if rate is None else {"rate": rate}
         rows = [r for r in map(json.loads, lines) if wanted.items() <= r.items()]

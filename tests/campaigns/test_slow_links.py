@@ -16,7 +16,7 @@ FOLDER = slow_links.STUDY.parent / "slow_links"
 
 @pytest.mark.slow
 def test_the_tables_of_record_are_made_from_the_runs_of_record(tmp_path: Path) -> None:
-    shutil.copy(FOLDER / "runs.jsonl", tmp_path)
+    shutil.copy(FOLDER / "runs.jsonl.xz", tmp_path)
     slow_links.report(slow_links.Record(tmp_path))
     for name in ("rounds.md", "table.md", "clocks.md", "wholes.md"):
         assert (tmp_path / name).read_text() == (FOLDER / name).read_text()

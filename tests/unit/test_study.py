@@ -28,6 +28,7 @@ from fedraclora.commands.study.file import Study
 from fedraclora.commands.study.run import refuse_failed, run_job, run_jobs, run_study
 from fedraclora.commands.study.tables import _difference, budgets, results, write_results
 from fedraclora.errors import ConfigError, DataError, FedRacLoraError
+from fedraclora.run import packed
 
 TEXT = """
 experiment: null
@@ -428,7 +429,9 @@ def test_some_rows_are_run_and_the_tables_show_all_that_have(
     written = (out / "table.md").read_text()
     assert "| ours |" not in written
     assert "Not run to the end, or diverged at every value: ours." in written
+    packed.compress(out / "runs.jsonl")
     run_study(plan, out, rows=["ours"])
+    assert [path.name for path in out.glob("runs*")] == ["runs.jsonl"]
     shown = (out / "table.md").read_text()
     assert "| ours |" in shown
     assert "| theirs |" in shown

@@ -21,6 +21,7 @@ from fedraclora.commands.watch import asked, watched
 from fedraclora.commands.watch.server import PageServer, serving
 from fedraclora.commands.watch.status import Watched
 from fedraclora.errors import ConfigError
+from fedraclora.run import packed
 
 X = np.linspace(-1, 1, 80, dtype=np.float32).reshape(40, 2)
 CLIENTS = [(part, (part[:, 0] > 0).astype("int64")) for part in np.split(X, 4)]
@@ -173,13 +174,14 @@ def test_a_tuning_says_what_of_its_budget_is_spent(tmp_path: Path) -> None:
 
 def test_a_study_says_which_runs_of_each_row_are_done(tmp_path: Path) -> None:
     kept = Path(__file__).parents[2] / "experiments" / "results" / "basis_mnist"
-    for name in ("study.yaml", "runs.jsonl"):
+    for name in ("study.yaml", "runs.jsonl.xz"):
         shutil.copy(kept / name, tmp_path)
     watching = Watched(tmp_path)
     status = watching.status()
     assert (status["state"], status["done"], status["of"]) == ("finished", 40, 40)
     assert all("5 of 5" in row.values() for row in status["table"])
     assert all(len(f["data"]) == 4 for f in json.loads(watching.figures()).values())
+    packed.decompress(tmp_path / "runs.jsonl")
     lines = (tmp_path / "runs.jsonl").read_text().splitlines(keepends=True)
     (tmp_path / "runs.jsonl").write_text("".join(lines[:7]))
     after = watching.status()

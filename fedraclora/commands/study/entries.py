@@ -16,6 +16,7 @@ from fedraclora.commands.study.file import Study, check_split, row_config, row_m
 from fedraclora.errors import ConfigError
 from fedraclora.evaluation.metrics import higher_is_better, lower_of
 from fedraclora.protocol.method import Method
+from fedraclora.run import packed
 from fedraclora.run.ledger import number
 from fedraclora.run.statistics import (
     Spread,
@@ -36,10 +37,10 @@ Done = Mapping[str, Line]  # by key
 
 
 def read_lines(path: Path) -> dict[str, Line]:
-    """Read what has run, by key; a torn last line is left out."""
+    """Read what has run, by key, also from a packed file; a torn last line is left out."""
     done: dict[str, Line] = {}
-    if path.is_file():
-        for text in path.read_text().splitlines():
+    if packed.exists(path):
+        for text in packed.read_text(path).splitlines():
             try:
                 line = json.loads(text)
             except json.JSONDecodeError:

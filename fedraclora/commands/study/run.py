@@ -53,6 +53,7 @@ from fedraclora.commands.study.tables import write_results
 from fedraclora.config.run_config import RunConfig
 from fedraclora.errors import ConfigError, DataError, DivergenceError, FedRacLoraError, unknown
 from fedraclora.evaluation.metrics import lower_of
+from fedraclora.run import packed
 from fedraclora.run.digests import data_files
 from fedraclora.run.ledger import Row, column, known_mean, metrics_of, round_seconds
 from fedraclora.strategies.builder import RunBuilder
@@ -94,7 +95,7 @@ def run_study(
         if row not in study.rows:
             raise unknown("row", row, study.rows)
     path, written = out / "runs.jsonl", out / "study.yaml"
-    if not path.exists() and not (written.is_file() and written.read_text() == study.text):
+    if not packed.exists(path) and not (written.is_file() and written.read_text() == study.text):
         refuse_overwriting(out, ("study.yaml", "table.md", "table.csv"))
     done, failed = read_lines(path), dict[str, str]()
     if not table_only:
@@ -110,6 +111,7 @@ def run_study(
 
     if not table_only:
         out.mkdir(parents=True, exist_ok=True)
+        packed.decompress(path)
         path.touch()  # from here on the folder is this study's
         written.write_text(study.text)
         run("tune", study.values)

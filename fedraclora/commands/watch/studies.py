@@ -15,6 +15,7 @@ from fedraclora.commands.report.figures import laid_out, lines_of
 from fedraclora.commands.report.page import figure
 from fedraclora.commands.study.entries import Line, read_results
 from fedraclora.plots.axes import MEGABYTE
+from fedraclora.run import packed
 from fedraclora.run.ledger import number
 from fedraclora.run.statistics import traffic
 
@@ -24,7 +25,7 @@ PHASES = {"tune": "runs to tune", "final": "final runs"}
 
 def holds_study(folder: Path) -> bool:
     """Check whether a folder is that of a study, begun or ended."""
-    return all((folder / name).is_file() for name in (STUDY, RUNS))
+    return (folder / STUDY).is_file() and packed.exists(folder / RUNS)
 
 
 def study_status(folder: Path) -> dict[str, Any]:
