@@ -1,19 +1,25 @@
-"""Make the tables of kept results anew from the runs that are kept beside them, and pack the runs.
+"""Bring results into the form in which they are kept.
 
     python -m fedraclora.experiments.records [NAME ...]
 
 NAME is a folder of ``experiments/results``; without one, it is done for all. No run is repeated.
-What has run is kept packed, as ``runs.jsonl.xz``; readers find it by its plain name
-(`fedraclora.run.packed`), and a study that goes on unpacks it. A test holds every table to its
-runs.
+
+- Tables are made anew from the runs beside them. A test holds every table to its runs.
+- What has run is packed, as ``runs.jsonl.xz``: readers find it by its plain name
+  (`fedraclora.run.packed`), and a study that goes on unpacks it.
+- A figure that no page shows is removed: ``fedraclora study STUDY.yaml --table`` draws it again.
+  Others are stored in `COLORS` colors, which takes a third of the bytes.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Collection
 from pathlib import Path
+
+from PIL import Image
 
 from fedraclora.commands import RESULTS
 from fedraclora.commands.status import reported
@@ -21,6 +27,7 @@ from fedraclora.commands.study import leaderboard, tables
 from fedraclora.commands.study.entries import read_results
 from fedraclora.errors import unknown
 from fedraclora.experiments import frontier
+from fedraclora.experiments.pages import PAGES
 from fedraclora.experiments.theory import figures as theory
 from fedraclora.run import packed
 
@@ -47,6 +54,8 @@ def tables_of_theory(folder: Path, out: Path) -> None:
     (out / "table.md").write_text(text, encoding="utf-8")
 
 
+COLORS = 128  # of a figure; more cannot be told from them
+IMAGE = re.compile(r"experiments/results/([^)\s]+\.png)")
 PACKED = ("runs.jsonl", "theory.json")  # what tables are made from
 
 # By the folder of results: what writes its tables into another folder.
@@ -57,16 +66,37 @@ MAKERS: dict[str, Callable[[Path, Path], None]] = {
 }
 
 
+def shown_figures() -> set[Path]:
+    """Find the figures of the results that pages show."""
+    return {RESULTS / name for page in PAGES for name in IMAGE.findall(page.read_text("utf-8"))}
+
+
+def keep_figures(folder: Path, shown: Collection[Path]) -> None:
+    """Remove the figures that are not shown, and store the others in few colors."""
+    for path in folder.glob("*.png"):
+        if path not in shown:
+            path.unlink()
+            print(f"removed, since no page shows it: {path}")
+            continue
+        with Image.open(path) as image:
+            if image.mode == "P":
+                continue
+            few = image.convert("RGB").quantize(COLORS, kmeans=2, dither=Image.Dither.NONE)
+        few.save(path, optimize=True)
+
+
 @reported
 def main() -> int:
-    """Make the tables of some folders, or of all, and pack what they are made from."""
+    """Make tables anew, pack runs and tidy figures, of some folders or of all."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("names", nargs="*", metavar="NAME", help="default: all")
+    shown = shown_figures()
     names = parser.parse_args().names or [*MAKERS]
     for name in names:
         if name not in MAKERS:
             raise unknown("folder of results", name, MAKERS)
         MAKERS[name](RESULTS / name, RESULTS / name)
+        keep_figures(RESULTS / name, shown)
         for file in PACKED:
             packed.compress(RESULTS / name / file)
     return 0
