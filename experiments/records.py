@@ -18,6 +18,7 @@ import json
 import re
 from collections.abc import Callable, Collection
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
 
@@ -27,8 +28,14 @@ from fedraclora.commands.study import leaderboard, tables
 from fedraclora.commands.study.entries import read_results
 from fedraclora.errors import unknown
 from fedraclora.experiments import frontier
+from fedraclora.experiments.faults.campaign import faults_table
+from fedraclora.experiments.faults.network_campaign import network_table
+from fedraclora.experiments.faults.trials import TrialOutcome
 from fedraclora.experiments.pages import PAGES
+from fedraclora.experiments.slow_links import Record as SlowLinks
+from fedraclora.experiments.slow_links import write_slow_links
 from fedraclora.experiments.theory import figures as theory
+from fedraclora.experiments.wire_bytes import wire_table
 from fedraclora.run import packed
 
 
@@ -54,14 +61,41 @@ def tables_of_theory(folder: Path, out: Path) -> None:
     (out / "table.md").write_text(text, encoding="utf-8")
 
 
+def table_of_faults(folder: Path, out: Path) -> None:
+    """Write the table of faults of clients and processes."""
+    outcomes = [TrialOutcome(**line) for line in lines_of(folder / "campaign.jsonl")]
+    (out / "table.md").write_text(faults_table(outcomes), encoding="utf-8")
+
+
+def table_of_network_faults(folder: Path, out: Path) -> None:
+    """Write the table of faults of networks and hosts."""
+    said = lines_of(folder / "campaign.jsonl")
+    (out / "table.md").write_text(network_table(said), encoding="utf-8")
+
+
+def table_of_wire(folder: Path, out: Path) -> None:
+    """Write the table of bytes on the wire."""
+    found = json.loads((folder / "bytes.json").read_text(encoding="utf-8"))["bytes"]
+    (out / "table.md").write_text(wire_table(found), encoding="utf-8")
+
+
+def lines_of(path: Path) -> list[dict[str, Any]]:
+    """Read a file of JSON lines."""
+    return [json.loads(line) for line in packed.read_text(path).splitlines()]
+
+
 COLORS = 128  # of a figure; more cannot be told from them
 IMAGE = re.compile(r"experiments/results/([^)\s]+\.png)")
-PACKED = ("runs.jsonl", "theory.json")  # what tables are made from
+PACKED = ("runs.jsonl", "campaign.jsonl", "theory.json")  # what tables are made from
 
 # By the folder of results: what writes its tables into another folder.
 MAKERS: dict[str, Callable[[Path, Path], None]] = {
     "frontier": tables_of_frontier,
     "theory": tables_of_theory,
+    "faults": table_of_faults,
+    "network_faults": table_of_network_faults,
+    "slow_links": lambda folder, out: write_slow_links(SlowLinks(folder), out),
+    "wire": table_of_wire,
     **{path.parent.name: tables_of_study for path in sorted(RESULTS.glob("*/study.yaml"))},
 }
 

@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import composing
 
-from tests.hosts import Bed, why_not
+from fedraclora.experiments.hosts import Bed, why_not
 
 # Nothing of what is imported and collected is garbage, and to look through it is half the work.
 gc.disable()

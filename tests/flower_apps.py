@@ -18,10 +18,10 @@ from torch import nn
 from typing_extensions import override
 
 from fedraclora import flower
+from fedraclora.experiments.faults.grid import FakeGrid
+from fedraclora.experiments.faults.network import over_the_wire
 from fedraclora.tree import Tree
-from tests.campaigns.faults.network import over_the_wire
 from tests.common import normal
-from tests.messages import FakeGrid
 
 STEPS, KEY = 3, "num-examples"
 Fault = Callable[[Message, Callable[[], Message]], Message | None]

@@ -30,9 +30,9 @@ from fedraclora.engines.deploy import node_registry, straggler_monitor
 from fedraclora.engines.deploy.node_registry import NodeRegistry
 from fedraclora.engines.replies import FORMAT
 from fedraclora.errors import ClientError, EngineError
+from fedraclora.experiments.faults.grid import FakeGrid
 from fedraclora.rng import generator
 from tests.campaigns.wire import must
-from tests.messages import FakeGrid
 
 STEP = 0.5  # seconds that a look takes
 SEED, NEVER = 12, 1e9

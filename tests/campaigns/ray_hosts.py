@@ -28,12 +28,12 @@ from rich.table import Table
 
 from fedraclora.engines.ray.pulse import TICK, Pulse, places_of
 from fedraclora.errors import FedRacLoraError
+from fedraclora.experiments.hosts import Bed, Host, Process, why_not
 from fedraclora.run.ledger import Row, read_ledger, round_seconds
 from fedraclora.terminal.progress import console_for_tables
 from fedraclora.weights.files import load_checkpoint
 from tests.campaigns.kill_resume import finish
 from tests.campaigns.kill_workers import JOB, WORKER
-from tests.hosts import Bed, Host, Process, why_not
 
 HERE = "tests.campaigns.ray_hosts"
 PACE = "FEDRACLORA_TEST_PACE"  # seconds that a batch takes

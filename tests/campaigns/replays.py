@@ -26,9 +26,9 @@ from typing import Any
 from flwr.app import Error, Message, RecordDict
 
 from fedraclora.engines.asks import read_ask
+from fedraclora.experiments.faults.network import Network, deploy, nodes_for, over_the_wire, rows
 from fedraclora.rng import generator
 from fedraclora.wire.exchange import Ask
-from tests.campaigns.faults.network import Network, deploy, nodes_for, over_the_wire, rows
 from tests.campaigns.mutants import Random, pick
 from tests.campaigns.wire import must, only_errors, raw
 from tests.common import summary_of

@@ -32,6 +32,7 @@ from fedraclora.clients.secure import answer_stage, masked_vectors, of_updates
 from fedraclora.engines.asks import AskWriter, read_ask
 from fedraclora.engines.records import write_answer
 from fedraclora.errors import FedRacLoraError, RoundLostError
+from fedraclora.experiments.faults.grid import become_a_task
 from fedraclora.privacy.secagg import SecAgg, SecAggTerms
 from fedraclora.protocol.factor import to_train
 from fedraclora.protocol.instructions import RoundInstructions
@@ -53,7 +54,7 @@ from fedraclora.wire.secagg import (
     shared_key,
     signed,
 )
-from tests.messages import answer_to, become_a_task, stage_in
+from tests.messages import answer_to, stage_in
 
 STAGES = ("keys", "shares", "masked", "unmask")
 CLIP, WEIGHT, SHAPE = 2.0, 7, (3, 2)

@@ -36,6 +36,7 @@ from fedraclora.evaluation.clients import (
     write_sizes,
 )
 from fedraclora.evaluation.metrics import Measure
+from fedraclora.experiments.faults.grid import become_a_task
 from fedraclora.privacy.secagg import LEAST_CLIENTS, SecAgg, SecAggTerms
 from fedraclora.protocol.factor import to_train
 from fedraclora.protocol.instructions import RoundInstructions
@@ -47,7 +48,6 @@ from fedraclora.strategies.server.measuring import Measurement, Measuring
 from fedraclora.strategies.steps.secure import SecureSum
 from fedraclora.tree import Layout, Tree
 from tests.campaigns.secagg import ROUND, SHAPE, STAGES, Client, Random, Wire, stage_of
-from tests.messages import become_a_task
 
 METRICS = (("accuracy",), ("accuracy", "loss"), ("accuracy", "loss", "auc"))
 CLIP = 2.0

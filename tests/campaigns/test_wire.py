@@ -10,10 +10,10 @@ import pytest
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message
 
 from fedraclora.engines.records import read_answer
+from fedraclora.experiments.faults.grid import become_a_task
 from fedraclora.run.ledger import Ledger
 from tests.campaigns.mutants import claimed, deep, stored
 from tests.campaigns.wire import Case, campaign, collected, frames, judged, read, scene_of
-from tests.messages import become_a_task
 
 
 @pytest.mark.slow

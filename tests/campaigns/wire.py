@@ -46,6 +46,7 @@ from fedraclora.engines.records import (
     write_answer,
 )
 from fedraclora.errors import ClientError, WireError
+from fedraclora.experiments.faults.grid import become_a_task
 from fedraclora.flower_internals import records_from_bytes, records_to_bytes
 from fedraclora.protocol.coding import NONE, ZSTD, compressed, unframed
 from fedraclora.protocol.method import Cohort, Draw, RoundInstructions, State
@@ -80,7 +81,7 @@ from tests.campaigns.mutants import (
     records,
     vector,
 )
-from tests.messages import answer_to, become_a_task
+from tests.messages import answer_to
 
 SEED, ROUND, CLIENTS, BUSY = 7, 3, 5, 2
 MOMENTUM = LocalConfig(lr=0.1, steps=2, batch_size=4, momentum=0.5, optimizer_state="merge")

@@ -12,6 +12,14 @@ from flwr.app import ArrayRecord
 from fedraclora.clients.cache import CACHE, MARKER
 from fedraclora.config.run_config import from_plain
 from fedraclora.engines.records import clients_of
+from fedraclora.experiments.faults.network import (
+    Network,
+    client,
+    deploy,
+    nodes_for,
+    rows,
+    small,
+)
 from fedraclora.flower_internals import message_bytes
 from fedraclora.run.ledger import Row
 from fedraclora.run.rebuild import state_at
@@ -22,14 +30,6 @@ from fedraclora.strategies.server.callbacks import AfterRound
 from fedraclora.tree import digest
 from fedraclora.weights.files import load_tensors, save_tensors
 from fedraclora.weights.replica import read_stored_replica, replica_file
-from tests.campaigns.faults.network import (
-    Network,
-    client,
-    deploy,
-    nodes_for,
-    rows,
-    small,
-)
 from tests.common import simulated, summary_of
 
 

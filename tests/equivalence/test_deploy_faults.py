@@ -21,12 +21,7 @@ from fedraclora.engines.deploy import grid, node_registry, straggler_monitor
 from fedraclora.engines.deploy.pulling import NOT_WHOLE
 from fedraclora.engines.records import read_answer
 from fedraclora.errors import ClientError
-from fedraclora.flower_internals import message_bytes
-from fedraclora.protocol.uplinks import Uplinks
-from fedraclora.run.rebuild import state_at
-from fedraclora.strategies.server.exchange import Exchange
-from fedraclora.weights import replica
-from tests.campaigns.faults.harms import (
+from fedraclora.experiments.faults.harms import (
     BEHAVIOURS,
     HARMS,
     Once,
@@ -36,13 +31,18 @@ from tests.campaigns.faults.harms import (
     replies_twice,
     stays_silent,
 )
-from tests.campaigns.faults.network import (
+from fedraclora.experiments.faults.network import (
     Network,
     client,
     deploy,
     nodes_for,
     rows,
 )
+from fedraclora.flower_internals import message_bytes
+from fedraclora.protocol.uplinks import Uplinks
+from fedraclora.run.rebuild import state_at
+from fedraclora.strategies.server.exchange import Exchange
+from fedraclora.weights import replica
 from tests.common import summary_of
 
 ONE = 1  # the client at fault

@@ -23,9 +23,9 @@ from fedraclora.engines.flower_patches import PATCHES
 from fedraclora.engines.programs import Address, Program
 from fedraclora.errors import EngineError
 from fedraclora.experiments.bench.usage import descendants
+from fedraclora.experiments.faults.real import Drill, client_processes, wait_for
+from fedraclora.experiments.faults.trials import absent, final_weights
 from fedraclora.run.ledger import number, read_ledger
-from tests.campaigns.faults.real import Drill, client_processes, wait_for
-from tests.campaigns.faults.trials import absent, final_weights
 from tests.common import simulated, summary_of
 from tests.equivalence.listeners import listeners, needs_proc
 from tests.strangers import as_stranger, needs_root

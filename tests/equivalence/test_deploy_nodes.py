@@ -17,10 +17,10 @@ from fedraclora.clients.cache import served
 from fedraclora.engines.deploy import grid
 from fedraclora.engines.records import clients_of
 from fedraclora.errors import ClientError, ConfigError
+from fedraclora.experiments.faults.harms import header, stays_silent, vector
+from fedraclora.experiments.faults.network import Network, deploy, rows, small
+from fedraclora.experiments.faults.trials import absent, final_weights
 from fedraclora.flower_internals import message_bytes
-from tests.campaigns.faults.harms import header, stays_silent, vector
-from tests.campaigns.faults.network import Network, deploy, rows, small
-from tests.campaigns.faults.trials import absent, final_weights
 from tests.common import simulated, summary_of
 
 NODES: dict[int, dict[str, Any]] = {
@@ -142,7 +142,7 @@ def test_a_reply_of_several_clients_is_a_message_of_one_record(
         return reply
 
     monkeypatch.setattr(respond, "APART", 1)
-    monkeypatch.setattr("tests.campaigns.faults.network.respond", noted)
+    monkeypatch.setattr("fedraclora.experiments.faults.network.respond", noted)
     deploy(SEVEN, tmp_path / "run", Network(tmp_path / "cache", NODES))
     assert replies == {11: {("job",)}, 9: {("job",)}, 7: {("arrays", "job")}}
 

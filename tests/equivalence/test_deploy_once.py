@@ -13,8 +13,8 @@ from flwr.app import Message
 from fedraclora.engines.asks import read_ask
 from fedraclora.engines.records import unfolded
 from fedraclora.errors import ClientError, ConfigError
-from tests.campaigns.faults.harms import Once, raises
-from tests.campaigns.faults.network import (
+from fedraclora.experiments.faults.harms import Once, raises
+from fedraclora.experiments.faults.network import (
     Fault,
     Network,
     client,

@@ -16,9 +16,9 @@ from fedraclora.data.encoders.array import SampleSpec, gathered
 from fedraclora.data.per_client import read_own
 from fedraclora.data.sources.own import own_samples
 from fedraclora.errors import ClientError, ConfigError, DataError
+from fedraclora.experiments.faults.network import Network, composed, rows, serve
 from fedraclora.imports import import_object
 from fedraclora.terminal.opening import introduction
-from tests.campaigns.faults.network import Network, composed, rows, serve
 from tests.campaigns.wire import raw
 from tests.common import simulated, summary_of
 

@@ -17,15 +17,15 @@ from fedraclora.engines.deploy.control import COMPLETED
 from fedraclora.engines.deploy.local import LocalDeployment
 from fedraclora.engines.records import clients_of
 from fedraclora.errors import ConfigError
+from fedraclora.experiments.faults.harms import raises
+from fedraclora.experiments.faults.network import Network, deploy, nodes_for, rows, small
+from fedraclora.experiments.faults.real import Drill, end_node
+from fedraclora.experiments.faults.trials import absent
 from fedraclora.privacy.secret import KEY_FILE
 from fedraclora.run.client_state import ClientStore
 from fedraclora.run.ledger import number
 from fedraclora.weights.files import load_tensors
 from fedraclora.weights.links import read_links
-from tests.campaigns.faults.harms import raises
-from tests.campaigns.faults.network import Network, deploy, nodes_for, rows, small
-from tests.campaigns.faults.real import Drill, end_node
-from tests.campaigns.faults.trials import absent
 from tests.common import simulated, summary_of
 from tests.messages import stage_in
 

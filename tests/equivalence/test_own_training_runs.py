@@ -16,8 +16,8 @@ import fedraclora
 from fedraclora.client import Round, Trained
 from fedraclora.clients import node as client_node
 from fedraclora.errors import ClientError
+from fedraclora.experiments.faults.network import Network, composed, serve
 from fedraclora.terminal.opening import introduction
-from tests.campaigns.faults.network import Network, composed, serve
 from tests.common import normal, simulated, summary_of
 
 MODULE = """

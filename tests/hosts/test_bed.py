@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.hosts import Bed, Host, Process
+from fedraclora.experiments.hosts import Bed, Host, Process
 
 pytestmark = pytest.mark.long
 
@@ -177,7 +177,7 @@ def left_of(pids: list[int], folder: Path, bed: str) -> list[str]:
 
 SCRIPT = """if True:
     import os, sys
-    from tests.hosts import Bed
+    from fedraclora.experiments.hosts import Bed
     with Bed(2) as bed:
         run = [bed[0].popen(["sh", "-c", "sleep 1000 & exec setsid sleep 1000"]) for _ in range(2)]
         keepers = [h.inside.pid for h in bed] + [bed[0].switch.pid]

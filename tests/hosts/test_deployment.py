@@ -7,12 +7,12 @@ import time
 import pytest
 
 from fedraclora.engines.deploy.node_registry import PATIENCE
-from tests.campaigns.faults.links import Fault
-from tests.campaigns.faults.network import SMALL
-from tests.campaigns.faults.trials import final_weights
+from fedraclora.experiments.faults.links import HostFault
+from fedraclora.experiments.faults.network import SMALL
+from fedraclora.experiments.faults.trials import final_weights
+from fedraclora.experiments.hosts import Bed
+from fedraclora.experiments.hosts.deployment import Deployment, wait_for
 from tests.common import summary_of
-from tests.hosts import Bed
-from tests.hosts.deployment import Deployment, wait_for
 
 WORDS = [
     *(word for word in SMALL if word.split("=")[0] not in {"clients", "cohort"}),
@@ -27,7 +27,7 @@ def test_a_link_that_is_cut_in_the_middle_of_a_reply_changes_no_bit(beds: type[B
         run = deployment.begin([*WORDS, "output.progress=false", "engine.retries=0"])
         deployment.until(1)
         host = deployment.owners[1]
-        fault = Fault("cut as its reply leaves", 1, host, 0.0, 2.0)
+        fault = HostFault("cut as its reply leaves", 1, host, 0.0, 2.0)
         fault.counters = host.sent(), host.received()
         while run.poll() is None:
             fault.look(len(deployment.rows()), 0.0, 0.0)

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 
 import fedraclora
+from fedraclora.experiments.hosts import Bed, Host, Process
 from tests.common import summary_of
-from tests.hosts import Bed, Host, Process
 
 pytestmark = pytest.mark.long
 

@@ -69,7 +69,7 @@ from fedraclora.engines.flower_patches import (
     source_of,
     why_without,
 )
-from tests.messages import become_a_task
+from fedraclora.experiments.faults.grid import become_a_task
 
 FILE = flower_patches.__file__
 

@@ -17,7 +17,7 @@ from fedraclora.engines.records import (
     vector_record,
 )
 from fedraclora.errors import WireError
-from tests.messages import become_a_task
+from fedraclora.experiments.faults.grid import become_a_task
 
 
 def small() -> RecordDict:

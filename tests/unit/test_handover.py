@@ -25,7 +25,7 @@ from fedraclora.clients import handover
 from fedraclora.clients.cache import cache_of
 from fedraclora.clients.handover import check_peer, hand_over, open_alone, started
 from fedraclora.errors import ClientError
-from tests.messages import become_a_task
+from fedraclora.experiments.faults.grid import become_a_task
 
 # Stands for `fedraclora.clients.resident`, without what takes time to import.
 STAND_IN = """

@@ -16,7 +16,7 @@ from flwr.superlink.grid import http_grid
 
 from fedraclora.engines.deploy.pulling import in_part, pulled
 from fedraclora.engines.flower_patches import SERVER, patch
-from tests.messages import become_a_task
+from fedraclora.experiments.faults.grid import become_a_task
 
 
 class Link:

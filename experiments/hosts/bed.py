@@ -13,8 +13,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from tests.hosts.host import Host
-from tests.hosts.namespaces import Namespaces
+from fedraclora.experiments.hosts.host import Host
+from fedraclora.experiments.hosts.namespaces import Namespaces
 
 SUBNET = "10.71.{}"  # /24
 BRIDGE = "ip link add bridge type bridge; ip link set bridge up"

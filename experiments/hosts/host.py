@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO
 
-from tests.hosts.namespaces import SECONDS, Namespaces, Process
+from fedraclora.experiments.hosts.namespaces import SECONDS, Namespaces, Process
 
 HOME = "/tmp/home"
 # An address that does not answer is asked for on and on: who is cut off is silent, as behind a

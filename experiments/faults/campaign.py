@@ -1,7 +1,9 @@
 """Faults by the hundred, each in a small deployment: every run ends right, or stops and goes on.
 
-``python -m tests.campaigns.fault_campaign out=DIR [drills=2]``: each kind of fault under each
-policy, in this process; then so many drills with real processes. What is done is not done again.
+    python -m fedraclora.experiments.faults.campaign out=DIR [drills=2]
+
+Each kind of fault under each policy, in this process; then so many drills with real processes.
+What is done is not done again.
 """
 
 from __future__ import annotations
@@ -15,16 +17,16 @@ from pathlib import Path
 from fedraclora.commands.status import reported
 from fedraclora.compose.words import key_values
 from fedraclora.errors import ConfigError
+from fedraclora.experiments.faults.real import LINK, drill
+from fedraclora.experiments.faults.trials import FAULT_KINDS, TrialOutcome, inject
 from fedraclora.run import packed
 from fedraclora.run.folder import provenance
-from tests.campaigns.faults.real import LINK, drill
-from tests.campaigns.faults.trials import KINDS, Outcome, inject
 
 TURNS, SHIFT, LONG = 3, 5, 8  # series of all kinds, by how much they are shifted, kinds a run
 DRILL_ROUNDS = 30
 
 
-def table(outcomes: Sequence[Outcome]) -> str:
+def faults_table(outcomes: Sequence[TrialOutcome]) -> str:
     """Write the outcomes as a table, one row for each kind."""
     lines = ["| fault | injected | ended right | reason, once |", "|---|---|---|---|"]
     for kind in dict.fromkeys(o.kind for o in outcomes):
@@ -41,25 +43,25 @@ def table(outcomes: Sequence[Outcome]) -> str:
 def series() -> Iterator[tuple[list[str], str]]:
     """Give the kinds of each run, one a round, with its policy."""
     for turn in range(TURNS):
-        kinds = [*KINDS[turn * SHIFT :], *KINDS[: turn * SHIFT]]  # each in other rounds
+        kinds = [*FAULT_KINDS[turn * SHIFT :], *FAULT_KINDS[: turn * SHIFT]]  # each in other rounds
         for start in range(0, len(kinds), LONG):
             part = kinds[start : start + LONG]
             yield part, "left out"
             # Weights whole are asked for twice: once is no fault.
             yield [k for k in part if k != "cannot settle on weights"], "run again"
-    for kind in KINDS:
+    for kind in FAULT_KINDS:
         yield [kind], "stopped"
 
 
-def campaign(folder: Path, drills: int) -> list[Outcome]:
+def campaign(folder: Path, drills: int) -> list[TrialOutcome]:
     """Inject what is left to inject; give all outcomes."""
     folder.mkdir(parents=True, exist_ok=True)
     record = folder / "campaign.jsonl"
     packed.decompress(record)
     lines = record.read_text().splitlines() if record.is_file() else []
-    done = [Outcome(**json.loads(line)) for line in lines]
+    done = [TrialOutcome(**json.loads(line)) for line in lines]
 
-    def keep(outcome: Outcome) -> None:
+    def keep(outcome: TrialOutcome) -> None:
         done.append(outcome)
         with record.open("a") as file:
             file.write(json.dumps(vars(outcome)) + "\n")
@@ -83,7 +85,7 @@ def main(words: Sequence[str] | None = None) -> int:
         raise ConfigError("fault_campaign takes out=DIR and drills=NUMBER")
     folder = Path(str(group["out"]))
     done = campaign(folder, int(str(group.get("drills", 2))))
-    (folder / "table.md").write_text(table(done))
+    (folder / "table.md").write_text(faults_table(done))
     facts = {"faults": len(done), **provenance()}
     (folder / "facts.json").write_text(json.dumps(facts, indent=1) + "\n")
     return int(any(o.verdict != "right" for o in done))

@@ -1,12 +1,15 @@
 """Faults of networks and hosts, by the hundred, in a deployment on hosts of their own.
 
-``python -m tests.campaigns.network_faults out=DIR [faults=200] [seed=0] [faketime=LIBRARY]``: runs
-of a SuperLink and four nodes, each on a host of a bed (`tests.hosts`), with 50 faults each. Links
-are cut in the middle of a message, crawl and come back; hosts move, stop, and have no room; in each
-run the SuperLink, or its whole host, is killed, and the run is resumed; with Debian's
-``libfaketime`` nodes of one more run have clocks that are minutes and an hour off. The final
-weights must be, bit for bit, those of a run in one process that leaves out whom the ledger names,
-and no round may last longer than its time-outs. Runs whose results are in DIR are not run again.
+    python -m fedraclora.experiments.faults.network_campaign out=DIR [faults=200] [seed=0]
+        [faketime=LIBRARY]
+
+Runs of a SuperLink and four nodes, each on a host of a bed (`fedraclora.experiments.hosts`), with
+50 faults each. Links are cut in the middle of a message, crawl and come back; hosts move, stop, and
+have no room; in each run the SuperLink, or its whole host, is killed, and the run is resumed; with
+Debian's ``libfaketime`` nodes of one more run have clocks that are minutes and an hour off. The
+final weights must be, bit for bit, those of a run in one process that leaves out whom the ledger
+names, and no round may last longer than its time-outs. Runs whose results are in DIR are not run
+again.
 """
 
 from __future__ import annotations
@@ -23,13 +26,21 @@ import numpy as np
 from fedraclora.commands.status import reported
 from fedraclora.compose.words import key_values
 from fedraclora.errors import ConfigError
-from fedraclora.run.folder import provenance
-from tests.campaigns.faults.links import CACHE, KINDS, RATE, ROOM, Fault, drawn, move
-from tests.campaigns.faults.network import SMALL
-from tests.campaigns.faults.trials import absent, final_weights
-from tests.common import summary_of
-from tests.hosts import Bed
-from tests.hosts.deployment import HOME, Deployment, wait_for
+from fedraclora.experiments.faults.links import (
+    CACHE,
+    HOST_FAULTS,
+    RATE,
+    ROOM,
+    HostFault,
+    drawn,
+    move,
+)
+from fedraclora.experiments.faults.network import SMALL
+from fedraclora.experiments.faults.trials import absent, final_weights
+from fedraclora.experiments.hosts import Bed
+from fedraclora.experiments.hosts.deployment import Deployment, wait_for
+from fedraclora.experiments.hosts.host import HOME
+from fedraclora.run.folder import provenance, read_summary
 
 # Weights whole both ways: a message has 100 kB.
 WORDS = ["method=fedavg", "model.hidden=[256]", "engine.min_clients=1", "engine.retries=3"]
@@ -59,7 +70,7 @@ class Campaign:
         for owner in bed.hosts[1:]:
             owner.own(CACHE, ROOM)
         self.deployment = Deployment(bed)
-        self.rounds, self.came = rounds, list[Fault]()
+        self.rounds, self.came = rounds, list[HostFault]()
         self.words = [w for w in SMALL if w.split("=")[0] not in REPLACED]
         self.words += [*WORDS, f"rounds={rounds}"]
         more = [f"engine.timeout={TIMEOUT:g}", f"engine.wait={WAIT:g}"]
@@ -69,7 +80,7 @@ class Campaign:
         self.usual = 10.0
         self.lasted: dict[int, float] = {}
 
-    def inject(self, faults: Sequence[Fault]) -> None:
+    def inject(self, faults: Sequence[HostFault]) -> None:
         """Let things happen, in this round or those after, until all have come and gone."""
         waiting, at, began = list(faults), len(self.deployment.rows()), time.monotonic()
         end = began + PATIENCE
@@ -97,7 +108,7 @@ class Campaign:
     def note(self, kind: str, client: int, at: int) -> None:
         """Take down what a whole act did."""
         host = self.deployment.server if client < 0 else self.deployment.owners[client]
-        self.came.append(Fault(kind, client, host, 0.0, AWAY, at, len(self.deployment.rows())))
+        self.came.append(HostFault(kind, client, host, 0.0, AWAY, at, len(self.deployment.rows())))
         print(f"{len(self.came)}: round {at}, {kind}", flush=True)
 
     def restart_link(self, *, host: bool) -> None:
@@ -143,9 +154,10 @@ class Campaign:
         wait_for(lambda: self.run.poll() is not None, "the end of the run", PATIENCE)
         rows = {int(str(row["round"])): row for row in self.deployment.rows()[1:]}
         missing = {
-            at: {f["client"]: f["reason"] for f in row["failures"]} for at, row in rows.items()
-        }  # type: ignore[attr-defined]
-        found = summary_of(self.deployment.server.path("there"))["weights_digest"]
+            at: {f["client"]: f["reason"] for f in row["failures"]}  # type: ignore[attr-defined]
+            for at, row in rows.items()
+        }
+        found = read_summary(self.deployment.server.path("there"))["weights_digest"]
         wanted = final_weights(
             self.words, absent({at: list(m) for at, m in missing.items()}), NODES
         )
@@ -171,17 +183,17 @@ class Campaign:
         return said
 
 
-def names(note: object, fault: Fault) -> bool:
+def names(note: object, fault: HostFault) -> bool:
     """Tell whether an incident names the client of a fault."""
     text = json.dumps(note, default=str)
     return f"client {fault.client} " in text or f'"client": {fault.client}' in text
 
 
-def table(said: Sequence[Said]) -> str:
+def network_table(said: Sequence[Said]) -> str:
     """Write what came of the faults, one row for each kind."""
     lines = ["| fault | injected | ended right | left out | seconds (median, most) |"]
     lines += ["|---|---:|---:|---:|---:|"]
-    for kind in dict.fromkeys([*KINDS, *(str(s["kind"]) for s in said)]):
+    for kind in dict.fromkeys([*HOST_FAULTS, *(str(s["kind"]) for s in said)]):
         mine = [s for s in said if s["kind"] == kind]
         if not mine:
             continue
@@ -237,7 +249,7 @@ def main(words: Sequence[str] | None = None) -> int:
             found = sitting(folder, k, faults, seed, clocks)
             results.write_text("".join(json.dumps(s) + "\n" for s in found))
         said.extend(map(json.loads, results.read_text().splitlines()))
-        (folder / "table.md").write_text(table(said))
+        (folder / "table.md").write_text(network_table(said))
 
     if library:
         go_on(999, 0, library)
@@ -247,7 +259,7 @@ def main(words: Sequence[str] | None = None) -> int:
         k += 1
     facts = {"faults": len(said), **provenance()}
     (folder / "facts.json").write_text(json.dumps(facts, indent=1) + "\n")
-    print(table(said))
+    print(network_table(said))
     return int(any(s["verdict"] != RIGHT for s in said))
 
 

@@ -1,11 +1,13 @@
 """Seconds of a round of MiniLM on slow links, and until a target, by method.
 
-``python -m tests.campaigns.slow_links out=DIR [rows=fedavg,...] [rates=1,10,100]``: a deployment
-with TLS on a bed of hosts (`tests.hosts`), three nodes with links of so many Mbit/s up and ten
-times that down. Bytes and messages of a round are those of the study `STUDY`, its training is one
-pair a client: three nodes share the cores of this machine here, so that training is counted apart,
-by the processor seconds that the study's runs took. Then the same rounds on the virtual clock
-(``system=``). What ``runs.jsonl`` has is not measured again; ``rates=`` alone writes the tables.
+    python -m fedraclora.experiments.slow_links out=DIR [rows=fedavg,...] [rates=1,10,100]
+
+A deployment with TLS on a bed of hosts (`fedraclora.experiments.hosts`), three nodes with links of
+so many Mbit/s up and ten times that down. Bytes and messages of a round are those of the study
+`STUDY`, its training is one pair a client: three nodes share the cores of this machine here, so
+that training is counted apart, by the processor seconds that the study's runs took. Then the same
+rounds on the virtual clock (``system=``). What ``runs.jsonl`` has is not measured again; ``rates=``
+alone writes the tables.
 
 Instead of that, ``whole=RATE`` runs the study's own run of each of the rows until its target.
 
@@ -27,20 +29,24 @@ from pathlib import Path
 
 import numpy as np
 
+from fedraclora.commands import RESULTS
 from fedraclora.commands.status import reported
 from fedraclora.compose.overrides import composed
 from fedraclora.compose.words import key_values
+from fedraclora.config.run_config import from_plain
 from fedraclora.errors import ConfigError
+from fedraclora.experiments.hosts import Bed
+from fedraclora.experiments.hosts.deployment import Deployment, wait_for
+from fedraclora.launch import run_shown
 from fedraclora.plots.axes import COLOURS, label_axes, make_logarithmic, new_figure, write_png
 from fedraclora.run import packed
 from fedraclora.run.folder import provenance
 from fedraclora.run.ledger import read_ledger, round_seconds
+from fedraclora.strategies.builder import RunBuilder
+from fedraclora.strategies.methods import METHODS
 from fedraclora.terminal.tables import TextTable
-from tests.common import simulated
-from tests.hosts import Bed
-from tests.hosts.deployment import Deployment, wait_for
 
-STUDY = Path(__file__).parents[2] / "experiments" / "results" / "leaderboard_minilm"
+STUDY = RESULTS / "leaderboard_minilm"
 METRIC, TARGET = "pearson", 0.8
 LABELS = {  # of rows of the study
     "fed_rac_lora": "Fed-RAC-LoRA",
@@ -154,7 +160,7 @@ def whole(deployment: Deployment, row: str, rate: int) -> Row:
     deployment.until(min(k for k, y in curve.items() if y >= TARGET), PATIENCE)
     rows = deployment.rows()[1:]
     run.terminate()
-    mine = {r["round"]: r["metrics"][METRIC] for r in rows if r["metrics"]}  # type: ignore[index, call-overload]
+    mine = {r["round"]: r["metrics"][METRIC] for r in rows if r["metrics"]}  # type: ignore[index]
     return {
         "kind": "whole", "row": row, "rate": rate,
         "seconds": [round(without_measuring(r), 3) for r in rows],
@@ -178,7 +184,8 @@ def in_process(row: str, more: Sequence[str]) -> list[dict[str, object]]:
     """Run in this process; give the ledger."""
     with tempfile.TemporaryDirectory() as made, redirect_stdout(StringIO()):
         folder = Path(made) / "run"
-        simulated(composed([*words_of(row, more), f"output.dir={folder}"]), folder)
+        plain = composed([*words_of(row, more), f"output.dir={folder}"])
+        run_shown(RunBuilder(from_plain(plain, METHODS), folder))
         return read_ledger(folder / "ledger.jsonl")
 
 
@@ -222,7 +229,7 @@ class Record:
     def find(self, kind: str, row: str = "", rate: int | None = None) -> Row | None:
         """Find the last row of a kind."""
         lines = packed.read_text(self.file).splitlines() if packed.exists(self.file) else []
-        wanted = {"kind": kind, **({"row": row} if row else {})}
+        wanted: Row = {"kind": kind, **({"row": row} if row else {})}
         wanted |= {} if rate is None else {"rate": rate}
         rows = [r for r in map(json.loads, lines) if wanted.items() <= r.items()]
         return rows[-1] if rows else None
@@ -371,17 +378,16 @@ def figure(record: Record) -> None:
     write_png(drawn, record.folder / "slow_links.png")
 
 
-def report(record: Record) -> None:
-    """Write the tables and the figure."""
+def write_slow_links(record: Record, out: Path) -> None:
+    """Write the tables."""
     for name, table in {
         "rounds": table_of_rounds(record),
         "table": table_of_targets(record),
         "clocks": table_of_clocks(record),
         **({"wholes": table_of_wholes(record)} if record.find("whole") else {}),
     }.items():
-        table.write(record.folder, name)
+        table.write(out, name)
         print(table.markdown())
-    figure(record)
 
 
 def measured(record: Record, rows: Sequence[str], rates: Sequence[int], at: int) -> Iterator[Row]:
@@ -416,7 +422,8 @@ def main(words: Sequence[str] | None = None) -> int:
         for rate in rates:
             if not record.find("clock", row, rate):
                 record.add(on_the_clock(row, rate))
-    report(record)
+    write_slow_links(record, record.folder)
+    figure(record)
     return 0
 
 

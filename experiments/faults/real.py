@@ -16,10 +16,10 @@ from fedraclora.commands import deploy
 from fedraclora.engines.deploy.control import Status
 from fedraclora.engines.deploy.local import LocalDeployment
 from fedraclora.errors import EngineError, FedRacLoraError
+from fedraclora.experiments.faults.network import RANK, SMALL
+from fedraclora.experiments.faults.trials import TrialOutcome, absent, final_weights
+from fedraclora.run.folder import read_summary
 from fedraclora.run.ledger import read_ledger
-from tests.campaigns.faults.network import RANK, SMALL
-from tests.campaigns.faults.trials import Outcome, absent, final_weights
-from tests.common import summary_of
 
 # A node that was killed is missed after a minute; its key is refused for as long. No limit here is
 # a measure: they end what hangs.
@@ -176,7 +176,8 @@ def end_node(deployment: LocalDeployment, k: int, *, killed: bool = False) -> No
 
 def restart_link(deployment: LocalDeployment) -> None:
     """Kill the SuperLink, with the server of the run, and start it again."""
-    link = deployment.link
+    if (link := deployment.link) is None:
+        raise EngineError("no SuperLink runs that could be killed")
     below = pgrep("-P", str(link.process.pid))  # a SuperExec, which leads a group with the server
     link.signal_all(signal.SIGKILL)
     for pid in below:
@@ -224,7 +225,7 @@ class Injected:
         return self.client in missing.get(self.round_, [])
 
 
-def drill(rounds: int, say: Callable[[Outcome], None]) -> None:
+def drill(rounds: int, say: Callable[[TrialOutcome], None]) -> None:
     """Inject six faults into one run, and hold its weights against a run in this process.
 
     Raises:
@@ -264,7 +265,7 @@ def drill(rounds: int, say: Callable[[Outcome], None]) -> None:
             say(outcome)
 
 
-def _verdicts(came: Sequence[Injected], job: Drill, ended: Status) -> list[Outcome]:
+def _verdicts(came: Sequence[Injected], job: Drill, ended: Status) -> list[TrialOutcome]:
     """Hold a run against one in this process that leaves out the same clients."""
     missing, said, verdict = dict[int, list[int]](), dict[int, str](), "right"
     try:
@@ -272,13 +273,13 @@ def _verdicts(came: Sequence[Injected], job: Drill, ended: Status) -> list[Outco
             failures, at = row["failures"], int(str(row["round"]))
             missing[at] = [f["client"] for f in failures]  # type: ignore[attr-defined]
             said[at] = str(failures)[:300]
-        found = summary_of(job.folder)["weights_digest"]
+        found = read_summary(job.folder)["weights_digest"]
         if found != final_weights([*job.words, "engine.min_clients=1"], absent(missing)):
             verdict = "other final weights"
     except (OSError, FedRacLoraError) as error:
         verdict = f"{ended.word}: {ended.details or error}"
     return [
-        Outcome(
+        TrialOutcome(
             fault.kind,
             "processes",
             fault.round_,

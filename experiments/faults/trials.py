@@ -14,9 +14,9 @@ from pathlib import Path
 from flwr.app import Message
 
 from fedraclora.errors import ClientError
-from tests.campaigns.faults.harms import BEHAVIOURS, HARMS, Once, fault_of, raises
-from tests.campaigns.faults.network import Fault, Network, client, deploy, nodes_for, rows
-from tests.common import summary_of
+from fedraclora.experiments.faults.harms import BEHAVIOURS, HARMS, Once, fault_of, raises
+from fedraclora.experiments.faults.network import Fault, Network, client, deploy, nodes_for, rows
+from fedraclora.run.folder import read_summary
 
 ONE = 1  # the client at fault
 # What an operator asks for: the round goes on without it; is run again; or the run stops.
@@ -25,11 +25,11 @@ POLICIES = {
     "run again": ["engine.retries=1"],
     "stopped": ["engine.retries=0"],
 }
-KINDS = (*HARMS, *BEHAVIOURS)
+FAULT_KINDS = (*HARMS, *BEHAVIOURS)
 
 
 @dataclass(frozen=True)
-class Outcome:
+class TrialOutcome:
     """What came of a fault.
 
     Attributes:
@@ -59,7 +59,7 @@ def final_weights(words: list[str], fault: Fault | None, clients: int = 3) -> st
     with tempfile.TemporaryDirectory() as made, redirect_stdout(StringIO()):
         folder = Path(made)
         deploy(words, folder / "run", Network(folder / "cache", nodes_for(clients), fault))
-        return str(summary_of(folder / "run")["weights_digest"])
+        return str(read_summary(folder / "run")["weights_digest"])
 
 
 def guilty_in(round_: int) -> Callable[[Message], bool]:
@@ -86,11 +86,11 @@ def cached(call: Callable[[], Message]) -> Callable[[], Message]:
     return lru_cache(maxsize=1)(call)
 
 
-def inject(kinds: Sequence[str], policy: str) -> list[Outcome]:
+def inject(kinds: Sequence[str], policy: str) -> list[TrialOutcome]:
     """Run with a fault in each round from the second on, and hold it against a run without.
 
     Args:
-        kinds: Of `KINDS`, one for each round.
+        kinds: Of `FAULT_KINDS`, one for each round.
         policy: Of `POLICIES`; with ``stopped`` one kind alone.
     """
     began = time.monotonic()
@@ -110,7 +110,7 @@ def inject(kinds: Sequence[str], policy: str) -> list[Outcome]:
             stopped = str(error)
             network.fault = None
             deploy(words, folder, network, resume=True)
-        found, done = str(summary_of(folder)["weights_digest"]), rows(folder)
+        found, done = str(read_summary(folder)["weights_digest"]), rows(folder)
     missing = {r: [ONE] for r in when} if policy == "left out" else {}
     same = found == final_weights([words[0], "engine.min_clients=2"], absent(missing))
     seconds = round((time.monotonic() - began) / len(when), 2)
@@ -121,7 +121,7 @@ def inject(kinds: Sequence[str], policy: str) -> list[Outcome]:
             verdict = f"client {ONE} was not named: {done[round_]}"
         elif same:
             verdict = "right"
-        outcomes.append(Outcome(kind, policy, round_, verdict, reason[:300], seconds))
+        outcomes.append(TrialOutcome(kind, policy, round_, verdict, reason[:300], seconds))
     return outcomes
 
 

@@ -1,7 +1,9 @@
 """A thousand rounds of a deployment: memory, handles, sockets and processes along the run.
 
-``python -m tests.campaigns.long_run out=DIR [rounds=1000]`` runs ``fedraclora deploy nodes=2`` with
-a tiny model, looks at all its processes every few seconds, and writes ``samples.jsonl`` and
+    python -m fedraclora.experiments.long_run out=DIR [rounds=1000]
+
+It runs ``fedraclora deploy nodes=2`` with a tiny model, looks at all its processes every few
+seconds, and writes ``samples.jsonl`` and
 ``table.md``: what each kind of process held at a tenth of the run and at its end, and the slope of
 a line through all that was seen in between, by 100 rounds.
 """
@@ -22,7 +24,7 @@ import numpy as np
 from fedraclora.commands.status import reported
 from fedraclora.compose.words import key_values
 from fedraclora.errors import ConfigError
-from tests.campaigns.faults.network import RANK
+from fedraclora.experiments.faults.network import RANK
 
 WORDS = [
     *["data=digits", "data.labels=null", "pretrain=none", "model.hidden=[12]", "local.lr=0.1"],

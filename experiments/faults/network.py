@@ -18,9 +18,9 @@ from fedraclora.clients import node as client_node
 from fedraclora.clients.respond import respond
 from fedraclora.compose.overrides import composed
 from fedraclora.engines.records import clients_of, folded, unfolded
+from fedraclora.experiments.faults.grid import FakeGrid
 from fedraclora.flower_internals import records_from_bytes, records_to_bytes
 from fedraclora.strategies.server_app import app as server_app
-from tests.messages import FakeGrid
 
 SMALL = [
     "data=digits",

@@ -10,7 +10,7 @@ import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, RecordDict
 
 from fedraclora.engines.replies import STALE
-from tests.campaigns.faults.network import Fault, client, over_the_wire
+from fedraclora.experiments.faults.network import Fault, client, over_the_wire
 
 Harm = Callable[[RecordDict], None]
 Guilty = Callable[[Message], bool]

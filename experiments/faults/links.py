@@ -9,8 +9,9 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from tests.hosts import Host
-from tests.hosts.deployment import HOME, Deployment
+from fedraclora.experiments.hosts import Host
+from fedraclora.experiments.hosts.deployment import Deployment
+from fedraclora.experiments.hosts.host import HOME
 
 BYTES = 15_000  # of a message that have passed when something happens in its middle
 RATE = "20mbit"
@@ -61,7 +62,7 @@ def kill_resident(host: Host) -> Undo:
 
 
 # What is done, when, and for how many seconds (at least, at most); 0: until the round has ended.
-KINDS: dict[str, tuple[Callable[[Host], Undo], str, float, float]] = {
+HOST_FAULTS: dict[str, tuple[Callable[[Host], Undo], str, float, float]] = {
     "cut as its reply leaves": (cut, "sent", 1, 6),
     "cut as a message comes": (cut, "received", 1, 6),
     "cut at any time": (cut, "", 1, 6),
@@ -80,11 +81,11 @@ AT_ONCE = 3
 
 
 @dataclass
-class Fault:
+class HostFault:
     """One thing that happens to a host.
 
     Attributes:
-        kind: Of `KINDS`, or what a whole act does.
+        kind: Of `HOST_FAULTS`, or what a whole act does.
         client: Whom it concerns; -1: the server.
         host: Of whom.
         when: A number in [0, 1) that says when in the round, where nothing else does.
@@ -112,7 +113,7 @@ class Fault:
             since: Seconds since it began.
             usual: Seconds that a round takes.
         """
-        do, trigger, _, _ = KINDS[self.kind]
+        do, trigger, _, _ = HOST_FAULTS[self.kind]
         if self.round_ is None:
             sent, received = self.host.sent(), self.host.received()
             passed = {
@@ -129,24 +130,28 @@ class Fault:
                 self.ended = at
 
 
-def drawn(rng: np.random.Generator, deployment: Deployment, number: int) -> Iterator[list[Fault]]:
+def drawn(
+    rng: np.random.Generator, deployment: Deployment, number: int
+) -> Iterator[list[HostFault]]:
     """Yield what happens in each round: to every node up to `AT_ONCE` things, each another."""
-    common = [kind for kind in KINDS if kind not in RARE]
+    common = [kind for kind in HOST_FAULTS if kind not in RARE]
     bag = [kind for kind, times in RARE.items() for _ in range(times)][:number]
     bag += [common[k % len(common)] for k in range(number - len(bag))]
     bag = [bag[k] for k in rng.permutation(len(bag))]
     while bag:
-        faults = list[Fault]()
+        faults = list[HostFault]()
         for client, owner in enumerate(deployment.owners):
             mine = list[str]()
             for kind in bag:
-                done = [KINDS[each][0] for each in mine]
-                if len(mine) < AT_ONCE and KINDS[kind][0] not in done:
+                done = [HOST_FAULTS[each][0] for each in mine]
+                if len(mine) < AT_ONCE and HOST_FAULTS[kind][0] not in done:
                     mine.append(kind)
             for kind in mine:
                 bag.remove(kind)
                 server = kind == "the server is cut"
                 host = deployment.server if server else owner
-                seconds = rng.uniform(*KINDS[kind][2:])
-                faults.append(Fault(kind, -1 if server else client, host, rng.random(), seconds))
+                seconds = rng.uniform(*HOST_FAULTS[kind][2:])
+                faults.append(
+                    HostFault(kind, -1 if server else client, host, rng.random(), seconds)
+                )
         yield faults

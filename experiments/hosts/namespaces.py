@@ -84,7 +84,7 @@ class Namespaces:
         line = [*NSENTER, f"--target={self.pid}", f"--wdns={cwd}"]
         line += [] if uid is None else [f"-S{uid}", f"-G{uid}"]
         line += [*BRING, *map(str, command)]
-        process = Process(line, env=env, text=True, start_new_session=True, **streams)  # type: ignore[call-overload]
+        process: Process = Process(line, env=env, text=True, start_new_session=True, **streams)  # type: ignore[call-overload]
         self.brought.append(process)
         return process
 

@@ -1,7 +1,9 @@
 """Bytes of a round of MiniLM on the wire, beside the formulas.
 
-``python -m tests.campaigns.wire_bytes out=DIR``: two clients and two rounds of each method, their
-messages written as a SuperLink writes them. In the second round clients catch up on the first.
+    python -m fedraclora.experiments.wire_bytes out=DIR
+
+Two clients and two rounds of each method, their messages written as a SuperLink writes them. In the
+second round clients catch up on the first.
 """
 
 from __future__ import annotations
@@ -18,10 +20,9 @@ from fedraclora.commands.status import reported
 from fedraclora.compose.overrides import composed
 from fedraclora.compose.words import key_values
 from fedraclora.errors import ConfigError
+from fedraclora.experiments.faults.network import Network, nodes_for, rows, serve
 from fedraclora.flower_internals import message_bytes
-from fedraclora.run.folder import provenance
-from tests.campaigns.faults.network import Network, nodes_for, rows, serve
-from tests.common import summary_of
+from fedraclora.run.folder import provenance, read_summary
 
 RANK = ["method.rank=8"]
 METHODS = {
@@ -55,7 +56,7 @@ def measure(words: Sequence[str]) -> dict[str, int]:
         folder = Path(made) / "run"
         network = Network(Path(made) / "cache", nodes_for(2))
         serve(composed([*WORDS, *words, f"output.dir={folder}"]), network)
-        last, floats = rows(folder)[2], int(str(summary_of(folder)["uplink_floats"]))
+        last, floats = rows(folder)[2], int(str(read_summary(folder)["uplink_floats"]))
         sent = [m for m in network.posted if network.is_training(m) and m.metadata.group_id == "2"]
         up = [message_bytes(m) for m in sent if m.metadata.reply_to_message_id]
         down = [message_bytes(m) for m in sent if not m.metadata.reply_to_message_id]
@@ -69,7 +70,7 @@ def measure(words: Sequence[str]) -> dict[str, int]:
         }
 
 
-def table(found: dict[str, dict[str, int]]) -> str:
+def wire_table(found: dict[str, dict[str, int]]) -> str:
     """Write the figures as a table, in bytes a client and round."""
     columns = ["formula", "up", "up_serialized", "down", "down_serialized"]
     lines = [
@@ -90,10 +91,10 @@ def main(words: Sequence[str] | None = None) -> int:
     folder = Path(str(group["out"]))
     found = {name: measure(words) for name, words in METHODS.items()}
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "table.md").write_text(table(found))
+    (folder / "table.md").write_text(wire_table(found))
     record = {"words": WORDS, "methods": METHODS, "bytes": found, **provenance()}
     (folder / "bytes.json").write_text(json.dumps(record, indent=1) + "\n")
-    print(table(found), end="")
+    print(wire_table(found), end="")
     return 0
 
 

@@ -14,9 +14,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from fedraclora.engines.deploy.local import make_node_key
+from fedraclora.experiments.hosts.bed import Bed
+from fedraclora.experiments.hosts.host import HOME, Host
+from fedraclora.experiments.hosts.namespaces import Process
 from fedraclora.run.ledger import read_ledger
-from tests.hosts.bed import Bed
-from tests.hosts.host import HOME, Host, Process
 
 PORT = 8000
 PROJECT = Path(__file__).parents[2]
