@@ -82,7 +82,7 @@ def main(words: Sequence[str] | None = None) -> int:
     """Run the campaign; the status is 1 if a run ended wrong."""
     group = key_values(sys.argv[1:] if words is None else words)
     if "out" not in group or group.keys() - {"out", "drills"}:
-        raise ConfigError("fault_campaign takes out=DIR and drills=NUMBER")
+        raise ConfigError("campaign takes out=DIR and drills=NUMBER")
     folder = Path(str(group["out"]))
     done = campaign(folder, int(str(group.get("drills", 2))))
     (folder / "table.md").write_text(faults_table(done))

@@ -237,7 +237,9 @@ def main(words: Sequence[str] | None = None) -> int:
     """Run the campaign; the status is 1 if a fault ended wrong."""
     group = key_values(sys.argv[1:] if words is None else words)
     if "out" not in group or group.keys() - {"out", "faults", "seed", "faketime"}:
-        raise ConfigError("network_faults takes out=DIR, faults=NUMBER, seed= and faketime=LIBRARY")
+        raise ConfigError(
+            "network_campaign takes out=DIR, faults=NUMBER, seed= and faketime=LIBRARY"
+        )
     folder = Path(str(group["out"]))
     folder.mkdir(parents=True, exist_ok=True)
     library = Path(str(group["faketime"])).resolve(strict=True) if "faketime" in group else None
