@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -138,19 +137,6 @@ def test_what_choosing_costs_is_in_the_ledger() -> None:
     ups = [row["uplink_bytes"] for row in done.rows]
     assert ups == [3 * item * (sum(sizes.values()) + trained), 3 * item * trained]
     assert done.rows[0]["report"]["adapted_layers"] == 1
-
-
-@pytest.mark.parametrize(("name", "every"), [("fedavg_lora", None), ("fed_rac_lora", 2)])
-def test_a_run_under_a_rule_resumes_to_the_bit(
-    name: str, every: int | None, tmp_path: Path
-) -> None:
-    world = make_world()
-    method = heterolora(name, {"share": 0.34, "every": every})
-    whole = run(world, method, RAGGED, rounds=4, cohort=3)
-    run(world, method, RAGGED, rounds=2, cohort=3, folder=tmp_path)
-    resumed = run(world, method, RAGGED, rounds=4, cohort=3, folder=tmp_path, resume=True)
-    assert_equal_trees(resumed.weights, whole.weights)
-    assert asked(resumed)[-1] == asked(whole)[-1]
 
 
 def test_snip_takes_a_start_of_both_factors() -> None:

@@ -7,7 +7,6 @@ what a round trains (times its scale), a local step is ``W <- W - eta P(G + C - 
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -184,17 +183,14 @@ def test_the_batch_of_clients_adds_what_the_one_client_loop_adds(
 
 
 @pytest.mark.parametrize("name", ["ffa_lora", "fed_rac_lora", "fedavg_lora"])
-def test_a_run_goes_on_bit_for_bit_with_what_clients_keep(name: str, tmp_path: Path) -> None:
+def test_replies_may_come_in_any_order(name: str) -> None:
     world, method = make_world(dtype=torch.float32), make_method(name)
     beside = {"server_optimizer": Momentum(beta=0.5)}
-    whole = corrected(world, method, 5, folder=tmp_path / "whole", beside=beside)
-    corrected(world, method, 2, folder=tmp_path / "part", beside=beside)
-    rest = corrected(world, method, 5, folder=tmp_path / "part", beside=beside, resume=True)
-    turned = corrected(world, method, 5, beside=beside, arrange=lambda m: m[::-1])
-    for other in (rest, turned):
-        assert_equal_trees(other.strategy.state.base, whole.strategy.state.base)
-        assert_equal_trees(other.strategy.state.moments, whole.strategy.state.moments)
-        assert_equal_trees(other.worker.store.state(), whole.worker.store.state())
+    whole = corrected(world, method, 3, beside=beside)
+    turned = corrected(world, method, 3, beside=beside, arrange=lambda m: m[::-1])
+    assert_equal_trees(turned.strategy.state.base, whole.strategy.state.base)
+    assert_equal_trees(turned.strategy.state.moments, whole.strategy.state.moments)
+    assert_equal_trees(turned.worker.store.state(), whole.worker.store.state())
 
 
 def test_what_comes_down_is_counted_and_what_goes_up_is_the_methods() -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -184,16 +183,6 @@ def test_a_message_brings_the_magnitudes(world: World) -> None:
     for name in scaled_by(got).values():
         assert torch.equal(got.dense[name].opening(), state.carried[name])  # type: ignore[arg-type]
         assert got.dense[name].main
-
-
-@pytest.mark.parametrize("name", ["fedavg_lora", "ffa_lora", "fedsa_lora"])
-def test_a_run_resumes_to_the_bit(name: str, tmp_path: Path, world: World) -> None:
-    whole = run(world, dora(name), RAGGED, rounds=5, cohort=3)
-    run(world, dora(name), RAGGED, rounds=3, cohort=3, folder=tmp_path)
-    resumed = run(world, dora(name), RAGGED, rounds=5, cohort=3, folder=tmp_path, resume=True)
-    assert_equal_trees(resumed.weights, whole.weights)
-    assert_equal_trees(resumed.strategy.state.carried, whole.strategy.state.carried)
-    assert magnitudes(whole.strategy.state)
 
 
 @forms_short

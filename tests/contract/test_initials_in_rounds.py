@@ -102,16 +102,6 @@ def test_a_probe_moves_nothing_and_then_training_goes_on(name: str) -> None:
     assert losses[3] < losses[2] < losses[1] < losses[0]
 
 
-@pytest.mark.parametrize("initial", STARTS)
-def test_a_run_with_a_start_resumes_to_the_bit(initial: str, tmp_path: Path) -> None:
-    world = make_world()
-    method = make_method("fedex_lora", rank=RANK, init=initial)
-    whole = run(world, method, RAGGED, rounds=3, cohort=3)
-    run(world, method, RAGGED, rounds=1, cohort=3, folder=tmp_path)
-    resumed = run(world, method, RAGGED, rounds=3, cohort=3, folder=tmp_path, resume=True)
-    assert_equal_trees(resumed.weights, whole.weights)
-
-
 # --- the first frozen factor from the gradient ---------------------------------------------------
 
 FIRST = [

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from worlds import (
     FULL_BATCH,
-    RAGGED,
     Played,
     assert_close_trees,
     assert_equal_trees,
@@ -139,16 +137,6 @@ def test_bytes_fall_with_the_ranks_and_training_goes_on() -> None:
     assert method.floats(state.plan, 9) == (numbers, numbers - dense)
     losses = [row["metrics"]["loss"] for row in done.rows]
     assert losses == sorted(losses, reverse=True)
-
-
-@pytest.mark.parametrize("initial", ["kaiming_uniform", "lora_ga"])
-def test_a_run_under_a_schedule_resumes_to_the_bit(initial: str, tmp_path: Path) -> None:
-    world, method = make_world(), pruned("fedex_lora", rank=2, init=initial)
-    whole = run(world, method, RAGGED, rounds=5, cohort=3)
-    run(world, method, RAGGED, rounds=3, cohort=3, folder=tmp_path)
-    resumed = run(world, method, RAGGED, rounds=5, cohort=3, folder=tmp_path, resume=True)
-    assert_equal_trees(resumed.weights, whole.weights)
-    assert ranks(resumed.strategy.state) == ranks(whole.strategy.state)
 
 
 def test_methods_whose_components_do_not_live_on_are_refused() -> None:

@@ -204,23 +204,6 @@ def test_messages_that_are_written_change_no_bit(
         assert [r.get(column) for r in held.rows] == [r.get(column) for r in written.rows]
 
 
-@pytest.mark.parametrize(
-    ("name", "bits"),
-    [
-        *product(["fed_rac_lora", "fedavg_lora", "hetlora", "pool_rac_lora"], [BITS]),
-        *product(["fed_rac_lora", "pool_rac_lora"], [ROTATED]),
-        ("pool_rac_lora", CODED),
-    ],
-)
-def test_a_run_that_goes_on_is_the_run(name: str, bits: dict[str, Any], tmp_path: Path) -> None:
-    whole = finished(name, **bits)
-    finished(name, rounds=2, folder=tmp_path, **bits)
-    rest = finished(name, folder=tmp_path, resume=True, **bits)
-    assert_equal_trees(rest.weights, whole.weights)
-    for column in ("uplink_total", "downlink_total"):
-        assert rest.rows[-1][column] == whole.rows[-1][column]
-
-
 @pytest.mark.parametrize("kinds", KINDS)
 def test_budgets_cut_what_is_rounded(kinds: str) -> None:
     system, bits = SystemConfig(rank_budget=Choice([0.34, 1.0])), KINDS[kinds]

@@ -277,33 +277,15 @@ def test_what_cannot_be_optimized_is_refused(
 
 @pytest.mark.parametrize("rule", [Momentum(space="factors"), Adam()], ids=lambda r: r.name)
 @pytest.mark.parametrize("name", ["fed_rac_lora", "fedavg_lora"])
-def test_a_run_goes_on_bit_for_bit_with_its_moments(
-    name: str, rule: ServerOptimizer, tmp_path: Path
-) -> None:
+def test_replies_may_come_in_any_order(name: str, rule: ServerOptimizer, tmp_path: Path) -> None:
     world, method = make_world(dtype=torch.float32), make_method(name)
-
-    def go(rounds: int, folder: Path, *, resume: bool = False, turned: bool = False) -> Any:
-        return run(
-            world,
-            method,
-            RAGGED,
-            rounds=rounds,
-            cohort=3,
-            folder=folder,
-            resume=resume,
-            treatment={"server_optimizer": rule},
-            arrange=(lambda messages: messages[::-1]) if turned else None,
-        )
-
-    whole = go(4, tmp_path / "whole")
-    go(2, tmp_path / "part")
-    rest = go(4, tmp_path / "part", resume=True)
-    turned = go(4, tmp_path / "turned", turned=True)
-    for other in (rest, turned):
-        assert_equal_trees(other.strategy.state.base, whole.strategy.state.base)
-        assert_equal_trees(other.strategy.state.moments, whole.strategy.state.moments)
-        assert other.strategy.recorder.ledger.digest() == whole.strategy.recorder.ledger.digest()
-    assert_equal_trees(state_at(tmp_path / "part", 4).base, whole.strategy.state.base)
+    more: dict[str, Any] = {"rounds": 3, "cohort": 3, "treatment": {"server_optimizer": rule}}
+    whole = run(world, method, RAGGED, **more, folder=tmp_path)
+    turned = run(world, method, RAGGED, **more, arrange=lambda messages: messages[::-1])
+    assert_equal_trees(turned.strategy.state.base, whole.strategy.state.base)
+    assert_equal_trees(turned.strategy.state.moments, whole.strategy.state.moments)
+    assert turned.strategy.recorder.ledger.digest() == whole.strategy.recorder.ledger.digest()
+    assert_equal_trees(state_at(tmp_path, 3).base, whole.strategy.state.base)
     assert whole.rows[-1]["report"]["server_step"] > 0
 
 

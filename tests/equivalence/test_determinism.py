@@ -24,10 +24,9 @@ from fedraclora.protocol.cohorts import draw_cohort
 from fedraclora.protocol.method import Cohort
 from fedraclora.protocol.program import LocalResult
 from fedraclora.protocol.uplinks import Uplinks
-from fedraclora.run.ledger import NONDETERMINISTIC, read_ledger
+from fedraclora.run.ledger import NONDETERMINISTIC
 from fedraclora.strategies.builder import RunBuilder
 from fedraclora.strategies.methods import METHODS
-from fedraclora.strategies.server.callbacks import AfterRound
 from fedraclora.training.cohort import CohortTrainer
 from fedraclora.tree import Tree, digest
 from tests.common import arranged, assemble
@@ -94,10 +93,6 @@ settings = pytest.mark.short(when=lambda name: name in WIDELY or name not in MET
 
 Plain = dict[str, object]
 Whole = Callable[[str], RunBuilder]
-
-
-class Killed(BaseException):
-    """Ends a run as a signal would: no handler of errors sees it."""
 
 
 @pytest.fixture(scope="module")
@@ -211,50 +206,7 @@ def test_the_order_of_replies_changes_no_bit(
     assert_same(run, whole(name))
 
 
-# ---- Stopped, and gone on with ------------------------------------------------------------------
-
-
-# That each method goes on to the same bits is in the contract suite.
-@pytest.mark.short(
-    when=lambda name, every: name not in METHODS or (name == "fedavg" and every == 2)
-)
-@pytest.mark.parametrize("every", [3, 2])
-@pytest.mark.parametrize("name", RUNS)
-def test_three_rounds_and_three_more_are_six(
-    configs: dict[str, Plain], whole: Whole, name: str, every: int, tmp_path: Path
-) -> None:
-    plain = changed(configs[name], output__checkpoint_every=every)
-    first = prepared(plain, tmp_path / "run")
-    first.strategy.run(first.grid, last=3)
-    second = prepared(plain, tmp_path / "run", resume=True)
-    assert second.strategy.done == 3
-    second.strategy.run(second.grid)
-    assert_same(second, whole(name))
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("stop", range(1, ROUNDS + 1))
-@pytest.mark.parametrize("name", ["carried", "fedavg_lora"])
-def test_a_run_that_died_after_any_row_goes_on_from_its_last_checkpoint(
-    configs: dict[str, Plain], whole: Whole, name: str, stop: int, tmp_path: Path
-) -> None:
-    plain = changed(configs[name], output__checkpoint_every=2)
-    first = prepared(plain, tmp_path / "run")
-
-    def die(row: Plain) -> None:
-        if row["round"] == stop:
-            raise Killed
-
-    first.strategy.callbacks.list.append(AfterRound(die))
-    with pytest.raises(Killed):
-        first.strategy.run(first.grid)
-    if stop < 3:
-        assert not (tmp_path / "run" / "checkpoint").exists()
-        return
-    second = prepared(plain, tmp_path / "run", resume=True)
-    assert second.strategy.done == (stop - 1) // 2 * 2
-    second.strategy.run(second.grid)
-    assert_same(second, whole(name))
+# ---- At its end ---------------------------------------------------------------------------------
 
 
 def test_a_finished_run_is_not_run_again(configs: dict[str, Plain], tmp_path: Path) -> None:
@@ -364,22 +316,3 @@ def test_a_tolerated_failure_leaves_the_exact_mean_of_the_rest(
     assert strategy.done == 1
     loss = float(result.losses.double() @ shares / shares.sum())  # with the weights of the mean
     assert strategy.recorder.ledger.rows[1]["train_loss"] == pytest.approx(loss, rel=1e-5)
-
-
-@pytest.mark.parametrize("round_", [1, 2, 4])
-@pytest.mark.parametrize("name", ["fed_rac_lora", "carried", "fedavg_lora"])
-def test_a_failing_run_leaves_a_checkpoint_that_resumes(
-    configs: dict[str, Plain], whole: Whole, name: str, round_: int, tmp_path: Path
-) -> None:
-    plain = changed(configs[name], output__checkpoint_every=10)
-    first = prepared(plain, tmp_path / "run")
-    with pytest.MonkeyPatch.context() as patch:
-        break_client(patch, someone(round_), round_)
-        with pytest.raises(ClientError):
-            first.strategy.run(first.grid)
-    rows = read_ledger(tmp_path / "run" / "ledger.jsonl")
-    assert [row["round"] for row in rows] == list(range(round_))
-    second = prepared(plain, tmp_path / "run", resume=True)
-    assert second.strategy.done == round_ - 1
-    second.strategy.run(second.grid)
-    assert_same(second, whole(name))

@@ -14,10 +14,8 @@ from fedraclora.config.run_config import from_plain
 from fedraclora.errors import ClientError
 from fedraclora.protocol.method import Cohort
 from fedraclora.protocol.uplinks import Uplinks
-from fedraclora.run.ledger import Row
 from fedraclora.strategies.builder import RunBuilder
 from fedraclora.strategies.methods import METHODS
-from fedraclora.strategies.server.callbacks import AfterRound
 from fedraclora.training.cohort import CohortTrainer
 from fedraclora.tree import Layout, Tree, digest
 from tests.common import assemble
@@ -153,22 +151,6 @@ def assert_close(found: Tree, wanted: Tree, start: Tree) -> None:
     for name, weight in wanted.items():
         moved = float((weight - start[name]).abs().max())
         assert float((found[name] - weight).abs().max()) <= 1e-5 * moved + 1e-7, name
-
-
-@pytest.mark.parametrize("at", [3, 5])
-def test_a_run_that_goes_on_asks_whom_it_would_have_asked(at: int, tmp_path: Path) -> None:
-    """Availability depends on the virtual clock, which a resume must set."""
-
-    def stop(row: Row) -> None:
-        if row["round"] == at:
-            raise KeyboardInterrupt
-
-    whole = played(job(ROUGH))
-    with pytest.raises(KeyboardInterrupt):
-        played(job(ROUGH, folder=tmp_path, callbacks=[AfterRound(stop)]))
-    again = job(ROUGH, folder=tmp_path, resume=True)
-    assert again.strategy.done == at - 1
-    assert bits(played(again)) == bits(whole)
 
 
 def test_a_round_in_which_nobody_answers_ends_the_run_with_a_checkpoint(tmp_path: Path) -> None:

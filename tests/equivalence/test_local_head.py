@@ -72,19 +72,6 @@ def test_a_head_that_would_move_with_the_rest_is_refused(method: str) -> None:
         job(f"method={method}", "local.steps=1")
 
 
-def test_a_resumed_run_has_the_same_heads(tmp_path: Path) -> None:
-    whole = job("rounds=6", folder=tmp_path / "whole")
-    whole.strategy.run(whole.grid)
-    first = job("rounds=6", folder=tmp_path / "part")
-    first.strategy.run(first.grid, last=3)
-    rest = job("rounds=6", folder=tmp_path / "part", resume=True)
-    assert rest.strategy.done == 3
-    rest.strategy.run(rest.grid)
-    assert store_digest(rest) == store_digest(whole)
-    assert digest(rest.strategy.state.base) == digest(whole.strategy.state.base)
-    assert rest.strategy.recorder.ledger.digest() == whole.strategy.recorder.ledger.digest()
-
-
 def test_a_server_that_is_behind_its_clients_rolls_them_back(tmp_path: Path) -> None:
     """The clients trained rounds 3 and 4 after the last checkpoint, of round 2; then the end."""
     whole = job(folder=tmp_path / "whole")

@@ -177,20 +177,6 @@ def digest(one: fedraclora.RunResult) -> object:
     return one.summary["weights_digest"]
 
 
-@pytest.mark.slow
-def test_a_run_that_stopped_goes_on_to_the_same_bits_and_state(tmp_path: Path) -> None:
-    whole = run()
-
-    def stop(row: dict[str, Any]) -> None:
-        if row["round"] == 2:
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        run(folder=tmp_path / "run", callbacks=[stop])
-    assert digest(run(folder=tmp_path / "run", resume=True)) == digest(whole)
-    assert whole.rows[4]["train_loss"] is None
-
-
 @pytest.mark.long
 def test_ray_gives_the_bits_of_inline() -> None:
     """The function is the program's, and no module of the workers has it."""

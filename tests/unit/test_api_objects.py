@@ -146,14 +146,6 @@ def test_whole_numbers_become_fractions_where_a_model_wants_these_and_it_is_said
         run(data=[whole[0], (abs(whole[1][0]).astype("uint8"), whole[1][1])])
 
 
-def test_a_run_on_whole_numbers_goes_on(tmp_path: Path) -> None:
-    for rounds in (1, 2):
-        keys = {"folder": tmp_path / "run", "resume": rounds == 2, "rounds": rounds}
-        found = run(model=words(), data=TEXTS, output={"plots": False}, **keys)
-    whole = run(model=words(), data=TEXTS, rounds=2)
-    assert found.summary["weights_digest"] == whole.summary["weights_digest"]
-
-
 def test_a_partitioner_divides_as_it_does_alone() -> None:
     table = datasets.Dataset.from_dict({"x": X, "label": Y})
     found = run(data=table, test=(X + 1, Y), partition=DirichletPartitioner(4, "label", 0.5, 3))

@@ -17,7 +17,6 @@ from fedraclora.errors import ConfigError
 from fedraclora.run.ledger import Row, read_ledger
 from fedraclora.strategies.methods import METHODS
 from fedraclora.strategies.server.callbacks import Stopping
-from fedraclora.weights.files import load_checkpoint, save_checkpoint
 from tests.common import simulated
 
 JOB = [
@@ -145,21 +144,3 @@ def test_a_run_that_is_not_stopped_says_so(tmp_path: Path) -> None:
     found = run(tmp_path / "run", "rounds=2")
     assert (found["stopped"], found["rounds"]) == (False, 2)
     assert "best" not in run(tmp_path / "none", "rounds=2", "stop.patience=null")
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("cut", [2, -1])
-def test_a_resumed_run_stops_where_it_would_have_stopped(cut: int, tmp_path: Path) -> None:
-    """Cut in the middle, and between the last round and the summary."""
-    whole, part = tmp_path / "whole", tmp_path / "part"
-    wanted = run(whole)
-    run(part, *([f"rounds={cut}"] if cut > 0 else []))
-    (part / "summary.json").unlink()
-    if cut > 0:  # a killed run's checkpoint carries the config of the whole
-        tensors, meta = load_checkpoint(part / "checkpoint")
-        assert isinstance(meta["fixed"], dict)
-        meta["fixed"]["rounds"] = 40
-        save_checkpoint(part / "checkpoint", tensors, meta)
-    found = run(part, resume=True)
-    for key in ("rounds", "best", "stopped", "weights_digest", "ledger_digest"):
-        assert found[key] == wanted[key], key
