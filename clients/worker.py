@@ -361,7 +361,7 @@ def summed(answer: Summed, request: TrainRequest) -> Summed:
     """
     numbers = answer.numbers
     weights = client_weights(str(request.reduce), answer.samples)
-    refused = check_rows(answer.clients, weights, answer.losses, [numbers])
+    refused = check_rows(answer.clients, weights, answer.losses, [numbers], layout=answer.layout)
     if refused:
         kept = ~torch.isin(answer.clients, torch.tensor([r.client for r in refused]))
         numbers, weights = numbers[kept.to(numbers.device)], weights[kept]

@@ -274,6 +274,7 @@ def check_rows(
     losses: torch.Tensor,
     pieces: Sequence[torch.Tensor],
     norms: torch.Tensor | None = None,
+    layout: Layout | None = None,
 ) -> list[Refusal]:
     """Check each client's row before aggregation: finite and of plausible norm, weight and loss.
 
@@ -283,6 +284,7 @@ def check_rows(
         losses: Mean training loss of each client [K], or `UNSAID`.
         pieces: The columns of the rows, [K, p] each, side by side.
         norms: Norms of the rows [K], if known.
+        layout: Layout of a row, by which a refusal names the tensor that is not finite.
 
     Returns:
         One refusal per client that fails; empty if all pass.
@@ -297,8 +299,9 @@ def check_rows(
         if not loss < inf:
             reason = f"its training loss is {loss}; lower local.lr or set local.clip"
         elif not norm <= longest:
-            reason = "its update has a NaN or an infinity; lower local.lr or set local.clip"
             row = torch.cat([piece[k] for piece in pieces])
+            where = _not_finite(row, layout)
+            reason = f"its update has a NaN or an infinity{where}; {calmer(own=False)}"
             if row.isfinite().all():
                 length = float(torch.linalg.vector_norm(row.double()))
                 reason = f"its update is too long, of norm {length:.3g}; lower local.lr"
@@ -306,6 +309,13 @@ def check_rows(
             reason = f"its weight is {weight}, expected a positive finite number"
         refused.append(Refusal(int(clients[k]), reason))
     return refused
+
+
+def _not_finite(row: torch.Tensor, layout: Layout | None) -> str:
+    """Name the first tensor of a row that is not finite, for messages; empty if none is known."""
+    tensors = {} if layout is None else layout.unpack(row)
+    found = (name for name, tensor in tensors.items() if not tensor.isfinite().all())
+    return f" in {name}" if (name := next(found, "")) else ""
 
 
 def mean_said(values: torch.Tensor, weights: torch.Tensor, unsaid: float) -> float:

@@ -78,7 +78,9 @@ class CohortSum(RunningSum):
         if self.downlink.ranks is not None:
             pieces = (widen(reply.numbers, self.downlink, places),)
         weights, norms = client_weights(self.weighting, reply.samples), norms_of(pieces)
-        refused = check_rows(reply.clients, weights, reply.losses, pieces, norms)
+        refused = check_rows(
+            reply.clients, weights, reply.losses, pieces, norms, self.downlink.layout
+        )
         if refused:
             kept = ~torch.isin(reply.clients, torch.tensor([r.client for r in refused]))
             reply = reply.select(kept)

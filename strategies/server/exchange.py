@@ -200,7 +200,8 @@ class Exchange:
             raise WireError(f"round {self.round_}: the replies answer messages to other clients")
         if not summed:
             numbers = widen(numbers, self.downlink, places)
-        refused = [] if summed else check_rows(clients, weights, losses, [numbers])
+        rows = clients, weights, losses, [numbers]
+        refused = [] if summed else check_rows(*rows, layout=self.layout)
         self.fail(refused, nobody=len(refused) == len(clients))
         total = sum_blocks(numbers) if summed and self.sum is None else None
         got = Uplinks(

@@ -181,6 +181,18 @@ def test_a_client_that_cannot_be_summed_is_named(place: str, value: float, words
     assert words in refused[0].reason
 
 
+@pytest.mark.parametrize("pieces", [1, 2])
+def test_a_refusal_names_the_tensor_that_is_not_finite(pieces: int) -> None:
+    layout = Layout((("w/A", (2, 3)), ("w/B", (4, 1)), ("bias", (2,))))
+    rows = torch.ones(2, layout.size)
+    rows[1, 7] = INF  # w/B
+    ones = torch.ones(2, dtype=torch.float64)
+    columns = rows.split(layout.size // pieces, dim=1)
+    refused = check_rows(torch.arange(2), ones, ones, columns, layout=layout)
+    assert [r.client for r in refused] == [1]
+    assert "w/B" in refused[0].reason
+
+
 def test_clients_that_are_well_pass() -> None:
     rows, weights = cohort(3)
     assert check_rows(torch.arange(3), weights, torch.ones(3), rows.split(2, dim=1)) == []
