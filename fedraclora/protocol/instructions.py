@@ -52,8 +52,9 @@ class RoundInstructions:
 
     Attributes:
         adapters: Low-rank terms by weight name.
-        dense: Tensors trained in full, by parameter name. A name that is no parameter belongs to an
-            extra, which defines the tensor's start and its effect on the weights.
+        dense: Tensors trained in full, by parameter name. A name that is no parameter belongs to
+            the client program (which must take it out in `ClientProgram.held` and send it in
+            `upload`), or to a wrapper, which defines its start and its effect on the weights.
         program: The clients' program, with its payload.
         ranks: Components of every adapter that each client trains; the others keep their starting
             values (`fedraclora.protocol.rank_budgets`). Int64 [K]: the first r_k (all of an

@@ -109,6 +109,8 @@ class ClientChunk:
         local: Settings of local training (`fedraclora.training.localconfig.LocalConfig`).
         moments: Initial moments of optimizers, [K, ...] by the names under which clients keep them;
             empty: zero.
+        measured: Tensors that a program's hooks leave for its `ClientProgram.upload`, [K, ...] by
+            a name of yours. Empty at the start of the chunk's training.
     """
 
     downlink: RoundInstructions
@@ -123,6 +125,7 @@ class ClientChunk:
     masks: Tree
     local: Any = None
     moments: Tree = field(default_factory=dict)
+    measured: Tree = field(default_factory=dict)
 
 
 class ClientProgram(Named, Limited, group="local.extras"):
@@ -206,7 +209,7 @@ class ClientProgram(Named, Limited, group="local.extras"):
     # Hooks at the clients.
 
     def held(self, downlink: RoundInstructions, plan: Plan) -> RoundInstructions:
-        """Return the clients' trained model, if it differs from the downlink."""
+        """Return what clients train, if it is not all that they send; see `upload`."""
         return downlink
 
     def fold(self, base: Mapping[str, torch.Tensor], plan: Plan) -> tuple[Tree, Terms]:
@@ -251,7 +254,10 @@ class ClientProgram(Named, Limited, group="local.extras"):
         raise NotImplementedError
 
     def hooks(self, chunk: ClientChunk) -> Mapping[When, Hook]:
-        """Return the hooks on the gradients of every step.
+        """Return the hooks on the gradients of every step; called once for each chunk.
+
+        A hook receives gradients and values of the clients that still train, [active, ...]: the
+        first ones of ``chunk.clients``. It is not called if no client takes a step.
 
         Raises:
             ConfigError: Where it does not fit what is trained.
@@ -288,10 +294,14 @@ class ClientProgram(Named, Limited, group="local.extras"):
     def upload(self, chunk: ClientChunk, before: Tree, after: Tree) -> Tree:
         """Return the tensors that clients send, by name, [K, ...]; for example with noise added.
 
+        Each tensor of the round's instructions must be among them, also those that `held` removes
+        from the clients' model.
+
         Args:
-            chunk: The clients. Draw random numbers for each client by its id, the round and the
-                seed, as ``fedraclora.rng.generator(chunk.seed, "my noise", chunk.round_, client)``,
-                so that no draw depends on the other clients of the chunk.
+            chunk: The clients, with what hooks have left in ``chunk.measured``. Draw random numbers
+                for each client by its id, the round and the seed, as
+                ``fedraclora.rng.generator(chunk.seed, "my noise", chunk.round_, client)``, so that
+                no draw depends on the other clients of the chunk.
             before: The weights before training.
             after: Trained values, [K, ...] by name, in the order of ``chunk.clients``.
         """

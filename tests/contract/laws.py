@@ -186,7 +186,7 @@ LAWS = (
     Law(
         "The counted numbers, `floats`, are what travels each way.",
         "a trained factor crosses the end of a link, or a frozen one is carried",
-        "`carries` for the trained one, `keeps` for the frozen one",
+        "`carries` for the trained one, `keeps` for the frozen one; `floats` for a tensor of yours",
         (
             "floats_is_what_travels",
             "what_is_counted_is_the_formula_of_the_docstring",

@@ -149,3 +149,34 @@ def test_the_example_of_a_client_program_runs_as_it_is_printed(
     assert torch.equal(after["bias"], gradients["bias"])
     with pytest.raises(ConfigError, match=r"method.share=2"):
         found["SomeRows"](share=2.0)
+
+
+def test_the_example_of_a_tensor_beside_the_factors_is_sent_and_weights_the_mean(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    module = ModuleType("norms")
+    monkeypatch.setitem(sys.modules, module.__name__, module)  # dataclasses look it up
+    monkeypatch.setattr(ClientProgram, "known", dict(ClientProgram.known))
+    exec(compile(block("python", "class SendNorms"), "CONTRIBUTING.md", "exec"), module.__dict__)
+    seen: list[tuple[torch.Tensor, torch.Tensor]] = []
+    kind = module.__dict__["WeightedByNorm"]
+
+    def update(self: Any, layer: Any, replies: Any) -> Any:
+        found = plain(self, layer, replies)
+        norms = replies.all.stack[f"{layer.name}/norm"].double()
+        mean = (norms * replies.p[:, None] * replies.B.flatten(1)).sum(dim=0)
+        seen.append((found.merged[0].flatten(), mean / float(replies.p @ norms[:, 0])))
+        return found
+
+    plain = kind.update
+    monkeypatch.setattr(kind, "update", update)
+    given: list[str] = ["clients=4", "clients_per_round=3", "rounds=2", "pretrain=none"]
+    given += ["local.lr=0.1", "output.progress=false", "data=digits"]
+    runs = [
+        fedraclora.simulate(*given, f"engine={engine}", method=kind(rank=2))
+        for engine in ("inline", "vectorized")
+    ]
+    torch.testing.assert_close(seen[0][0], seen[0][1], rtol=1e-5, atol=1e-9)
+    assert len({str(each.rows[-1]["uplink_bytes"]) for each in runs}) == 1
+    for here, there in zip(seen[: len(seen) // 2], seen[len(seen) // 2 :], strict=True):
+        torch.testing.assert_close(here, there, rtol=1e-5, atol=1e-9)
