@@ -1,1 +1,1 @@
-"""Downlinks and uplinks as Flower records, and the count of their bytes."""
+"""Requests and replies as dataclasses, their checks, and the count of their bytes."""

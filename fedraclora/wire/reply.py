@@ -1,8 +1,10 @@
-"""Checks of a reply, by its kind.
+"""Check a reply by its kind.
 
-`received` looks at the fields of one that another machine sent; `checked` holds any answer against
-what was asked, and reads its numbers. Whether the numbers are possible ones is looked at by
-`fedraclora.strategies.server.guard` (`check_rows`, `check_reply`).
+`received` checks the fields of a reply from another machine. `checked` compares any reply with its
+request, and reads its numbers. The other checks of an update are `check_reply`
+(`fedraclora.strategies.server.guard`), ``Exchange._check_ids``
+(`fedraclora.strategies.server.exchange`) and `check_rows` (`fedraclora.protocol.uplinks`);
+CONTRIBUTING.md lists all of them in order.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """Check replies of untrusted clients, and the weights that a method returns.
 
-A method's result must also match its declared traits.
+A method's result must also match its declared traits. `fedraclora.wire.reply` names the other
+checks of a reply.
 """
 
 from __future__ import annotations
