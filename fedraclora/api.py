@@ -216,7 +216,7 @@ def tune(
 
     Raises:
         FedRacLoraError: As `simulate`; ConfigError if Optuna is not installed
-            (``fedraclora[tune]``), or the task has only test samples to tune on.
+            (``pip install -e '.[tune]'``), or the task has only test samples to tune on.
     """
     refuse_run()
     trust_all(trust)

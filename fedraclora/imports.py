@@ -21,6 +21,18 @@ from fedraclora.trust import MODULE, refuse_found, refuse_place
 
 _BRINGS_IN: ContextVar[str | None] = ContextVar("_BRINGS_IN", default=None)
 GUARD = 'if __name__ == "__main__":'
+# Packages that an installation may lack, and the extra of pyproject.toml that has each.
+EXTRAS = {
+    "dp_accounting": "privacy",
+    "gguf": "export",
+    "mlflow": "loggers",
+    "optuna": "tune",
+    "peft": "export",
+    "plotly": "report",
+    "tensorboard": "loggers",
+    "trackio": "loggers",
+    "wandb": "loggers",
+}
 
 
 @contextmanager
@@ -98,22 +110,23 @@ def import_object(key: str, name: str) -> Any:
     return found
 
 
-def import_extra(package: str, purpose: str) -> Any:
-    """Import a package of the extra ``export``, which need not be installed.
+def import_extra(module: str, purpose: str) -> Any:
+    """Import a module of a package that an installation may lack (`EXTRAS`).
 
     Args:
-        package: Its import name.
+        module: Its import name.
         purpose: The feature that needs it, for the message.
 
     Raises:
-        ConfigError: Saying how to install it.
+        ConfigError: Saying which extra has the package, and how to install it.
     """
     try:
-        return importlib.import_module(package)
+        return importlib.import_module(module)
     except ImportError as error:
+        package = module.partition(".")[0]
         raise ConfigError(
-            f"{purpose} needs the package {package}, which is not installed. Install it with: "
-            "pip install 'fedraclora[export]'"
+            f"{purpose} needs the package {package}, which cannot be imported ({error}). Install "
+            f"it in your checkout of fedraclora: pip install -e '.[{EXTRAS[package]}]'"
         ) from error
 
 

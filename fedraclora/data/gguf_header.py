@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from fedraclora.errors import DataError
+from fedraclora.imports import import_extra
 
 MAGIC, VERSIONS = b"GGUF", (2, 3)
 SCALARS = dict(enumerate("BbHhIif?")) | {10: "Q", 11: "q", 12: "d"}  # a type's letter of struct
@@ -74,15 +75,17 @@ def read_gguf_header(path: Path, key: str) -> Header:
         key: The configuration key, for messages.
 
     Raises:
-        DataError: If it cannot be read, the package gguf is not installed, or the file does not
-            hold exactly its tensors, one after another.
+        ConfigError: If the package gguf is not installed.
+        DataError: If it cannot be read, or the file does not hold exactly its tensors, one after
+            another.
     """
+    import_extra("gguf", f"{key}={path}")
     try:
         with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
             return _Reader(data).header()
     except struct.error as error:
         raise DataError(f"{key}: {path} is damaged: it ends within its header") from error
-    except (ImportError, OSError, ValueError) as error:
+    except (OSError, ValueError) as error:
         raise DataError(f"{key}: {path} cannot be read as GGUF: {error}") from error
 
 

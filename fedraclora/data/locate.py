@@ -203,9 +203,9 @@ def from_pretrained(kind: Any, source: str, local: bool, key: str, **given: obje
         **given: Further arguments.
 
     Raises:
-        ConfigError: If the folder cannot be loaded without its own code.
-        DataError: If nothing can be loaded, a GGUF file is damaged, or the package gguf is missing
-            for one.
+        ConfigError: If the folder cannot be loaded without its own code, or the package gguf is
+            missing for a GGUF file.
+        DataError: If nothing can be loaded, or a GGUF file is damaged.
     """
     place = source
     if source.endswith(GGUF) and local:

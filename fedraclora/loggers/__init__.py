@@ -19,6 +19,7 @@ from typing import Protocol
 from typing_extensions import override
 
 from fedraclora.errors import ConfigError, EngineError, unknown
+from fedraclora.imports import import_extra
 from fedraclora.run.callback import Begin, Callback
 from fedraclora.run.ledger import Row
 from fedraclora.weights.files import write_text
@@ -173,11 +174,6 @@ def logging_to(names: Sequence[str]) -> Logging:
         raise ConfigError(f"output.loggers={list(names)}: name each logger once")
     made: dict[str, Logger] = {}
     for name in names:
-        try:
-            made[name] = getattr(import_module(f"{__name__}.{name}"), LOGGERS[name])()
-        except ImportError as error:
-            raise ConfigError(
-                f"output.loggers names {name}, but its library is not installed ({error}): "
-                f"pip install {name}"
-            ) from error
+        import_extra(name, f"output.loggers={name}")
+        made[name] = getattr(import_module(f"{__name__}.{name}"), LOGGERS[name])()
     return Logging(made)

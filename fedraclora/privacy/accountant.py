@@ -1,7 +1,7 @@
 """Compute privacy costs with the library dp-accounting, for the two kinds of noise used here.
 
 Epsilon comes from the library's Renyi accountant with its default orders; nothing is derived here.
-The library takes a second to load, so runs without privacy do not load it.
+The library takes a second to load and is an extra, so runs without privacy do not load it.
 """
 
 from __future__ import annotations
@@ -12,11 +12,13 @@ from functools import cache
 from typing import TYPE_CHECKING
 
 from fedraclora.errors import ConfigError
+from fedraclora.imports import import_extra
 
 if TYPE_CHECKING:
     from dp_accounting import dp_event
 
 LARGEST_NOISE = 1e4
+PURPOSE = "The epsilon of privacy=client_level or sample_level"
 Releases = tuple[float, float, int]  # their noise, with which probability, how many
 # It warns of each order that it leaves out, of which the bound gets no tighter, and no less true.
 logging.getLogger("absl").setLevel(logging.ERROR)
@@ -29,8 +31,7 @@ def release(noise: float, sampling: float) -> dp_event.DpEvent:
         noise: Standard deviation.
         sampling: Probability of each client to take part, independently; 1: all take part.
     """
-    from dp_accounting import dp_event
-
+    dp_event = import_extra("dp_accounting.dp_event", PURPOSE)
     gaussian = dp_event.GaussianDpEvent(noise)
     return gaussian if sampling >= 1 else dp_event.PoissonSampledDpEvent(sampling, gaussian)
 
@@ -53,9 +54,7 @@ def epsilon(noise: float, sampling: float, releases: int, delta: float, *beside:
     parts = [part for part in ((noise, sampling, releases), *beside) if part[2]]
     if not parts or not all(part[0] for part in parts):
         return math.inf if parts else 0.0
-    from dp_accounting.rdp import RdpAccountant
-
-    accountant = RdpAccountant()
+    accountant = import_extra("dp_accounting.rdp", PURPOSE).RdpAccountant()
     for deviation, chance, count in parts:
         accountant.compose(release(deviation, chance), count)
     return float(accountant.get_epsilon(delta))
@@ -76,13 +75,12 @@ def noise_for(
     Raises:
         ConfigError: If no noise up to `LARGEST_NOISE` is enough.
     """
-    from dp_accounting import dp_event, mechanism_calibration
-    from dp_accounting.rdp import RdpAccountant
-
+    dp_event = import_extra("dp_accounting.dp_event", PURPOSE)
+    calibration = import_extra("dp_accounting.mechanism_calibration", PURPOSE)
     try:
         return float(
-            mechanism_calibration.calibrate_dp_mechanism(
-                RdpAccountant,
+            calibration.calibrate_dp_mechanism(
+                import_extra("dp_accounting.rdp", PURPOSE).RdpAccountant,
                 lambda noise: dp_event.ComposedDpEvent(
                     [
                         dp_event.SelfComposedDpEvent(release(deviation, chance), count)
@@ -91,11 +89,11 @@ def noise_for(
                 ),
                 target,
                 delta,
-                mechanism_calibration.ExplicitBracketInterval(1e-2, LARGEST_NOISE),
+                calibration.ExplicitBracketInterval(1e-2, LARGEST_NOISE),
                 tol=1e-4,
             )
         )
-    except (ValueError, mechanism_calibration.NoBracketIntervalFoundError) as error:
+    except (ValueError, calibration.NoBracketIntervalFoundError) as error:
         raise ConfigError(
             f"no noise makes {releases} rounds cost epsilon {target} at delta {delta}: {error}; "
             f"raise privacy.target_epsilon{' or privacy.measure_noise' if beside else ''} or take "

@@ -16,6 +16,7 @@ from fedraclora.config.table_rows import selection_of
 from fedraclora.data.locate import user_path
 from fedraclora.errors import ConfigError, unknown
 from fedraclora.evaluation.metrics import higher_is_better, lower_of
+from fedraclora.imports import import_extra
 from fedraclora.run.callback import Callback
 from fedraclora.run.folder import make
 from fedraclora.run.log import LOG, logged
@@ -57,10 +58,7 @@ def tune_task(
         OSError: If it cannot be written; finished runs are kept.
         KeyboardInterrupt: Once what was found so far is printed and written.
     """
-    try:
-        import optuna  # noqa: F401
-    except ImportError as error:
-        raise ConfigError(f"tune needs Optuna: pip install 'fedraclora[tune]' ({error})") from error
+    import_extra("optuna", "fedraclora tune")
     asked = settings(words, given or {})
     typed = {word.removeprefix("tune.").partition("=")[0] for word in words} | {*(given or ())}
     output = section(plain, "output")

@@ -244,6 +244,5 @@ def test_unknown_loggers_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
         logging_to(["wandb", "wandb"])
     for name in LOGGERS:
         monkeypatch.setitem(sys.modules, name, None)
-    monkeypatch.setitem(sys.modules, "fedraclora.loggers.wandb", None)
-    with pytest.raises(ConfigError, match="pip install wandb"):
+    with pytest.raises(ConfigError, match=r"wandb.*\[loggers\]"):
         logging_to(["wandb"])

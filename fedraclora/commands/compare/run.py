@@ -19,7 +19,6 @@ from fedraclora.api import asked_of, simulate
 from fedraclora.binding import PlainDict, section
 from fedraclora.commands.compare.outcome import won
 from fedraclora.commands.compare.table import compare_rows, refuse_others
-from fedraclora.commands.report.page import FILE, page_of, read_shown
 from fedraclora.commands.run_files import Group, read_files
 from fedraclora.compose.choices import groups
 from fedraclora.compose.overrides import key_of
@@ -50,7 +49,7 @@ class Compared:
     """What a comparison found.
 
     Attributes:
-        folder: Where table.md, table.csv, compare.png and report.html are.
+        folder: Where table.md, table.csv, compare.png and, with plotly, report.html are.
         table: A row for each method, the best first, with plain numbers.
         runs: The folders of the runs, one for each seed, by row: `fedraclora.read_run` reads one.
         said: In a sentence, what each row gains or loses beside the reference.
@@ -290,12 +289,10 @@ def outcome(
     kept = {n: [*r.folders(out, asked.seeds).values()] for n, r in rows.items() if n not in failed}
     compared = [Group(name, [read_files(f) for f in folders]) for name, folders in kept.items()]
     table = compare_rows(compared, asked.reference, out, asked.metric)
-    shown = [read_shown(folder) for folders in kept.values() for folder in folders]
-    (out / FILE).write_text(page_of(shown, f"{', '.join(kept)}: compared"), encoding="utf-8")
-    keep_private(out / FILE)
+    report = write_report(kept, out)
     table.print()
     said = won(table.records, asked.reference, compared)
-    print(f"written to {out}: table.md, table.csv, {FILE}")
+    print(f"written to {out}: table.md, table.csv{report}")
     print(f"figure: {out / 'compare.png'}")
     print(said)
     if failed:
@@ -305,3 +302,16 @@ def outcome(
             f"them again{lines}"
         )
     return Compared(out, DataFrame(list(table.records)), kept, said)
+
+
+def write_report(folders: Mapping[str, Sequence[Path]], out: Path) -> str:
+    """Write the report of all runs; return what to say of it after the other files."""
+    try:
+        from fedraclora.commands.report.page import FILE, page_of, read_shown
+    except ConfigError as error:  # it needs an extra
+        return f". No report: {error}"
+    shown = [read_shown(folder) for row in folders.values() for folder in row]
+    title = f"{', '.join(folders)}: compared"
+    (out / FILE).write_text(page_of(shown, title), encoding="utf-8")
+    keep_private(out / FILE)
+    return f", {FILE}"

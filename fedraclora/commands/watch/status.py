@@ -8,9 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
-
-import plotly.graph_objects as go
+from typing import TYPE_CHECKING, Any
 
 from fedraclora.commands.report.page import Shown, figure, figures_of_runs, labels_of, read_shown
 from fedraclora.commands.run_files import find_runs
@@ -21,8 +19,12 @@ from fedraclora.run.ledger import number, round_seconds
 from fedraclora.run.stopped import STOPPED
 from fedraclora.terminal.progress import seconds_left
 
+if TYPE_CHECKING:
+    import plotly.graph_objects as go
+
+    Figures = Mapping[str, go.Figure]
+
 Status = dict[str, Any]
-Figures = Mapping[str, go.Figure]
 
 SHOWN_RUNS = 12  # of several, those that have written last
 SHOWN_EVENTS = 20

@@ -7,9 +7,7 @@ from collections.abc import Mapping
 from html import escape
 from pathlib import Path
 from statistics import fmean
-from typing import Any
-
-import plotly.graph_objects as go
+from typing import TYPE_CHECKING, Any
 
 from fedraclora.commands.report.figures import laid_out, lines_of
 from fedraclora.commands.report.page import figure
@@ -18,6 +16,9 @@ from fedraclora.plots.axes import MEGABYTE
 from fedraclora.run import packed
 from fedraclora.run.ledger import number
 from fedraclora.run.statistics import traffic
+
+if TYPE_CHECKING:
+    import plotly.graph_objects as go
 
 STUDY, RUNS = "study.yaml", "runs.jsonl"
 PHASES = {"tune": "runs to tune", "final": "final runs"}
@@ -61,6 +62,8 @@ def study_status(folder: Path) -> dict[str, Any]:
 
 def study_figures(folder: Path) -> dict[str, go.Figure]:
     """Draw the first final run of each row, or where there is none its last run to tune."""
+    import plotly.graph_objects as go
+
     study, done = read_results(folder)
     lines = [*done.values()]
     chosen: dict[str, Line] = {}

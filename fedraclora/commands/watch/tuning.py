@@ -9,15 +9,15 @@ from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
-import plotly.graph_objects as go
-
 from fedraclora.commands.report.figures import laid_out
 from fedraclora.commands.report.page import figure
 from fedraclora.errors import CheckpointError
+from fedraclora.imports import import_extra
 from fedraclora.plots.axes import MEGABYTE
 from fedraclora.plots.palette import looks
 
 if TYPE_CHECKING:
+    import plotly.graph_objects as go
     from optuna.study import Study
     from optuna.trial import FrozenTrial
 
@@ -32,7 +32,7 @@ def read_study(folder: Path) -> Study:
     Raises:
         CheckpointError: If there are none, or they are being made.
     """
-    import optuna
+    optuna = import_extra("optuna", f"The page of {folder}, a tuning,")
     from sqlalchemy.exc import SQLAlchemyError
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
@@ -122,6 +122,8 @@ def tuning_figures(folder: Path) -> dict[str, go.Figure]:
     study = read_study(folder)
     clients = study.user_attrs.get("budget", {}).get("clients") or 1
     metric = str(study.user_attrs.get("of", {}).get("tune", {}).get("metric", "metric"))
+    import plotly.graph_objects as go
+
     by_bytes, by_number = go.Figure(), go.Figure()
     methods = dict(_by_method(study))
     for look, (method, trials) in zip(looks([*methods]), methods.items(), strict=True):
