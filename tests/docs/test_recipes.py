@@ -125,7 +125,8 @@ def test_pinned_versions_are_those_that_the_project_takes_and_that_were_tested()
     pins = dict(
         re.findall(r"^([\w.-]+)==(\S+)$", (FOLDER / "constraints.txt").read_text(), re.MULTILINE)
     )
-    for wanted in map(Requirement, project["dependencies"]):
+    extras = project["optional-dependencies"]
+    for wanted in map(Requirement, project["dependencies"] + extras["privacy"] + extras["report"]):
         pin = pins[wanted.name.lower().replace("_", "-")]
         assert wanted.specifier.contains(pin), wanted
     for name in ("flwr", "ray", "torch", "numpy"):

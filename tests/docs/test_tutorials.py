@@ -92,7 +92,7 @@ def test_the_method_of_the_tutorial_obeys_the_laws_and_its_mistake_does_not(
 def test_a_loop_and_a_trainer_of_ones_own_train_the_clients(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    pytest.importorskip("accelerate", reason="a Trainer needs fedraclora[trainers]")
+    pytest.importorskip("accelerate", reason="a Trainer needs the extra trainers")
     run_page("trainer.md", tmp_path, monkeypatch, capsys)
 
 

@@ -27,6 +27,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.*is deprecated and will be removed in v6:FutureWarning"),
     pytest.mark.filterwarnings("ignore:'pin_memory' argument is set as true:UserWarning"),
     pytest.mark.slow,
+    pytest.mark.skipif(importlib.util.find_spec("trl") is None, reason="needs the extra trainers"),
 ]
 
 

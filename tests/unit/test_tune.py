@@ -528,7 +528,7 @@ def test_without_optuna_it_says_what_to_install(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "optuna", None)
-    with pytest.raises(ConfigError, match=r"fedraclora\[tune\]"):
+    with pytest.raises(ConfigError, match=r"'\.\[tune\]'"):
         tuned(tmp_path)
 
 
