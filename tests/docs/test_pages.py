@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -103,3 +104,46 @@ def test_each_link_and_test_is_there(page: Path) -> None:
     # CONTRIBUTING.md names the test of a method that its reader is to write.
     for name in {*re.findall(r"\b(test_\w+\.py)\b", text)} - {"test_my_method.py"}:
         assert [*(ROOT / "tests").rglob(name)], name
+
+
+def asked_of_a_registry(text: str) -> set[str]:
+    """The packages that a text tells people to install by name, by each `pip install` in it."""
+    found = set[str]()
+    for said in re.findall(r"pip install ([^\n`#){]+)", text):
+        words = said.replace("'", " ").replace('"', " ").split()
+        for before, word in zip(["", *words], words, strict=False):
+            takes_file = before in {"-r", "-c", "-e", "--requirement", "--editable"}
+            if re.match(r"[A-Za-z]", word) and not takes_file:
+                found.add(re.split(r"[^\w-]", word)[0].lower())
+    return found
+
+
+@pytest.mark.parametrize(
+    ("said", "names"),
+    [
+        ("`pip install 'fedraclora[tune]'`", {"fedraclora"}),
+        ("pip install -e '.[tune]'", set()),
+        ("pip install --no-deps -r requirements-text.txt gguf>=1  # more", {"gguf"}),
+    ],
+)
+def test_packages_that_a_line_installs_by_name(said: str, names: set[str]) -> None:
+    assert asked_of_a_registry(said) == names
+
+
+def test_pages_and_messages_install_from_a_registry_only_what_is_pinned_or_depended_on() -> None:
+    """Until it is published, the name of this project there is anybody's."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    wanted = [project["dependencies"], *project["optional-dependencies"].values()]
+    wanted += [path.read_text().splitlines() for path in ROOT.glob("requirements-*.txt")]
+    known = {re.split(r"[^\w-]", line)[0].lower() for lines in wanted for line in lines}
+    known -= {"", project["name"]}
+    kinds = {".md", ".ipynb", ".py", ".tmpl", ".j2", ".txt", ".sh", ".yaml", ".toml"}
+    rooms = ("docs", "fedraclora", "strategies", "clients", "conf", "experiments")
+    paths = [*FRONT, ROOT / "Makefile", ROOT / "SECURITY.md", ROOT / "docs/deploy/Dockerfile"]
+    paths += [p for room in rooms for p in (ROOT / room).rglob("*") if p.suffix in kinds]
+    named = {
+        path.relative_to(ROOT).as_posix(): foreign
+        for path in paths
+        if (foreign := asked_of_a_registry(path.read_text(encoding="utf-8")) - known)
+    }
+    assert not named
