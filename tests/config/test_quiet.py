@@ -65,6 +65,7 @@ def test_a_run_begins_with_a_few_lines(tmp_path: Path) -> None:
         assert any(part in line for line in first), part
 
 
+@pytest.mark.slow
 def test_a_model_of_hugging_face_is_loaded_quietly(
     classifier: Path, reviews: Path, tmp_path: Path
 ) -> None:
@@ -75,6 +76,7 @@ def test_a_model_of_hugging_face_is_loaded_quietly(
     assert "new head:" in (tmp_path / "run" / "run.log").read_text()
 
 
+@pytest.mark.slow
 def test_all_is_shown_where_that_is_asked_for(tmp_path: Path) -> None:
     lines = said(tmp_path, *SMALL, "data=digits", "pretrain=none", "-v")
     assert any(line.startswith("chunk:") for line in lines)
@@ -94,6 +96,7 @@ def test_a_deployment_begins_with_as_few(tmp_path: Path) -> None:
     assert "chunk:" in (tmp_path / "run" / "run.log").read_text()
 
 
+@pytest.mark.slow
 def test_a_tuning_begins_with_as_few(tmp_path: Path) -> None:
     pytest.importorskip("optuna")
     words = ["data=digits", "pretrain=none", "clients=4", "clients_per_round=2", "rounds=1"]

@@ -223,6 +223,7 @@ def servers(done: Run) -> Tree:
 CLIP = 0.02  # of the longest updates here it leaves a tenth
 
 
+@pytest.mark.short(when=lambda variant, secure: not secure or variant[0] == "fed_rac_lora")
 @pytest.mark.parametrize("secure", [False, True], ids=["plain", "secagg"])
 @pytest.mark.parametrize("variant", VARIANTS, ids=label)
 def test_the_servers_variate_is_the_mean_of_the_clients(variant: Variant, secure: bool) -> None:
@@ -322,6 +323,7 @@ def test_what_control_variates_are_not_defined_for_is_refused(
         corrected(make_world(), make_method(name, **changes), 1, local=local)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["fedavg", "fed_rac_lora"])
 def test_drift_of_unlike_clients_is_taken_out(name: str) -> None:
     """Each client has a target of its own: plain local steps end beside the common optimum."""

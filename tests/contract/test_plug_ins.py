@@ -275,6 +275,7 @@ class Noisy(FedRacLora):
 """
 
 
+@pytest.mark.slow
 def test_a_program_draws_noise_for_each_client_whoever_is_in_its_chunk(beside: Path) -> None:
     (beside / "outside_noise.py").write_text(NOISE)
     noisy = import_module("outside_noise").Noisy

@@ -18,6 +18,7 @@ from worlds import (
     assert_close_trees,
     defaults_short,
     every_variant,
+    forms_short,
     label,
     make_method,
     make_world,
@@ -102,7 +103,7 @@ def test_one_client_moves_the_sum_by_no_more_than_the_clip(
     assert moved > 0.9 * clip or clip > 1
 
 
-@defaults_short
+@forms_short
 @every_linear
 def test_without_noise_and_with_a_wide_clip_it_is_the_plain_mean(
     variant: Variant, world: World, monkeypatch: pytest.MonkeyPatch
@@ -121,6 +122,7 @@ def test_without_noise_and_with_a_wide_clip_it_is_the_plain_mean(
     assert_close_trees(found.weights, plain.weights, 1e-9)
 
 
+@defaults_short
 @every_linear
 def test_the_ledger_has_the_account_and_no_losses(variant: Variant, world: World) -> None:
     name, changes = variant
@@ -207,7 +209,7 @@ def test_what_does_not_go_with_privacy_is_refused(world: World) -> None:
     assert Attackers(SignFlip(0.2)).bound(first=False) is None
 
 
-@defaults_short
+@forms_short
 @every_variant
 def test_samples_have_an_account_and_losses_stay_at_home(variant: Variant, world: World) -> None:
     name, changes = variant

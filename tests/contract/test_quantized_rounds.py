@@ -184,6 +184,7 @@ def test_coding_changes_bytes_and_nothing_else(name: str, more: dict[str, Any]) 
     assert 0 < coded.rows[-1]["downlink_total"] < plain.rows[-1]["downlink_total"]
 
 
+@pytest.mark.short(when=lambda name, bits: name in {"hetlora", "pool_rac_lora"})
 @pytest.mark.parametrize(
     ("name", "bits"),
     [

@@ -21,10 +21,10 @@ from worlds import (
     Run,
     World,
     assert_close_trees,
-    defaults_short,
     distinct,
     divide,
     fill,
+    forms_short,
     label,
     make_method,
     make_world,
@@ -164,6 +164,7 @@ def assert_is_the_oracles(world: World, name: str, initial: str | None, kind: st
     assert moved > 1e-3
 
 
+@pytest.mark.short(when=lambda kind: kind == "int4")
 @pytest.mark.parametrize("kind", ["int8", "int4"])
 @pytest.mark.parametrize("name", CASES)
 def test_effective_weights_are_the_oracles(name: str, kind: str, world: World) -> None:
@@ -213,7 +214,7 @@ def test_lengths_of_rows_are_not_rounded(name: str) -> None:
         run(make_world(), Dora(make_method(name)), RAGGED, rounds=1, downlink="int8")
 
 
-@defaults_short
+@forms_short
 @pytest.mark.parametrize("variant", list(variants()), ids=label)
 def test_what_learns_nothing_moves_nothing(variant: tuple[str, dict[str, Any]]) -> None:
     """With a step size of 1e-9 the weights that are measured, first and last, are the first ones.

@@ -14,6 +14,7 @@ from worlds import (
     defaults_short,
     equal_clients,
     every_variant,
+    forms_short,
     make_method,
     run,
 )
@@ -37,7 +38,7 @@ RULES = (Median(), TrimmedMean(1), GeometricMedian(), Krum(1), MultiKrum(1), Nor
 CPU = torch.device("cpu")
 
 
-@defaults_short
+@forms_short
 @every_variant
 def test_of_clients_that_agree_every_rule_makes_their_update(
     variant: Variant, world: World
@@ -71,6 +72,7 @@ def test_chunks_do_not_change_what_a_rule_makes(rule: Aggregator, world: World) 
     assert_close_trees(runs[0].weights, runs[2].weights, 1e-9)
 
 
+@defaults_short
 @every_variant
 def test_attackers_and_no_others_send_something_else(variant: Variant, world: World) -> None:
     name, changes = variant

@@ -171,6 +171,7 @@ def test_the_page_shows_the_code_that_it_writes() -> None:
     assert shown in written
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
 def test_the_notebook_runs_from_its_first_cell_to_its_last(
     small: list[str], monkeypatch: pytest.MonkeyPatch

@@ -147,6 +147,7 @@ def test_a_reply_of_several_clients_is_a_message_of_one_record(
     assert replies == {11: {("job",)}, 9: {("job",)}, 7: {("arrays", "job")}}
 
 
+@pytest.mark.slow
 def test_a_client_of_a_node_that_fails_is_left_out_alone(tmp_path: Path) -> None:
     """One raises as it trains; one sends what cannot be used; of one whose node is cut nothing."""
     broken = tmp_path / "cache" / "11"

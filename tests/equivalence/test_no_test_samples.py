@@ -48,6 +48,7 @@ def test_whether_the_server_measures_changes_no_weight(run: fedraclora.RunResult
     assert "no test samples" in introduction(run.summary["begins"])["metrics"]  # type: ignore[index]
 
 
+@pytest.mark.slow
 def test_every_command_reads_a_run_that_nobody_measured(
     run: fedraclora.RunResult, tmp_path: Path
 ) -> None:

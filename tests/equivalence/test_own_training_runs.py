@@ -83,6 +83,7 @@ def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(tmp_path))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("source", ["owner", "texts"])
 def test_nodes_train_as_one_process(source: str, tmp_path: Path, module: None) -> None:
     """The server has no sample; what a client keeps lies at its node."""

@@ -109,6 +109,7 @@ def test_a_run_goes_on_and_a_finished_one_is_read(tmp_path: Path) -> None:
         run(*words, folder=folder, resume=True, rounds=3, seed=1)
 
 
+@pytest.mark.slow
 def test_the_seconds_of_a_resumed_run_are_those_of_all_its_rounds(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -165,6 +165,7 @@ def test_ray_rows_count_their_own_workers() -> None:
     gc.collect()  # before the next test, for which a warning is an error
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # PEFT reads it
 def test_language_rows_are_one_algorithm() -> None:
     """By hand on PEFT, vectorized, one after another, with checkpointing: the same weights."""

@@ -435,6 +435,7 @@ def test_a_partitioner_sees_the_columns_of_any_data(mine: Any) -> None:
         run(data=mine.table(), clients=5, partition=IidPartitioner(3))
 
 
+@pytest.mark.slow
 @pytest.mark.short(when=lambda words, old, new: "attack" in words[0])
 @pytest.mark.parametrize(
     ("words", "old", "new"),

@@ -102,6 +102,7 @@ class AtRound(fedraclora.Callback):
         return len(rows) > self.round
 
 
+@pytest.mark.slow
 def test_a_callback_ends_a_run_and_a_run_that_goes_on_ends_there_too(tmp_path: Path) -> None:
     found = run(callbacks=AtRound(2))
     assert (found.summary["rounds"], found.summary["stopped"]) == (2, True)

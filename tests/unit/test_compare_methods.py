@@ -157,6 +157,7 @@ def test_what_is_wrong_is_said(
     assert bool(ran) == (words[-1:] == ["metric=acuracy"])  # which only a run can tell
 
 
+@pytest.mark.slow
 def test_a_row_that_diverges_is_shown_and_not_run_again(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -204,6 +205,7 @@ def test_objects_of_a_program_are_compared(tmp_path: Path) -> None:
         fedraclora.compare(methods=["fedavg", "fedavg"], folder=tmp_path)
 
 
+@pytest.mark.slow
 def test_an_interrupted_comparison_is_resumed(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -62,6 +62,7 @@ def test_the_first_lines_say_what_is_learnt_on_whose_data_and_what_is_sent(
     assert "chunk:" in log
 
 
+@pytest.mark.slow
 def test_a_resumed_run_says_from_where_in_the_log_of_its_folder(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

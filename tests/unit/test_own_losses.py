@@ -307,6 +307,7 @@ def test_a_logistic_loss_has_classes_to_divide_by_and_counts_of_the_users_are_no
         fedraclora.simulate(*QUIET, **given | {"model": net(1), "data": (x, y + 0.5)}, loss=focal)
 
 
+@pytest.mark.slow
 def test_a_run_that_is_resumed_wants_the_same_loss(tmp_path: Path) -> None:
     keys: dict[str, Any] = {"metrics": [wrong, "loss"], "folder": tmp_path / "run"}
 

@@ -149,6 +149,7 @@ def test_several_runs_stand_below_each_other(tmp_path: Path) -> None:
     assert len({line["name"] for line in lines}) == 2
 
 
+@pytest.mark.slow
 def test_a_tuning_says_what_of_its_budget_is_spent(tmp_path: Path) -> None:
     pytest.importorskip("optuna")
     watching, seen = Watched(tmp_path), list[dict[str, Any]]()
