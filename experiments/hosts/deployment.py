@@ -20,7 +20,7 @@ from fedraclora.experiments.hosts.namespaces import Process
 from fedraclora.run.ledger import read_ledger
 
 PORT = 8000
-PROJECT = Path(__file__).parents[2]
+PROJECT = Path(__file__).resolve().parents[2]  # the package has a link to it
 COMMAND = [sys.executable, "-m", "fedraclora.commands.cli"]
 ENVIRONMENT = {
     "FLWR_HOME": f"{HOME}/flower",
