@@ -93,7 +93,7 @@ def run(
         folders[kind],
         f"{folders[kind]}/rows.jsonl",
         *(reference or REFERENCE[kind]),
-        **{"rounds": ROUNDS, "engine": "inline"} | keys,
+        **{"rounds": ROUNDS, "engine": "inline", "local.lr": 1.0} | keys,
     )
 
 
