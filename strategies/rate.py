@@ -1,14 +1,14 @@
-"""A rule for the learning rate of low-rank layers, at which the search for one begins.
+"""A rule for the learning rate of low-rank layers, from which the search for a rate starts.
 
-Under AdamW every number of a factor moves by about the rate, so that rank r, the scale s and rows
-of A of length a move an output by about ``lr s a r`` in a step. The rate is therefore c / (s a r),
-and less where layers are wide (as in muP) and where a round has many steps:
+Under AdamW every number of a factor changes by about the learning rate. With rank r, scale s and
+rows of A of length a, a step changes an output by about ``lr s a r``. The rate is therefore
+c / (s a r), and smaller for wide layers (as in muP) and for rounds with many steps:
 
     AdamW:  c / (s a r w sqrt(h))      w: the smaller side of W, or 96;  h: steps of a round
     SGD:    c / (s a)^2                since W moves by lr s^2 a^2 times the projected gradient
 
-c was fitted to tuned rates (docs/records/rates.md): of AdamW on pretrained transformers, of SGD on
-images of digits alone. The rate is the median over layers.
+c was fitted to tuned rates (docs/records/rates.md): for AdamW on pretrained transformers, for SGD
+only on images of digits. The rate is the median over layers.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ NARROWEST = 96  # of the layers that c was fitted to: narrower ones would have h
 
 
 def rule_rate(config: RunConfig, built: BuiltTask) -> float | None:
-    """Compute the rate of the rule for a run of a task; None if it does not know such a run."""
+    """Compute the rate of the rule for a run of a task; None if the rule does not cover it."""
     local = config.local
     # SGD's rates follow the scale of gradients, which that of a cross-entropy bounds.
     unbounded = local.optimizer == "sgd" and built.task.loss == "squared_error"
@@ -62,12 +62,12 @@ def steps_of(local: LocalConfig, built: BuiltTask) -> float:
 
 
 def rate_of(downlink: RoundInstructions, optimizer: str, steps: float) -> float | None:
-    """Compute the rate of the rule; None if layers have no two factors.
+    """Compute the rate of the rule; None if layers do not have two factors.
 
     Args:
         downlink: Of the first round.
         optimizer: ``adamw`` or ``sgd``.
-        steps: Of a client in a round.
+        steps: Local steps of a client in a round.
     """
     rates = []
     for adapter in downlink.adapters.values():

@@ -1,9 +1,10 @@
-"""The choices of the config groups: what code has by itself, and the files of the folder ``conf``.
+"""List the choices of the config groups: those that code defines, and the files of ``conf``.
 
-A class or a function that reads a group is a choice of it, with its defaults (`config.keys`); Hydra
-finds them in its store. A file says what another choice changes, and in ``defaults`` on what it
-builds: ``[sgd]`` is a choice of its group, ``[/sentences]`` a file beside ``config.yaml``, which is
-no choice, and ``[/row/data/text]`` what code has for a choice that has a file of the same name.
+A class or function that reads a group is a choice of it, with its defaults (`config.keys`), and is
+in Hydra's config store. A file defines another choice by its differences. Its ``defaults`` name
+what it builds on: ``[sgd]`` is a choice of its group, ``[/sentences]`` a file beside
+``config.yaml`` that is no choice, and ``[/row/data/text]`` the code's defaults for a choice with a
+file of the same name.
 """
 
 from __future__ import annotations
@@ -55,7 +56,7 @@ def own_node(group: str, name: str) -> dict[str, object]:
     """Write the keys of a choice that is an object of the user's, ``module:name``.
 
     Raises:
-        ConfigError: If it cannot be imported, or is none of the group's kind.
+        ConfigError: If it cannot be imported, or is not of the group's kind.
     """
     if group in FUNCTIONS:
         own: dict[str, object] = {"function": name}
@@ -67,11 +68,11 @@ def own_node(group: str, name: str) -> dict[str, object]:
 
 
 class OwnChoices(dict[str, Any]):
-    """The choices of a group in Hydra's store, to which each ``module:name`` belongs.
+    """Hold the choices of a group in Hydra's store, with every ``module:name`` among them.
 
     Args:
         group: Its name.
-        listed: The choices that it has.
+        listed: Its listed choices.
     """
 
     def __init__(self, group: str, listed: Mapping[str, Any]) -> None:
@@ -84,7 +85,7 @@ class OwnChoices(dict[str, Any]):
         return super().__contains__(file) or (bool(suffix) and is_function(name))
 
     def __missing__(self, file: str) -> Any:
-        """Write what is asked for."""
+        """Write the node of a choice."""
         node = OmegaConf.create(own_node(self.group, file.removesuffix(".yaml")))
         package = "_global_" if self.group in WHOLE else self.group
         return ConfigNode(file, node, self.group, package, None)
@@ -96,7 +97,7 @@ for _group in (*OWN_GROUPS, *FUNCTIONS):
 
 @cache
 def groups() -> Mapping[str, Mapping[str, str]]:
-    """List the config groups: group -> choice -> a line that says what it is."""
+    """List the config groups: group -> choice -> its description."""
     found: dict[str, dict[str, str]] = {}
     for path in NODES:
         group, _, name = path.rpartition("/")
@@ -108,12 +109,12 @@ def groups() -> Mapping[str, Mapping[str, str]]:
 
 
 def sections() -> dict[str, str]:
-    """List the keys and sections of the config that are no groups, each with its line."""
+    """List the keys and sections of the config that are not groups, each with its description."""
     return {name: help_of(RunConfig, name, {}) for name in NODES["run"]}
 
 
 def section_keys(name: str) -> str:
-    """Write what a section is, and a line for each of its keys, as `keys_of` does of a choice."""
+    """Write the description of a section, and a line for each of its keys, as `keys_of` does."""
     node = NODES["run"][name]
     if not isinstance(node, Mapping):
         return "\n".join(_explained([], {name: node}))
@@ -121,15 +122,15 @@ def section_keys(name: str) -> str:
 
 
 def choice(group: str, name: str, *, folders: Sequence[Path] = ()) -> dict[str, object]:
-    """Read a choice of a group with all that it builds on, as Hydra composes it.
+    """Read a choice of a group with everything that it builds on, as Hydra composes it.
 
     Args:
         group: For example ``local``.
-        name: Of the choice. That it chooses others beside it, as some data do, is left out.
-        folders: Where it may be beside ``conf``.
+        name: Of the choice. Choices of other groups that it makes (some data do) are left out.
+        folders: Where to look for it beside ``conf``.
 
     Returns:
-        Its keys; those of the config where the file is for the whole of it. Nothing is resolved.
+        Its keys; those of the whole config if the file is for the whole. Nothing is resolved.
 
     Raises:
         ConfigError: If there is no such choice.
@@ -146,11 +147,11 @@ def choice(group: str, name: str, *, folders: Sequence[Path] = ()) -> dict[str, 
 
 
 def lineage(name: str, roots: Sequence[Path] = (CONF,)) -> list[dict[str, object]]:
-    """List what a config is composed of: what it builds on, then what is its own.
+    """List the parts of which a config is composed: what it builds on, then its own.
 
     Args:
         name: Its path below a root, without the suffix.
-        roots: Folders; the first that has a file of the name counts.
+        roots: Folders; the first that has the file is used.
 
     Returns:
         Parts of the config, each with its keys in their places.
@@ -190,7 +191,7 @@ def _is_whole(file: Path | None) -> bool:
 
 
 def _placed(group: str, keys: Mapping[str, object]) -> dict[str, object]:
-    """Put keys where their group stands in the config."""
+    """Put keys at the place of their group in the config."""
     found = dict(keys)
     for part in reversed(group.split("/") if group else []):
         found = {part: found}
@@ -203,12 +204,12 @@ def _merged(parts: Sequence[dict[str, object]]) -> dict[str, object]:
 
 
 def keys_of(group: str, name: str, *, folders: Sequence[Path] = ()) -> str:
-    """Write what a choice is, and a line for each of its keys: what it is set to, what it means.
+    """Write the description of a choice, and for each of its keys a line with value and meaning.
 
     Args:
         group: For example ``local``.
         name: Of the choice.
-        folders: Where it may be beside ``conf``.
+        folders: Where to look for it beside ``conf``.
 
     Raises:
         ConfigError: If there is no such choice.
@@ -228,7 +229,7 @@ def key_lines(group: str, name: str, *, folders: Sequence[Path] = ()) -> list[st
 
 
 def _explained(about: Sequence[str], config: Mapping[str, object]) -> list[str]:
-    """Write what something is, and a line for each of its keys with its value and its meaning."""
+    """Write a description, and for each key a line with its value and its meaning."""
     rows = [
         (f"{key}={value if isinstance(value, str) else json.dumps(value)}", meaning(key, config))
         for key, value in flatten(config).items()
@@ -246,7 +247,7 @@ def _explained(about: Sequence[str], config: Mapping[str, object]) -> list[str]:
 
 
 def meaning(key: str, config: Mapping[str, object]) -> str:
-    """Say what a key of a config means: the line of the field, or argument, that it is."""
+    """Return the description of a key: the docstring's line of its field or argument."""
     group, _, inner = key.partition(".")
     node = config.get(group)
     if not inner or not isinstance(node, Mapping):
@@ -260,13 +261,13 @@ def meaning(key: str, config: Mapping[str, object]) -> str:
 
 
 def _row(group: str, name: str) -> Any:
-    """Return what reads the keys of a choice, which may be the user's own; None: nothing does."""
+    """Return the reader of a choice's keys, which may be the user's own; None if there is none."""
     rows = CHOICE_ROWS.get(group, {})
     return row_of(group, rows, name) if is_function(name) else rows.get(name)
 
 
 def _comment(path: Path) -> list[str]:
-    """Read the comment that a file begins with, but for what Hydra wants on the first line."""
+    """Read the comment at the start of a file, without the header line for Hydra."""
     lines: Iterable[str] = path.read_text(encoding="utf-8").splitlines()
     head = takewhile(lambda text: text.startswith("#"), lines)
     return [text.removeprefix("#").strip() for text in head if "@package" not in text]

@@ -1,8 +1,8 @@
 """Apply Hydra's overrides, and explain errors in them.
 
-``key=value`` sets a key, ``group=choice`` chooses a file, ``+key`` adds and ``~key`` removes. A
-word that begins with ``++`` may be of no use to what is chosen beside it, so that one command can
-sweep over choices of which only some have the key:
+``key=value`` sets a key, ``group=choice`` chooses a file, ``+key`` adds and ``~key`` removes. An
+override with ``++`` is skipped if the chosen options do not read the key, so that one command can
+sweep over choices of which only some have it:
 
     -m attack=none,sign_flip ++attack.scale=5
 """
@@ -60,7 +60,7 @@ def composed(words: Sequence[str], values: Plain = EMPTY) -> PlainDict:
     Args:
         words: Hydra's overrides, for example ``["local=adamw", "seed=1"]``, and
             ``--config-dir DIR``.
-        values: Plain values by key, laid over what the words compose before it is resolved.
+        values: Plain values by key, set in the composed config before it is resolved.
 
     Returns:
         The config.
@@ -83,14 +83,14 @@ def composed(words: Sequence[str], values: Plain = EMPTY) -> PlainDict:
 
 
 def lay_over(cfg: DictConfig, values: Plain) -> None:
-    """Set keys of a composed config, as overrides do: a mapping is merged into what is there.
+    """Set keys of a composed config, as overrides do; a mapping is merged into the existing one.
 
     Args:
         cfg: The config, which is changed.
-        values: By key; ``+`` before it adds one that is not there.
+        values: By key; a key with ``+`` is added.
 
     Raises:
-        ConfigCompositionException: As Hydra does, if there is no such key.
+        ConfigCompositionException: From Hydra, if there is no such key.
         ConfigError: If a value cannot be read.
     """
     for key, value in values.items():
@@ -107,11 +107,11 @@ def plain_of(cfg: DictConfig, choices: Mapping[str, object]) -> PlainDict:
     """Resolve a config to a plain dict.
 
     Args:
-        cfg: What Hydra composed; its own node is left out.
-        choices: The file that each group was read from.
+        cfg: Hydra's config; Hydra's own node is left out.
+        choices: The file of each group.
 
     Raises:
-        ConfigError: If values are still to be given, or a group has the name of another choice.
+        ConfigError: If a value is missing, or a group has the name of another choice.
     """
     cfg = OmegaConf.masked_copy(cfg, [str(key) for key in cfg if key != "hydra"])
     if missing := sorted(OmegaConf.missing_keys(cfg)):
@@ -136,7 +136,7 @@ def plain_of(cfg: DictConfig, choices: Mapping[str, object]) -> PlainDict:
 
 
 def _keyed(path: str, value: object) -> object:
-    """Write the keys of mappings as text, as JSON has them: layers may be named by numbers.
+    """Convert the keys of mappings to text, as in JSON: layers may be named by numbers.
 
     Raises:
         ConfigError: If the name of a layer was read as a fraction: 0.1 may have been 0.10.
@@ -169,7 +169,8 @@ def without_idle(
         The config without them; each is named on stderr.
 
     Raises:
-        ConfigError: If it cannot run for another reason: a key that no choice has, for one.
+        ConfigError: If the config is invalid for another reason, such as a key that no choice
+            has.
     """
     while any(word.startswith("++") for word in words):
         try:

@@ -1,8 +1,8 @@
-"""Check config files of others for code before they have any effect.
+"""Check config files from elsewhere for code before they have any effect.
 
-Those in the working folder are the user's own, but for what a tuning has left there. Of others the
-code that they name runs only if it is trusted, and their values do not reach the environment. None
-sets keys of Hydra itself, which makes objects of what stands there.
+Files in the working folder are the user's own, except those that a tuning left there. Code named by
+any other file runs only if it is trusted, and the file cannot read environment variables. No file
+may set keys of Hydra itself, which creates objects from them.
 """
 
 from __future__ import annotations
@@ -36,14 +36,14 @@ def judge(file: Path | str, name: str, config: Any, package: str | None) -> None
     """Reject a config file that would run code.
 
     Args:
-        file: The file; as text, its place in an installed package.
-        name: Its path below the folder that is searched.
-        config: What it holds, nothing resolved.
-        package: Where its header puts it in the config; None: by its path.
+        file: The file; its place in an installed package if it is a text.
+        name: Its path below the searched folder.
+        config: Its content, unresolved.
+        package: The package of its header; None: the one of its path.
 
     Raises:
-        ConfigError: If it sets keys of Hydra; or if it does not lie in the working folder, and
-            names code that is not trusted, or takes values from elsewhere.
+        ConfigError: If it sets keys of Hydra. Or if it lies outside of the working folder, and
+            names code that is not trusted, or reads values from elsewhere.
     """
     held = OmegaConf.to_container(config, resolve=False)
     heads = [name, package or "", *(held if isinstance(held, dict) else ())]
@@ -63,9 +63,9 @@ def judge(file: Path | str, name: str, config: Any, package: str | None) -> None
 
 
 def take_own(file: Path) -> bool:
-    """Take what a file names for the user's own where it lies in the working folder; tell if so.
+    """Trust the code that a file in the working folder names; return whether the file lies there.
 
-    What lies in a folder of ``fedraclora tune`` is the record of a run, whosesoever it was.
+    A folder of ``fedraclora tune`` is the record of a run, maybe of somebody else's.
     """
     found = file.resolve()
     own = found.is_relative_to(Path.cwd().resolve())
@@ -76,7 +76,7 @@ def take_own(file: Path) -> bool:
 
 @contextmanager
 def readable(file: object) -> Iterator[None]:
-    """Say of a file that is read inside that it is no YAML, or asks for objects of Python.
+    """Convert errors inside to one that names the file: no YAML, or objects of Python.
 
     Raises:
         ConfigError: Naming it.
@@ -89,7 +89,7 @@ def readable(file: object) -> Iterator[None]:
 
 
 class Judging:
-    """Of sources of Hydra's: judges what is read there."""
+    """Check each file that a config source of Hydra reads."""
 
     path: str
 
@@ -108,7 +108,7 @@ class Judging:
 
 
 def watch() -> None:
-    """Have Hydra read files by sources that judge them."""
+    """Make Hydra read files with sources that check them."""
     Plugins.instance()  # which registers Hydra's own, once
     types = SourcesRegistry.instance().types
     for kind in (FileConfigSource, ImportlibResourcesConfigSource):

@@ -40,16 +40,16 @@ KEPT = {"data": ("labels", "validation", "duplicates"), "model": ("head", "targe
 
 @dataclass
 class ProgramObjects:
-    """The objects of a program that a run uses, and what they change in its config.
+    """Hold the objects of a program that a run uses, and their changes to its config.
 
     Attributes:
-        words: Words of the config that objects bring, before those of the caller.
-        keys: Choices that are no objects, as they came.
-        groups: What groups of the config become: keys laid over what was composed for them.
-        data: Reads the samples, once the config has said how rows of a frame are read; None: data
-            are a choice.
-        options: What the caller said beside the samples.
-        model: The module of the program, which may tell the loss; None: it is a choice.
+        words: Overrides that objects need, before those of the caller.
+        keys: Choices that are not objects, unchanged.
+        groups: Keys to set in the composed config, by group.
+        data: Reads the samples after composition, which determines how rows of a frame are read;
+            None: data are a choice.
+        options: The caller's options for the samples.
+        model: The program's module, which may name its loss; None: the model is a choice.
     """
 
     words: list[str] = field(default_factory=list)
@@ -63,8 +63,8 @@ class ProgramObjects:
         """Put the objects into their groups of the composed config.
 
         Args:
-            plain: What was composed.
-            typed: The keys that the caller said.
+            plain: The composed config.
+            typed: The keys that the caller set.
         """
         found, groups = dict(plain), dict(self.groups)
         told = {group: keys for group, keys in self.keys.items() if isinstance(keys, Mapping)}
@@ -89,10 +89,10 @@ class ProgramObjects:
         return found
 
     def _read(self, plain: PlainDict, typed: Sequence[str]) -> dict[str, Any]:
-        """Read from the config what the caller has said of the samples there.
+        """Read the samples, with the options that the caller set in the config.
 
         Raises:
-            ConfigError: If nothing reads a key beside samples of the program.
+            ConfigError: If a key has no effect on samples of the program.
         """
         asked, frames = section(plain, "data"), set(OF_FRAME) <= {*self.words}
         frame = {k: asked[k] for k in FRAME_KEYS if k in asked}
@@ -120,19 +120,20 @@ def register_all(
     whole: bool,
     own: bool = False,
 ) -> ProgramObjects:
-    """Register what is an object; leave names and mappings to the config.
+    """Register objects; leave names and mappings to the config.
 
     Args:
-        model: As `fedraclora.api.simulate` was given it, and so are the others.
+        model: The argument of `fedraclora.api.simulate`; the others likewise.
         data: Of the clients.
         choices: Of `OWN_GROUPS`, which may be objects, too.
-        beside: What goes with data of the program, None where it was not said.
-        whole: Whether they are laid over a whole config, such as `RunResult.config`.
-        own: Whether a function of the user's trains.
+        beside: Options for data of the program, None if not given.
+        whole: Whether they change a whole config, such as `RunResult.config`.
+        own: Whether a user's function trains.
 
     Raises:
-        ConfigError: If something is of no kind that is known, or is said of data that are a choice.
-        DataError: If samples are not what they should be.
+        ConfigError: If an object is of an unknown kind, or an option is given for data that are a
+            choice.
+        DataError: If samples are invalid.
     """
     objects, judged = (
         ProgramObjects(),
@@ -185,7 +186,7 @@ def register_all(
 
 
 def register_loss_and_metrics(loss: object, metrics: object) -> dict[str, Any]:
-    """Register losses and metrics that are objects; give the names of all that were said."""
+    """Register losses and metrics that are objects; return the names of all."""
     found = {"loss": register_object(loss) if callable(loss) else loss, "metrics": metrics}
     if callable(metrics) or isinstance(metrics, str | Mapping | list | tuple):
         listed = metrics if isinstance(metrics, list | tuple) else [metrics]
@@ -194,7 +195,7 @@ def register_loss_and_metrics(loss: object, metrics: object) -> dict[str, Any]:
 
 
 def register_metric(metric: Any) -> str:
-    """Register a metric under the name that the ledger is to have."""
+    """Register a metric under its name in the ledger."""
     if not isinstance(metric, Metric):
         return register_object(metric)
     name = metric.name or short_name(register_object(metric.function))
@@ -208,7 +209,7 @@ def is_choice(data: object) -> bool:
 
 
 def _divider(choices: dict[str, object], data: object, options: Mapping[str, object]) -> object:
-    """Take out a partitioner that divides a ``Dataset`` by its own columns, before it is read."""
+    """Take out a partitioner that splits a ``Dataset`` by its own columns, before it is read."""
     partition = choices.get("partition")
     if "client" in options and not isinstance(partition, str | Mapping | None):
         raise ConfigError(

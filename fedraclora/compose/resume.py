@@ -39,15 +39,15 @@ def go_on(
     Args:
         folder: The run folder.
         stored: Its config.
-        plain: The config that is asked for now.
-        typed: The keys that the user typed; None: all of ``plain`` is meant (``resume=auto``).
+        plain: The config of this call.
+        typed: The keys that the user typed; None: all of ``plain`` (``resume=auto``).
 
     Returns:
-        The stored config, with what may change taken from ``plain``.
+        The stored config, with the permitted changes from ``plain``.
 
     Raises:
-        CheckpointError: Naming each key that may not.
-        ConfigError: If all of ``plain`` is meant, and it has not the data or the model of the run.
+        CheckpointError: Naming each key that may not change.
+        ConfigError: If all of ``plain`` counts, and it lacks the data or the model of the run.
     """
     refused = []
     if typed is not None and "experiment" in typed:
@@ -94,10 +94,10 @@ def go_on(
 def _refuse_others(
     folder: Path, stored: Mapping[str, object], plain: PlainDict, refused: Sequence[str]
 ) -> None:
-    """Reject a call that leaves out the data or the model of a run, with all that it leaves out.
+    """Reject a call that lacks the data or the model of a run, and name everything it lacks.
 
     Raises:
-        ConfigError: Naming the keys, as they are said in Python and on the command line.
+        ConfigError: Naming the keys, in their form in Python and on the command line.
     """
     old, new = section(stored, "data"), section(plain, "data")
     named = {group: section(stored, group).get("name") for group in ("data", "model")}
@@ -114,13 +114,13 @@ def _refuse_others(
 
 
 def _code_has_changed(was: object, now: object) -> str:
-    """Say so of two objects of a program that have one name: their digests stand behind it."""
+    """Report two objects of a program with the same name but different digests."""
     (old, _, one), (new, _, other) = (str(value).partition("@") for value in (was, now))
     return " (its code, or what it names, has changed)" if old == new and one and other else ""
 
 
 def is_done(folder: Path, plain: Mapping[str, object]) -> bool:
-    """Return whether the run of a folder has finished the rounds asked for."""
+    """Return whether the run of a folder has finished its configured rounds."""
     if not is_finished(folder):
         return False
     summary = read_summary(folder)
@@ -131,12 +131,12 @@ def is_done(folder: Path, plain: Mapping[str, object]) -> bool:
 def told_how_to_go_on(folder: Path, command: str, *, there: bool = False) -> Iterator[None]:
     """On an interruption inside, note the state of the run and how to resume it.
 
-    So it is where the engine or the disk ends the run, if there is a run to go on with.
+    It does so, too, if the engine or the disk ends a run that can be resumed.
 
     Args:
-        folder: That of the run.
-        command: What runs it: simulate, or another with the words that it needs beside.
-        there: Checkpoints are on another machine.
+        folder: The run folder.
+        command: The command that runs it: simulate, or another with its own arguments.
+        there: Whether checkpoints are on another machine.
     """
     try:
         yield
@@ -170,7 +170,7 @@ def _progress(folder: Path, *, there: bool) -> str:
 
 
 def _meant(key: str, typed: Sequence[str] | None, plain: Mapping[str, object]) -> bool:
-    """Check whether the user has asked for a key; of a group that was chosen, its name counts."""
+    """Return whether the user set a key; a chosen group counts by its name."""
     if typed is None:
         return True
     chosen = {f"{k}.name" if isinstance(plain.get(k), dict) else k for k in typed}
@@ -212,7 +212,7 @@ def _device(name: str) -> str | None:
 
 
 def _engine(old: PlainDict, new: PlainDict, typed: Sequence[str] | None) -> PlainDict:
-    """Choose the engine to go on with; one that finds its chunk itself keeps the run's."""
+    """Choose the engine of a resumed run; an engine with an automatic chunk keeps the run's."""
     leaves = set(new) if typed is None else {k.partition(".")[2] for k in typed if "engine" in k}
     if typed is not None and "engine" not in typed:
         return {**old, **{k: v for k, v in new.items() if k in leaves and k in old}}
@@ -226,7 +226,7 @@ def _engine(old: PlainDict, new: PlainDict, typed: Sequence[str] | None) -> Plai
 def _output(
     folder: Path, old: PlainDict, new: PlainDict, typed: Sequence[str] | None
 ) -> tuple[PlainDict, list[str]]:
-    """Choose where and how the run writes from now on, and list the changes that are rejected."""
+    """Choose where and how the resumed run writes, and list the rejected changes."""
     keys = [*new] if typed is None or "output" in typed else []
     keys = keys or [k.partition(".")[2] for k in typed or () if k.startswith("output.")]
     if typed is not None:
@@ -240,7 +240,7 @@ def _output(
 
 
 def laid_over(config: PlainDict, changes: PlainDict) -> PlainDict:
-    """Replace values of a config: of whole keys, of dotted ones, or of some keys of a group.
+    """Replace values of a config: whole keys, dotted keys, or some keys of a group.
 
     Example:
         >>> laid_over({"seed": 0, "local": {"lr": 0.1}}, {"seed": 1, "local.lr": 0.2})

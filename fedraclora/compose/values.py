@@ -29,14 +29,14 @@ def config_of(
     """Compose a config from choices and keys.
 
     Args:
-        choices: Overrides, as strings, and nested mappings of keys; what comes later wins.
+        choices: Overrides, as strings, and nested mappings of keys; later ones win.
         keys: The same as a last mapping.
 
     Returns:
-        The resolved config, and the keys that were said.
+        The resolved config, and the keys that were set.
 
     Raises:
-        ConfigError: If it does not compose, or a value is none that a config can hold.
+        ConfigError: If it does not compose, or a config cannot hold a value.
     """
     if len(choices) == 1 and isinstance(choices[0], Mapping) and is_whole(choices[0]):
         whole = nowhere({str(k): plain_value(str(k), value) for k, value in choices[0].items()})
@@ -67,25 +67,22 @@ def config_of(
 
 
 def is_whole(mapping: Mapping[str, object]) -> bool:
-    """Check whether a mapping has every key of a config, but for those of later releases."""
+    """Return whether a mapping has every key of a config, except those of later releases."""
     wanted = {*inspect.signature(RunConfig).parameters} - {"plain", *later_keys(RunConfig)}
     return wanted <= {*mapping}
 
 
 def nowhere(config: PlainDict) -> PlainDict:
-    """Drop from a config what says where its run was: the folder, and whether it went on."""
+    """Drop the folder of a run, and whether it resumed one, from a config."""
     return laid_over(config, {"output.dir": None, "resume": None})
 
 
 def pairs_of(mapping: Mapping[str, object]) -> Iterator[tuple[str, object]]:
-    """List nested choices by their keys; of a group ``name`` stands for the group.
+    """List nested choices by their keys; ``name`` is the choice of its group.
 
     Example:
         >>> [*pairs_of({"local": {"lr": 0.1}, "data": {"name": "digits", "labels": [5, 6]}})]
         [('local.lr', 0.1), ('data', 'digits'), ('data.labels', [5, 6])]
-
-    Raises:
-        ConfigError: If a key is no text.
     """
     for key, value in mapping.items():
         if not isinstance(key, str):
@@ -113,7 +110,7 @@ def choice_word(group: str, name: object) -> str:
 
 @cache
 def takes_objects(key: str) -> bool:
-    """Check whether the value of a key, or of one in a list of them, may be an object."""
+    """Return whether the value of a key, or an element of its list, may be an object."""
     group, _, leaf = key.partition(".")
     homes = targets_of(METHODS).get(group, {}).values() if leaf else [RunConfig]
     marks = (getattr(hints(home).get(leaf or group), "__metadata__", ()) for home in homes)
@@ -121,12 +118,12 @@ def takes_objects(key: str) -> bool:
 
 
 def plain_value(key: str, value: object) -> object:
-    """Turn a value into plain ones: dicts, lists, strings, numbers, None.
+    """Convert a value to plain ones: dicts, lists, strings, numbers, None.
 
-    An object of the program is registered, where the key takes one.
+    An object of the program is registered, if the key accepts objects.
 
     Raises:
-        ConfigError: If it is something else.
+        ConfigError: If the value is of another type.
     """
     if value is None or isinstance(value, bool):
         return value

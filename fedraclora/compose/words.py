@@ -1,8 +1,8 @@
 """Parse arguments of commands that do not use Hydra, and complete arguments for the TAB key.
 
-Completion is ``eval "$(fedraclora -sc install=bash)"``; zsh and fish likewise. Hydra knows what may
-follow in a config. It knows nothing of subcommands, so that they are completed here, and left out
-of the line that it is asked about.
+Install completion with ``eval "$(fedraclora -sc install=bash)"``; zsh and fish likewise. Hydra
+completes config keys. It does not know subcommands, which are completed here and removed from the
+line that Hydra sees.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ TRUTH = {"true": True, "false": False}
 
 
 def key_values(words: Sequence[str]) -> dict[str, object]:
-    """Read words into a group of settings: whole numbers, true and false, and text.
+    """Parse arguments into settings: integers, true and false, and text.
 
     Raises:
-        ConfigError: If a word is not of the form key=value.
+        ConfigError: If an argument is not of the form key=value.
 
     Example:
         >>> key_values(["seeds=3", "check=true", "out=runs/a"])
@@ -36,7 +36,7 @@ def key_values(words: Sequence[str]) -> dict[str, object]:
 
 
 def part(words: Sequence[str], own: Collection[str]) -> tuple[dict[str, object], list[str]]:
-    """Part the words of a command's own keys, read by `key_values`, from the others.
+    """Separate a command's own keys, parsed by `key_values`, from the other arguments.
 
     Example:
         >>> part(["jobs=3", "seed=1"], ["jobs", "out"])
@@ -47,7 +47,7 @@ def part(words: Sequence[str], own: Collection[str]) -> tuple[dict[str, object],
 
 
 def check_word(words: Sequence[str]) -> tuple[list[str], str | None]:
-    """Part ``--check`` and ``--check=FILE`` from other words; None: it is not among them.
+    """Separate ``--check`` and ``--check=FILE`` from other arguments; None if it is absent.
 
     Example:
         >>> check_word(["seed=1", "--check"]), check_word(["--check=run.yaml"]), check_word([])
@@ -58,10 +58,10 @@ def check_word(words: Sequence[str]) -> tuple[list[str], str | None]:
 
 
 def trust_words(words: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Part ``trust=[MODULE,...]``, a word of every command, from the others.
+    """Separate ``trust=[MODULE,...]``, an argument of every command, from the others.
 
     Returns:
-        The other words, and the modules.
+        The other arguments, and the modules.
 
     Example:
         >>> trust_words(["seed=1", "trust=[mine, yours.data]"])
@@ -80,15 +80,15 @@ FOLDER_FLAGS = ("--config-dir", "-cd")
 
 
 def asked(words: Sequence[str], commands: Collection[str]) -> list[str]:
-    """Print what may follow, where that is a subcommand; else give what Hydra is to be asked.
+    """Complete a subcommand and print it, or return the arguments with which to ask Hydra.
 
     Args:
-        words: ``install=SHELL``, ``uninstall=SHELL``, or ``query=SHELL``, for the line in
-            ``COMP_LINE``. That loses its subcommand.
+        words: ``install=SHELL``, ``uninstall=SHELL``, or ``query=SHELL`` for the line in
+            ``COMP_LINE``, from which the subcommand is removed.
         commands: The subcommands.
 
     Returns:
-        Words for Hydra; none where it has nothing to say.
+        Arguments for Hydra; none if Hydra has nothing to complete.
     """
     if not any(word.startswith("query=") for word in words):
         return [FLAGS[0], *words]
@@ -108,7 +108,7 @@ def asked(words: Sequence[str], commands: Collection[str]) -> list[str]:
 
 
 def part_folders(words: Sequence[str]) -> tuple[list[tuple[str, str]], list[str]]:
-    """Part the flags that name folders of configs, each with its folder, from the other words.
+    """Separate the flags that name config folders, each with its folder, from other arguments.
 
     Example:
         >>> part_folders(["seed=1", "--config-dir", "mine", "-cd=yours"])

@@ -1,4 +1,4 @@
-"""Figures of several runs: a metric against what it costs, and curves beside their bounds."""
+"""Draw figures of several runs: a metric against its cost, and curves beside their bounds."""
 
 from __future__ import annotations
 
@@ -50,20 +50,19 @@ def compare_figure(
 ) -> None:
     """Draw a metric against rounds, uplink, all traffic and time, one line per group of runs.
 
-    Time is that of the wall, that of a virtual clock, or both: what any of the runs has.
+    Time is wall-clock time, time of the virtual clock, or both, as the runs have them.
 
     A line is the mean over the group's runs (seeds) at the rounds that all of them measured; the
-    band runs from the least to the greatest of them. The first fifth of the lines does not stretch
-    the axis of the metric: where that would halve the room of the rest, lines come in from its
-    edge.
+    band spans their smallest and largest values. The first fifth of the lines does not extend the
+    metric's axis: if that would halve the room of the rest, these lines start at its edge.
 
     Args:
-        curves: By label, the columns of a mean curve, such as ``statistics.mean_curve`` gives: of
+        curves: By label, the columns of a mean curve (``statistics.mean_curve``): those of
             `POSITIONS`, ``value``, ``least``, ``greatest`` and ``runs``.
         metric: Its name.
         path: The PNG to write.
-        methods: Name of the method of each curve, by label: it decides the color.
-        against: Of `POSITIONS`, what gets a panel, if a run has it.
+        methods: The method of each curve, by label: it decides the color.
+        against: Those of `POSITIONS` that get a panel, if a run has them.
     """
     labels = [fill(label, 75) for label in curves]
     legend_columns = max(1, min(len(curves), 85 // (max(map(len, labels), default=0) + 8)))
@@ -102,10 +101,10 @@ def _draw_mean(
 
 
 def _span(curves: Sequence[tuple[Values, Values]]) -> tuple[float | None, float | None]:
-    """Choose the ends of the axis of the metric; None: an end is left to what is drawn.
+    """Choose the ends of the metric's axis; None: matplotlib chooses an end.
 
     Args:
-        curves: Of each group the least and the greatest of its runs, [rounds].
+        curves: The smallest and largest values of each group's runs, [rounds].
     """
     whole = np.concatenate([values for curve in curves for values in curve])
     later = np.concatenate([v[int(0.2 * len(v)) :] for curve in curves for v in curve])
@@ -121,13 +120,13 @@ def _span(curves: Sequence[tuple[Values, Values]]) -> tuple[float | None, float 
 
 @dataclass(frozen=True)
 class MeasuredCurve:
-    """One curve.
+    """Hold one curve.
 
     Attributes:
         x: Positions.
         y: Measured values.
         spread: Half the height of the band around them, or None.
-        bound: Bound on the values, dashed in the colour of the curve, or None.
+        bound: Bound on the values, dashed in the color of the curve, or None.
     """
 
     x: Values
@@ -138,14 +137,14 @@ class MeasuredCurve:
 
 @dataclass(frozen=True)
 class Panel:
-    """One panel: its title, its axes, its curves by label, and what it says below the title.
+    """Hold one panel of a figure.
 
     Attributes:
         title: Of the panel.
         labels: Of the axes.
         curves: By label.
-        log: Axes that are logarithmic, for example ``"y"`` or ``"xy"``.
-        floor: Least value on a logarithmic y axis, so that rounding errors do not stretch it.
+        log: Logarithmic axes, for example ``"y"`` or ``"xy"``.
+        floor: Smallest value on a logarithmic y axis, so that rounding errors do not stretch it.
         marks: Whether points are marked.
     """
 
@@ -162,8 +161,8 @@ def bounds_figure(title: str, panels: Sequence[Panel], columns: int, path: Path)
 
     Args:
         title: Of the figure.
-        panels: In reading order; without one, nothing is drawn.
-        columns: Panels beside one another.
+        panels: In reading order; without any, nothing is drawn.
+        columns: Number of panels in a row.
         path: The PNG to write.
     """
     if not panels:
@@ -217,14 +216,14 @@ def _draw(place: Axes, panel: Panel) -> None:
 
 @dataclass(frozen=True)
 class Entrant:
-    """A method of a leaderboard.
+    """Hold the figures of one method of a leaderboard.
 
     Attributes:
         label: Its name.
         mean, spread: The metric over the seeds; a spread of NaN is not drawn.
         uplink: MB that all clients sent.
         exact: Whether its aggregation is exact.
-        method: Whose color it has.
+        method: The method whose color it has.
     """
 
     label: str
@@ -236,10 +235,10 @@ class Entrant:
 
 
 def leaderboard_figure(entrants: Sequence[Entrant], metric: str, path: Path) -> None:
-    """Draw the metric of each method, and the metric against its uplink, by place on the board.
+    """Draw the metric of each method, and the metric against its uplink, by rank.
 
-    A method of which a seed broke down does not stretch the axes: what lies outside stands at their
-    lower end, with its figures.
+    A method with a failed seed does not stretch the axes: values outside are drawn at the lower
+    end, with their numbers.
 
     Args:
         entrants: The best first.
@@ -289,10 +288,10 @@ def leaderboard_figure(entrants: Sequence[Entrant], metric: str, path: Path) -> 
 
 
 def spanned(entrants: Sequence[Entrant]) -> tuple[float, float]:
-    """Choose the range of the metric that is drawn, with a margin.
+    """Choose the range of the metric to draw, with a margin.
 
-    It is that of the means and spreads of all, but for those whose spread is more than `WILD` times
-    what is usual on the board.
+    It covers all means and spreads, except those whose spread is more than `WILD` times the
+    usual one of the board.
     """
     spreads = [e.spread for e in entrants if math.isfinite(e.spread) and e.spread > 0]
     most = WILD * median(spreads) if spreads else math.inf
@@ -303,12 +302,12 @@ def spanned(entrants: Sequence[Entrant]) -> tuple[float, float]:
 
 
 def clusters(entrants: Sequence[Entrant], near: float) -> list[tuple[Entrant, str]]:
-    """Choose the points that want a label of their own, and the places near each of them.
+    """Choose the points with their own label, and the ranks near each of them.
 
     Args:
         entrants: The best first.
-        near: Points of about the same uplink whose means differ by no more share a label, such as
-            "5, 6, 8-13"; their own would stand one over the other.
+        near: Points of similar uplink whose means differ by at most this share a label, such as
+            "5, 6, 8-13", since separate labels would overlap.
     """
     found: list[tuple[Entrant, list[int]]] = []
     for place, entrant in enumerate(entrants, 1):

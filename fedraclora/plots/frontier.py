@@ -1,4 +1,4 @@
-"""Figures of quality against bytes: the rows of a task by family, and all tasks side by side."""
+"""Draw quality against bytes: the rows of a task by method family, and all tasks side by side."""
 
 from __future__ import annotations
 
@@ -28,18 +28,18 @@ def frontier_figure(
     level: float | None = None,
     higher: bool = True,
 ) -> None:
-    """Draw a metric against bytes: every row, thin, and over those of a group what none beats.
+    """Draw a metric against bytes: every row as a thin line, and the Pareto frontier of each group.
 
-    A row's end is a dot: one that was measured at its end alone is that. The axis of the metric is
-    that of the rows that are of use: one that stays outside is a triangle at its edge.
+    A dot marks the end of a row; a row measured only at its end is a single dot. The axis of the
+    metric covers the useful rows; a triangle at its edge marks a row outside.
 
     Args:
-        groups: By method, or by a name like it, of each row the MB and the metric after each
-            measured round, and those of these points that none of the group beats.
+        groups: By method, or a similar name: of each row MB and metric after each measured
+            round, and the points among these that are on the group's frontier.
         labels: Of the axes.
         path: The PNG to write.
-        marks: MB that are marked, where they lie among the points.
-        level: Of the metric: it is marked.
+        marks: MB to mark, if they lie among the points.
+        level: Value of the metric to mark.
         higher: Whether more of the metric is better.
     """
     figure = new_figure(7.5, 4.5)
@@ -92,14 +92,14 @@ def _points(groups: Mapping[str, tuple[Sequence[Points], Points]]) -> list[tuple
 def of_use(
     finals: Sequence[float], kept: Sequence[float] = (), *, higher: bool = True
 ) -> tuple[float, float]:
-    """Choose the part of the axis of a metric where rows differ that one would take.
+    """Choose the range of a metric in which rows worth using differ.
 
-    Below the best it reaches `REACH` times as far as the best `SHARE` of the rows does, and no
-    farther than the worst.
+    Below the best it extends `REACH` times as far as the best `SHARE` of the rows does, and at
+    most to the worst.
 
     Args:
-        finals: What each row came to.
-        kept: Further values that are in it.
+        finals: The final value of each row.
+        kept: Further values that it must contain.
         higher: Whether more of the metric is better.
 
     Returns:
@@ -117,12 +117,12 @@ def of_use(
 def shares_figure(
     found: Mapping[str, Mapping[str, float]], tasks: Sequence[str], reference: str, path: Path
 ) -> None:
-    """Draw how much of the reference's traffic each family needs, by task, if it gets there.
+    """Draw the share of the reference's traffic that each family needs to reach it, by task.
 
     Args:
         found: By family and task, the share.
-        tasks: Their names, from above.
-        reference: What it is called.
+        tasks: Their names, from the top.
+        reference: Its label.
         path: The PNG to write.
     """
     figure = new_figure(7.5, 1.2 + 0.5 * len(tasks))

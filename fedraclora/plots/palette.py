@@ -24,7 +24,7 @@ DASHES = ("-", "--", ":", "-.")
 
 
 class Look(NamedTuple):
-    """How a curve is drawn.
+    """Hold how a curve is drawn.
 
     Attributes:
         color: As ``#RRGGBB``.
@@ -62,7 +62,7 @@ def looks(methods: Sequence[str]) -> list[Look]:
 
 
 def _shared_out(names: Sequence[str]) -> dict[str, int]:
-    """Give each name a place in the palette: its own, or the next that fewest others have."""
+    """Assign each name a place in the palette: its own, or the next of those used least."""
     taken: dict[str, int] = {}
     for name in names:
         if _own(name) not in taken.values():

@@ -1,1 +1,1 @@
-"""What a terminal shows: how a run goes, and tables."""
+"""Show progress and tables on a terminal."""

@@ -1,7 +1,7 @@
-"""What a run says when it begins, from the facts of `strategies.facts`.
+"""Write the first lines of a run, from the facts of `strategies.facts`.
 
-`opening_lines` are the few sentences that everybody reads. `details_of` is the rest, a line for
-each title: it goes to the log of the run, and to the terminal with ``output.verbose=true``.
+`opening_lines` are the few sentences for everybody. `details_of` is the rest, a line for each
+title. It goes to the log of the run, and with ``output.verbose=true`` to the terminal.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ Facts = Mapping[str, Any]
 
 
 def opening_lines(facts: Facts, plain: Mapping[str, Any], folder: Path | None) -> list[str]:
-    """Write what is trained, on whose data, what is sent, and where results go: five lines at most.
+    """Write model, data, bytes and output folder of a run, in at most five lines.
 
     Args:
         facts: Of the run at its start.
         plain: Its config.
-        folder: Its folder; None where it is in memory.
+        folder: Its folder; None for a run in memory.
     """
     names = {key: section(plain, key).get("name") for key in ("model", "data")}
     model, data = (f"your {key}" if name == NAME else name for key, name in names.items())
@@ -57,7 +57,7 @@ def opening_lines(facts: Facts, plain: Mapping[str, Any], folder: Path | None) -
 
 
 def details_of(facts: Facts) -> list[str]:
-    """Write all that a run begins with, beside `notes_of`; a line for each title."""
+    """Write all facts of a run's start, except `notes_of`; a line for each title."""
     told, lines = facts["task"], introduction(facts)
     lines |= _samples(facts)
     lines |= {"texts": _texts(told["texts"])} if "texts" in told else {}
@@ -81,7 +81,7 @@ def details_of(facts: Facts) -> list[str]:
 
 
 def introduction(facts: Facts) -> dict[str, str]:
-    """Name loss, metrics, optimizer and what is trained, by title."""
+    """Name loss, metrics, optimizer and trained tensors, by title."""
     loss, hint = facts["loss"], OR_CLIENTS if facts["clients_could_measure"] else ""
     wide, like = loss["numbers"], loss["like"]
     return {
@@ -95,7 +95,7 @@ def introduction(facts: Facts) -> dict[str, str]:
 
 
 def notes_of(facts: Facts) -> list[str]:
-    """Say what is not as it was asked for, such as a rank that was cut, where a run begins."""
+    """List differences from the config at the start of a run, such as a reduced rank."""
     told, notes = facts["task"], facts["state"]
     if more := notes[NAMED:]:
         notes = [*notes[:NAMED], f"{len(more)} more such notes are in the ledger"]
@@ -120,7 +120,7 @@ def notes_of(facts: Facts) -> list[str]:
 
 
 def idle_workers(facts: Facts) -> dict[str, str]:
-    """Say that a round has fewer chunks than there are workers, where smaller ones would help."""
+    """Describe idle workers, if smaller chunks would keep them busy."""
     chunk, workers, cohort = facts["chunk"]["chunk"], facts["workers"], facts["clients_per_round"]
     chunks, smaller = -(-cohort // chunk), -(-cohort // workers)
     if chunks >= workers or smaller >= chunk:
@@ -140,7 +140,7 @@ def _pretrained(pretrained: Facts) -> str:
 
 
 def _counts(facts: Facts) -> str:
-    """Count the samples at clients and server; empty where clients hold them unseen."""
+    """Count the samples at clients and server; empty if only clients know theirs."""
     told = facts["task"]
     if "train" not in told:
         return ""
@@ -149,7 +149,7 @@ def _counts(facts: Facts) -> str:
 
 
 def _each_client(facts: Facts) -> str:
-    """Say what a client trains and sends in a round."""
+    """Describe what a client trains and sends in a round."""
     part, sent = facts["trained"], facts["sends"]
     in_few = "" if sent["as"] == "float32" else f" in {sent['as']}"
     ranks = f" (rank {' to '.join(map(str, part['ranks']))})" if part["ranks"] else ""
@@ -160,14 +160,14 @@ def _each_client(facts: Facts) -> str:
 
 
 def _learnt(facts: Facts) -> str:
-    """Name loss and metrics, and how the loss was found where it was not said."""
+    """Name loss and metrics, and how the loss was found if it was not configured."""
     told = introduction(facts)
     validation = " on validation samples" if facts["split"] != "test" else ""
     return f"loss {told['loss']}, metrics {told['metrics']}{validation}"
 
 
 def _samples(facts: Facts) -> dict[str, str]:
-    """Say how many samples are trained and tested on; nothing where clients hold them unseen."""
+    """Count training and test samples; empty if only clients know theirs."""
     if not (text := _counts(facts)):
         return {}
     told = facts["task"]
@@ -181,7 +181,7 @@ def _samples(facts: Facts) -> dict[str, str]:
 
 
 def _texts(lengths: Facts) -> str:
-    """Say how long texts may be, and how many are as long, and may have been cut."""
+    """Describe the length limit of texts, and how many have that length and may be truncated."""
     return (
         f"up to {lengths['max_length']} tokens each, of which {lengths['full']} of "
         f"{lengths['texts']} have as many: what is longer is cut (data.max_length)"
@@ -189,7 +189,7 @@ def _texts(lengths: Facts) -> str:
 
 
 def _choices(asked: Facts) -> str:
-    """Say how many questions are asked, and by which answers."""
+    """Describe the number of questions, and their answers."""
     answers = " or ".join(map(repr, asked["answers"]))
     return (
         f"{asked['questions']} questions, each by the likeliest of its answers, such as {answers}, "
@@ -198,7 +198,7 @@ def _choices(asked: Facts) -> str:
 
 
 def _measured_by(facts: Facts) -> dict[str, str]:
-    """Say which clients measure on what; nothing where none does."""
+    """Describe which clients evaluate on which samples; empty if none does."""
     held = facts["measured_by"]
     own = held["own"]
     if held["clients"] is None:
@@ -225,12 +225,12 @@ def _measured_by(facts: Facts) -> dict[str, str]:
 
 
 def _rate(rate: float | str) -> str:
-    """Write a learning rate; ``auto`` until it is found."""
+    """Write a learning rate; ``auto`` before it is found."""
     return rate if isinstance(rate, str) else f"{rate:g}"
 
 
 def _optimizer(local: Facts) -> str:
-    """Say how clients take their steps, and what the server makes of their mean."""
+    """Describe the clients' optimizer, and the server's."""
     at_server = [f"{local['server']} at the server"] if local["server"] != "none" else []
     if (name := local["train"]) is not None:
         said = f"that of your own training function {name} (local.train), as its loss and steps are"

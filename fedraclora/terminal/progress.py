@@ -1,4 +1,4 @@
-"""How a run goes, while it goes: a bar on a terminal, and one plain line a round elsewhere."""
+"""Show the progress of a run: a bar on a terminal, and one plain line per round elsewhere."""
 
 from __future__ import annotations
 
@@ -35,13 +35,13 @@ QUIET = 30.0  # seconds without news, after which a line says so; then after twi
 
 
 class RunProgress(Callback):
-    """Round, headline metric, bytes so far and time left, on standard error.
+    """Show round, primary metric, bytes so far and remaining time, on standard error.
 
     Args:
-        rounds: Rounds in all.
+        rounds: Number of all rounds.
         shown: False shows nothing.
-        label: What runs.
-        verbose: True shows all that a run begins with, not its log alone.
+        label: Name of the run.
+        verbose: True shows all details of the start, which otherwise go only to the log.
     """
 
     def __init__(self, rounds: int, *, shown: bool, label: str, verbose: bool = False) -> None:
@@ -78,19 +78,19 @@ class RunProgress(Callback):
 
     @override
     def begin(self, run: Begin) -> None:
-        """Say what a run begins with, and what is not as it was asked for."""
+        """Show the first lines of a run, and differences from its config."""
         self.open(run.facts, run.config, run.folder)
 
     def open(self, facts: Mapping[str, Any], plain: Mapping[str, Any], folder: Path | None) -> None:
-        """Say the same of a run that begins elsewhere.
+        """Show the same for a run that starts elsewhere.
 
-        All of it goes to the log, too, for the run's folder. Where no progress is shown, notes are
-        warnings of the log: they are not to be missed.
+        Everything goes to the log in the run's folder, too. Without progress, notes are logged as
+        warnings, so that they are not missed.
 
         Args:
             facts: Of the run at its start.
             plain: Its config.
-            folder: Its folder; None where it is in memory.
+            folder: Its folder; None for a run in memory.
         """
         lines, details = opening_lines(facts, plain, folder), details_of(facts)
         notes = [f"note: {note}" for note in notes_of(facts)]
@@ -111,7 +111,7 @@ class RunProgress(Callback):
         self._write(text)
 
     def stopping(self, what: str) -> None:
-        """Say that something is being stopped, and no longer that a round goes on."""
+        """Show that something is being stopped, instead of the current round."""
         self._doing = f"stopping {what}"
         self.say(self._doing)
 
@@ -120,7 +120,7 @@ class RunProgress(Callback):
             self.console.print(text, soft_wrap=True)
 
     def _break_silence(self) -> None:
-        """Say what is done and for how long, as long as there is no other news."""
+        """Show the current activity and its duration, as long as there is no other news."""
         due = QUIET
         while not self._ended.wait(QUIET / 10):
             quiet = time.monotonic() - self._news
@@ -168,24 +168,24 @@ class RunProgress(Callback):
             self.say(f"stopped early after round {summary['rounds']} of {self.rounds}{told}")
 
     def _left(self, row: Mapping[str, object]) -> str:
-        """Estimate how long the remaining rounds take."""
+        """Estimate the time for the remaining rounds."""
         left = seconds_left(self._recent, self.rounds - number(row, "round"))
         return "" if left is None else f"{duration(left)} left"
 
 
 def seconds_left(seconds: Sequence[float], rounds: float) -> float | None:
-    """Estimate how long some rounds take, at the pace of the last ones; None where none is known.
+    """Estimate the time for some rounds at the pace of the last ones; None without any.
 
     Args:
         seconds: Of each round so far.
-        rounds: That are left.
+        rounds: Number of remaining rounds.
     """
     recent = [*seconds][-AVERAGED:]
     return rounds * statistics.fmean(recent) if recent and rounds > 0 else None
 
 
 def metric_of(row: Mapping[str, object]) -> str:
-    """Format the headline metric of a row as text; empty where it was not measured."""
+    """Format the primary metric of a row as text; empty if the row has none."""
     name = headline([row])
     if name is None:
         return ""
@@ -226,12 +226,12 @@ def size(count: float) -> str:
 
 
 def plain_console(*, stderr: bool = False, width: int | None = None) -> Console:
-    """Make a console that shows a text as it is, names of a user's with brackets or colons too."""
+    """Create a console that prints text unchanged, also names with brackets or colons."""
     return Console(stderr=stderr, width=width, markup=False, emoji=False, highlight=False)
 
 
 def console_for_tables(piped: int = 240) -> Console:
-    """Make a console; where it leads into a pipe, which has no width, it has that of ``piped``."""
+    """Create a console; in a pipe, which has no width, it is ``piped`` wide."""
     console = plain_console()
     return console if console.is_terminal or "COLUMNS" in os.environ else plain_console(width=piped)
 

@@ -1,4 +1,4 @@
-"""A table for people and for programs."""
+"""Write tables for people and for programs."""
 
 from __future__ import annotations
 
@@ -24,20 +24,20 @@ UNKNOWN_WIDTH = 100  # where a table leads into a pipe or a file; the folder has
 
 
 def cell_text(value: object) -> str:
-    """Write a value of a cell; what is not known is a dash."""
+    """Format the value of a cell; an unknown value is a dash."""
     return "-" if value is None or value != value else str(value)  # noqa: PLR0124
 
 
 @dataclass(frozen=True)
 class TextTable:
-    """A table in two forms; its texts may be anybody's, and control nothing where they are shown.
+    """Hold a table in two forms; control characters in its texts are escaped.
 
     Attributes:
         header: Column titles.
         cells: Text for people, one row per group.
         records: The same with plain numbers, for files and programs.
-        notes: What the reader must know: runs left out, tasks that differ.
-        texts: How many of the first columns are texts, which are not flush right.
+        notes: What the reader must know: runs left out, different tasks.
+        texts: Number of the first columns that are texts, which are aligned left.
     """
 
     header: tuple[str, ...]
@@ -47,7 +47,7 @@ class TextTable:
     texts: int = 1
 
     def __post_init__(self) -> None:
-        """Write what a terminal would obey, or a line of a file ends with, as it is written."""
+        """Escape control characters and line ends."""
         rows = (tuple(map(_plain, row)) for row in self.cells)
         for name, texts in (("header", map(_plain, self.header)), ("cells", rows)):
             object.__setattr__(self, name, tuple(texts))
@@ -60,13 +60,13 @@ class TextTable:
         notes: Sequence[str] = (),
         text: Callable[[object], str] = cell_text,
     ) -> TextTable:
-        """Make the table whose columns are the keys of the records, each value written as text."""
+        """Build the table whose columns are the keys of the records, each value as text."""
         cells = tuple(tuple(map(text, record.values())) for record in records)
         header = tuple(records[0]) if records else ()
         return cls(header, cells, tuple(records), tuple(notes))
 
     def markdown(self) -> str:
-        """The table and its notes as Markdown."""
+        """Return the table and its notes as Markdown."""
         numbers = len(self.header) - self.texts
         rows = [self.header, ("---",) * self.texts + ("---:",) * numbers, *self.cells]
         lines = ["| " + " | ".join(map(_in_cell, row)) + " |" for row in rows]
@@ -74,7 +74,7 @@ class TextTable:
         return "\n".join([*lines, *notes]) + "\n"
 
     def write(self, folder: Path, name: str) -> None:
-        """Write ``name.md``, and the records as ``name.csv``; what is not known is empty there."""
+        """Write ``name.md``, and the records as ``name.csv``, where unknown values are empty."""
         import pandas as pd
 
         (folder / f"{name}.md").write_text(self.markdown(), encoding="utf-8")
@@ -84,10 +84,10 @@ class TextTable:
             keep_private(folder / f"{name}.{suffix}")
 
     def print(self) -> None:
-        """Show the table and its notes, without columns that say nothing.
+        """Print the table and its notes, without empty columns.
 
-        Where the columns do not fit side by side, each becomes a line. Where the rows do not fit
-        so, either, the first columns are shown, which matter most.
+        If the columns do not fit side by side, each becomes a line. If the rows do not fit then,
+        either, only the first columns are shown, which matter most.
         """
         console = console_for_tables(UNKNOWN_WIDTH)
         told = [i for i, column in enumerate(zip(*self.cells, strict=True)) if any(column)]
@@ -110,9 +110,9 @@ class TextTable:
             console.print(note, soft_wrap=True)
 
     def _turned(self, columns: Sequence[Column], room: int) -> RichTable | None:
-        """Make the table with a line for each column; None where that does not fit, either.
+        """Build the transposed table; None if it does not fit, either.
 
-        No cell is broken, and titles are where there is a blank.
+        No cell is broken, and titles break at blanks.
         """
         label = [title for title, _ in columns].index(self.header[self.texts - 1])
         rest = [column for place, column in enumerate(columns) if place != label]
@@ -132,11 +132,11 @@ class TextTable:
         return table
 
     def _widths(self, columns: Sequence[Column], room: int) -> list[int]:
-        """Divide the room among the first columns that fit.
+        """Divide the width among the first columns that fit.
 
-        A column needs the width of its longest number or word, but the label no more than half
-        of the room: a path in it is broken, and no number. What is left over goes to those whose
-        texts would be broken into lines, the label first.
+        A column needs the width of its longest number or word. The label gets at most half of the
+        width: a path in it may be broken, a number may not. The remaining width goes to columns
+        whose texts would be broken into lines, first to the label.
         """
         least, whole = [], []
         label = self.texts - 1

@@ -25,13 +25,13 @@ TIMES = f"{RATE_KEY} / rule"  # what is drawn where rates are tuned around those
 
 @dataclass(frozen=True)
 class RateRange:
-    """The learning rates that are tried.
+    """Hold the learning rates to try.
 
     Attributes:
-        key: What is drawn, log-uniformly: the rate, or how many times that of `around` it is.
+        key: The tuned key, log-uniform: the rate itself, or its ratio to `around`.
         least, greatest: Its range.
-        around: Of the config of a run.
-        told: What they are, in words.
+        around: Computes the reference rate of a run's config.
+        told: The rates in words.
     """
 
     key: str = TIMES
@@ -42,7 +42,7 @@ class RateRange:
 
     @classmethod
     def between(cls, least: float, greatest: float) -> RateRange:
-        """The same rates for each run."""
+        """Return the same range for each run."""
         return cls(RATE_KEY, least, greatest, told=f"{least:.3g} to {greatest:.3g}")
 
     @classmethod
@@ -54,16 +54,16 @@ class RateRange:
         *,
         auto: bool,
     ) -> RateRange:
-        """Give rates around that of each run's own method and rank.
+        """Return rates around that of each run's own method and rank.
 
         Args:
             plain: The config of the task.
             built: The task.
-            methods: That are tried.
-            auto: Whether ``local.lr`` is auto: then the rates are around that of the rule, or where
-                the rule does not know the run around the one that a search finds. Otherwise they
-                are around the task's own number, which the rule moves from the task's method and
-                rank to the run's, where it knows them all.
+            methods: The methods to try.
+            auto: Whether ``local.lr`` is auto. If so, the reference is the rule's rate, or the one
+                that a search finds if the rule does not cover the run. If not, it is the task's own
+                rate, which the rule converts from the task's method and rank to the run's if it
+                covers all of them.
         """
         known = dict[str, float | None]()
 

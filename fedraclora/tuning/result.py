@@ -43,7 +43,7 @@ NOT_WRITTEN = ("output", "engine", "resume")  # of a run, and not of what it tra
 
 
 class Point(NamedTuple):
-    """What a run had after a round.
+    """Hold the state of a run after a round.
 
     Attributes:
         run: Number of the trial.
@@ -60,15 +60,15 @@ class Point(NamedTuple):
 
 @dataclass(frozen=True)
 class Tuned:
-    """What a tuning found.
+    """Hold the result of a tuning.
 
     Attributes:
-        folder: Where it is kept.
-        frontier: A frame of all points that none beats: ``run``, ``rounds``, ``MB a client``, the
+        folder: Where it is stored.
+        frontier: A frame of the Pareto-optimal points: ``run``, ``rounds``, ``MB a client``, the
             metric on the validation split, and the settings.
-        configs: What to take at each of ``tune.sizes``: a config that `fedraclora.simulate` takes.
-        test: Their metric on the test samples, one for each of ``tune.test_seeds``, NaN for a run
-            that diverged; empty where they were not tested.
+        configs: The best config at each of ``tune.sizes``, for `fedraclora.simulate`.
+        test: Their metric on the test samples, one for each of ``tune.test_seeds``, NaN for a
+            diverged run; empty without a test.
     """
 
     folder: Path
@@ -78,11 +78,11 @@ class Tuned:
 
 
 def outcome(search: Search, *, over: bool, has_test: bool) -> Tuned:
-    """Print and write what was found so far.
+    """Print and write the results so far.
 
     Args:
         search: The tuning.
-        over: Whether all is run, so that what is taken may be tested.
+        over: Whether all trials have run, so that the chosen configs may be tested.
         has_test: Whether there are test samples.
     """
     from pandas import DataFrame
@@ -120,7 +120,7 @@ def outcome(search: Search, *, over: bool, has_test: bool) -> Tuned:
 
 
 def draw(search: Search, study: Study, curves: DataFrame) -> None:
-    """Draw all runs, and what none of the same method beats."""
+    """Draw all runs, and the Pareto frontier of each method."""
     methods = curves["run"].map(lambda run: str(study.trials[run].params["method"]))
     groups = {}
     for method, own in curves[curves["round"] > 0].groupby(methods, sort=True):
@@ -135,7 +135,7 @@ def draw(search: Search, study: Study, curves: DataFrame) -> None:
 def how_to_run(
     folder: Path, configs: Mapping[float, PlainDict], tests: Mapping[float, Sequence[float]]
 ) -> str:
-    """Say how to run what is taken at the largest size at which no test diverged."""
+    """Describe how to run the config of the largest size at which no test diverged."""
     stable = [size for size in configs if all(map(math.isfinite, tests.get(size, ())))]
     if not stable:
         return (
@@ -154,9 +154,9 @@ def how_to_run(
 
 
 def rounds_of_trials(search: Search, study: Study) -> DataFrame:
-    """Read what each run measured from round 0 on, but of those that diverged: run and `KEPT`.
+    """Read the measurements of each run from round 0 on, without diverged runs: run and `KEPT`.
 
-    Where the number of rounds decides what each of them does, a run counts at its end alone.
+    If the number of rounds changes what each round does, only the last round counts.
     """
     import pandas as pd
 
@@ -170,15 +170,15 @@ def rounds_of_trials(search: Search, study: Study) -> DataFrame:
 
 
 def points(rounds: DataFrame) -> list[Point]:
-    """Give the rows of a frame one by one."""
+    """Return the rows of a frame one by one."""
     return [Point(*row) for row in rounds[[*Point._fields]].itertuples(index=False)]
 
 
 def taken_within(most: float, curves: DataFrame, *, higher: bool) -> Point | None:
-    """Choose what to take within so many bytes: the best of the runs, each at its last round there.
+    """Choose the best run within a number of bytes, each run at its last round within them.
 
-    The best of many rounds would be a lucky one. A run that is no better there than the untrained
-    model is not taken.
+    The best of many rounds would be chosen by luck. A run that is not better there than the
+    untrained model is not chosen.
     """
     ends = steady_within(curves, most)
     untrained = curves.drop_duplicates("run").set_index("run")["value"]
@@ -188,7 +188,7 @@ def taken_within(most: float, curves: DataFrame, *, higher: bool) -> Point | Non
 
 
 def lacking(search: Search, size: float, curves: DataFrame) -> str:
-    """Say why nothing is to be taken at a size."""
+    """Explain why no run is chosen at a size."""
     if curves.empty:
         return "no run finished (did all diverge?): use a smaller tune.lr in a new output.dir"
     fits = steady_within(curves, search.sizes[size])["round"].any()
@@ -196,12 +196,12 @@ def lacking(search: Search, size: float, curves: DataFrame) -> str:
 
 
 def xy(shown: Sequence[Point], unit: float) -> list[tuple[float, float]]:
-    """Place points in the figure, but the untrained one."""
+    """Return the coordinates of points in the figure, without the untrained one."""
     return [(point.traffic / unit, point.value) for point in shown if point.round]
 
 
 def record(search: Search, study: Study, point: Point, unit: float) -> dict[str, object]:
-    """Describe a point of the frontier; what its method does not have is empty."""
+    """Describe a point of the frontier; a setting that its method lacks is empty."""
     short, params = {key: name for name, key in KEYS.items()}, study.trials[point.run].params
     values = search.space.values(params, config_of(search, study, point))
     return {
@@ -214,7 +214,7 @@ def record(search: Search, study: Study, point: Point, unit: float) -> dict[str,
 
 
 def note(search: Search, study: Study, best: Sequence[Point]) -> str:
-    """Say what the table shows, and how many runs there were."""
+    """Describe what the table shows, and the number of runs."""
     ended = Counter(trial.user_attrs["ended"] for trial in done(study))
     counts = ", ".join(f"{ended[why]} {why}" for why in (HALVED, DIVERGED) if ended[why])
     several = f", of {len(best)} points in frontier.csv" if len(best) > 1 else ""
@@ -226,7 +226,7 @@ def note(search: Search, study: Study, best: Sequence[Point]) -> str:
 
 
 def config_of(search: Search, study: Study, point: Point) -> PlainDict:
-    """Return the config of a point of the frontier, as it is to be run: trained on all samples."""
+    """Return the config of a point of the frontier for a final run: trained on all samples."""
     from optuna.trial import FixedTrial
 
     config = search.space.rated(search.space.suggest(FixedTrial(study.trials[point.run].params)))
@@ -234,16 +234,16 @@ def config_of(search: Search, study: Study, point: Point) -> PlainDict:
 
 
 def registered_in(config: PlainDict) -> list[str]:
-    """List the groups of a config that stand for objects of a Python program."""
+    """List the groups of a config that refer to objects of a Python program."""
     named = [(k, str(v["name"])) for k, v in config.items() if isinstance(v, dict) and "name" in v]
     return [key for key, name in named if name == NAME or REGISTERED.fullmatch(name)]
 
 
 def write_preset(search: Search, config: PlainDict, found: PlainDict, size: float) -> None:
-    """Write a config as a preset: what it chooses, what differs from that, and what was tuned.
+    """Write a config as a preset: its choices, differences from these, and tuned keys.
 
-    Objects of a Python program are given beside it. Without them it is refused, and does not train
-    on other data.
+    You pass objects of a Python program beside it. Without them the preset is rejected, so that it
+    cannot train on other data.
     """
     drop = {*NOT_WRITTEN, *(("steps", "callbacks") if search.steps or search.callbacks else ())}
     named = {k: str(v["name"]) for k, v in config.items() if isinstance(v, Mapping) and "name" in v}
@@ -269,19 +269,19 @@ def write_preset(search: Search, config: PlainDict, found: PlainDict, size: floa
 
 
 def preset_path(folder: Path, size: float) -> Path:
-    """Name the file of the preset at a size."""
+    """Return the file of the preset at a size."""
     return folder / "experiment" / f"at_{size:g}MB.yaml"
 
 
 def add_to_preset(folder: Path, size: float, said: str) -> None:
-    """Write how a preset did on the test samples into its head."""
+    """Write the test results of a preset into its header."""
     path = preset_path(folder, size)
     package, found, keys = path.read_text(encoding="utf-8").split("\n", 2)
     path.write_text("\n".join([package, found, f"# {said}", keys]), encoding="utf-8")
 
 
 def place(point: Point) -> str:
-    """Name a point in what is kept."""
+    """Name a point in stored results."""
     return f"run {point.run}, {point.round} rounds"
 
 
@@ -294,7 +294,7 @@ def test_chosen(
     over: bool,
     has_test: bool,
 ) -> dict[float, list[float]]:
-    """Test what is taken at each size, and say how it did and how to run it."""
+    """Test the config chosen at each size, and print its results and how to run it."""
     tests = dict[float, list[float]]()
     try:
         for size, point in chosen.items() if over and has_test else ():
@@ -314,9 +314,9 @@ def test_chosen(
 
 
 def test_once(search: Search, study: Study, point: Point, config: PlainDict) -> list[float]:
-    """Run what is taken on seeds that were not tuned on, measured on the test samples.
+    """Run a chosen config on seeds that were not used for tuning, and evaluate on test samples.
 
-    What has been tested is kept, and not run again.
+    Results are stored, and tests are not repeated.
     """
     known, seeds = study.user_attrs.get("tested", {}), search.config.test_seeds
     scores = dict[str, float](known.get(place(point), {}))
@@ -332,7 +332,7 @@ def test_once(search: Search, study: Study, point: Point, config: PlainDict) -> 
 
 
 def tested(search: Search, point: Point, scores: Sequence[float]) -> str:
-    """Say how a point did on the test samples: its mean, and the seeds on which it diverged."""
+    """Describe the test results of a point: the mean, and the seeds on which it diverged."""
     runs = dict(zip(search.config.test_seeds, scores, strict=True))
     finite = {seed: score for seed, score in runs.items() if math.isfinite(score)}
     shown = Spread.of(finite.values()).text(4)

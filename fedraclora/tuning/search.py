@@ -1,11 +1,11 @@
 """Run the trials of a tuning: choose settings, stop bad runs early, and keep to the budget.
 
-Optuna's sampler chooses, with one aim for each of ``tune.sizes``: the metric of the last rounds
-that keep to so many bytes of all clients both ways. Optuna prunes nothing that has several aims. So
-a run is ended here, by successive halving of Pareto ranks: at a rung it goes on if it is among the
-best `keep` of all runs that got there, ranked by all aims together. To the sampler it then counts
-with what it measured so far; in the frontier every measured round counts for what it was. Of a run
-that diverged the metric is that of the untrained model.
+Optuna's sampler chooses settings, with one objective for each of ``tune.sizes``: the metric of the
+last rounds within that many bytes of all clients both ways. Optuna cannot prune trials with several
+objectives. Therefore this module stops runs itself, by successive halving of Pareto ranks: at a
+rung a run continues if it is among the best `keep` of all runs that got there, ranked by all
+objectives. The sampler sees a stopped run with its measurements so far; the frontier uses every
+measured round. A diverged run has the metric of the untrained model.
 """
 
 from __future__ import annotations
@@ -72,11 +72,11 @@ KEPT = ["round", "traffic", "value"]  # of the mean curve of a trial
 
 
 class Watch(Callback):
-    """Keeps what a run measures, and ends it.
+    """Record the measurements of a run, and stop it.
 
     Args:
         metric: Its name.
-        ends: Is asked after each round.
+        ends: Called after each round; returns why the run stops.
     """
 
     def __init__(self, metric: str, ends: Callable[[Watch], bool]) -> None:
@@ -100,18 +100,18 @@ class Watch(Callback):
 
 @dataclass(frozen=True)
 class Search:
-    """A tuning of one task.
+    """Hold a tuning of one task.
 
     Attributes:
-        space: What can be tried.
+        space: The search space.
         config: The settings.
-        metric: By which settings are judged.
+        metric: The metric that ranks settings.
         higher: Whether more of it is better.
         clients: Of the task.
-        folder: Where the trials are kept, in ``tune.db``.
-        final: Keys in which the runs of what was found differ: those of the split.
-        say: Is told what happens.
-        steps, callbacks: Of the user's, for each run.
+        folder: Where the trials are stored, in ``tune.db``.
+        final: Keys in which final runs differ from trials: those of the split.
+        say: Called with each message.
+        steps, callbacks: The user's, for each run.
     """
 
     space: Space
@@ -127,34 +127,34 @@ class Search:
 
     @property
     def rounds(self) -> int:
-        """Of a run that nothing ends."""
+        """Return the number of rounds of a run that is not stopped."""
         return int(str(self.space.plain["rounds"]))
 
     @property
     def unit(self) -> float:
-        """Bytes of all clients that are a megabyte of each."""
+        """Return the bytes of all clients for one megabyte per client."""
         return MEGABYTE * self.clients
 
     @cached_property
     def sizes(self) -> dict[float, float]:
-        """Bytes of all clients, by ``tune.sizes``."""
+        """Return the bytes of all clients, by ``tune.sizes``."""
         return {size: size * self.unit for size in sorted(self.config.sizes)}
 
     @cached_property
     def is_whole(self) -> bool:
-        """Whether a run counts at its end alone: its number of rounds decides what each does."""
+        """Return whether only the end of a run counts: its length changes what each round does."""
         return plans_rounds(self.space.plain) is not None
 
     def curve(self, runs: Sequence[Watch]) -> DataFrame:
-        """Average what runs of several seeds measured (`statistics.mean_curve`)."""
+        """Average the measurements of runs of several seeds (`statistics.mean_curve`)."""
         rows = {seed: run.rows for seed, run in enumerate(runs)}
         return mean_curve(rounds_of(rows, metric_names(self.metric)), "mean")
 
     def worth(self, curve: DataFrame) -> list[float]:
-        """Give the metric of a run at each of ``tune.sizes``: that of its last rounds there.
+        """Return the metric of a run at each of ``tune.sizes``: that of its last rounds there.
 
-        Where the first round is larger it is that of the untrained model. A run that counts as a
-        whole has the metric so far, at the bytes of all rounds.
+        If even the first round is larger, it is the metric of the untrained model. If only the end
+        of a run counts, it is the metric so far, at the bytes of all rounds.
         """
         if self.is_whole:
             whole = curve["traffic"] * self.rounds / curve["round"].clip(lower=1)
@@ -164,16 +164,16 @@ class Search:
 
     @contextmanager
     def turn(self) -> Iterator[None]:
-        """Let one process at a time look at the budget and take from it."""
+        """Lock the budget, so that one process at a time reads it and takes from it."""
         with open_lock(self.folder / "tune.lock") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
             yield
 
     def study(self) -> Study:
-        """Open the trials, or begin with none.
+        """Open the trials, or create an empty study.
 
         Raises:
-            CheckpointError: If they are of another task or space, naming what differs.
+            CheckpointError: If they are of another task or space, naming the differences.
         """
         import optuna
 
@@ -208,10 +208,10 @@ class Search:
         """Run trials until the budget is spent.
 
         Returns:
-            Whether no other process still runs one.
+            Whether no other process still runs a trial.
 
         Raises:
-            ConfigError: If nothing that is tried can be run.
+            ConfigError: If none of the settings can run.
             CheckpointError: See `study`.
         """
         from optuna.samplers import TPESampler
@@ -243,11 +243,11 @@ class Search:
         )
 
     def _runs_here(self, trial: int) -> AbstractContextManager[None]:
-        """Hold a trial for this process; the system lets it go when the process ends."""
+        """Lock a trial for this process; the operating system unlocks it when the process ends."""
         return alone(self.folder / "processes" / str(trial), shared=not is_private(self.folder))
 
     def _take_up(self, study: Study) -> None:
-        """Call trials failed that no process holds any more, and try their settings again."""
+        """Mark trials failed whose process has ended, and queue their settings again."""
         for trial in trials(study, "RUNNING"):
             with suppress(CheckpointError), self._runs_here(trial.number):
                 self.say(f"run {trial.number} was interrupted: its settings are tried again")
@@ -255,19 +255,19 @@ class Search:
                 study.enqueue_trial(trial.params)
 
     def _left(self, study: Study) -> tuple[float, float]:
-        """Give the core-seconds and the bytes that are left."""
+        """Return the remaining core-seconds and bytes."""
         cores, size = self.config.core_hours or math.inf, self.config.megabytes or math.inf
         spent = [trial.user_attrs for trial in study.get_trials(deepcopy=False)]
         cores = cores * 3600 - sum(of.get("core_seconds", 0.0) for of in spent)
         return cores, size * 1e6 - sum(of.get("bytes", 0.0) for of in spent)
 
     def is_over(self, study: Study) -> bool:
-        """Tell whether the budget is spent."""
+        """Return whether the budget is spent."""
         runs = len(trials(study, "RUNNING", "COMPLETE"))
         return runs >= (self.config.runs or math.inf) or min(self._left(study)) <= 0
 
     def _try(self, study: Study, trial: Trial, plain: PlainDict) -> str | None:
-        """Run one trial; give the reason where it was refused."""
+        """Run one trial; return the reason if its settings are invalid."""
         try:
             plain = self.space.rated(plain)
             self._refuse_never(plain)
@@ -302,7 +302,7 @@ class Search:
         return None
 
     def _runs(self, study: Study, trial: Trial, plain: PlainDict) -> tuple[list[Watch], str]:
-        """Run a trial's seeds; say what ended it before its last round, if anything did."""
+        """Run a trial's seeds; return what stopped it before its last round, if anything did."""
         began, runs = time.process_time(), list[Watch]()
         last, ended = self.rounds, ""
 
@@ -345,7 +345,7 @@ class Search:
         return execute(RunBuilder(config, callbacks=watching, steps=self.steps))
 
     def _goes_on(self, study: Study, trial: Trial, watch: Watch) -> bool:
-        """Decide at a rung: by the Pareto rank among all runs that got there."""
+        """Decide at a rung by the Pareto rank among all runs that got there."""
         rung = sum(watch.round >= share * self.rounds for share in self.config.rungs)
         key, value = f"rung {rung - 1}", measured_value(watch.rows[-1], watch.names)
         if not rung or value is None or watch.lost or key in trial.user_attrs:
@@ -358,7 +358,7 @@ class Search:
         return len(there) < FEW or sum(r < own for r in found) < self.config.keep * len(found)
 
     def _refuse_never(self, plain: PlainDict) -> None:
-        """Reject settings that hold a whole line of ``tune.never``."""
+        """Reject settings that match a whole line of ``tune.never``."""
         flat = flatten(plain)
         words = {f"{key.removesuffix('.name')}={shown(value)}" for key, value in flat.items()}
         for line in self.config.never:
@@ -367,12 +367,12 @@ class Search:
 
 
 def trials(study: Study, *states: str) -> list[FrozenTrial]:
-    """List the trials that are in one of some states."""
+    """List the trials in given states."""
     return [trial for trial in study.get_trials(deepcopy=False) if trial.state.name in states]
 
 
 def done(study: Study) -> list[FrozenTrial]:
-    """List the trials that came to an end, whichever."""
+    """List all trials that ended."""
     return trials(study, "COMPLETE")
 
 
@@ -383,5 +383,5 @@ def _fail(study: Study, trial: int) -> None:
 
 
 def shown(value: object) -> str:
-    """Write a value of a setting."""
+    """Format the value of a setting."""
     return f"{value:.4g}" if isinstance(value, float) else str(value)

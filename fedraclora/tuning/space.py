@@ -43,7 +43,7 @@ Kinds = Annotated[list[Annotated[str, OneOf((FULL, *ROUNDED))]] | None, SOME]
 
 @dataclass(frozen=True, kw_only=True)
 class TuneConfig(Limited, group="tune"):
-    """What ``conf/tune.yaml`` says; there stand the defaults, and what each key means."""
+    """Hold the settings of ``conf/tune.yaml``, which has the defaults and describes each key."""
 
     runs: Count | None
     core_hours: Positive | None
@@ -67,7 +67,7 @@ class TuneConfig(Limited, group="tune"):
 
     @override
     def __post_init__(self) -> None:
-        """Reject what no tuning can be made of."""
+        """Reject settings that leave nothing to tune."""
         super().__post_init__()
         if (self.runs, self.core_hours, self.megabytes) == (None, None, None):
             raise ConfigError(
@@ -85,7 +85,7 @@ def settings(words: Sequence[str], given: Mapping[str, object]) -> TuneConfig:
 
     Args:
         words: ``tune.KEY=VALUE``.
-        given: Keys said in Python, which win.
+        given: Keys set in Python, which win.
 
     Raises:
         ConfigError: If a key or a value is wrong.
@@ -102,12 +102,12 @@ def settings(words: Sequence[str], given: Mapping[str, object]) -> TuneConfig:
 
 @dataclass(frozen=True)
 class Space:
-    """The settings of a task that can be tried.
+    """Hold the settings of a task that can be tried.
 
     Attributes:
         plain: The config of the task.
-        methods: By name, with their keys; those that the user said hold for each that has them.
-        tuned: The keys that are tuned, and their values.
+        methods: By name, with their keys; keys that the user set apply to each method with them.
+        tuned: The tuned keys, and their values.
         rates: The learning rates; None: they are not tuned.
     """
 
@@ -120,16 +120,16 @@ class Space:
     def of(
         cls, plain: PlainDict, said: Collection[str], config: TuneConfig, asked: Collection[str]
     ) -> Space:
-        """Take what is to be tuned from the settings, but for keys that the user said.
+        """Build the search space from the settings, without keys that the user set.
 
         Args:
             plain: The config of the task.
-            said: Keys of it that the user said.
+            said: Keys of it that the user set.
             config: The settings of the tuning.
-            asked: Keys of it that the user said.
+            asked: Keys of it that the user set.
 
         Raises:
-            ConfigError: If a key is said twice, or a value is none of those that there are.
+            ConfigError: If a key is set twice, or a value is invalid.
         """
         names = {**KEYS, "method": "method", **{key: key for key in config.more}}
         if twice := [key for key in names if names[key] in said and key in asked]:
@@ -153,14 +153,14 @@ class Space:
         return cls(plain, methods, tuned, rates)
 
     def of_task(self, plain: PlainDict, built: BuiltTask, *, auto: bool) -> Space:
-        """Give the same space for the whole config of a task, its rates as `RateRange.found`."""
+        """Return the same space for the whole config of a task, with rates by `RateRange.found`."""
         rates = self.rates
         if rates and rates.key == TIMES:
             rates = RateRange.found(plain, built, self.methods, auto=auto)
         return replace(self, plain=plain, rates=rates)
 
     def suggest(self, trial: BaseTrial) -> PlainDict:
-        """Let a trial draw its settings; give the config that they make, not yet `rated`."""
+        """Let a trial draw its settings; return their config, not yet `rated`."""
         name = trial.suggest_categorical("method", [*self.methods])
         method = dict(self.methods[str(name)])
         config = {**self.plain, "method": method}
@@ -176,19 +176,19 @@ class Space:
         return config
 
     def rated(self, config: PlainDict) -> PlainDict:
-        """Write the learning rate into a config whose rate was drawn."""
+        """Write the learning rate into a config that has drawn one."""
         if self.rates is None:
             return config
         rate = float(str(section(config, "local")["lr"])) * self.rates.around(config)
         return laid_over(config, {RATE_KEY: float(f"{rate:.4g}")})
 
     def values(self, params: Mapping[str, object], config: PlainDict) -> dict[str, object]:
-        """List what was drawn, by key, with the learning rate that came of it."""
+        """List the drawn values by key, with the resulting learning rate."""
         rate = {RATE_KEY: section(config, "local")["lr"]} if self.rates else {}
         return {key: value for key, value in params.items() if key != TIMES} | rate
 
     def first(self, listed: Sequence[Mapping[str, object]]) -> list[dict[str, Any]]:
-        """List the settings to begin with that lie in this space, at the rates of the rule."""
+        """List the initial settings that lie in this space, at the rule's rates."""
         known = {**self.tuned, "method": [*self.methods]}
         near = {TIMES: 1.0} if self.rates and self.rates.key == TIMES else {}
         found: list[dict[str, Any]] = []
@@ -199,14 +199,14 @@ class Space:
         return found
 
     def lower(self, params: Mapping[str, object]) -> dict[str, object]:
-        """Give what was drawn with a quarter of its rate; nothing where that is not tried."""
+        """Return drawn values with a quarter of their rate; None outside of the space."""
         if self.rates is None or self.rates.key not in params:
             return {}
         rate = float(str(params[self.rates.key])) / 4
         return {**params, self.rates.key: rate} if rate >= self.rates.least else {}
 
     def told(self) -> dict[str, str]:
-        """Say what is tried, by key."""
+        """Describe the space by key."""
         rates = self.rates and {RATE_KEY: f"{self.rates.told}, log-uniform"}
         values = {key: ", ".join(map(str, values)) for key, values in self.tuned.items()}
         return {"method": ", ".join(self.methods)} | (rates or {}) | values

@@ -1,6 +1,6 @@
-"""What can go wrong with the file of the trials, ``tune.db``, in the terms of the system.
+"""Convert errors of the trials' file, ``tune.db``, to errors of the operating system.
 
-Optuna hides what SQLite says in errors of its own and of SQLAlchemy.
+Optuna wraps errors of SQLite in its own and SQLAlchemy's.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ OF_SYSTEM = {
 
 @contextmanager
 def keeping(folder: Path) -> Iterator[None]:
-    """Say of a system error inside that finished runs are kept, be it SQLite's or of a file.
+    """Add to a system error inside, of SQLite or of a file, that finished runs are kept.
 
     Args:
         folder: Holds ``tune.db``.
 
     Raises:
-        OSError: Where the file cannot be written, for a full disk say.
-        CheckpointError: Where it is damaged, or another process holds it for too long.
+        OSError: If the file cannot be written, for example on a full disk.
+        CheckpointError: If it is damaged, or another process locks it for too long.
     """
     try:
         with _of_sqlite(folder / "tune.db"):
@@ -64,7 +64,7 @@ def _of_sqlite(file: Path) -> Iterator[None]:
 
 
 def _cause(error: BaseException | None) -> sqlite3.Error | None:
-    """Find the error of SQLite from which another came."""
+    """Find the error of SQLite that caused another."""
     while error is not None and not isinstance(error, sqlite3.Error):
         error = error.__cause__ or error.__context__
     return error if hasattr(error, "sqlite_errorname") else None

@@ -1,4 +1,4 @@
-"""A task tuned: a search set up from its config, carried to its end, its findings written."""
+"""Tune a task: set up the search from its config, run it, and write its results."""
 
 from __future__ import annotations
 
@@ -42,21 +42,21 @@ def tune_task(
     steps: Sequence[RoundStep] = (),
     callbacks: Sequence[Callback] = (),
 ) -> Tuned:
-    """Tune a task until the budget is spent, and print and write what was found.
+    """Tune a task until the budget is spent, and print and write the results.
 
     Args:
         plain: The config of the task.
-        said: Keys of it that the user said, which are not tuned.
+        said: Keys of it that the user set, which are not tuned.
         words: ``tune.KEY=VALUE``.
         given: The same, by key, from Python.
-        steps: Of the user's, for each run.
-        callbacks: The same.
+        steps: The user's round steps, for each run.
+        callbacks: The user's callbacks, likewise.
 
     Raises:
-        ConfigError: If Optuna is not installed, or there is nothing to tune on or by.
-        CheckpointError: If the folder holds a tuning of something else, or a damaged one.
+        ConfigError: If Optuna is not installed, or there is no key or no data to tune with.
+        CheckpointError: If the folder holds another tuning, or a damaged one.
         OSError: If it cannot be written; finished runs are kept.
-        KeyboardInterrupt: Once what was found so far is printed and written.
+        KeyboardInterrupt: After the results so far are printed and written.
     """
     import_extra("optuna", "fedraclora tune")
     asked = settings(words, given or {})
@@ -90,14 +90,14 @@ def tune_task(
 
 
 def tune_folder(plain: Mapping[str, object]) -> Path:
-    """Return the folder in which a tuning is kept."""
+    """Return the folder of a tuning."""
     return user_path("output.dir", section(plain, "output").get("dir") or FOLDER)
 
 
 def open_with(search: Search, told: Mapping[str, str], *, verbose: bool) -> None:
-    """Say what a tuning assumes; of what it tries only the names, unless it is to be verbose.
+    """Print the assumptions of a tuning, and its search space: only names, unless verbose.
 
-    All of it goes to the log in its folder.
+    Everything goes to the log in its folder.
     """
     tried = {**search.space.told(), "never": "; ".join(map(" ".join, search.config.never))}
     for title, text in {**told, **tried}.items():
@@ -108,10 +108,10 @@ def open_with(search: Search, told: Mapping[str, str], *, verbose: bool) -> None
 
 
 def ended(search: Search, found: Callable[..., Tuned]) -> Tuned:
-    """Run what is left to run, and print and write what was found.
+    """Run the remaining trials, and print and write the results.
 
     Raises:
-        KeyboardInterrupt: Once what was found so far is printed and written.
+        KeyboardInterrupt: After the results so far are printed and written.
     """
     try:
         try:
@@ -129,10 +129,10 @@ def ended(search: Search, found: Callable[..., Tuned]) -> Tuned:
 
 
 def held_out(config: TaskConfig, asked: TuneConfig) -> float:
-    """Return which share of the training samples is held out to tune on; 0: the data have some.
+    """Return the share of training samples to hold out for tuning; 0 if the data have a split.
 
     Raises:
-        ConfigError: If none can be, so that nothing but the test samples would be left.
+        ConfigError: If none can be held out, so that only test samples would be left.
     """
     if config.evaluate.by_clients:
         raise ConfigError(
@@ -152,7 +152,7 @@ def held_out(config: TaskConfig, asked: TuneConfig) -> float:
 
 
 def assumed(search: Search, samples: int, share: float) -> dict[str, str]:
-    """Say what a tuning assumes, of so many validation samples, and the share that was held out."""
+    """Describe the assumptions of a tuning: number of validation samples, and share held out."""
     whose = "held out of the training samples" if share else "those of the data"
     config, direction = search.config, "more" if search.higher else "less"
     units = ("runs", "core-hours", "MB both ways, of all clients")

@@ -1,7 +1,7 @@
 """Client replies as data: updates, sums of them, secure aggregation stages, measurements.
 
-Each is a dataclass with the fields of its kind. In one process and between Ray's workers it travels
-as it is; Flower's records are made of it in `fedraclora.engines.records`, by the codec.
+Each kind of reply is a dataclass with its own fields. In one process and between Ray workers the
+object itself is passed on; `fedraclora.engines.records` writes it as Flower records with the codec.
 """
 
 from __future__ import annotations
@@ -42,12 +42,12 @@ class Answer(Named):
     """Hold the reply of the clients of a request.
 
     Attributes:
-        round_: The round that is answered.
-        version: Version of the base weights from which the clients went.
-        clients: Ids of the clients whose work is here, int64 [k].
-        failures: Why a client has done nothing, by id.
+        round_: The round of the request.
+        version: Version of the base weights from which the clients started.
+        clients: Ids of the clients with a result here, int64 [k].
+        failures: Why a client has no result, by id.
         notes: Sentences for the ledger.
-        payload: Where the codec finds its large tensor.
+        payload: The field in which the codec finds the large tensor.
     """
 
     payload: ClassVar[str] = ""
@@ -87,14 +87,14 @@ def _from_arrays(arrays: Mapping[str, Any], plain: Mapping[str, Any]) -> Answer:
 
 @dataclass(frozen=True, kw_only=True)
 class Worked(Answer):
-    """Hold a reply with numbers from clients that used their samples.
+    """Hold a reply with numbers that clients computed from their samples.
 
     Attributes:
-        first: Place of the first client that was asked in the cohort.
-        samples, steps: How many samples each has, and local steps it took, int64 [k].
+        first: Place in the cohort of the first client of the request.
+        samples, steps: Number of samples and of local steps of each client, int64 [k].
         pieces: The columns of `numbers`, side by side: in one process large tensors stay where
             they were trained.
-        layout: What each client sends.
+        layout: Names and shapes of the tensors that each client sends.
     """
 
     payload: ClassVar[str] = "pieces/0"
@@ -107,7 +107,7 @@ class Worked(Answer):
 
     @cached_property
     def numbers(self) -> torch.Tensor:
-        """All their numbers in one tensor; see the kind of answer for its shape."""
+        """Return the numbers of all clients in one tensor; the kind of reply sets its shape."""
         return self.pieces[0] if len(self.pieces) == 1 else torch.cat(self.pieces, dim=-1)
 
     @property
@@ -126,11 +126,11 @@ class FromTraining(Worked):
     """Hold a reply of clients that trained.
 
     Attributes:
-        losses: Mean training loss of each, float64 [k].
-        rounding: What rounding added to the change of each client, relative to it, float64 [k];
-            None where numbers are sent as they are.
-        metrics: What a user's training function says of its training, float64 [k] by name; NaN
-            where it does not.
+        losses: Mean training loss of each client, float64 [k].
+        rounding: Quantization error of each client's update, relative to it, float64 [k]; None
+            without quantization.
+        metrics: Values that a user's training function returned, float64 [k] by name; NaN if it
+            returned none.
     """
 
     losses: torch.Tensor
@@ -145,10 +145,10 @@ class FromTraining(Worked):
 
 @dataclass(frozen=True, kw_only=True)
 class TrainedAnswer(FromTraining):
-    """What each client trained: rows [k, P]; under rank budgets what is left of them, end to end.
+    """Hold each client's trained values: rows [k, P], or with rank budgets their parts, end to end.
 
     Attributes:
-        sizes: How many bytes each client sent, int64 [k]; None where they are not coded.
+        sizes: Bytes that each client sent, int64 [k]; None without coding.
     """
 
     name = "trained"
@@ -158,10 +158,10 @@ class TrainedAnswer(FromTraining):
 
 @dataclass(frozen=True, kw_only=True)
 class Summed(FromTraining):
-    """Weighted sums of what clients trained: float64 [blocks, P], of the blocks of a chunk.
+    """Hold weighted sums of trained values: float64 [blocks, P], for the blocks of a chunk.
 
     Attributes:
-        refused: Clients that the sums leave out, because their numbers cannot be used.
+        refused: Clients left out of the sums, because their numbers cannot be used.
     """
 
     name = "summed"
@@ -171,18 +171,18 @@ class Summed(FromTraining):
 
 @dataclass(frozen=True, kw_only=True)
 class Measured(Worked):
-    """What each client measured: float64 rows [k, P] of sums over its samples."""
+    """Hold the measurements of each client: float64 rows [k, P] of sums over its samples."""
 
     name = "measured"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Staged(Answer):
-    """Hold what clients send in a stage of secure aggregation.
+    """Hold the replies of clients in a stage of secure aggregation.
 
     Attributes:
-        stage: What each says, by id.
-        words: Their masked vectors, uint32 [k, P + 2]; None in a stage that has none.
+        stage: The data of each client, by id.
+        words: Their masked vectors, uint32 [k, P + 2]; None in a stage without any.
     """
 
     name = "staged"
@@ -198,7 +198,7 @@ class NoAnswer:
 
     Attributes:
         reason: In words.
-        of_the_run: Whether they met what no client is to blame for.
+        of_the_run: Whether the run caused it, so that no client is to blame.
     """
 
     reason: str

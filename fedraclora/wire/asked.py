@@ -25,7 +25,7 @@ def check_kind(value: object, what: str) -> str:
     """Check the number format of messages.
 
     Raises:
-        WireError: If it is none of the kinds.
+        WireError: If it is unknown.
     """
     if value not in (FULL, *ROUNDED):
         raise WireError(f"{what} is {shown(value)}, expected one of {(FULL, *ROUNDED)}")
@@ -36,7 +36,7 @@ def check_request(request: TrainRequest) -> TrainRequest:
     """Check a received training request, beyond its types.
 
     Raises:
-        WireError: Naming the field, what came and what was wanted.
+        WireError: Naming the field, its value and what was expected.
     """
     clients, places = request.clients, request.places
     if not len(clients) or (clients < 0).any() or (clients.diff() <= 0).any():
@@ -70,7 +70,7 @@ def ranks_of(ranks: torch.Tensor, clients: int) -> torch.Tensor:
     """Read the rank budgets of the clients of a message (`rank_budgets.spans`).
 
     Raises:
-        WireError: If they are none.
+        WireError: If they are invalid.
     """
     if len(ranks) == clients and (ranks > 0).all():
         return ranks
@@ -88,7 +88,7 @@ def check_instructions(downlink: RoundInstructions, own: Collection[str]) -> Non
     """Check a received downlink, beyond its types; ``own``: tensors with one value per client.
 
     Raises:
-        WireError: Naming the field, what came and what was wanted.
+        WireError: Naming the field, its value and what was expected.
     """
     _check(downlink)
     for key, each in downlink.named.items():
@@ -98,7 +98,7 @@ def check_instructions(downlink: RoundInstructions, own: Collection[str]) -> Non
 
 
 def _check(downlink: RoundInstructions) -> None:
-    """Reject what types do not."""
+    """Reject instructions whose fields contradict each other."""
     whole(downlink.link, "its link")
     downlink.program.check(downlink)
     slots = downlink.trained()
@@ -117,12 +117,12 @@ def _check_sketch(first: SketchSpec, count: int, what: str) -> None:
 
 
 def _check_factor(key: str, factor: Factor, own: bool) -> None:
-    """Reject what a factor or tensor says of itself that does not fit.
+    """Reject a factor or tensor whose fields contradict each other.
 
     Args:
         key: Its name.
         factor: As it was read.
-        own: Whether its numbers are one for each client.
+        own: Whether each client has its own numbers.
     """
     numbers, drawing, C = factor.numbers, factor.sketch, factor.coefficients
     shape = shape_of([*factor.shape], f"the shape of {key}")

@@ -2,8 +2,8 @@
 
     client k sends Q(x_k - x_0),  and the server reads  x_0 + Q(x_k - x_0)
 
-Both know the start x_0; of gradients it is zero. A change is short beside the weight that it
-changes, and so is what rounding adds to it.
+Client and server both know the initial value x_0; for gradients it is zero. The difference is small
+compared with the weight, and so is its quantization error.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ AT_ONCE = 1 << 20  # numbers that are rounded together
 
 @dataclass
 class Coded:
-    """Rows as they are sent, in the order of the clients.
+    """Hold rows as they are sent, in the order of the clients.
 
     Attributes:
         codes: The bytes of each client, uint8.
-        errors: What rounding added to each change, relative to its norm.
+        errors: Quantization error of each update, relative to its norm.
     """
 
     codes: list[torch.Tensor] = field(default_factory=list)
@@ -42,13 +42,13 @@ class Coded:
 
 @dataclass(frozen=True)
 class Changes:
-    """Encode and decode the changes of clients.
+    """Encode and decode the updates of clients.
 
     Attributes:
-        kind: Of the numbers, one of `fedraclora.protocol.quantized.ROUNDED`.
-        sent: What was asked.
-        base: The weights that clients train from.
-        clients: For whom ``sent`` is, int64 [K], in ascending order.
+        kind: Number format, one of `fedraclora.protocol.quantized.ROUNDED`.
+        sent: The round's instructions.
+        base: The weights from which clients train.
+        clients: The clients of ``sent``, int64 [K], in ascending order.
     """
 
     kind: str
@@ -67,13 +67,12 @@ class Changes:
         """Quantize the rows of all clients.
 
         Args:
-            rows: What they trained, float64 [K, P].
+            rows: Trained values, float64 [K, P].
             seed: Of the run.
             round_: From 1.
             coded: Takes the bytes and the errors.
-            residues: What is added to the changes, float64 [K, P], and then takes what rounding
-                left of them, to the nearest; None: nothing is added or kept, and they are rounded
-                at random.
+            residues: Added to the updates, float64 [K, P], and then replaced by the quantization
+                error, with rounding to the nearest. None: no residues, and stochastic rounding.
 
         Returns:
             The rows as the server will read them, float64 [K, P].
@@ -110,13 +109,13 @@ class Changes:
             raw: uint8 [bytes].
             clients: Their ids, int64 [k].
             dtype: Of the rows.
-            lengths: How many bytes each sent, int64 [k], where these are coded.
+            lengths: Bytes that each client sent, int64 [k], if they are coded.
 
         Returns:
-            [k, P]; under rank budgets what is sent of the rows, one after another.
+            [k, P]; with rank budgets the parts of the rows that were sent, one after another.
 
         Raises:
-            WireError: If there are not as many bytes as these clients send, or a frame is damaged.
+            WireError: If the number of bytes is wrong, or a frame is damaged.
         """
         places = torch.searchsorted(self.clients, clients)
         parts = [
@@ -182,7 +181,7 @@ def _parts(sent: RoundInstructions, cohort: int) -> Iterator[tuple[Kept, list[in
 
 
 def put(rows: torch.Tensor, index: torch.Tensor, kept: Kept, values: torch.Tensor) -> None:
-    """Put values into some rows, in the places that are kept of each."""
+    """Put values into some rows, at the kept places of each."""
     some = rows[index]
     some[:, kept] = values
     rows[index] = some

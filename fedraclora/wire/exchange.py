@@ -1,8 +1,8 @@
-"""Requests as data: what the server asks of some clients in an exchange, and its payload.
+"""Requests as data: the server's request to some clients in an exchange, and its payload.
 
-In one process and between Ray's workers it travels as it is; Flower's records are made of it in
-`fedraclora.engines.asks`. Either way what all clients of an exchange share is apart from what is a
-client's own (`without_own`, `own_rows`).
+In one process and between Ray workers the object itself is passed on; `fedraclora.engines.asks`
+writes it as Flower records. Both send the part that all clients of an exchange share separately
+from each client's own part (`without_own`, `own_rows`).
 """
 
 from __future__ import annotations
@@ -32,20 +32,20 @@ class TrainRequest:
     Attributes:
         round_: From 1.
         version: Version of the base weights that the clients must hold.
-        rate_scale: Of the step sizes in this round.
+        rate_scale: Factor of the step sizes in this round.
         clients: Ids, int64 [k].
         first: Place of the first of them in the cohort.
-        places: The places of all, int64 [k]; None: they stand in a row.
+        places: The places of all, int64 [k]; None: consecutive places.
         reduce: None for one row per client; ``examples`` or ``uniform`` for weighted sums of
             blocks of clients (`fedraclora.protocol.uplinks`), where ``first`` opens a block.
-        clip: The greatest norm of the update that a client may send; None: any.
-        uplink: How the clients' numbers travel (`fedraclora.protocol.quantized`).
-        coding: And how these are coded (`fedraclora.protocol.coding`).
-        feedback: Whether clients keep what rounding left (`fedraclora.wire.feedback`).
-        lr: The learning rate, where the config of clients elsewhere says auto; None: theirs.
-        measure: None: to train. ``before``: to measure the weights from which the round begins, on
-            samples that they do not train on, and to send the sums; ``after``: to train them, too,
-            and measure what comes of it, which stays with them.
+        clip: Largest norm of a client's update; None: no limit.
+        uplink: Number format of the uplink (`fedraclora.protocol.quantized`).
+        coding: Lossless coding of these numbers (`fedraclora.protocol.coding`).
+        feedback: Whether clients keep the quantization error (`fedraclora.wire.feedback`).
+        lr: The learning rate, if the config of remote clients says auto; None: their own.
+        measure: None: train. ``before``: evaluate the weights at the start of the round on
+            held-out samples, and send the sums. ``after``: also train them, evaluate the result,
+            and keep it at the client.
     """
 
     round_: int
@@ -75,8 +75,8 @@ class Stage:
 
     Attributes:
         name: One of `fedraclora.wire.secagg.STAGES`.
-        settings: What all clients are told.
-        data: What each client is told, or says, by its id: plain JSON values.
+        settings: Sent to all clients.
+        data: To or from each client, by its id: plain JSON values.
     """
 
     name: str
@@ -91,7 +91,7 @@ class Stage:
 
     @property
     def heard(self) -> Stage:
-        """Return a copy as the receiver gets it, through JSON."""
+        """Return a copy as the receiver reads it, converted to JSON and back."""
         return join(Stage, {}, json.loads(json.dumps(split(self)[1])))
 
 
@@ -100,13 +100,13 @@ class Ask:
     """Hold a request to some clients of a round.
 
     Attributes:
-        request: Who, in which round, from which weights, and what is wanted back.
-        downlink: What to train, its numbers as they travel; None: nothing, in a stage of secure
-            aggregation.
-        kind: How its numbers travel; they have been rounded to it.
-        coding: How those that all clients share are coded; what is read tells it by its length.
-        apart: Whether it is that of the whole cohort, and not the same to all.
-        stage: Of secure aggregation; None: there is none.
+        request: The clients, the round, the version of the weights, and the form of the reply.
+        downlink: The factors to train, with their numbers as sent; None in a stage of secure
+            aggregation that sends none.
+        kind: Number format of the downlink, to which its numbers have been rounded.
+        coding: Coding of the numbers that all clients share; a reader sees it from the length.
+        apart: Whether the downlink is that of the whole cohort, with values of each client.
+        stage: Of secure aggregation, or None.
     """
 
     request: TrainRequest
@@ -136,7 +136,7 @@ class Ask:
 
     @property
     def places(self) -> torch.Tensor:
-        """Where its downlink has the values of its clients, int64 [k]."""
+        """Return the places of its clients in the downlink, int64 [k]."""
         return self.request.order if self.apart else torch.arange(len(self.request.clients))
 
     @property
@@ -157,9 +157,9 @@ class OwnPart:
     """Hold the part of a request that is for its clients only; the rest is shared.
 
     Attributes:
-        request: Who is asked; what else it says is shared.
-        rows: What is one per client of the downlink's tensors, [k, ...] by name.
-        ranks: Their rank budgets, if they have any.
+        request: With its own clients; its other fields are shared.
+        rows: The downlink's tensors with one value per client, [k, ...] by name.
+        ranks: Their rank budgets, if any.
         stage: Of secure aggregation.
     """
 
@@ -192,7 +192,7 @@ class OwnPart:
 
 
 def shared_of(ask: Ask) -> Ask:
-    """Return a request without what is for its clients only, but with their ids (`OwnPart`)."""
+    """Return a request without its clients' own part, but with their ids (`OwnPart`)."""
 
     def blank(_: str, each: Factor) -> Factor:
         return replace(each, numbers=None) if each.per_client else each
@@ -222,15 +222,15 @@ def payload_bytes(
     """Return the payload bytes of a message with a downlink to clients of a round.
 
     Args:
-        downlink: What is sent.
-        cohort: To how many.
-        kind: Of its numbers: a key of `WIDTHS`, or one of `ROUNDED`.
-        clients: How many of them the message is for: what is not one's own is in it once.
-        coding: Of what is not one's own.
+        downlink: The instructions.
+        cohort: Number of clients of the round.
+        kind: Number format: a key of `WIDTHS`, or one of `ROUNDED`.
+        clients: Number of clients of this message; it contains shared numbers once.
+        coding: Of the shared numbers.
 
     Returns:
-        The bytes of its numbers, and 8 per seed; of what is computed from the last link those of
-        the coefficients and of a seed.
+        The bytes of its numbers, and 8 per seed. A factor computed from the last merge counts
+        with its coefficients and a seed.
     """
     sent = sent_tensors(downlink).values()
     shared = sent_bytes([t for t, own in sent if not own], kind, coding)

@@ -1,14 +1,15 @@
 """Error feedback: a client adds the quantization error of its last update to its next one.
 
-    client k sends Q(c_k + e_k),  c_k the change of what it trained,  and keeps
+    client k sends Q(c_k + e_k),  c_k its update, and keeps
     e_k <- c_k + e_k - Q(c_k + e_k),  which is zero before its first round
 
-Q rounds to the nearest: its bias is made up for, and its error is half of that of rounding at
-random (the mean of its square, of numbers that may lie anywhere). What a client has sent in q
-rounds is off from the sum of its changes by one rounding, and not by q. That is of use where the
-next change is of the same thing. A residue of a factor is dropped when its link ends, since the
-next one stands beside another frozen factor; of a pool of sketches a client keeps one for each, for
-when its turn comes again. Tensors trained in full keep theirs.
+Q rounds to the nearest. Error feedback corrects its bias, and its mean squared error is half that
+of stochastic rounding (for uniformly distributed numbers). After q rounds the sum of the sent
+updates differs from the sum of the true ones by one quantization error instead of q.
+
+This helps if successive updates change the same tensor. The residue of a factor is dropped at a
+merge, since the next factor has another frozen one beside it. With a pool of sketches a client
+keeps one residue for each sketch until its next turn. Residues of tensors trained in full are kept.
 
 References:
     Seide et al., *1-Bit stochastic gradient descent*, Interspeech 2014; Karimireddy et al., *Error
@@ -30,8 +31,8 @@ def blank_residues(sent: RoundInstructions, dtype: torch.dtype) -> Tree:
     """Build zero residues of a new client, by the names under which they are stored.
 
     Args:
-        sent: What is asked. Where clients send gradients they keep nothing.
-        dtype: Of what is stored.
+        sent: The round's instructions. A client that sends gradients keeps no residues.
+        dtype: Of the stored tensors.
 
     Returns:
         Tensors without a client axis.

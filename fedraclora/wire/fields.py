@@ -1,8 +1,8 @@
 """Checks of single fields of a received message, before they are used.
 
-A message comes from another machine. Its header is JSON, in which any field may be anything: a
-number where a list is wanted, a list a thousand deep, a text of a gigabyte, or one that moves the
-cursor of the terminal it is printed on.
+A message comes from another machine. Its header is JSON, in which any field may have any value: a
+number instead of a list, a list nested a thousand times, a text of a gigabyte, or terminal control
+characters.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ def reading(what: str) -> Iterator[None]:
     """Convert any error inside to an error of the message.
 
     Args:
-        what: Is read, to begin the sentence.
+        what: The thing that is read; the message starts with it.
 
     Raises:
-        WireError: For any exception that is not one already.
+        WireError: For any other exception.
     """
     try:
         yield
@@ -73,7 +73,7 @@ def parsed(text: object, what: str) -> dict[str, Any]:
     """Parse a JSON object.
 
     Raises:
-        WireError: If it is none, names a key twice, or has a number that JSON does not know.
+        WireError: If the text is no JSON object, repeats a key, or has a non-finite number.
     """
     if not isinstance(text, str):
         raise WireError(f"{what} is {shown(text)}, expected a text of JSON")
@@ -96,10 +96,10 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def whole(value: object, what: str, least: int = 0, most: int = LARGEST) -> int:
-    """Check a whole number.
+    """Check an integer; booleans are rejected.
 
     Raises:
-        WireError: If it is none, or outside of ``least`` to ``most``; a truth value is none.
+        WireError: If it is no integer, or outside of ``least`` to ``most``.
     """
     if type(value) is not int or not least <= value <= most:
         raise WireError(f"{what} is {shown(value)}, expected a whole number of at least {least}")
@@ -107,10 +107,10 @@ def whole(value: object, what: str, least: int = 0, most: int = LARGEST) -> int:
 
 
 def real(value: object, what: str) -> float:
-    """Check a finite number; whole numbers stay whole.
+    """Check a finite number; integers stay integers.
 
     Raises:
-        WireError: If it is none.
+        WireError: If it is not a finite number.
     """
     if type(value) not in {int, float} or not math.isfinite(float(value)):  # type: ignore[arg-type]
         raise WireError(f"{what} is {shown(value)}, expected a finite number")
@@ -121,7 +121,7 @@ def named(value: object, what: str) -> str:
     """Check a name.
 
     Raises:
-        WireError: If it is no text, or one that no name is.
+        WireError: If it is not a text that can be a name.
     """
     if not isinstance(value, str) or len(value) > LONGEST or not value.isprintable():
         raise WireError(f"{what} is {shown(value)}, expected a name")
@@ -132,7 +132,7 @@ def listed(value: object, what: str, most: int | None = None) -> Sequence[Any]:
     """Check a list.
 
     Raises:
-        WireError: If it is none, or has more than ``most`` elements.
+        WireError: If it is no list, or has more than ``most`` elements.
     """
     if not isinstance(value, list | tuple):
         raise WireError(f"{what} is {shown(value)}, expected a list")
@@ -145,7 +145,7 @@ def mapping(value: object, what: str) -> dict[str, Any]:
     """Check a JSON object.
 
     Raises:
-        WireError: If it is none.
+        WireError: If it is not an object.
     """
     if not isinstance(value, dict):
         raise WireError(f"{what} is {shown(value)}, expected a JSON object")
@@ -156,7 +156,7 @@ def shape_of(sizes: object, what: str) -> tuple[int, ...]:
     """Check a shape.
 
     Raises:
-        WireError: If it is none.
+        WireError: If it is not a list of sizes.
     """
     return tuple(whole(size, what, most=LONGEST_AXIS) for size in listed(sizes, what, AXES))
 
@@ -166,10 +166,10 @@ def layout_of(shapes: object, what: str) -> Layout:
 
     Args:
         shapes: The pairs.
-        what: It is, to begin the sentence.
+        what: The layout; the message starts with it.
 
     Raises:
-        WireError: If it is none, or names a tensor twice.
+        WireError: If it is not a layout, or names a tensor twice.
     """
     found = []
     for pair in listed(shapes, what):

@@ -42,7 +42,7 @@ def received(answer: Answer, ask: Ask) -> Answer:
     """Check the fields of a reply from another machine, and make its texts printable.
 
     Raises:
-        WireError: Saying what came and what was wanted.
+        WireError: Naming the field, its value and what was expected.
     """
     if type(answer) is not (kind := answer_kind(ask)):
         raise WireError(f"the reply is {answer.name!r}, expected one that is {kind.name!r}")
@@ -108,11 +108,11 @@ class Wanted:
 
     Attributes:
         round_, version: Of the exchange.
-        layout: What each client sends, budgets aside; None: as the answer says.
-        ranks: The cohort's rank budgets, if it has any: then rows are cut, and their sizes are
-            left to `fedraclora.protocol.rank_budgets.widen`.
-        decode: Gives the numbers of some clients from their bytes and their ids, and from
-            ``lengths``, the bytes of each, where these are coded; None: they come as they are.
+        layout: The tensors that each client sends, without budgets; None: that of the reply.
+        ranks: The cohort's rank budgets, if any. Rows then have their budget's length, which
+            `fedraclora.protocol.rank_budgets.widen` checks.
+        decode: Decodes the numbers of some clients from their bytes, their ids and ``lengths``,
+            the bytes of each if they are coded; None: numbers are not encoded.
     """
 
     round_: int
@@ -126,13 +126,13 @@ def checked(answer: Answer, ask: Ask, kind: type[A], wanted: Wanted) -> A:
     """Check a reply against its request, and decode quantized numbers.
 
     Args:
-        answer: What came.
-        ask: What was asked.
-        kind: Of the answers that the caller can use.
-        wanted: What else it must be.
+        answer: The reply.
+        ask: The request.
+        kind: Class of the reply that the caller can use.
+        wanted: Further expectations.
 
     Raises:
-        WireError: Saying what came and what was wanted.
+        WireError: Naming the field, its value and what was expected.
     """
     who, right = _who(answer), answer_kind(ask)
     if type(answer) is not right or not isinstance(answer, kind):

@@ -1,17 +1,18 @@
 """Secure aggregation on the wire: stages, keys, shares, and the arithmetic of masks.
 
-A client's vector of whole numbers modulo 2^32 gets one mask of its own and one for each neighbour,
-which that neighbour takes off; what is left of a sum is the clients' own masks, whose seeds come
-back in shares once the server has said who is in the sum.
+A client's vector of integers modulo 2^32 gets one mask of its own, and one for each neighbour; the
+neighbour subtracts the same mask from its vector. The sum then contains only the clients' own
+masks. Clients send back shares of the seeds of these masks, once the server has named the clients
+in the sum.
 
-Whatever a client will have to prove later it marks before (SHA-256): its seed with its keys, and
-each share with the sealed shares. So a share that is wrong is known to be wrong, and whose fault
-it is: of the client that sealed it, if its marks or its secret do not fit; of the one that handed
-it back otherwise.
+A client commits in advance (SHA-256) to everything it has to prove later: to its seed with its
+keys, and to each share with the sealed shares. A wrong share is therefore detected, together with
+the client at fault: the one that sealed it, if its commitments or its secret do not fit, else the
+one that sent it back.
 
-Keys are elliptic-curve keys (ECDH on P-384, HKDF), and shares are sealed by Fernet; Flower splits
-secrets (Shamir). Its masks are not used: their generator folds a seed to 32 bits and is no cipher.
-Here a mask is a ChaCha20 stream of the whole key.
+Keys are elliptic-curve keys (ECDH on P-384, HKDF), Fernet seals shares, and Flower splits secrets
+(Shamir). Flower's masks are not used: their generator reduces a seed to 32 bits and is no cipher. A
+mask here is a ChaCha20 stream of the whole key.
 """
 
 from __future__ import annotations
@@ -58,7 +59,7 @@ def check_words(words: torch.Tensor) -> None:
     """Reject masked vectors that are not uint32 [k, P + 2].
 
     Raises:
-        WireError: If they are something else.
+        WireError: If dtype or shape differ.
     """
     if words.dtype != torch.uint32 or words.dim() != 2:
         raise WireError(
@@ -82,7 +83,7 @@ def read_public(text: object) -> ec.EllipticCurvePublicKey:
     """Read a public key.
 
     Raises:
-        WireError: If it is none, or one of another kind or curve.
+        WireError: If it is not a key of the right kind and curve.
     """
     with reading("what came for a public key"):
         key = serialization.load_pem_public_key(checked_text(text, PUBLIC_LENGTH).encode())
@@ -183,7 +184,7 @@ def pair_mask(private: str, public: str, count: int, *, add: bool) -> Words:
 
 
 def as_words(rows: torch.Tensor) -> npt.NDArray[np.uint32]:
-    """Round float64 [k, P], in steps, to whole numbers modulo 2^32; off by a half at most."""
+    """Round float64 [k, P], in units of a step, to integers modulo 2^32; off by at most 1/2."""
     whole = torch.round(rows).to(torch.int64).numpy()
     return (whole % 2**32).astype(np.uint32)
 

@@ -1,7 +1,7 @@
 """Join requests to several clients into one message, and split their reply.
 
-Clients of one node need not stand in a row of the cohort; those that stand in one of its chunks are
-trained as one batch, as ``engine=vectorized`` trains the chunk.
+Clients of one node need not be consecutive in the cohort. Those of one chunk are trained as one
+batch, as ``engine=vectorized`` trains the chunk.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ def chunks_of(ask: Ask, size: int) -> list[Ask]:
 
 
 def unanswered(ask: Ask, why: str) -> Answer:
-    """Build a reply that says why none of these clients has one."""
+    """Build a reply that records why all of these clients have none."""
     return of_nobody(ask, dict.fromkeys(ask.clients, printable(why)))
 
 
@@ -124,15 +124,15 @@ def _stages_joined(first: Staged, answers: Sequence[Staged], joined: dict[str, A
 def split_answer(ask: Ask, answer: Answer, asks: Sequence[Ask]) -> list[Answered]:
     """Split a reply into one for each of the joined requests.
 
-    What is in a part is checked where the answer to a single client is.
+    The caller checks the content of each part, as it does for a reply of a single client.
 
     Args:
-        ask: Of all.
-        answer: To it.
-        asks: Of one client each.
+        ask: The joined request.
+        answer: Its reply.
+        asks: The requests to one client each.
 
     Raises:
-        WireError: If it cannot be told which part is whose.
+        WireError: If a part cannot be assigned to a client.
     """
     if len(asks) == 1:
         return [(asks[0], answer)]
