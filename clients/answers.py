@@ -17,7 +17,7 @@ from fedraclora.codec import from_bytes, join, split, to_bytes
 from fedraclora.errors import ClientError
 from fedraclora.tree import digest
 from fedraclora.weights.files import load_tensors, save_tensors
-from fedraclora.wire.answers import Answer, Staged
+from fedraclora.wire.answers import Answer, StageAnswer
 from fedraclora.wire.exchange import Ask, Stage
 
 # Kinds of requests that are answered once per round.
@@ -33,12 +33,12 @@ def kind_of(stage: Stage | None) -> str:
 
 def is_given(answer: Answer) -> bool:
     """Check whether an answer has results, not only the reason of a failure."""
-    if isinstance(answer, Staged) and answer.stage.name == "unmask":
+    if isinstance(answer, StageAnswer) and answer.stage.name == "unmask":
         return bool(answer.stage.data)
     return bool(len(answer.clients))
 
 
-class AnswerOnce:
+class ReplyCache:
     """Cache a client's last reply, so that a repeated request is not computed twice.
 
     Args:
@@ -56,7 +56,7 @@ class AnswerOnce:
         asked = f"{version}|{digest(tensors)}|{json.dumps(plain, sort_keys=True)}"
         self.digest = hashlib.sha256(asked.encode()).hexdigest()
 
-    def given(self) -> Answer | None:
+    def stored_reply(self) -> Answer | None:
         """Return the stored answer to the same request; None if the request is new.
 
         Raises:

@@ -85,7 +85,7 @@ def on_ray(
                 # read here, so that they are sent unchanged
                 data.sizes(torch.arange(data.num_clients))
                 text = f"sent to all hosts, since {here} is not the same on {', '.join(without)}"
-                cluster.told["samples"] = text
+                cluster.facts["samples"] = text
             grid = RayGrid(cluster, state, given, history=history, store=store, settings=settings)
             failed.pop_all()
             return grid

@@ -60,7 +60,7 @@ def hand_over(message: Message, context: Context) -> Message:
                 )
             with resident:
                 try:
-                    return answered(resident, message, context, until)
+                    return resident_reply(resident, message, context, until)
                 except ClientError:
                     end(address)
                     raise
@@ -68,7 +68,9 @@ def hand_over(message: Message, context: Context) -> Message:
         raise ClientError(f"{where}: {error}") from error
 
 
-def answered(resident: Connection, message: Message, context: Context, until: float) -> Message:
+def resident_reply(
+    resident: Connection, message: Message, context: Context, until: float
+) -> Message:
     """Send a message to a resident process, and return its reply.
 
     Args:

@@ -21,7 +21,7 @@ from fedraclora.run.client_state import ClientStore
 from fedraclora.training.cohort import CohortTrainer
 from fedraclora.training.materialize import current_weights
 from fedraclora.tree import Layout, Tree
-from fedraclora.wire.answers import Measured
+from fedraclora.wire.answers import MeasuredAnswer
 from fedraclora.wire.exchange import Ask, TrainRequest
 from fedraclora.wire.secagg import Words
 
@@ -42,7 +42,7 @@ class Measurer:
         self._layout = Layout(())  # names of the sent values, known once needed
         self._shared: tuple[Tree, RoundInstructions | None, Tree] = ({}, None, {})
 
-    def answer(self, ask: Ask, base: Tree, store: ClientStore) -> Measured:
+    def answer(self, ask: Ask, base: Tree, store: ClientStore) -> MeasuredAnswer:
         """Evaluate the clients of a request; a client without held-out samples is a failure.
 
         Args:
@@ -65,7 +65,7 @@ class Measurer:
         steps, layout, numbers = torch.zeros_like(clients), Layout(()), torch.zeros(0, 0).double()
         if len(clients):
             samples = held.data.samples_of(clients.to(device)), counts
-            downlink = ask.own.select(kept).beside(base)
+            downlink = ask.own.select(kept).with_past(base)
             found = self._before(ask, downlink, base, clients, store, samples)
             if request.measure == "after":
                 asked = replace(request, clients=clients)
@@ -85,7 +85,7 @@ class Measurer:
             layout = Layout.of(found, skip=1)
             numbers = layout.pack(found, lead=1)
         whole = self.task.train.sizes(small.to(device)).tolist()
-        return Measured(
+        return MeasuredAnswer(
             round_=request.round_,
             version=request.version,
             first=request.first,
@@ -105,7 +105,7 @@ class Measurer:
         return clients[sizes > 0].tolist()
 
     def vectors(
-        self, request: TrainRequest, answer: Measured
+        self, request: TrainRequest, answer: MeasuredAnswer
     ) -> tuple[dict[int, Callable[[], Words]], dict[str, Any]]:
         """Encode the metrics of clients as vectors for secure aggregation.
 

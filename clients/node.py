@@ -19,7 +19,7 @@ import torch
 from flwr.app import ConfigRecord, Context, RecordDict
 
 from fedraclora.binding import Plain, section
-from fedraclora.clients.answers import AnswerOnce
+from fedraclora.clients.answers import ReplyCache
 from fedraclora.clients.cache import folder_of, is_claimed, make_room, on_disk, served, some
 from fedraclora.clients.samples import check_samples
 from fedraclora.clients.worker import Worker
@@ -150,8 +150,8 @@ class NodeHandler:
         rounds, singles = int(self.settings["rounds"]), chunks_of(ask, 1)
         folders = (self.folder / str(client) for client in ask.clients)
         pairs = zip(folders, singles, strict=True)
-        books = [AnswerOnce(folder, rounds, single, self.version) for folder, single in pairs]
-        found = [book.given() for book in books]
+        books = [ReplyCache(folder, rounds, single, self.version) for folder, single in pairs]
+        found = [book.stored_reply() for book in books]
         if new := [k for k, answer in enumerate(found) if answer is None]:
             of = part_of(ask, torch.tensor(new))
             parts = split_answer(of, self._trained(of), [singles[k] for k in new])

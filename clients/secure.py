@@ -23,7 +23,7 @@ import torch
 from fedraclora.errors import ClientError, FedRacLoraError
 from fedraclora.privacy.secagg import FEW, SecAggTerms
 from fedraclora.run.client_state import ClientStore
-from fedraclora.wire.answers import Staged
+from fedraclora.wire.answers import StageAnswer
 from fedraclora.wire.exchange import Stage, TrainRequest
 from fedraclora.wire.secagg import (
     Words,
@@ -54,7 +54,7 @@ def answer_stage(
     store: ClientStore,
     terms: SecAggTerms,
     measurers: Collection[int] = (),
-) -> Staged:
+) -> StageAnswer:
     """Answer a stage of secure aggregation without training.
 
     Args:
@@ -99,15 +99,15 @@ def _answer(
     clients: list[int],
     words: Words | None = None,
     notes: Sequence[str] = (),
-) -> Staged:
+) -> StageAnswer:
     """Build the reply in a stage; ``words``: uint32 [k, P + 2], of these clients."""
-    return Staged(
+    return StageAnswer(
         round_=request.round_,
         version=request.version,
         clients=torch.tensor(clients, dtype=torch.int64),
         failures=failures,
         notes=[*notes],
-        stage=stage.heard,
+        stage=stage.through_json,
         words=None if words is None else torch.from_numpy(words),
     )
 
@@ -242,7 +242,7 @@ def masked_vectors(
     failures: dict[int, str],
     notes: Sequence[str] = (),
     told: Mapping[str, Any] | None = None,
-) -> Staged:
+) -> StageAnswer:
     """Build the masked vectors of all clients that can send one.
 
     A client that cannot decrypt a share names its sender, and sends no vector: the server then asks

@@ -17,7 +17,7 @@ from fedraclora.clients.client_state import keep, restore
 from fedraclora.clients.measure import Measurer
 from fedraclora.clients.secure import MEASUREMENTS, answer_stage, masked_vectors, of_updates
 from fedraclora.errors import OF_THE_RUN, ClientError, ConfigError, WireError
-from fedraclora.imports import told_as
+from fedraclora.imports import as_user_error
 from fedraclora.privacy.secagg import SecAggTerms
 from fedraclora.protocol.coding import NONE, compressed
 from fedraclora.protocol.cohorts import client_weights
@@ -34,8 +34,8 @@ from fedraclora.training.memory import LESS, is_out_of_memory
 from fedraclora.training.results import join_results
 from fedraclora.tree import Layout, Tree
 from fedraclora.weights.update import BaseWeights
-from fedraclora.wire.answers import Answer, FromTraining, Staged, Summed, TrainedAnswer
-from fedraclora.wire.changes import Changes, Coded
+from fedraclora.wire.answers import Answer, StageAnswer, SummedAnswer, TrainedAnswer, TrainingAnswer
+from fedraclora.wire.changes import ChangeCodec, CodedRows
 from fedraclora.wire.exchange import Ask, Stage, TrainRequest
 from fedraclora.wire.feedback import left_over, to_add
 from fedraclora.wire.fields import printable
@@ -72,7 +72,7 @@ class Job:
     failures: dict[int, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     cut: list[bool] = field(default_factory=list)
-    coded: Coded | None = None
+    coded: CodedRows | None = None
 
     def parts(self) -> Iterator[tuple[list[int], LocalResult]]:
         """Yield the result of each chunk with the places of its clients."""
@@ -159,9 +159,9 @@ class Worker:
             vectors, told = self.measurer.vectors(request, answer)
             return masked_vectors(request, stage, self.store, vectors, {}, told=told)
         self.trainer.recall = self.store.recall
-        held = restore(self.store, ask.own.beside(base), request, base, self.trainer.local)
+        held = restore(self.store, ask.own.with_past(base), request, base, self.trainer.local)
         job = Job(request, base, *held, hidden=stage is not None)
-        job.coded = Coded() if request.uplink in ROUNDED else None
+        job.coded = CodedRows() if request.uplink in ROUNDED else None
         waiting = [list(range(len(request.clients)))]
         while waiting:
             places = waiting.pop()
@@ -209,7 +209,7 @@ class Worker:
             if request.clip is not None:  # first, since clients keep the values that they send
                 result = sending(partial(job.shorten, request.clip), result, part, base)
             if job.coded is not None:
-                changes = Changes(request.uplink, part, base, clients)
+                changes = ChangeCodec(request.uplink, part, base, clients)
                 left = to_add(residues, part) if residues else None
                 to = (self.trainer.seed, request.round_, job.coded, left)
                 result = sending(lambda rows, _: changes.encode(rows, *to), result, part, base)
@@ -252,7 +252,7 @@ class Worker:
         job.note(text)
         return parts(places, self.limit)
 
-    def _masked(self, job: Job, stage: Stage, terms: SecAggTerms) -> Staged:
+    def _masked(self, job: Job, stage: Stage, terms: SecAggTerms) -> StageAnswer:
         """Mask the clients' updates; see `fedraclora.clients.secure`."""
         request, downlink, base, local = job.request, job.downlink, job.base, self.trainer.local
         places, layout = torch.tensor(job.places, dtype=torch.int64), downlink.layout
@@ -276,7 +276,7 @@ class Worker:
         return reply
 
     @staticmethod
-    def _reply(job: Job) -> FromTraining:
+    def _reply(job: Job) -> TrainingAnswer:
         downlink, request = job.downlink, job.request
         places = torch.tensor(job.places, dtype=torch.int64)
         return answer_of(
@@ -299,8 +299,8 @@ def answer_of(
     failures: Mapping[int, str],
     notes: list[str],
     mask: torch.Tensor | None = None,
-    coded: Coded | None = None,
-) -> FromTraining:
+    coded: CodedRows | None = None,
+) -> TrainingAnswer:
     """Build the reply of a chunk from its results.
 
     Args:
@@ -336,7 +336,7 @@ def answer_of(
     }
     if request.reduce is not None:
         numbers = layout.pack(trained, lead=1)
-        return summed(Summed(**fields, pieces=(numbers,)), request)
+        return summed(SummedAnswer(**fields, pieces=(numbers,)), request)
     sizes, pieces = None, layout.pieces(trained) if coded is None and mask is None else ()
     if coded is not None:
         codes = coded.codes
@@ -352,7 +352,7 @@ def answer_of(
     )
 
 
-def summed(answer: Summed, request: TrainRequest) -> Summed:
+def summed(answer: SummedAnswer, request: TrainRequest) -> SummedAnswer:
     """Replace the rows of a reply by weighted sums of blocks, without unusable rows.
 
     Args:
@@ -377,7 +377,7 @@ def summed(answer: Summed, request: TrainRequest) -> Summed:
 def leaving(local: LocalConfig, program: ClientProgram, result: LocalResult) -> LocalResult:
     """Select the tensors that clients send, as defined by the round's programs."""
     for each in (*local.added, program):
-        with told_as(ClientError, f"{local.name_of(each)}: ", "selecting what is sent"):
+        with as_user_error(ClientError, f"{local.name_of(each)}: ", "selecting what is sent"):
             result = each.sent(result)
     return result
 

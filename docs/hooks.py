@@ -53,7 +53,7 @@ REFERENCE = {
             "fedraclora.attacks.Attack",
             "fedraclora.protocol.method.Traits",
             "fedraclora.protocol.program.ClientChunk",
-            "fedraclora.protocol.program.When",
+            "fedraclora.protocol.program.GradientStage",
             "fedraclora.strategies.shared.layerwise.LayerMethod",
             "fedraclora.strategies.shared.layerwise.LayerUpdate",
             "fedraclora.strategies.weights.load_weights",

@@ -63,8 +63,8 @@ class Task:
     """
 
     name: str
-    entries: Mapping[str, Entry]
-    reference: Entry
+    entries: Mapping[str, RowResult]
+    reference: RowResult
 
     @classmethod
     def read(cls, name: str, setup: Mapping[str, Any], results: Path = RESULTS) -> Task:
@@ -74,7 +74,7 @@ class Task:
             ConfigError: If two rows have one name, or differ in what a comparison shares, or the
                 reference is not there.
         """
-        found: dict[str, Entry] = {}
+        found: dict[str, RowResult] = {}
         shared: dict[str, object] = {}
         for folder in setup["studies"]:
             for entry in entries(*read_results(results / folder)):

@@ -232,7 +232,7 @@ def _overview() -> TextTable:
             "ranks": method.traits.ranks,
             "state": method.client_state,
             "merges": method.traits.merges,
-            "both": isinstance(method, Factored) and method.lives_on,
+            "both": isinstance(method, Factored) and method.never_restarts,
         }
         title, _, what = lines[name].partition(": ")
         mark = " †" if is_unverified(kind) else ""

@@ -18,24 +18,24 @@ if TYPE_CHECKING:
         Metric,
         RoundStep,
         RunResult,
-        Tuned,
+        TuningResult,
         read_run,
         simulate,
         tune,
     )
-    from fedraclora.commands.compare.run import Compared, compare
+    from fedraclora.commands.compare.run import ComparisonResult, compare
     from fedraclora.compatibility import Feature
     from fedraclora.protocol.program import ClientProgram
 
 __all__ = [
     "Callback",
     "ClientProgram",
-    "Compared",
+    "ComparisonResult",
     "Feature",
     "Metric",
     "RoundStep",
     "RunResult",
-    "Tuned",
+    "TuningResult",
     "compare",
     "read_run",
     "simulate",
@@ -47,7 +47,7 @@ __all__ = [
 HOMES = {
     "Callback": "fedraclora.run.callback",
     "ClientProgram": "fedraclora.protocol.program",
-    "Compared": "fedraclora.commands.compare.run",
+    "ComparisonResult": "fedraclora.commands.compare.run",
     "Feature": "fedraclora.compatibility",
     "compare": "fedraclora.commands.compare.run",
     "RoundStep": "fedraclora.strategies.server.round_step",

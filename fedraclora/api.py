@@ -31,10 +31,19 @@ from fedraclora.strategies.server.callbacks import each_of, own_callbacks
 from fedraclora.strategies.server.round_step import RoundStep, described, own_steps
 from fedraclora.strategies.start import resolved_start
 from fedraclora.trust import trust as trust_all
-from fedraclora.tuning.result import Tuned
+from fedraclora.tuning.result import TuningResult
 from fedraclora.tuning.task import tune_task
 
-__all__ = ["Callback", "Metric", "RoundStep", "RunResult", "Tuned", "read_run", "simulate", "tune"]
+__all__ = [
+    "Callback",
+    "Metric",
+    "RoundStep",
+    "RunResult",
+    "TuningResult",
+    "read_run",
+    "simulate",
+    "tune",
+]
 
 
 def simulate(
@@ -198,7 +207,7 @@ def tune(
     folder: str | Path | None = None,
     trust: Sequence[str] = (),
     **given: Any,
-) -> Tuned:
+) -> TuningResult:
     """Find the Pareto-optimal settings of a task in metric and bytes.
 
     Args:
@@ -239,7 +248,7 @@ def tune(
 JUDGES = ("loss", "metrics")
 
 
-class Asked(NamedTuple):
+class SimulateArguments(NamedTuple):
     """Hold the parsed arguments of `simulate`: config, typed keys, callbacks and steps."""
 
     plain: PlainDict
@@ -248,7 +257,9 @@ class Asked(NamedTuple):
     steps: list[RoundStep]
 
 
-def asked_of(choices: tuple[str | Mapping[str, object], ...], given: Mapping[str, Any]) -> Asked:
+def asked_of(
+    choices: tuple[str | Mapping[str, object], ...], given: Mapping[str, Any]
+) -> SimulateArguments:
     """Compose the config from arguments of `simulate`, and register its objects."""
     keys = dict(given)
     model, data, train = (keys.pop(name, None) for name in ("model", "data", "train"))
@@ -270,7 +281,7 @@ def asked_of(choices: tuple[str | Mapping[str, object], ...], given: Mapping[str
     if len(watching) < len(words["callbacks"]):
         plain["callbacks"] = [x for x in words["callbacks"] if isinstance(x, named)]
     watching = [*own_callbacks("callbacks", watching), *own_callbacks("on_round", on_round)]
-    return Asked(plain, typed, watching, own)
+    return SimulateArguments(plain, typed, watching, own)
 
 
 def read_run(folder: str | Path, *, trust: Sequence[str] = ()) -> RunResult:

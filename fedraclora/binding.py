@@ -11,7 +11,7 @@ import typing
 from collections.abc import Callable, Mapping
 
 from fedraclora.errors import ConfigError, DataError, unknown
-from fedraclora.imports import told_as
+from fedraclora.imports import as_user_error
 from fedraclora.object_registry import is_named, named_object
 from fedraclora.schema import bound, hints, kind_text, place_of
 from fedraclora.trust import is_function
@@ -133,7 +133,7 @@ def object_of(
     called = called or kind is None
     if _makes(found, kind, called=called):
         make = bound(at or key, typing.cast("Callable[..., object]", found), own)
-        with told_as(ConfigError, f"{key} is {name}, and ", "making it"):
+        with as_user_error(ConfigError, f"{key} is {name}, and ", "making it"):
             found = make()
     elif own and inspect.isroutine(found) and called:
         found = bound(at or key, found, own, whole=False)
@@ -189,7 +189,7 @@ def call_function(
     """
     function = object_of(key, name, parameters=parameters or {}, at=at)
     given = [*map(repr, arguments), *(f"{k}={v!r}" for k, v in (parameters or {}).items())]
-    with told_as(DataError, f"{key}={name}: ", f"calling it with ({', '.join(given)})"):
+    with as_user_error(DataError, f"{key}={name}: ", f"calling it with ({', '.join(given)})"):
         return function(*arguments)
 
 

@@ -34,7 +34,7 @@ from fedraclora.errors import WireError
 from fedraclora.narrow_weight import in_parts, rejoined
 from fedraclora.protocol.coding import NONE
 from fedraclora.protocol.factor import OUTER
-from fedraclora.protocol.named import Named
+from fedraclora.protocol.named import RegisteredByName
 from fedraclora.protocol.quantized import FULL, ROUNDED, decode, encode
 from fedraclora.tree import Tree, below
 
@@ -132,7 +132,7 @@ def _split(value: object, path: str, kind: Any, tensors: Tree, coding: str) -> A
         tensors[path] = encode(value.reshape(-1), [value.numel()], kind, coding=coding)
         return [kind, list(value.shape), str(value.dtype)[6:]]
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        named = {IS: value.known_as()} if isinstance(value, Named) else {}
+        named = {IS: value.known_as()} if isinstance(value, RegisteredByName) else {}
         return named | {
             name: _split(inner, _at(path, name), _kind_of(value, field, kind), tensors, coding)
             for name, field in _fields(type(value)).items()
@@ -193,7 +193,7 @@ def _dataclass(
 
 
 def _member(
-    family: type[Named], plain: Mapping[str, Any], path: str
+    family: type[RegisteredByName], plain: Mapping[str, Any], path: str
 ) -> tuple[type[Any], dict[str, Any]]:
     """Find a member of a family by its name; return it, and its fields."""
     name, said = str(plain.get(IS)), {key: v for key, v in plain.items() if key != IS}
@@ -253,7 +253,7 @@ def _plain(kind: type, value: object) -> Any:
 
 
 def _is_family(option: Any) -> bool:
-    return inspect.isclass(option) and issubclass(option, Named)
+    return inspect.isclass(option) and issubclass(option, RegisteredByName)
 
 
 def _is_object(option: Any, plain: object) -> bool:
@@ -277,7 +277,7 @@ def _is_default(field: dataclasses.Field[Any], value: object) -> bool:
     """Tell whether a field has its default, and is omitted."""
     if field.default_factory is not dataclasses.MISSING:
         return not value and value == field.default_factory()
-    if isinstance(value, Named):
+    if isinstance(value, RegisteredByName):
         return value is field.default
     return isinstance(value, (*PLAIN, tuple, type(None))) and value == field.default
 

@@ -156,7 +156,7 @@ def check_call(key: str, function: Callable[..., object], *given: str, **named: 
 
 
 @contextmanager
-def told_as(
+def as_user_error(
     kind: type[FedRacLoraError],
     before: str,
     what: str,

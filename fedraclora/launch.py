@@ -7,7 +7,7 @@ from datetime import datetime
 from pathlib import Path
 
 from fedraclora.binding import PlainDict, section
-from fedraclora.compose.resume import go_on
+from fedraclora.compose.resume import resume_config
 from fedraclora.config.build import resolved
 from fedraclora.config.run_config import from_plain
 from fedraclora.data.locate import user_path
@@ -50,11 +50,11 @@ def choose(
         raise ConfigError(f"resume={resume!r}: give the folder of a run, auto or null")
     if resume not in {None, "auto"}:
         folder = user_path("resume", resume)
-        return go_on(folder, read_trusted(folder, plain), plain, typed), folder, True
+        return resume_config(folder, read_trusted(folder, plain), plain, typed), folder, True
     plain = resolved_start(resolved(plain))
     folder = run_folder(section(plain, "output"), sweep_job)
     if resume == "auto" and (folder / "config.yaml").is_file():
-        return go_on(folder, read_trusted(folder, plain), plain, None), folder, True
+        return resume_config(folder, read_trusted(folder, plain), plain, None), folder, True
     return plain, folder, False
 
 

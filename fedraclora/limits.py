@@ -85,7 +85,7 @@ class OneOf:
 
 
 @dataclass(frozen=True)
-class Called:
+class ConfigKey:
     """Name the config key of a parameter, if it differs from the parameter's name."""
 
     key: str
@@ -96,19 +96,19 @@ class Called:
 
 
 @dataclass(frozen=True)
-class Composed:
+class HydraDefault:
     """Replace a default in Hydra's composition: a value that Hydra resolves, or null."""
 
     value: str | None = None
 
 
 @dataclass(frozen=True)
-class Later:
+class AddedKey:
     """Mark a key added after the first release; its default keeps old runs reproducible."""
 
 
 @dataclass(frozen=True)
-class TakesObject:
+class AcceptsObject:
     """Mark a key whose value may be a user's object: ``module:name``, in Python the object."""
 
 
@@ -219,11 +219,11 @@ def _number(value: object) -> object:
 
 @functools.cache
 def later_keys(target: Callable[..., object]) -> dict[str, object]:
-    """List the keys that earlier versions lack (`Later`), with their defaults."""
+    """List the keys that earlier versions lack (`AddedKey`), with their defaults."""
     made = {f.name: f.default_factory for f in fields(target)} if is_dataclass(target) else {}
     found = {}
     for key, hint in hints(target).items():
-        if any(isinstance(mark, Later) for mark in getattr(hint, "__metadata__", ())):
+        if any(isinstance(mark, AddedKey) for mark in getattr(hint, "__metadata__", ())):
             given, make = inspect.signature(target).parameters[key].default, made.get(key, MISSING)
             default = given if make is MISSING else make()
             found[key] = list(default) if isinstance(default, tuple) else default

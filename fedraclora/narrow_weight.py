@@ -88,7 +88,7 @@ class QuantisedWeight(torch.Tensor):
         """Rebuild the tensor from the inner tensors, for torch."""
         return cls(inner["codes"], inner["scale"], meta[0], turned=meta[1])
 
-    def remade(self, *, dtype: torch.dtype | None = None, turn: bool = False, **to: Any) -> Self:
+    def converted(self, *, dtype: torch.dtype | None = None, turn: bool = False, **to: Any) -> Self:
         """Copy the tensor with another type, transposed, or moved by ``to``."""
         codes, scale = self.codes.to(**to), self.scale.to(**to)
         return type(self)(codes, scale, dtype or self.dtype, turned=self.turned != turn)
@@ -106,16 +106,16 @@ class QuantisedWeight(torch.Tensor):
         own = args[0] if args and isinstance(args[0], cls) else None
         if own is not None:
             if func in {_aten.detach.default, _aten.alias.default}:
-                return own.remade()
+                return own.converted()
             if func is _aten.clone.default:
-                return own.remade(copy=True)
+                return own.converted(copy=True)
             if func is _aten.t.default or (
                 func is _aten.transpose.int and {d % 2 for d in args[1:]} == {0, 1}
             ):
-                return own.remade(turn=True)
+                return own.converted(turn=True)
             dtype = kwargs.get("dtype") or own.dtype
             if func is _aten._to_copy.default and dtype.is_floating_point:  # noqa: SLF001
-                return own.remade(dtype=dtype, device=kwargs.get("device"))
+                return own.converted(dtype=dtype, device=kwargs.get("device"))
             if func._schema.is_mutable:  # noqa: SLF001
                 raise RuntimeError(f"{func} would write into {own}, which is frozen")
         args, kwargs = tree_map_only(cls, cls.dequantized, (args, kwargs))

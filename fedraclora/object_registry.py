@@ -145,7 +145,7 @@ def object_digest(thing: object) -> str:
     return hashlib.sha256(_told(thing, root, set(), ()).encode()).hexdigest()[:16]
 
 
-def held(thing: object) -> dict[str, str]:
+def attribute_digests(thing: object) -> dict[str, str]:
     """List the digests of an object's attributes, without caches and ``_containers``."""
     root = type(thing).__module__.partition(".")[0]
     kept = {k: v for k, v in getattr(thing, "__dict__", {}).items() if not _is_cached(thing, k)}
@@ -154,12 +154,12 @@ def held(thing: object) -> dict[str, str]:
 
 
 def refuse_changed(key: str, thing: object, before: Mapping[str, str]) -> None:
-    """Refuse an object whose attributes have changed (`held`).
+    """Refuse an object whose attributes have changed (`attribute_digests`).
 
     Raises:
         ConfigError: Naming the attribute.
     """
-    now = held(thing)
+    now = attribute_digests(thing)
     if names := [name for name in {**before, **now} if before.get(name) != now.get(name)]:
         raise ConfigError(
             f"{key}: {type(thing).__name__} has changed its attribute {names[0]!r} in the run. "

@@ -263,13 +263,13 @@ def _refusal(
         if isinstance(value, str) and (choices := _choices(schema)):
             return unknown(key, value, choices)
     limits = beyond is not None and beyond["type"] != "literal_error"
-    said = f"{key}={value!r}: expected {wanted(schema, limits=limits).rstrip(',')}"
+    said = f"{key}={value!r}: expected {expected_values(schema, limits=limits).rstrip(',')}"
     return ConfigError(said + _quoted(key, value, schema))
 
 
 def _missing(kind: str, target: Target, names: Sequence[str]) -> ConfigError:
     """List the missing keys, and the values that they need."""
-    shown = {k: wanted(json_schema(hints(target).get(k, object))) for k in names}
+    shown = {k: expected_values(json_schema(hints(target).get(k, object))) for k in names}
     lines = [f"{path(kind, k)} is missing: expected {text}" for k, text in shown.items()]
     if not of_project(target):  # a key that no page lists, whose type is not described
         of = f"{kind_text(target)} ({place_of(target)})"
@@ -294,7 +294,7 @@ def json_schema(hint: object) -> Schema:
     return found
 
 
-def wanted(schema: Schema, *, limits: bool = False) -> str:
+def expected_values(schema: Schema, *, limits: bool = False) -> str:
     """Describe the values of a type in the terms of a config file, by its JSON Schema.
 
     Args:
@@ -304,14 +304,14 @@ def wanted(schema: Schema, *, limits: bool = False) -> str:
     if limits and "description" in schema:
         return str(schema["description"])
     if options := schema.get("anyOf"):
-        said = [wanted(one, limits=limits) for one in options if one != {"type": "null"}]
+        said = [expected_values(one, limits=limits) for one in options if one != {"type": "null"}]
         null = (", or null," if limits else " or null") if {"type": "null"} in options else ""
         return " or ".join(dict.fromkeys(said)) + null
     if choices := _choices(schema):
         return f"one of {', '.join(choices)}"
     kind = schema.get("type")
     if kind == "array":
-        return f"a list of {wanted(schema.get('items', {}), limits=limits)}, in brackets,"
+        return f"a list of {expected_values(schema.get('items', {}), limits=limits)}, in brackets,"
     if kind == "object":
         return "a mapping"
     bounds = _bounds(schema) if limits else ""

@@ -107,7 +107,7 @@ def _within(module: str, package: str) -> bool:
 
 
 @contextmanager
-def only_said(words: Iterable[str]) -> Iterator[None]:
+def restricted_imports(words: Iterable[str]) -> Iterator[None]:
     """Restrict imports inside to names in these texts, in those of `allow`, and trusted ones."""
     global _SAID  # noqa: PLW0603  of a command, whose process and threads it holds for
     before, _SAID = _SAID, [*words]
@@ -118,12 +118,12 @@ def only_said(words: Iterable[str]) -> Iterator[None]:
 
 
 def allow(text: str) -> None:
-    """Add a user's text to those that `only_said` accepts."""
+    """Add a user's text to those that `restricted_imports` accepts."""
     if _SAID is not None:
         _SAID.append(text)
 
 
-def is_said(name: str, texts: Iterable[str]) -> bool:
+def contains_name(name: str, texts: Iterable[str]) -> bool:
     """Check whether one of some texts contains a name as a whole, not as a part of a path."""
     whole = re.compile(rf"(?<![\w./]){re.escape(name)}(?![\w/])")
     return any(whole.search(text) for text in texts)
@@ -184,7 +184,7 @@ def refuse_unsaid(where: object, names: Mapping[str, str], own: Iterable[str] = 
     strange = {
         key: name
         for key, name in names.items()
-        if not (name in known or trusts(name) or is_said(name, _SAID or ()))
+        if not (name in known or trusts(name) or contains_name(name, _SAID or ()))
     }
     if not strange:
         return
@@ -220,7 +220,7 @@ def refuse_place(key: str, name: str) -> None:
     module = name.partition(":")[0]
     if trusts(name):
         return
-    if _SAID is not None and not is_said(name, _SAID):
+    if _SAID is not None and not contains_name(name, _SAID):
         refuse_unsaid("a file", {key: name})
     if any(_within(module, package) for package in PACKAGES):
         return

@@ -12,7 +12,7 @@ from torch import nn
 from fedraclora.aggregation.base import AggregationContext
 from fedraclora.engines.base import Grid, Traffic
 from fedraclora.errors import ClientError, ConfigError, DivergenceError, RoundLostError
-from fedraclora.imports import told_as
+from fedraclora.imports import as_user_error
 from fedraclora.protocol.cohorts import client_weights
 from fedraclora.protocol.method import Cohort, RoundInstructions, State
 from fedraclora.protocol.uplinks import Uplinks, calmer
@@ -158,18 +158,18 @@ class FedStrategy:
         watch, round_ = cost.watch, exchange.round_
         while True:
             try:
-                raw, got = self._exchanged(send, exchange, cost, grid.traffic)
+                raw, uplinks = self._exchanged(send, exchange, cost, grid.traffic)
             except RoundLostError as lost:
                 if not self.loop.untrusted:
                     raise
                 self._give_up(exchange, grid, str(lost), cost)
                 return
-            again = self.method.next_exchange(self.state, exchange.downlink, got)
+            again = self.method.next_exchange(self.state, exchange.downlink, uplinks)
             if again is None:
                 break
             exchange = self._exchange_of(again, exchange.survivors(), round_, exchange)
-        after = self._sound(exchange, raw, got)
-        columns = self.steps.columns(exchange, got)
+        after = self._sound(exchange, raw, uplinks)
+        columns = self.steps.columns(exchange, uplinks)
         # Only now: after a failed round clients must not count as caught up.
         cost.fetch(self.catch_up, exchange, taken_traffic(grid))
         self._close(exchange, after)
@@ -186,8 +186,8 @@ class FedStrategy:
             row |= {"asked": len(exchange.first.asked), "dropped": dropped, **self.devices.clock}
         for extra in (*self.local.added, exchange.downlink.program):
             name = self.local.name_of(extra)
-            with told_as(ConfigError, f"{name}: ", "computing its columns of the ledger"):
-                row = joined(row, extra.columns(exchange.downlink, got), name)
+            with as_user_error(ConfigError, f"{name}: ", "computing its columns of the ledger"):
+                row = joined(row, extra.columns(exchange.downlink, uplinks), name)
         self.recorder.link(round_, self.state)
         watch.lap("write")
         self._write(self.steps.added(row, columns), step, watch, grid)
@@ -225,31 +225,31 @@ class FedStrategy:
     def _setting(self, exchange: Exchange) -> AggregationContext:
         return AggregationContext(exchange.downlink, exchange.round_, self.draw, self.state.base)
 
-    def _treated(self, got: Uplinks, exchange: Exchange) -> Uplinks:
-        return self.steps.treat(got, self._setting(exchange))
+    def _treated(self, uplinks: Uplinks, exchange: Exchange) -> Uplinks:
+        return self.steps.treat(uplinks, self._setting(exchange))
 
-    def _next(self, exchange: Exchange, got: Uplinks) -> State:
+    def _next(self, exchange: Exchange, uplinks: Uplinks) -> State:
         """Compute the method's next state; nothing is stored yet."""
 
-        def own(got: Uplinks) -> State:
-            after = self.method.close_round(self.state, exchange.downlink, got)
+        def own(uplinks: Uplinks) -> State:
+            after = self.method.close_round(self.state, exchange.downlink, uplinks)
             return hold_to_traits(self.method, self.state, after, exchange.downlink)
 
-        return self.steps.close(own, self.state, exchange, got)
+        return self.steps.close(own, self.state, exchange, uplinks)
 
-    def _sound(self, exchange: Exchange, raw: Uplinks, got: Uplinks) -> State:
+    def _sound(self, exchange: Exchange, raw: Uplinks, uplinks: Uplinks) -> State:
         """Compute the next state, and check that it is finite: if not, a client has failed.
 
         Args:
             exchange: The round's last exchange.
             raw: The raw updates.
-            got: The updates after all steps.
+            uplinks: The updates after all steps.
 
         Raises:
             ClientError: Naming the client with the largest update, if it may not be left out; a
                 DivergenceError if no client can be named.
         """
-        after = self._next(exchange, got)
+        after = self._next(exchange, uplinks)
         while names := overflowing(after, self.state):
             what = f"the merged weights are too large ({', '.join(names[:3])})"
             found = (

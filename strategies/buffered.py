@@ -87,17 +87,17 @@ class BufferedStrategy(FedStrategy):
         waiting = read_batches(self.state)
         flying = (*(f for batch in waiting.batches for f in batch.flights), *waiting.lost)
         space = AsyncClock(devices.system, devices.seed, round_, loop.clients, loop.cohort, load)
-        return space.fly(devices.now, flying, devices.system.buffer or 1)
+        return space.advance_round(devices.now, flying, devices.system.buffer or 1)
 
     @override
-    def _next(self, exchange: Exchange, got: Uplinks) -> State:
+    def _next(self, exchange: Exchange, uplinks: Uplinks) -> State:
         """Merge the replies that have arrived; keep the others for later rounds."""
         leg, before = self._leg, self.state
         if leg is None:
             raise ConfigError("replies came before a round was opened")
         batches = [*read_batches(before).batches]
-        if len(got.clients):
-            batches.append(batch_of(got, exchange.downlink, before.base, leg.started))
+        if len(uplinks.clients):
+            batches.append(batch_of(uplinks, exchange.downlink, before.base, leg.started))
         landed, flying = frozenset(leg.landed), frozenset(leg.flying)
         landed_batches = [part for b in batches if (part := b.select(landed)).flights]
         after = replace(before, link=None, report={}, notes=())
@@ -108,7 +108,7 @@ class BufferedStrategy(FedStrategy):
                     self.method, before, landed_batches, exchange.downlink, exchange.round_
                 )
 
-            after = self.steps.close(merged, before, exchange, got)
+            after = self.steps.close(merged, before, exchange, uplinks)
         waiting = [batch.select(flying) for batch in batches]
         lost = tuple(sorted(f for f in flying if f.lost))
         kept = {n: m for n, m in after.moments.items() if not n.startswith(PREFIX)}
@@ -152,21 +152,21 @@ class Batch:
 
 
 def batch_of(
-    got: Uplinks, sent: RoundInstructions, base: Tree, started: tuple[PendingClient, ...]
+    uplinks: Uplinks, sent: RoundInstructions, base: Tree, started: tuple[PendingClient, ...]
 ) -> Batch:
     """Build a batch from the replies of a round, of all clients that will reply.
 
     Args:
-        got: Their updates.
+        uplinks: Their updates.
         sent: Their instructions.
         base: The base weights of their start.
         started: The clients that started in the round; those whose training failed are left out.
     """
-    start = opening_rows(sent, base, got.layout, torch.arange(len(got.clients)))
+    start = opening_rows(sent, base, uplinks.layout, torch.arange(len(uplinks.clients)))
     own = {f.client: f for f in started if not f.lost}
-    flights = tuple(own[client] for client in got.clients.tolist())
-    rows = got.rows().cpu()
-    return Batch(flights[0].round_, sent, flights, rows - start.to(rows), got.weights)
+    flights = tuple(own[client] for client in uplinks.clients.tolist())
+    rows = uplinks.rows().cpu()
+    return Batch(flights[0].round_, sent, flights, rows - start.to(rows), uplinks.weights)
 
 
 @dataclass(frozen=True)
@@ -265,5 +265,5 @@ def _closed(
     start = opening_rows(sent, state.base, layout, torch.arange(1))
     clients = torch.tensor([f.client for b in group for f in b.flights])
     mean = start + weighted_sum(rows, weights) / total
-    got = Uplinks(clients, weights, layout, summed=mean, denominator=1.0)
-    return hold_to_traits(method, state, method.close_round(state, sent, got), sent)
+    uplinks = Uplinks(clients, weights, layout, summed=mean, denominator=1.0)
+    return hold_to_traits(method, state, method.close_round(state, sent, uplinks), sent)

@@ -13,7 +13,7 @@ from typing_extensions import override
 from fedraclora.binding import OWN_GROUPS, object_of, section
 from fedraclora.clients.engines import engine_of, in_process
 from fedraclora.compatibility import Features, refuse
-from fedraclora.config.build import BuiltTask, answering_of, build_task, measured_samples
+from fedraclora.config.build import PreparedTask, answering_of, build_task, measured_samples
 from fedraclora.config.builder import TaskBuilder
 from fedraclora.config.run_config import RunConfig
 from fedraclora.config.unread import config_parts
@@ -39,12 +39,12 @@ from fedraclora.run.recorder import RunRecorder, resolved_setting
 from fedraclora.strategies.server.callbacks import (
     Evaluate,
     Stopping,
-    Undefined,
+    UndefinedMetricsLog,
     own_callbacks,
     unchanged,
 )
 from fedraclora.strategies.server.loop import LoopConfig, loop_of
-from fedraclora.strategies.server.measuring import Measuring
+from fedraclora.strategies.server.measuring import EvaluationPlan
 from fedraclora.strategies.server.round_step import RoundStep, Sizes, step_name, step_of, steps_of
 from fedraclora.strategies.start import begin_from
 from fedraclora.strategies.steps import round_steps
@@ -115,7 +115,7 @@ class RunBuilder(TaskBuilder, RoundsBuilder):  # type: ignore[override]
 
     @cached_property
     @override
-    def built(self) -> BuiltTask:
+    def built(self) -> PreparedTask:
         self.fix_bits()
         built = build_task(self.config)
         if not self.resume and (start := begin_from(self.config, built.task.model)):
@@ -137,9 +137,9 @@ class RunBuilder(TaskBuilder, RoundsBuilder):  # type: ignore[override]
 
     @cached_property
     @override
-    def measuring(self) -> Measuring | None:
+    def measuring(self) -> EvaluationPlan | None:
         noisy = isinstance(self.config.privacy, ClientLevel)
-        return Measuring.of(self.config.evaluate, self.task, noisy=noisy)
+        return EvaluationPlan.of(self.config.evaluate, self.task, noisy=noisy)
 
     @cached_property
     @override
@@ -299,12 +299,12 @@ def watching(
     config: RunConfig,
     task: Task,
     measure: Callable[[str], Measure],
-    measuring: Measuring | None,
+    measuring: EvaluationPlan | None,
 ) -> list[Callback]:
     """List the callbacks that evaluate a run and may end it early."""
     split, found = config.evaluate.split, list[Callback]()
     samples = measured_samples(task, split)
-    found.append(Undefined(samples.target))
+    found.append(UndefinedMetricsLog(samples.target))
     if len(samples):
         answering = answering_of(config.evaluate, task, samples)
         found.append(Evaluate(measure(split), answering, config.rounds))

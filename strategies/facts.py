@@ -46,7 +46,7 @@ def facts_of(run: RunBuilder) -> Facts:
         "tests": len(task.test),
         "chunk": {**run.chunk.record(), "device": run.chunk.device},
         "workers": run.grid.workers,
-        "engine": run.grid.told,
+        "engine": run.grid.facts,
         "state": [] if run.recorder.ledger.rows else [*run.strategy.state.notes],
     }
 
@@ -57,7 +57,7 @@ def mean_floats(run: RunBuilder, rounds: int) -> tuple[float, float]:
     They differ from round to round where a first round begins from seeds, or factors take turns.
     """
     strategy = run.strategy
-    method, state = strategy.method.in_force(strategy.state)
+    method, state = strategy.method.in_effect(strategy.state)
     each = [method.floats(state.plan, round_) for round_ in range(1, max(1, rounds) + 1)]
     means = [sum(numbers) / len(each) for numbers in zip(*each, strict=True)]
     up, down = (int(mean) if mean == int(mean) else round(mean, 1) for mean in means)
@@ -80,7 +80,7 @@ def learning_facts(run: RunBuilder) -> Facts:
         "clients_could_measure": not task.train.opaque,
         "optimizer": optimizer_facts(config),
         "trained": asdict(run.trained),
-        "found_rate": None if run.found is None else run.found.told,
+        "found_rate": None if run.found is None else run.found.description,
     }
 
 

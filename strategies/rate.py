@@ -18,7 +18,7 @@ from statistics import median
 
 import torch
 
-from fedraclora.config.build import BuiltTask, plan_of
+from fedraclora.config.build import PreparedTask, plan_of
 from fedraclora.config.run_config import RunConfig
 from fedraclora.protocol.method import Draw, RoundInstructions, first_instructions
 from fedraclora.strategies.wrappers import method_of
@@ -30,8 +30,8 @@ FITTED = {"adamw": {"B": 55.0, "A": 55.0, "BA": 27.5}, "sgd": {"B": 1.1, "A": 0.
 NARROWEST = 96  # of the layers that c was fitted to: narrower ones would have huge rates
 
 
-def rule_rate(config: RunConfig, built: BuiltTask) -> float | None:
-    """Compute the rate of the rule for a run of a task; None if the rule does not cover it."""
+def rule_rate(config: RunConfig, built: PreparedTask) -> float | None:
+    """Compute the rate of the rule for a run of a task; None if it does not know such a run."""
     local = config.local
     # SGD's rates follow the scale of gradients, which that of a cross-entropy bounds.
     unbounded = local.optimizer == "sgd" and built.task.loss == "squared_error"
@@ -52,7 +52,7 @@ def is_known(local: LocalConfig) -> bool:
     return plain and local.optimizer in FITTED
 
 
-def steps_of(local: LocalConfig, built: BuiltTask) -> float:
+def steps_of(local: LocalConfig, built: PreparedTask) -> float:
     """Count the local steps of a round, as the mean over clients."""
     if local.steps is not None:
         return local.steps

@@ -38,7 +38,7 @@ from fedraclora.run.ledger import number
 from fedraclora.run.recorder import RunRecorder
 from fedraclora.strategies.builder import RunBuilder
 from fedraclora.strategies.rate import rule_rate
-from fedraclora.strategies.server.measuring import Measuring
+from fedraclora.strategies.server.measuring import EvaluationPlan
 
 STEP = 10**0.5  # between neighbors of the ladder
 WIDTH = 8  # rates on either side of the first: four decades
@@ -119,7 +119,7 @@ class Probe(RunBuilder):
 
     @cached_property
     @override
-    def measuring(self) -> Measuring | None:
+    def measuring(self) -> EvaluationPlan | None:
         return None
 
     @cached_property

@@ -19,7 +19,7 @@ from fedraclora.binding import section
 from fedraclora.config.build import answering_of, measured_samples
 from fedraclora.config.builder import TaskBuilder
 from fedraclora.config.run_config import RunConfig
-from fedraclora.data.dataset import Read
+from fedraclora.data.dataset import EncodedSamples
 from fedraclora.data.locate import user_path
 from fedraclora.errors import ConfigError, DataError
 from fedraclora.evaluation.choices import measure_of
@@ -207,7 +207,9 @@ class RunResult:
         index = getattr(data, "index", None)
         return frame.set_axis(index) if isinstance(index, pd.Index) else frame
 
-    def read(self, data: object, *, target: str | None = None, measured: bool = True) -> Read:
+    def read(
+        self, data: object, *, target: str | None = None, measured: bool = True
+    ) -> EncodedSamples:
         """Encode samples as the run encoded its own: columns, classes, scale, tokens, template.
 
         Args:
@@ -227,7 +229,7 @@ class RunResult:
             ConfigError: If the run has no such samples, or a column is missing.
             DataError: If the samples have another form than the run's.
         """
-        if isinstance(data, Read):
+        if isinstance(data, EncodedSamples):
             return data
         built = self.builder.built
         if isinstance(data, str) and data in SPLITS:
@@ -237,7 +239,7 @@ class RunResult:
                     "the run has no test samples, so the server cannot evaluate. Pass a file "
                     "or samples; run.rows has the metrics that clients measured, if any"
                 )
-            return Read(samples, np.arange(len(samples)), len(samples))
+            return EncodedSamples(samples, np.arange(len(samples)), len(samples))
         if isinstance(data, str | Path):
             data = user_path("data", data)
             if not data.is_file():
@@ -249,7 +251,7 @@ class RunResult:
         named = {"label": target, "column": target} if target is not None else {}
         if named := {key: name for key, name in named.items() if hasattr(reader, key)}:
             reader = replace(reader, **named)
-        read: Read = reader(data, built.task.reading, target=measured)
+        read: EncodedSamples = reader(data, built.task.reading, target=measured)
         # token ids that the server has not seen
         wanted = built.task.test.inputs or read.samples.inputs
         own = next(iter(wanted.values())).dtype

@@ -14,21 +14,21 @@ from pathlib import Path
 from typing_extensions import override
 
 from fedraclora.binding import section
-from fedraclora.config.build import BuiltTask
+from fedraclora.config.build import PreparedTask
 from fedraclora.config.builder import TaskBuilder
 from fedraclora.config.run_config import RunConfig
 from fedraclora.data.partition import spread_clients
 from fedraclora.errors import DivergenceError
 from fedraclora.evaluation.metrics import lower_of
 from fedraclora.loggers import logging_to
-from fedraclora.run.callback import Begin, Callback
+from fedraclora.run.callback import Callback, RunStart
 from fedraclora.run.digests import check_data, located
 from fedraclora.run.folder import (
-    alone,
     amend,
     begin_folder,
     has_checkpoint,
     is_finished,
+    locked_folder,
     new_folder,
     read_config,
     read_summary,
@@ -83,7 +83,7 @@ class StoredTask(TaskBuilder):
 
     @cached_property
     @override
-    def built(self) -> BuiltTask:
+    def built(self) -> PreparedTask:
         check_data(self.folder, self.config.data.group)  # other data could have other scales
         return super().built
 
@@ -108,7 +108,7 @@ def execute(run: RunBuilder, *watching: Callback) -> RunResult:
     with ExitStack() as stack:
         reached = 0
         if folder is not None:
-            held = alone if resume else new_folder
+            held = locked_folder if resume else new_folder
             stack.enter_context(held(folder, shared=config.output.shared))
         stack.enter_context(logged(folder))
         if resume and folder is not None:
@@ -129,7 +129,7 @@ def execute(run: RunBuilder, *watching: Callback) -> RunResult:
             run.recorder.incidents.append(f"the run {again}")
         before = math.fsum(map(round_seconds, run.recorder.ledger.rows))
         stack.enter_context(stopping_noted(run, folder))
-        begin = Begin(config.title, plain, folder, done, facts_of(run))
+        begin = RunStart(config.title, plain, folder, done, facts_of(run))
         run.strategy.callbacks.begin(begin)
         run.start()
     summary = summarize(run, before + time.perf_counter() - began)
@@ -175,7 +175,7 @@ def stopping_noted(run: RunBuilder, folder: Path | None) -> Iterator[None]:
         try:
             note_stop(folder, run.strategy.done, error)
             if isinstance(error, DivergenceError) and not run.config.local.is_own:
-                error.add_note(way_on(run, folder))
+                error.add_note(recovery_hint(run, folder))
             if run.config.output.plots:
                 draw(run, folder)
         except Exception as second:  # must not hide the first error
@@ -183,7 +183,7 @@ def stopping_noted(run: RunBuilder, folder: Path | None) -> Iterator[None]:
         raise
 
 
-def way_on(run: RunBuilder, folder: Path) -> str:
+def recovery_hint(run: RunBuilder, folder: Path) -> str:
     """Say how a run that diverged can go on from its last good round."""
     rate = float(f"{run.config.local.step_size / STEP:.2g}")
     kept = checkpoint_meta(folder).get("round")

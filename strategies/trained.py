@@ -28,7 +28,7 @@ from fedraclora.run.folder import provenance
 from fedraclora.run.rebuild import state_at
 from fedraclora.strategies.shared.layerwise import LayerMethod
 from fedraclora.strategies.wrappers import method_of
-from fedraclora.strategies.wrappers.around import Around
+from fedraclora.strategies.wrappers.around import MethodWrapper
 from fedraclora.strategies.wrappers.dora import Dora
 from fedraclora.tree import Tree, digest
 from fedraclora.weights.chain import read_link
@@ -129,7 +129,7 @@ def _from_start(
 
 def _current_update(method: Method, state: State, draw: Draw) -> Link | None:
     """Give what a method adds to the base for its weights; None: it does not say."""
-    if isinstance(method, Around):
+    if isinstance(method, MethodWrapper):
         return _current_update(*method.at(state), draw)
     if type(method).weights is Method.weights:
         return Link()
@@ -149,7 +149,7 @@ def _collect(known: Known, link: Link, plan: Plan, past: Tree) -> None:
     """
     for part in link.parts():
         for name, term in part.terms.items():
-            first, *rest = matrices(term.beside(past.get(past_name(name))))
+            first, *rest = matrices(term.with_past(past.get(past_name(name))))
             if term.kept is not None:
                 past[past_name(name)] = term.kept
             if not rest:

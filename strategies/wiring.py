@@ -25,7 +25,7 @@ from fedraclora.strategies.base import FedStrategy
 from fedraclora.strategies.buffered import BufferedStrategy
 from fedraclora.strategies.server.device_simulator import DeviceSimulator
 from fedraclora.strategies.server.loop import LoopConfig
-from fedraclora.strategies.server.measuring import Measuring
+from fedraclora.strategies.server.measuring import EvaluationPlan
 from fedraclora.strategies.server.round_step import RoundStep, RunContext, Sizes
 from fedraclora.strategies.steps import round_steps
 from fedraclora.training.cohort import CohortTrainer
@@ -119,7 +119,7 @@ class RoundsBuilder:
         return ()
 
     @cached_property
-    def measuring(self) -> Measuring | None:
+    def measuring(self) -> EvaluationPlan | None:
         """Return which clients measure on their own samples, and when; None: none."""
         return None
 

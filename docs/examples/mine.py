@@ -13,7 +13,7 @@ import fedraclora
 from fedraclora import ClientProgram, RoundStep
 from fedraclora.attacks import Attack
 from fedraclora.protocol.method import Traits
-from fedraclora.protocol.program import When
+from fedraclora.protocol.program import GradientStage
 from fedraclora.strategies.shared.layerwise import LayerMethod, LayerUpdate
 
 
@@ -69,14 +69,14 @@ class Decay(ClientProgram):
         def pull(gradients, values):
             return {name: gradients[name] + self.rate * values[name] for name in gradients}
 
-        return {When.LOSS: pull}
+        return {GradientStage.LOSS: pull}
 
 
 class Asked(RoundStep):
     def __init__(self, unit: int = 1):
         self.unit = unit
 
-    def columns(self, exchange, got):
+    def columns(self, exchange, uplinks):
         return {"asked_clients": len(exchange.first.cohort.clients) / self.unit}
 
 

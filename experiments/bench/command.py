@@ -37,7 +37,7 @@ from fedraclora.clients.worker import answer_of
 from fedraclora.compose.words import key_values
 from fedraclora.config.build import fix_bits, pick_device
 from fedraclora.config.run_config import DEVICES
-from fedraclora.data.clients import Partitioned
+from fedraclora.data.clients import PartitionedData
 from fedraclora.data.task import cross_entropy, cross_entropy_slope, forward
 from fedraclora.errors import ConfigError, EngineError, FedRacLoraError, unknown
 from fedraclora.experiments.bench.launch import interpreter, run_peer
@@ -300,7 +300,7 @@ STATIONS: tuple[tuple[str, tuple[Callable[..., object], ...]], ...] = (
     ("  train", (CohortTrainer.train,)),
     ("    schedule", (Schedule.of,)),
     ("    sketch, start values", (materialize,)),
-    ("    gather samples", (Partitioned.gather,)),
+    ("    gather samples", (PartitionedData.gather,)),
     ("    forward", (FeedForward.forward, cross_entropy_slope, forward, cross_entropy)),
     ("    backward", (FeedForward.backward, torch.autograd.grad)),
     ("    optimizer", (CohortOptimizer.step,)),

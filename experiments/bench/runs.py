@@ -23,7 +23,7 @@ from fedraclora.run.ledger import Ledger
 from fedraclora.run.recorder import RunRecorder
 from fedraclora.strategies.methods.fed_rac_lora import FedRacLora
 from fedraclora.strategies.methods.fedavg import FedAvg
-from fedraclora.strategies.server.callbacks import AfterRound
+from fedraclora.strategies.server.callbacks import RowCallback
 from fedraclora.strategies.server.loop import LoopConfig
 from fedraclora.strategies.wiring import RoundsBuilder
 from fedraclora.training.chunking import plan_chunk
@@ -180,7 +180,7 @@ def federated_row(
         if not recorder.ledger.rows:
             run.start(0)  # writes row 0
         # At the ledger row: the rest of `start` is done once a run, not once a round.
-        run.strategy.callbacks.list[:] = [AfterRound(end)]
+        run.strategy.callbacks.list[:] = [RowCallback(end)]
         laps.begin()
         run.start(run.strategy.done + 1)
 

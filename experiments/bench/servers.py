@@ -61,11 +61,11 @@ def row(name: str, method: Method, size: int, clients: int) -> dict[str, object]
     state = method.initial_state({"w": torch.from_numpy(weight)}, plan, Draw(0))
     first = time.process_time() - started
     state = method.close_round(state, *replies(method, state, 1, cohort))
-    sent, got = replies(method, state, 2, cohort)
+    sent, uplinks = replies(method, state, 2, cohort)
     seconds, after = [], state
     for _ in range(TIMES):
         started = time.process_time()
-        after = method.close_round(state, sent, got)
+        after = method.close_round(state, sent, uplinks)
         seconds.append(time.process_time() - started)
     up, down = method.floats(plan, 2)
     terms = {} if after.link is None else after.link.terms

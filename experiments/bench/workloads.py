@@ -19,7 +19,7 @@ import torch
 import yaml
 from torch import nn
 
-from fedraclora.data.clients import ClientData, Partitioned
+from fedraclora.data.clients import ClientData, PartitionedData
 from fedraclora.data.locate import package_path
 from fedraclora.data.own_loss import IGNORED_TOKEN
 from fedraclora.data.samples import Samples
@@ -128,12 +128,12 @@ class Case:
         return replace(self, workload=replace(self.workload, clients=clients))
 
 
-def divided(samples: Samples, clients: int) -> Partitioned:
+def divided(samples: Samples, clients: int) -> PartitionedData:
     """Divide samples evenly among clients, in the order of the samples."""
-    return Partitioned.of(samples, np.split(np.arange(len(samples)), clients))
+    return PartitionedData.of(samples, np.split(np.arange(len(samples)), clients))
 
 
-def vectors(width: int, classes: int, clients: int, each: int) -> Partitioned:
+def vectors(width: int, classes: int, clients: int, each: int) -> PartitionedData:
     """Make non-IID data: each client's inputs are shifted its own way, labels are noisy.
 
     Args:
@@ -153,7 +153,7 @@ def vectors(width: int, classes: int, clients: int, each: int) -> Partitioned:
     return divided(Samples({"x": inputs}, target), clients)
 
 
-def tokens(vocabulary: int, length: int, classes: int, clients: int, each: int) -> Partitioned:
+def tokens(vocabulary: int, length: int, classes: int, clients: int, each: int) -> PartitionedData:
     """Make token ids and labels, all of them uniform."""
     draw = generator(0, "bench", "tokens")
     ids = torch.from_numpy(draw.integers(0, vocabulary, (clients * each, length)))
@@ -163,7 +163,7 @@ def tokens(vocabulary: int, length: int, classes: int, clients: int, each: int) 
 
 def texts(
     vocabulary: int, length: int, classes: int | None, clients: int, each: int
-) -> Partitioned:
+) -> PartitionedData:
     """Make texts of a quarter of ``length`` to all of it, padded, of uniform tokens.
 
     Args:

@@ -26,7 +26,7 @@ import torch
 from torch import nn
 from typing_extensions import override
 
-from fedraclora.data.clients import Partitioned
+from fedraclora.data.clients import PartitionedData
 from fedraclora.data.samples import Samples
 from fedraclora.data.task import Task
 from fedraclora.errors import ClientError
@@ -74,7 +74,7 @@ def quadratic() -> Task:
     scales = (2 * SIZE * M).sqrt().mT
     x = torch.cat([torch.eye(SIZE, dtype=torch.float64), scales], dim=1)
     samples = Samples({"x": x}, -SIZE / scales)
-    data = Partitioned.of(samples, [np.arange(SIZE)])
+    data = PartitionedData.of(samples, [np.arange(SIZE)])
     return Task(Weighted().double(), (), "squared_error", ("loss",), data, samples)
 
 
@@ -104,7 +104,7 @@ def noisy() -> Task:
     """Build the two samples, y = SIGMA and -SIGMA; a step sees one of them."""
     x = torch.eye(SIZE, dtype=torch.float64).expand(2, -1, -1)
     samples = Samples({"x": x}, torch.tensor([SIGMA, -SIGMA], dtype=torch.float64))
-    data = Partitioned.of(samples, [np.arange(2)])
+    data = PartitionedData.of(samples, [np.arange(2)])
     layer = nn.Linear(SIZE, SIZE, bias=False)
     layer.weight.data = torch.diag(torch.tensor([0.0] + [1.0] * (SIZE - 1)))
     model = nn.Sequential(OrderedDict(fc1=layer)).double()

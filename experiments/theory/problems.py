@@ -17,7 +17,7 @@ import torch
 import yaml
 
 from fedraclora.clients.engines import in_process
-from fedraclora.data.clients import Partitioned
+from fedraclora.data.clients import PartitionedData
 from fedraclora.data.dataset import DataSet
 from fedraclora.data.samples import Samples
 from fedraclora.data.sources.synthetic import least_squares, logistic_regression
@@ -150,7 +150,7 @@ class Problem:
         The gradient of sample i is ``e_i x_i^T`` with the slope e_i of its loss, so its squared
         norm is ``||e_i||^2 ||x_i||^2`` and none is formed.
         """
-        data = cast(Partitioned, self.task.train)
+        data = cast(PartitionedData, self.task.train)
         x = data.samples.inputs["x"]
         losses, slope = SLOPES[self.task.loss](x @ weights[WEIGHT].mT, data.samples.target)
         slope = slope.reshape(self.clients, -1, weights[WEIGHT].shape[0])
@@ -176,7 +176,7 @@ def from_data(data: DataSet, clients: int) -> Problem:
         next(model.parameters()).zero_()
     x = data.train.inputs["x"]
     rows = np.split(np.arange(len(x)), clients)
-    train = Partitioned.of(data.train, rows)
+    train = PartitionedData.of(data.train, rows)
     task = Task(model, (), data.loss, data.metrics, train, data.test, optimum=data.optimum)
     bend = 1.0 if data.loss == "squared_error" else 0.25  # greatest second derivative of the loss
     by_client = x.reshape(clients, -1, x.shape[1])

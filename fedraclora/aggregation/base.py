@@ -32,10 +32,10 @@ class AggregationContext:
     base: Tree = field(default_factory=dict)
 
 
-def starts(setting: AggregationContext, got: Uplinks) -> torch.Tensor:
+def starts(setting: AggregationContext, uplinks: Uplinks) -> torch.Tensor:
     """Return the values from which clients started their uploads; see `opening_rows`."""
-    places = torch.arange(len(got.clients)) if got.places is None else got.places
-    return opening_rows(setting.sent, setting.base, got.layout, places)
+    places = torch.arange(len(uplinks.clients)) if uplinks.places is None else uplinks.places
+    return opening_rows(setting.sent, setting.base, uplinks.layout, places)
 
 
 class Aggregator(Limited, group="aggregator"):
@@ -61,7 +61,7 @@ class Aggregator(Limited, group="aggregator"):
         """
 
     @abstractmethod
-    def __call__(self, got: Uplinks, setting: AggregationContext) -> Uplinks:
+    def __call__(self, uplinks: Uplinks, setting: AggregationContext) -> Uplinks:
         """Turn the clients' uploads into the method's input."""
 
     @Feature("an aggregator other than mean", instead="aggregator=mean")
@@ -105,8 +105,8 @@ class Mean(Aggregator):
     individuals: ClassVar[bool] = False
 
     @override
-    def __call__(self, got: Uplinks, setting: AggregationContext) -> Uplinks:
-        return got
+    def __call__(self, uplinks: Uplinks, setting: AggregationContext) -> Uplinks:
+        return uplinks
 
     @override
     def _rule(self) -> str:
@@ -122,19 +122,19 @@ class Total(Aggregator):
     estimates: ClassVar[bool] = True
 
     @override
-    def __call__(self, got: Uplinks, setting: AggregationContext) -> Uplinks:
-        if got.stacked is None:
-            return got
-        return replace(got, stacked=None, summed=got.sum())
+    def __call__(self, uplinks: Uplinks, setting: AggregationContext) -> Uplinks:
+        if uplinks.stacked is None:
+            return uplinks
+        return replace(uplinks, stacked=None, summed=uplinks.sum())
 
 
-def rows_of(got: Uplinks) -> torch.Tensor:
+def rows_of(uplinks: Uplinks) -> torch.Tensor:
     """Stack the uploads of each client, float64 [K, P].
 
     Raises:
         ShapeError: If only the sum is known.
     """
-    return got.rows().double().cpu()
+    return uplinks.rows().double().cpu()
 
 
 mean = Mean()

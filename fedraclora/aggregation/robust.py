@@ -147,8 +147,10 @@ class Estimate(Aggregator):
         self.estimate(torch.zeros(cohort, 1, dtype=torch.float64))
 
     @override
-    def __call__(self, got: Uplinks, setting: AggregationContext) -> Uplinks:
-        return replace(got, stacked=None, summed=self.estimate(rows_of(got)) * got.total)
+    def __call__(self, uplinks: Uplinks, setting: AggregationContext) -> Uplinks:
+        return replace(
+            uplinks, stacked=None, summed=self.estimate(rows_of(uplinks)) * uplinks.total
+        )
 
 
 @dataclass(frozen=True)
@@ -243,12 +245,12 @@ class MultiKrum(Aggregator):
         self.choose(torch.zeros(cohort, 1, dtype=torch.float64))
 
     @override
-    def __call__(self, got: Uplinks, setting: AggregationContext) -> Uplinks:
-        kept = self.choose(rows_of(got))
+    def __call__(self, uplinks: Uplinks, setting: AggregationContext) -> Uplinks:
+        kept = self.choose(rows_of(uplinks))
         # A weight of 0 excludes a client but keeps its position, which a stacked method may need.
-        weights = torch.zeros_like(got.weights)
+        weights = torch.zeros_like(uplinks.weights)
         weights[kept] = 1.0
-        return replace(got, weights=weights)
+        return replace(uplinks, weights=weights)
 
 
 @dataclass(frozen=True)
@@ -276,8 +278,10 @@ class NormBound(Aggregator):
     bound: Positive = 1.0
 
     @override
-    def __call__(self, got: Uplinks, setting: AggregationContext) -> Uplinks:
-        return replace(got, stacked=shortened(rows_of(got), starts(setting, got), self.bound))
+    def __call__(self, uplinks: Uplinks, setting: AggregationContext) -> Uplinks:
+        return replace(
+            uplinks, stacked=shortened(rows_of(uplinks), starts(setting, uplinks), self.bound)
+        )
 
 
 AGGREGATORS: dict[str, type[Aggregator]] = {

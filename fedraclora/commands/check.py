@@ -60,7 +60,7 @@ ADVICE: dict[type[BaseException], str] = {
 }
 
 
-class Looks:
+class Checklist:
     """Prints a line for each look; ``failed`` is the status of the command."""
 
     def __init__(self) -> None:
@@ -97,7 +97,7 @@ class Looks:
 
 def check_run(run: RunBuilder, connection: Connection | None, file: str | None) -> int:
     """Check what an operator can: a run that is composed, and who is connected; write ``file``."""
-    look, config = Looks(), run.config
+    look, config = Checklist(), run.config
     versions = look.versions({})
     with look("run") as say:
         if file is not None:
@@ -152,14 +152,14 @@ def check_node(words: Sequence[str], file: str | None) -> int:
         )
         raise ConfigError(f"--node-config {args.node_config}, or {meant}: {error}") from error
     refuse_unsaid(file, names_in(plain))
-    look = Looks()
+    look = Checklist()
     look.versions(versions)
     of_superlink(look, args)
     of_clients(look, Context(0, 0, config, RecordDict(), {}), plain)
     return look.failed
 
 
-def of_superlink(look: Looks, args: Namespace) -> None:
+def of_superlink(look: Checklist, args: Namespace) -> None:
     """Look at the way to a SuperLink, with the words of a node."""
     key = found = None
     if args.auth_supernode_private_key is not None:
@@ -170,7 +170,7 @@ def of_superlink(look: Looks, args: Namespace) -> None:
             digest = hashlib.sha256(base64.b64decode(public.split()[1])).digest()
             say(f"SHA256:{base64.b64encode(digest).decode().rstrip('=')} of {public}")
     with look("address") as say:
-        found, certificate = knock(args, key or ec.generate_private_key(ec.SECP384R1()))
+        found, certificate = query_superlink(args, key or ec.generate_private_key(ec.SECP384R1()))
         until = f"a certificate until {certificate['notAfter']}" if certificate else "no TLS"
         say(f"{args.superlink}, with {until}")
     if found is None:
@@ -212,7 +212,7 @@ def read_key(file: Path) -> ec.EllipticCurvePrivateKey:
     return key
 
 
-def knock(args: Namespace, key: ec.EllipticCurvePrivateKey) -> tuple[httpx.Response, Any]:
+def query_superlink(args: Namespace, key: ec.EllipticCurvePrivateKey) -> tuple[httpx.Response, Any]:
     """Ask a SuperLink whether it knows a key; give its response and its certificate."""
     patch(ANY)
     roots = None
@@ -237,7 +237,7 @@ def knock(args: Namespace, key: ec.EllipticCurvePrivateKey) -> tuple[httpx.Respo
     raise EngineError(f"{where}: {cause}: {advice}")
 
 
-def of_clients(look: Looks, context: Context, plain: dict[str, Any]) -> None:
+def of_clients(look: Checklist, context: Context, plain: dict[str, Any]) -> None:
     """Look at data and room of the clients of a node; ``plain`` is a run's config, or empty."""
     own, weights, ids = context.node_config.get("data"), 0, list[int]()
     with look("data") as say:
@@ -268,17 +268,17 @@ def of_clients(look: Looks, context: Context, plain: dict[str, Any]) -> None:
         with on_disk(folder), tempfile.TemporaryFile(dir=folder) as file:
             file.write(b"\0")
         need = max(100 << 20, weights * RUNS)  # one copy of a run serves all clients
-        say(enough(shutil.disk_usage(folder).free, need, f"on the disk of {folder}"))
+        say(compare_free(shutil.disk_usage(folder).free, need, f"on the disk of {folder}"))
     with look("memory") as say:
         lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
         free = next(int(x.split()[1]) << 10 for x in lines if x.startswith("MemAvailable"))
         limit, used = (Path(f"/sys/fs/cgroup/memory.{name}") for name in ("max", "current"))
         if limit.is_file() and (most := limit.read_text().strip()).isdecimal():  # of a container
             free = min(free, int(most) - int(used.read_text()))
-        say(enough(free, HOST_BYTES + weights, "of memory"))
+        say(compare_free(free, HOST_BYTES + weights, "of memory"))
 
 
-def enough(free: int, need: int, of: str) -> str:
+def compare_free(free: int, need: int, of: str) -> str:
     """Compare what is free with what a run needs."""
     told = f"{free / 1e6:.0f} MB {of} are free, {need / 1e6:.0f} MB are needed"
     if free < need:

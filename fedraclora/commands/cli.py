@@ -10,11 +10,11 @@ from importlib import metadata
 from pathlib import Path
 
 from fedraclora.commands import require_laboratory
-from fedraclora.commands.status import at_once, in_order, printing, reported
-from fedraclora.commands.watch import WATCHED, asked
+from fedraclora.commands.status import ending_on_signals, exiting_on_signals, printing, reported
+from fedraclora.commands.watch import WATCHED, watch_options
 from fedraclora.compose import words as typed
 from fedraclora.errors import unknown
-from fedraclora.trust import only_said, trusting
+from fedraclora.trust import restricted_imports, trusting
 
 # Written by `experiments.pages`: what is printed first waits for no library.
 USAGE = Path(__file__).with_name("usage.txt")
@@ -48,12 +48,12 @@ def main(words: Sequence[str] | None = None) -> None:
         print(f"fedraclora {metadata.version('fedraclora')}")
         return
     if words[0] in typed.FLAGS:
-        if asked := typed.asked(words[1:], COMMANDS):
+        if asked := typed.completion_words(words[1:], COMMANDS):
             sys.argv = ["fedraclora", *asked]
-            with only_said(()):
+            with restricted_imports(()):
                 importlib.import_module("fedraclora.commands.simulate").compose_and_run()
         return
-    with in_order():
+    with ending_on_signals():
         status = run(words[0], words[1:])
     sys.exit(status)
 
@@ -62,7 +62,7 @@ def main(words: Sequence[str] | None = None) -> None:
 def of_the_user(words: Sequence[str]) -> Iterator[list[str]]:
     """Trust inside what ``trust=`` says, and import only that and what the words name."""
     rest, modules = typed.trust_words(words)
-    with only_said(rest), trusting(modules):
+    with restricted_imports(rest), trusting(modules):
         yield rest
 
 
@@ -109,8 +109,8 @@ def _run(command: str, words: Sequence[str]) -> int:
     home = HOMES.get(command, f"fedraclora.commands.{command}")
     if home.startswith("fedraclora.experiments."):
         require_laboratory(f"fedraclora {command}")
-    with asked(words) if command in WATCHED else nullcontext(words) as rest:
-        with at_once():
+    with watch_options(words) if command in WATCHED else nullcontext(words) as rest:
+        with exiting_on_signals():
             module = importlib.import_module(home)
         if HELP & {*words} and command in TOLD:
             print(module.__doc__)

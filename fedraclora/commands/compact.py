@@ -22,7 +22,7 @@ from rich.table import Table
 from fedraclora.errors import CheckpointError, ConfigError
 from fedraclora.protocol.link import Link, Plan, apply_link
 from fedraclora.protocol.method import Counters, State
-from fedraclora.run.folder import alone, read_config, resume_word
+from fedraclora.run.folder import locked_folder, read_config, resume_word
 from fedraclora.run.initial import read_states
 from fedraclora.run.rebuild import kept_rounds, state_at
 from fedraclora.run.recorder import carried_change, checkpoint_meta
@@ -62,7 +62,7 @@ def compact(folder: Path, every: int) -> Compacted:
             is damaged or missing; and if this build computes other weights from the links than the
             run did, so that folds would not be exact.
     """
-    with alone(folder):
+    with locked_folder(folder):
         chain, meta = folder / "chain", checkpoint_meta(folder)
         if not link_files(chain):
             raise CheckpointError(

@@ -24,7 +24,7 @@ from fedraclora.commands.app import ServerRun, write_app
 from fedraclora.commands.simulate import print_outcome, shows_composed
 from fedraclora.commands.watch import watched
 from fedraclora.compose.overrides import composed, is_override, key_of, searched
-from fedraclora.compose.resume import is_done, told_how_to_go_on
+from fedraclora.compose.resume import explaining_resume, is_done
 from fedraclora.compose.words import check_word, part
 from fedraclora.config.resuming import PATHS
 from fedraclora.config.settings import DeployConfig
@@ -38,7 +38,7 @@ from fedraclora.errors import ConfigError, EngineError
 from fedraclora.launch import choose
 from fedraclora.private_folder import PrivateFolder
 from fedraclora.run.events import ROW, SUMMARY, Event
-from fedraclora.run.folder import alone, amend, begin_folder, refuse_existing, write_summary
+from fedraclora.run.folder import amend, begin_folder, locked_folder, refuse_existing, write_summary
 from fedraclora.run.ledger import Ledger
 from fedraclora.run.log import logged
 from fedraclora.terminal.progress import RunProgress
@@ -118,7 +118,7 @@ class Record:
         self._new = [path for path in (*inside, *outside) if not path.exists()]
         with ExitStack() as stack:
             shared = bool(section(self.plain, "output").get("shared"))
-            stack.enter_context(alone(self.folder, shared=shared))
+            stack.enter_context(locked_folder(self.folder, shared=shared))
             if self.resume:
                 amend(self.folder, self.plain)
             else:
@@ -238,7 +238,7 @@ def place(
             yield Connection(name, command_line(os.environ)), record
         return
     if run.resume:
-        with alone(run.folder):
+        with locked_folder(run.folder):
             pass  # the server will hold it: better to know before all of it starts
     ends = [run.built.clients * k // nodes for k in range(nodes + 1)]  # chunks stay whole
     served = [list(range(*span)) for span in pairwise(ends)]
@@ -317,7 +317,7 @@ def check_files(plain: Mapping[str, object]) -> None:
             )
 
 
-def where(own: Mapping[str, object]) -> tuple[str, int | None]:
+def connection_or_nodes(own: Mapping[str, object]) -> tuple[str, int | None]:
     """Return the name of the connection, or the number of nodes on this machine.
 
     Raises:
@@ -360,7 +360,7 @@ def main(words: Sequence[str]) -> int:
     own, rest = part(words, OWN_KEYS)
     if shows_composed(deployed(rest, own.get("nodes"))):
         return 0
-    name, nodes = where(own)
+    name, nodes = connection_or_nodes(own)
     patched = is_patched(own, nodes)
     run = prepare(rest, nodes)
     if file is not None:
@@ -375,7 +375,7 @@ def main(words: Sequence[str]) -> int:
     again += "" if patched else f" {PATCHED}=false"
     with (
         watched(run.folder),
-        told_how_to_go_on(run.folder, again, there=not nodes),
+        explaining_resume(run.folder, again, there=not nodes),
         place(run, nodes, name, patched=patched) as (connection, record),
     ):
         follow(run, connection, record)

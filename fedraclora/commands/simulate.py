@@ -18,7 +18,7 @@ from rich.table import Table
 
 from fedraclora.binding import Plain, PlainDict, section
 from fedraclora.commands.run_files import ROUNDING_ERRORS
-from fedraclora.commands.status import composing, tell
+from fedraclora.commands.status import composing, report_error
 from fedraclora.commands.watch import watched
 from fedraclora.compose import CONF
 from fedraclora.compose.overrides import (
@@ -28,7 +28,7 @@ from fedraclora.compose.overrides import (
     plain_of,
     without_idle,
 )
-from fedraclora.compose.resume import is_done, told_how_to_go_on
+from fedraclora.compose.resume import explaining_resume, is_done
 from fedraclora.config.run_config import from_plain
 from fedraclora.launch import choose, run_shown
 from fedraclora.protocol.uplinks import calmer
@@ -112,7 +112,7 @@ def run_one(plain: PlainDict, typed: list[str], sweep_job: str | None) -> PlainD
         print(f"{folder} is finished already")
         return read_summary(folder)
     sweep = sweep_job is not None
-    with watched(folder, sweep=sweep), told_how_to_go_on(folder, "simulate"):
+    with watched(folder, sweep=sweep), explaining_resume(folder, "simulate"):
         config = from_plain(plain, METHODS, resuming=resume)
         summary = run_shown(RunBuilder(config, folder, resume=resume)).summary
     print_outcome(summary, folder, plain)
@@ -157,7 +157,7 @@ def compose_and_run(cfg: DictConfig) -> float | None:
         plain = without_idle(plain_of(cfg, job.runtime.choices), words, again)
         summary = run_one(plain, [key_of(word) for word in words], sweep)
     except Exception as error:  # the other jobs of a sweep go on
-        tell(error)
+        report_error(error)
         FAILED.append(sweep or "run")
         return None
     name = headline([summary])

@@ -37,7 +37,7 @@ def reported(command: Callable[P, int]) -> Callable[P, int]:
         except Exception as error:  # this is where all of them end
             if isinstance(error, BrokenPipeError) and is_unread():
                 raise
-            return tell(error)
+            return report_error(error)
 
     return main
 
@@ -68,7 +68,7 @@ def is_unread() -> bool:
     return any(event & select.POLLERR for _, event in watched.poll(0))
 
 
-def tell(error: Exception) -> int:
+def report_error(error: Exception) -> int:
     """Print an error, and give the status of a command that ends with it.
 
     What a user can mend is one message. What nobody foresaw keeps its traceback.
@@ -177,7 +177,7 @@ STATUS = 130  # of a command that was interrupted, by the custom of shells
 
 
 @contextmanager
-def in_order() -> Iterator[None]:
+def ending_on_signals() -> Iterator[None]:
     """Let `ENDS` interrupt what is done inside as Ctrl-C does; each ends in a word and a status.
 
     Raises:
@@ -211,7 +211,7 @@ def handled(numbers: Sequence[int], handler: Handler) -> Iterator[None]:
 
 
 @contextmanager
-def at_once() -> Iterator[None]:
+def exiting_on_signals() -> Iterator[None]:
     """End the process at the first of these signals, while libraries are being loaded.
 
     Nothing has been started yet. An exception would not do: modules that are half loaded turn it

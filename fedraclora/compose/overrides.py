@@ -72,7 +72,7 @@ def composed(words: Sequence[str], values: Plain = EMPTY) -> PlainDict:
 
     def once(words: Sequence[str]) -> PlainDict:
         cfg = compose("config", overrides=list(words), return_hydra_config=True)
-        lay_over(cfg, values)
+        apply_values(cfg, values)
         return plain_of(cfg, cfg.hydra.runtime.choices)
 
     with (
@@ -82,8 +82,8 @@ def composed(words: Sequence[str], values: Plain = EMPTY) -> PlainDict:
         return without_idle(once(words), words, once)
 
 
-def lay_over(cfg: DictConfig, values: Plain) -> None:
-    """Set keys of a composed config, as overrides do; a mapping is merged into the existing one.
+def apply_values(cfg: DictConfig, values: Plain) -> None:
+    """Set keys of a composed config, as overrides do: a mapping is merged into what is there.
 
     Args:
         cfg: The config, which is changed.

@@ -88,8 +88,8 @@ def readable(file: object) -> Iterator[None]:
         raise ConfigError(f"{file} cannot be read as a config: {why}. Write plain YAML") from error
 
 
-class Judging:
-    """Check each file that a config source of Hydra reads."""
+class CheckedSource:
+    """Of sources of Hydra's: judges what is read there."""
 
     path: str
 
@@ -112,7 +112,7 @@ def watch() -> None:
     Plugins.instance()  # which registers Hydra's own, once
     types = SourcesRegistry.instance().types
     for kind in (FileConfigSource, ImportlibResourcesConfigSource):
-        types[kind.scheme()] = type(kind.__name__, (Judging, kind), {})
+        types[kind.scheme()] = type(kind.__name__, (CheckedSource, kind), {})
 
 
 watch()

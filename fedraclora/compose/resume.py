@@ -31,7 +31,7 @@ from fedraclora.weights.files import config_difference, flatten
 RATE = "local.lr"
 
 
-def go_on(
+def resume_config(
     folder: Path, stored: Mapping[str, object], plain: PlainDict, typed: Sequence[str] | None
 ) -> PlainDict:
     """Build the config of a resumed run.
@@ -88,7 +88,7 @@ def go_on(
         )
     if "data.root" in new and (typed is None or "data.root" in typed):
         taken["data.root"] = new["data.root"]
-    return laid_over({**stored, "engine": engine, "output": output}, taken)
+    return with_changes({**stored, "engine": engine, "output": output}, taken)
 
 
 def _refuse_others(
@@ -128,7 +128,7 @@ def is_done(folder: Path, plain: Mapping[str, object]) -> bool:
 
 
 @contextmanager
-def told_how_to_go_on(folder: Path, command: str, *, there: bool = False) -> Iterator[None]:
+def explaining_resume(folder: Path, command: str, *, there: bool = False) -> Iterator[None]:
     """On an interruption inside, note the state of the run and how to resume it.
 
     It does so, too, if the engine or the disk ends a run that can be resumed.
@@ -239,11 +239,11 @@ def _output(
     return {**old, **{key: new[key] for key in keys if key in new}}, []
 
 
-def laid_over(config: PlainDict, changes: PlainDict) -> PlainDict:
-    """Replace values of a config: whole keys, dotted keys, or some keys of a group.
+def with_changes(config: PlainDict, changes: PlainDict) -> PlainDict:
+    """Replace values of a config: of whole keys, of dotted ones, or of some keys of a group.
 
     Example:
-        >>> laid_over({"seed": 0, "local": {"lr": 0.1}}, {"seed": 1, "local.lr": 0.2})
+        >>> with_changes({"seed": 0, "local": {"lr": 0.1}}, {"seed": 1, "local.lr": 0.2})
         {'seed': 1, 'local': {'lr': 0.2}}
     """
     found = dict(config)

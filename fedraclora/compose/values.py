@@ -12,10 +12,10 @@ from pathlib import Path
 from fedraclora.binding import PlainDict
 from fedraclora.compose.choices import groups
 from fedraclora.compose.overrides import composed, key_of
-from fedraclora.compose.resume import laid_over
+from fedraclora.compose.resume import with_changes
 from fedraclora.config.run_config import RunConfig, targets_of
 from fedraclora.errors import ConfigError, unknown
-from fedraclora.limits import TakesObject, later_keys
+from fedraclora.limits import AcceptsObject, later_keys
 from fedraclora.object_registry import register_object
 from fedraclora.schema import hints
 from fedraclora.strategies.methods import METHODS
@@ -39,9 +39,11 @@ def config_of(
         ConfigError: If it does not compose, or a config cannot hold a value.
     """
     if len(choices) == 1 and isinstance(choices[0], Mapping) and is_whole(choices[0]):
-        whole = nowhere({str(k): plain_value(str(k), value) for k, value in choices[0].items()})
+        whole = without_location(
+            {str(k): plain_value(str(k), value) for k, value in choices[0].items()}
+        )
         values = {key: plain_value(key, value) for key, value in keys.items()}
-        return laid_over(whole, values), [key for key, _ in pairs_of(values)]
+        return with_changes(whole, values), [key for key, _ in pairs_of(values)]
     words: list[str] = []
     values, typed = {}, []
     for choice in (*choices, keys):
@@ -72,9 +74,9 @@ def is_whole(mapping: Mapping[str, object]) -> bool:
     return wanted <= {*mapping}
 
 
-def nowhere(config: PlainDict) -> PlainDict:
-    """Drop the folder of a run, and whether it resumed one, from a config."""
-    return laid_over(config, {"output.dir": None, "resume": None})
+def without_location(config: PlainDict) -> PlainDict:
+    """Drop from a config what says where its run was: the folder, and whether it went on."""
+    return with_changes(config, {"output.dir": None, "resume": None})
 
 
 def pairs_of(mapping: Mapping[str, object]) -> Iterator[tuple[str, object]]:
@@ -114,7 +116,7 @@ def takes_objects(key: str) -> bool:
     group, _, leaf = key.partition(".")
     homes = targets_of(METHODS).get(group, {}).values() if leaf else [RunConfig]
     marks = (getattr(hints(home).get(leaf or group), "__metadata__", ()) for home in homes)
-    return any(isinstance(mark, TakesObject) for found in marks for mark in found)
+    return any(isinstance(mark, AcceptsObject) for found in marks for mark in found)
 
 
 def plain_value(key: str, value: object) -> object:

@@ -79,8 +79,8 @@ BESIDE = re.compile(r"\s(?:connection|nodes|deploy\.patched|watch|port)=\S*")
 FOLDER_FLAGS = ("--config-dir", "-cd")
 
 
-def asked(words: Sequence[str], commands: Collection[str]) -> list[str]:
-    """Complete a subcommand and print it, or return the arguments with which to ask Hydra.
+def completion_words(words: Sequence[str], commands: Collection[str]) -> list[str]:
+    """Print what may follow, where that is a subcommand; else give what Hydra is to be asked.
 
     Args:
         words: ``install=SHELL``, ``uninstall=SHELL``, or ``query=SHELL`` for the line in

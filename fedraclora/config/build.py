@@ -21,9 +21,9 @@ from fedraclora.config.settings import EvaluateConfig, WaitPolicy
 from fedraclora.config.table_rows import selection_of, split_group
 from fedraclora.data import DATASETS, DataSet, hold_out, select_labels
 from fedraclora.data.client_split import hold_out_of_clients, numbered, without_held
-from fedraclora.data.clients import ClientData, Partitioned, count_labels
+from fedraclora.data.clients import ClientData, PartitionedData, count_labels
 from fedraclora.data.dataset import Division
-from fedraclora.data.duplicates import SomeRows, check_duplicates
+from fedraclora.data.duplicates import RowSubset, check_duplicates
 from fedraclora.data.encoders.array import SampleSpec
 from fedraclora.data.encoders.array_reader import ArrayReader
 from fedraclora.data.gguf_header import read_gguf_header
@@ -33,12 +33,12 @@ from fedraclora.data.partition import make_partition
 from fedraclora.data.per_client import counted
 from fedraclora.data.samples import Samples
 from fedraclora.data.similar_names import with_clear_names
-from fedraclora.data.task import LOSSES, HeldOut, Task
+from fedraclora.data.task import LOSSES, HeldOutSamples, Task
 from fedraclora.errors import ConfigError
-from fedraclora.evaluation.generate import Answering
+from fedraclora.evaluation.generate import GreedyGeneration
 from fedraclora.evaluation.metrics import Measure
 from fedraclora.imports import check_call
-from fedraclora.models import Built, check_fit
+from fedraclora.models import BuiltModel, check_fit
 from fedraclora.models.outputs import is_softmax, probe
 from fedraclora.models.pretrained import assumed
 from fedraclora.privacy.client_level import ClientLevel
@@ -62,7 +62,7 @@ SOURCES = ("file", "test_file", "test_function", "samples", "function")
 
 
 @dataclass(frozen=True)
-class BuiltTask:
+class PreparedTask:
     """Hold a task on its device, with the numbers that the training loop needs.
 
     Attributes:
@@ -110,7 +110,7 @@ def resolved(plain: Plain) -> dict[str, object]:
     return {**plain, "data": data, "clients": clients}
 
 
-def trainer_of(config: TaskConfig, built: BuiltTask, plan: Plan) -> CohortTrainer:
+def trainer_of(config: TaskConfig, built: PreparedTask, plan: Plan) -> CohortTrainer:
     """Create the trainer of a run's clients, the same in every process."""
     task, attack = built.task, config.attack
     task = replace(task, train=attack.poisoned(task.train, built.classes, config.seed))
@@ -131,7 +131,7 @@ def trainer_of(config: TaskConfig, built: BuiltTask, plan: Plan) -> CohortTraine
     return plain(task, plan, local, **given)
 
 
-def terms_of(config: TaskConfig, built: BuiltTask) -> SecAggTerms | None:
+def terms_of(config: TaskConfig, built: PreparedTask) -> SecAggTerms | None:
     """Create the conditions of clients for secure aggregation; None without it."""
     if not isinstance(config.secure, SecAgg):
         return None
@@ -202,7 +202,7 @@ def plan_of(config: TaskConfig, task: Task) -> Plan:
     )
 
 
-def build_task(config: TaskConfig) -> BuiltTask:
+def build_task(config: TaskConfig) -> PreparedTask:
     """Load the data, divide it, build the model, and pretrain it if asked.
 
     Args:
@@ -259,7 +259,7 @@ def build_task(config: TaskConfig) -> BuiltTask:
         )
     asked = config.evaluate
     train, held = hold_out_of_clients(train, asked.portion, config.seed, **asked.source)
-    trained = SomeRows.of(train) or [SomeRows(table) for table in seen]
+    trained = RowSubset.of(train) or [RowSubset(table) for table in seen]
     facts |= _duplicates(config, data, trained, validation, held, selection.duplicates)
     if config.pretrain.epochs:
         facts["pretrain"] = pretrain_model(config, without_held(whole, data, held), model)
@@ -282,16 +282,16 @@ def build_task(config: TaskConfig) -> BuiltTask:
         reader=data.reader or _array_reader(config, data),
         like=data.like,
         brought=train.object_of if train.brings_objects else None,
-        held=None if held is None else HeldOut(held.to(device), asked.batch_size),
+        held=None if held is None else HeldOutSamples(held.to(device), asked.batch_size),
         choices=asked.choices,
     )
-    return BuiltTask(task, clients, size, count_classes(data), device)
+    return PreparedTask(task, clients, size, count_classes(data), device)
 
 
 def _duplicates(
     config: TaskConfig,
     data: DataSet,
-    train: Sequence[SomeRows],
+    train: Sequence[RowSubset],
     validation: Samples | None,
     held: ClientData | None,
     asked: str,
@@ -301,9 +301,9 @@ def _duplicates(
     source = ", ".join(f"data.{key}={value}" for key, value in named.items())
     tests = {
         # Otherwise the metric is the training objective.
-        "test samples": [] if data.test is data.train else [SomeRows(data.test)],
-        "validation samples": [] if validation is None else [SomeRows(validation)],
-        "samples that clients are evaluated on": SomeRows.of(held),
+        "test samples": [] if data.test is data.train else [RowSubset(data.test)],
+        "validation samples": [] if validation is None else [RowSubset(validation)],
+        "samples that clients are evaluated on": RowSubset.of(held),
     }
     source = source or f"data={config.data.name}"
     found = check_duplicates(train, tests, source, keep=asked == "keep")
@@ -314,7 +314,7 @@ def _clients(data: DataSet, parts: Division) -> ClientData:
     """Combine the rows of clients with their table, and with the clients' objects."""
     if not isinstance(parts, list):
         return parts
-    return Partitioned.of(data.train, parts, entries=data.entries, own_tests=data.tests)
+    return PartitionedData.of(data.train, parts, entries=data.entries, own_tests=data.tests)
 
 
 def _said_of_loss(
@@ -371,7 +371,7 @@ def _said_of_weights(config: TaskConfig) -> dict[str, object]:
     return {"weights": "; ".join(found)}
 
 
-def _converted(built: Built, dtype: torch.dtype) -> tuple[torch.nn.Module, dict[str, object]]:
+def _converted(built: BuiltModel, dtype: torch.dtype) -> tuple[torch.nn.Module, dict[str, object]]:
     """Convert a model to the run's number format, and note weights that had another."""
     if built.narrow:
         return built.model, {}
@@ -381,11 +381,11 @@ def _converted(built: Built, dtype: torch.dtype) -> tuple[torch.nn.Module, dict[
     return built.model.to(dtype), {"precision": said} if others else {}
 
 
-def answering_of(asked: EvaluateConfig, task: Task, samples: Samples) -> Answering | None:
+def answering_of(asked: EvaluateConfig, task: Task, samples: Samples) -> GreedyGeneration | None:
     """Create the generator of answers of a language model; None if evaluate.generate is not set."""
     if asked.generate is None:
         return None
-    return Answering(
+    return GreedyGeneration(
         task.model,
         task.tokenizer,
         samples,

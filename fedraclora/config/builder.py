@@ -10,7 +10,7 @@ from typing import Any
 from typing_extensions import override
 
 from fedraclora.config.build import (
-    BuiltTask,
+    PreparedTask,
     build_task,
     fix_bits,
     pick_device,
@@ -24,7 +24,7 @@ from fedraclora.data.task import Task
 from fedraclora.object_registry import register_object
 from fedraclora.privacy.secagg import SecAggTerms
 from fedraclora.protocol.method import Plan
-from fedraclora.protocol.named import Named, of_main
+from fedraclora.protocol.named import RegisteredByName, of_main
 from fedraclora.training.cohort import CohortTrainer
 from fedraclora.trust import trust, trusted
 
@@ -48,7 +48,7 @@ class TaskBuilder:
         self.config = config if pretrain else replace(config, pretrain=PretrainConfig())
 
     @cached_property
-    def built(self) -> BuiltTask:
+    def built(self) -> PreparedTask:
         """Return the task with its sizes."""
         return build_task(self.config)
 
@@ -86,11 +86,11 @@ class TaskBuilder:
 
 def _arrived(
     config: TaskConfig,
-    built: BuiltTask,
+    built: PreparedTask,
     plan: Plan,
     program: Mapping[str, Any],
     modules: Sequence[str],
-    named: Sequence[type[Named]],
+    named: Sequence[type[RegisteredByName]],
 ) -> TaskBuilder:
     """Rebuild the builder in another process, with the program's objects and trusted modules."""
     trust(modules)

@@ -20,7 +20,7 @@ from fedraclora.config.run_config import (
     targets_of,
 )
 from fedraclora.config.table_rows import BESIDE, GIVEN
-from fedraclora.limits import Composed, OneOf, Part
+from fedraclora.limits import HydraDefault, OneOf, Part
 from fedraclora.object_registry import NAME
 from fedraclora.protocol.method import Method
 from fedraclora.schema import hints, nested_rows
@@ -100,7 +100,7 @@ def node_of(target: Target, *, part: str = "", given: tuple[str, ...] = ()) -> d
         marks = getattr(hints(target).get(key), "__metadata__", ())
         if part != next((mark.name for mark in marks if isinstance(mark, Part)), ""):
             continue
-        if composed := [mark.value for mark in marks if isinstance(mark, Composed)]:
+        if composed := [mark.value for mark in marks if isinstance(mark, HydraDefault)]:
             node[key] = composed[0]
         elif parameter.default is not parameter.empty:
             maker = made.get(key, MISSING)

@@ -41,7 +41,7 @@ from fedraclora.devices.system import SystemConfig
 from fedraclora.errors import MissingKeysError
 from fedraclora.limits import Count, Limit, Limited, OneOf, Whole, later_keys
 from fedraclora.lowrank.dora import DORA
-from fedraclora.models import Built
+from fedraclora.models import BuiltModel
 from fedraclora.object_registry import NAME, code_digests, is_named, named_by, registered_object
 from fedraclora.privacy.client_level import PRIVACIES, ClientLevel, Privacy
 from fedraclora.privacy.secagg import SECURES, Open, SecAgg
@@ -69,7 +69,7 @@ ENGINE_IN_DIGEST = ("chunk", "threads")
 def digested(plain: Plain, methods: Mapping[str, type[Method]]) -> dict[str, object]:
     """Return the part of a config that determines the result, without data paths and output.
 
-    Keys that older configs lack (`limits.Later`) are left out at their defaults.
+    Keys that older configs lack (`limits.AddedKey`) are left out at their defaults.
     """
     kept = {k: v for k, v in plain.items() if k not in NOT_IN_DIGEST}
     if isinstance(data := kept.get("data"), Mapping):
@@ -136,7 +136,7 @@ class TaskConfig(Limited):
     plain: Plain
     data: TableRow[DataSet]
     partition: TableRow[Division]
-    model: TableRow[Built]
+    model: TableRow[BuiltModel]
     local: LocalSettings
     engine: EngineConfig
     pretrain: PretrainConfig

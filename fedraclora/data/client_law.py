@@ -17,7 +17,7 @@ import torch
 from typing_extensions import override
 
 from fedraclora.data.clients import ClientData
-from fedraclora.data.samples import Movable
+from fedraclora.data.samples import TensorContainer
 from fedraclora.limits import OneOf
 from fedraclora.rng import position_bits
 
@@ -33,7 +33,7 @@ def pick(words: torch.Tensor, count: int | torch.Tensor) -> torch.Tensor:
 
 
 @dataclass(frozen=True)
-class ClientLaw(Movable):
+class ClientLaw(TensorContainer):
     """Draw the number of samples and the class distribution of each client.
 
     Attributes:
@@ -75,7 +75,7 @@ class ClientLaw(Movable):
         return classes, words[..., 1:], own[:, 2:]
 
 
-class OfLaw(Movable, ClientData):
+class LawClientData(TensorContainer, ClientData):
     """Base of client data whose number of clients and sizes follow a law."""
 
     law: ClientLaw

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from typing_extensions import override
 
-from fedraclora.data.clients import ClientData, Partitioned
+from fedraclora.data.clients import ClientData, PartitionedData
 from fedraclora.data.dataset import DataSet, keep_rows
 from fedraclora.data.entries import picked
 from fedraclora.data.samples import Samples
@@ -167,7 +167,7 @@ def hold_out_of_clients(
             "which cannot be evaluated. Set evaluate.clients=none."
         )
     parts = tuple(ClientSplit(data, share, seed, held, split, own_tests) for held in (False, True))
-    train, held = (_rows_of(data, p) for p in parts) if isinstance(data, Partitioned) else parts
+    train, held = (_rows_of(data, p) for p in parts) if isinstance(data, PartitionedData) else parts
     if held.table is not None and not len(held.table[1]):
         raise ConfigError(
             f"evaluate.share={share}: even the largest client would hold out no sample. Raise it."
@@ -175,7 +175,7 @@ def hold_out_of_clients(
     return train, held
 
 
-def _rows_of(data: Partitioned, part: ClientSplit) -> Partitioned:
+def _rows_of(data: PartitionedData, part: ClientSplit) -> PartitionedData:
     """Look up the rows of a part once, so that it costs no more than other divisions.
 
     Clients' own test samples become further rows of the table.
@@ -198,7 +198,7 @@ def _rows_of(data: Partitioned, part: ClientSplit) -> Partitioned:
         found.append(rows[rows < len(table)])
     offsets = torch.cat([sizes.new_zeros(1), sizes.cumsum(0)])
     entries = None if part.held else data.entries
-    return Partitioned(table, torch.cat(found), offsets, entries)
+    return PartitionedData(table, torch.cat(found), offsets, entries)
 
 
 def numbered(data: DataSet) -> DataSet:

@@ -15,7 +15,7 @@ import torch
 from typing_extensions import override
 
 from fedraclora.data.entries import Entries
-from fedraclora.data.samples import Movable, Samples
+from fedraclora.data.samples import Samples, TensorContainer
 from fedraclora.errors import DataError
 
 COUNTED_AT_ONCE = 16  # clients
@@ -159,7 +159,7 @@ class ChangedClients(ClientData):
 
 
 @dataclass(frozen=True)
-class TableRows(Movable, ClientData):
+class TableRows(TensorContainer, ClientData):
     """Client data that are rows of one table."""
 
     samples: Samples
@@ -195,7 +195,7 @@ class TableRows(Movable, ClientData):
 
 
 @dataclass(frozen=True)
-class Partitioned(TableRows):
+class PartitionedData(TableRows):
     """Client data as one table and a row index per client, held as one vector with offsets.
 
     Attributes:
@@ -218,7 +218,7 @@ class Partitioned(TableRows):
         *,
         entries: Entries | None = None,
         own_tests: Sequence[Samples | None] = (),
-    ) -> Partitioned:
+    ) -> PartitionedData:
         """Build from one array of row numbers per client.
 
         Raises:

@@ -15,15 +15,15 @@ from fedraclora.data.clients import ClientData
 from fedraclora.data.entries import Entries
 from fedraclora.data.samples import Samples
 from fedraclora.errors import ConfigError
-from fedraclora.limits import Called, Composed, Count, OneOf
+from fedraclora.limits import ConfigKey, Count, HydraDefault, OneOf
 
 RowNumbers = npt.NDArray[np.int64]
 Column = npt.NDArray[Any]
 MOST_NAMED = 50  # most columns or clients that the summary names
 FLOAT_TYPES = {"float32": torch.float32, "float64": torch.float64}
 Dtype = Annotated[str, OneOf(FLOAT_TYPES)]
-Clients = Annotated[Count, Called("clients")]
-OF_RUN = Composed("${clients}")  # as many clients as the run has
+Clients = Annotated[Count, ConfigKey("clients")]
+OF_RUN = HydraDefault("${clients}")  # as many clients as the run has
 NUMERIC = Feature("data of numbers", instead="data of texts, such as data=text or instructions")
 TEXTS = Feature("data of texts", instead="data of numbers, such as data=table or arrays")
 NO_CLASSES = Feature("data without classes", instead="data with classes")
@@ -40,7 +40,7 @@ Division = list[RowNumbers] | ClientData  # rows of each client, or clients crea
 
 
 @dataclass(frozen=True)
-class Read:
+class EncodedSamples:
     """Raw samples converted to the form of a data set.
 
     Attributes:
@@ -58,7 +58,9 @@ class Read:
 class SampleReader(Protocol):
     """Convert raw samples, such as those of a test file, as a data set converts its own."""
 
-    def __call__(self, found: Any, reading: Mapping[str, Any], *, target: bool = True) -> Read:
+    def __call__(
+        self, found: Any, reading: Mapping[str, Any], *, target: bool = True
+    ) -> EncodedSamples:
         """Read samples.
 
         Args:

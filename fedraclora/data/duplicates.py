@@ -40,7 +40,7 @@ REMEDY = "remove these rows from the training or from the test samples, or set d
 
 
 @dataclass(frozen=True)
-class SomeRows:
+class RowSubset:
     """Some rows of a table.
 
     Attributes:
@@ -55,7 +55,7 @@ class SomeRows:
         return len(self.samples) if self.rows is None else len(self.rows)
 
     @classmethod
-    def of(cls, data: ClientData | None) -> list[SomeRows]:
+    def of(cls, data: ClientData | None) -> list[RowSubset]:
         """List the rows of clients, if they are rows of a table in memory."""
         found = None if data is None else data.table
         return [] if found is None else [cls(*found)]
@@ -74,7 +74,7 @@ class SomeRows:
 
 
 def check_duplicates(
-    train: Sequence[SomeRows], tests: Mapping[str, Sequence[SomeRows]], source: str, *, keep: bool
+    train: Sequence[RowSubset], tests: Mapping[str, Sequence[RowSubset]], source: str, *, keep: bool
 ) -> dict[str, str]:
     """Count the samples that are in both training and evaluation data.
 
@@ -119,7 +119,7 @@ def check_duplicates(
     return found
 
 
-def shared_rows(train: Sequence[SomeRows], test: Sequence[SomeRows]) -> npt.NDArray[np.bool_]:
+def shared_rows(train: Sequence[RowSubset], test: Sequence[RowSubset]) -> npt.NDArray[np.bool_]:
     """Mark the samples of some tables that are in others; for packed samples, the conversations."""
     if any(_is_tokens(table.samples) for table in train):
         return np.isin(_all_keys(test), _all_keys(train))
@@ -156,7 +156,7 @@ def row_keys(samples: Samples, numbers: int | None = None) -> Keys:
     return found
 
 
-def _all_keys(tables: Sequence[SomeRows]) -> Keys:
+def _all_keys(tables: Sequence[RowSubset]) -> Keys:
     return np.concatenate([table.keys() for table in tables])
 
 
@@ -220,7 +220,7 @@ def _conversation_keys(samples: Samples, _: int | None = None) -> Keys:
     return found
 
 
-def _by_chance(train: Sequence[SomeRows]) -> float:
+def _by_chance(train: Sequence[RowSubset]) -> float:
     """Estimate the share of samples with a duplicate by chance; 0 if rows do not repeat so."""
     _, counts = np.unique(_all_keys(train), return_counts=True)
     alike = float(counts[counts > 1].sum() / counts.sum())
@@ -240,7 +240,7 @@ def _by_chance(train: Sequence[SomeRows]) -> float:
 
 
 def _same(
-    train: Sequence[SomeRows], test: Sequence[SomeRows], shared: npt.NDArray[np.bool_]
+    train: Sequence[RowSubset], test: Sequence[RowSubset], shared: npt.NDArray[np.bool_]
 ) -> bool:
     """Check whether both have the same rows, equally often."""
     if not shared.all() or len(shared) != sum(map(len, train)):
@@ -248,7 +248,7 @@ def _same(
     return np.array_equal(np.sort(_all_keys(train)), np.sort(_all_keys(test)))
 
 
-def _forms(tables: Sequence[SomeRows]) -> set[tuple[object, ...]]:
+def _forms(tables: Sequence[RowSubset]) -> set[tuple[object, ...]]:
     """Describe the form of samples; tokens may be padded to other lengths, or packed."""
     found = set[tuple[object, ...]]()
     for samples in (table.samples for table in tables):
@@ -264,7 +264,7 @@ def _forms(tables: Sequence[SomeRows]) -> set[tuple[object, ...]]:
     return found
 
 
-def _overlap(one: SomeRows, two: SomeRows) -> bool:
+def _overlap(one: RowSubset, two: RowSubset) -> bool:
     """Check whether a whole table shares memory with another."""
     if two.rows is not None:
         return False

@@ -110,6 +110,6 @@ def length(found: Any) -> int:
     return next(iter(sizes.values()), 1)
 
 
-def stand_in(count: int) -> Samples:
+def index_table(count: int) -> Samples:
     """Build a table without columns, with one row for each sample of an object."""
     return Samples({}, torch.zeros(count, dtype=torch.int64))

@@ -79,8 +79,8 @@ def what_differs(before: Fingerprint, now: Fingerprint) -> str | None:
     return path or "it"
 
 
-def called_twice(
-    said: str,
+def call_twice(
+    name: str,
     call: Callable[[], T],
     *,
     within: float = LONG,
@@ -92,7 +92,7 @@ def called_twice(
     would share rows, or train on other samples.
 
     Args:
-        said: The name of the function, for the message.
+        name: The name of the function, for the message.
         call: Calls it.
         within: Most seconds of the first call for a second one; otherwise the log says so.
         look: Extracts the part of the result that must be the same.
@@ -108,7 +108,7 @@ def called_twice(
     if (took := time.monotonic() - began) > within:
         log.warning(
             "%s took %.0f s; it is not called a second time to check that it returns the same",
-            said,
+            name,
             took,
         )
         return found
@@ -116,7 +116,7 @@ def called_twice(
     pairs = ((first, again), (again, first), (first, fingerprint_of(look(found))))
     if part := next(filter(None, (what_differs(*pair) for pair in pairs)), None):
         raise ConfigError(
-            f"{said} returns something else when it is called again ({part}), so the run could "
+            f"{name} returns something else when it is called again ({part}), so the run could "
             "not be reproduced. Use a random generator with a fixed seed "
             "(torch.Generator().manual_seed(0), numpy.random.default_rng(0)), and keep no state "
             "between calls."

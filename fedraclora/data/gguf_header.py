@@ -29,7 +29,7 @@ MOST_DIMENSIONS = 4
 
 
 @dataclass(frozen=True)
-class Stored:
+class TensorEntry:
     """A tensor as the header describes it.
 
     Attributes:
@@ -56,7 +56,7 @@ class Header:
     """
 
     fields: Mapping[str, object]
-    tensors: Mapping[str, Stored]
+    tensors: Mapping[str, TensorEntry]
 
     @property
     def kinds(self) -> str:
@@ -108,13 +108,13 @@ class _Reader:
             fields[name] = self._value(self._number("I"))
         return Header(fields, self._tensors(tensors, fields.get("general.alignment", 32)))
 
-    def _tensors(self, count: int, alignment: object) -> dict[str, Stored]:
+    def _tensors(self, count: int, alignment: object) -> dict[str, TensorEntry]:
         """Read the table of tensors, which must cover the rest of the file."""
         from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 
         if not isinstance(alignment, int) or alignment < 1 or alignment & (alignment - 1):
             raise ValueError(f"its general.alignment is {alignment!r}, but must be a power of 2")
-        found: dict[str, Stored] = {}
+        found: dict[str, TensorEntry] = {}
         last = end = 0  # bytes of the tensors so far, with padding
         for _ in range(count):
             name = self._name("tensor", found)
@@ -128,7 +128,7 @@ class _Reader:
                 raise ValueError(f"{name} is {shape}, in blocks of {block} {kind.name} numbers")
             if (offset := self._number("Q")) != end:
                 raise ValueError(f"{name} begins at byte {offset} of the tensors, not at {end}")
-            found[name] = Stored(shape, kind.name)
+            found[name] = TensorEntry(shape, kind.name)
             last = end + found[name].count // block * size
             end = -(-last // alignment) * alignment
         if not found:

@@ -19,9 +19,9 @@ from typing import Annotated, Any
 
 from fedraclora.data.gguf_header import read_gguf_header
 from fedraclora.errors import ConfigError, DataError
-from fedraclora.limits import Composed
+from fedraclora.limits import HydraDefault
 
-Root = Annotated[str | None, Composed("${oc.env:FEDRACLORA_DATA,null}")]
+Root = Annotated[str | None, HydraDefault("${oc.env:FEDRACLORA_DATA,null}")]
 
 PACKAGE = "package:"
 HUB = "hub:"

@@ -62,7 +62,7 @@ def check_names(loss: object, metrics: object) -> tuple[str | None, tuple[str, .
     return None if loss is None else named_loss(loss), names
 
 
-def said_like(loss: str) -> str:
+def like_of_loss(loss: str) -> str:
     """Return the ``like`` of a user's loss; empty if there is none.
 
     Raises:
@@ -77,14 +77,14 @@ def said_like(loss: str) -> str:
 
 def usual_metrics(loss: str, target: torch.Tensor) -> tuple[str, ...]:
     """Return the usual metrics of a loss; for a user's loss, those of its targets."""
-    if known := LOSSES.get(said_like(loss) or loss):
+    if known := LOSSES.get(like_of_loss(loss) or loss):
         return known.metrics
     return ("accuracy", "loss") if has_classes(loss, target) else ("loss",)
 
 
 def has_classes(loss: str, target: torch.Tensor) -> bool:
     """Return whether each sample has one class; with a user's loss, if targets are integers."""
-    known = (said_like(loss) or loss) in {*LOSSES} - {"cross_entropy", "logistic"}
+    known = (like_of_loss(loss) or loss) in {*LOSSES} - {"cross_entropy", "logistic"}
     whole = not target.is_floating_point() and target[:1].numel() == len(target[:1])
     return whole and not known
 
@@ -114,7 +114,7 @@ def judged_by(data: DataSet, loss: object, metrics: object) -> DataSet:
                 "name a loss of your own, module:function."
             )
         usual = usual_metrics(name, data.train.target)
-        like = said_like(name) or data.loss
+        like = like_of_loss(name) or data.loss
         data = replace(data, loss=name, like=like, metrics=usual, optimum=None)
     named = map(named_loss, metrics) if isinstance(metrics, list | tuple) else data.metrics
     return replace(data, metrics=tuple(named))
@@ -125,7 +125,7 @@ def choices(losses: Iterable[str]) -> str:
     return ", ".join(f"{name} ({LOSSES[name].meaning})" for name in losses)
 
 
-def told_by(model: object) -> tuple[tuple[str, ...], str]:
+def losses_of_model(model: object) -> tuple[tuple[str, ...], str]:
     """Return the losses that a model is made for, and where it says so; none for most models.
 
     Args:
@@ -144,13 +144,13 @@ def told_by(model: object) -> tuple[tuple[str, ...], str]:
     return (), ""
 
 
-def objective_of(said: str | None, tables: Sequence[Samples], model: object) -> tuple[str, str]:
+def objective_of(chosen: str | None, tables: Sequence[Samples], model: object) -> tuple[str, str]:
     """Return the loss of samples, and where it comes from.
 
     Args:
-        said: The name that the caller gave, or None.
+        chosen: The name that the caller gave, or None.
         tables: The raw samples, all of one kind.
-        model: As for `told_by`.
+        model: As for `losses_of_model`.
 
     Returns:
         A loss, and its source as text.
@@ -158,9 +158,9 @@ def objective_of(said: str | None, tables: Sequence[Samples], model: object) -> 
     Raises:
         DataError: If the targets are ambiguous, naming the choices.
     """
-    if said is not None:
-        return said, "said"
-    from_model, source = told_by(model)
+    if chosen is not None:
+        return chosen, "said"
+    from_model, source = losses_of_model(model)
     if from_model and from_model is not OF_SAMPLES:
         return from_model[0], f"guessed from {source}"
     targets = [table.target for table in tables]
@@ -201,7 +201,7 @@ def refuse_contradiction(model: nn.Module, loss: str) -> str | None:
     Raises:
         ConfigError: If the configuration of the model names another problem type.
     """
-    from_model, source = told_by(model)
+    from_model, source = losses_of_model(model)
     if not from_model or is_own(loss) or loss in from_model:
         return None
     if source.startswith("problem_type"):

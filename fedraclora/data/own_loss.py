@@ -16,7 +16,7 @@ from torch import nn
 
 from fedraclora.binding import object_of
 from fedraclora.errors import ConfigError, FedRacLoraError
-from fedraclora.imports import told_as
+from fedraclora.imports import as_user_error
 from fedraclora.object_registry import is_named
 
 # For each sample, [N]: its loss, summed over its parts, and its number of parts.
@@ -205,7 +205,7 @@ def _called(
         for name, t in (("output", output), ("target", target))
     )
     context = (f"loss {loss.name}: ", f"calling it with {of}", f". {WANTED}", PASSING)
-    with told_as(ConfigError, *context), torch.enable_grad():
+    with as_user_error(ConfigError, *context), torch.enable_grad():
         given = leaf * 1.0  # the loss may write into it, which we detect
         found = loss.call(given, beside)
         losses, parts = loss.read(found, given, beside)

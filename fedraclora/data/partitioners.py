@@ -23,11 +23,18 @@ import torch
 from typing_extensions import override
 
 from fedraclora.compatibility import Feature
-from fedraclora.data.client_law import ClientLaw, OfLaw, SizeLaw, class_mixes, pick, size_quantiles
+from fedraclora.data.client_law import (
+    ClientLaw,
+    LawClientData,
+    SizeLaw,
+    class_mixes,
+    pick,
+    size_quantiles,
+)
 from fedraclora.data.clients import TableRows
 from fedraclora.data.dataset import Clients, Column, DataSet, RowNumbers
 from fedraclora.errors import ConfigError
-from fedraclora.imports import told_as
+from fedraclora.imports import as_user_error
 from fedraclora.limits import Count, NotNegative, Positive, Whole, limited
 from fedraclora.rng import generator, hash_key
 
@@ -234,7 +241,7 @@ def by_partitioner(
     divider = copy.deepcopy(partitioner)  # a partitioner accepts data only once
     what, name = f"dividing {len(data.train)} samples by it", type(partitioner).__name__
     after = f"; the columns of these data are: {', '.join(data.columns) or 'none'}"
-    with told_as(ConfigError, f"partition is a {name}, and ", what, after, passing=()):
+    with as_user_error(ConfigError, f"partition is a {name}, and ", what, after, passing=()):
         return _divide(data, divider, data.columns, seed)
 
 
@@ -269,7 +276,7 @@ def _divide(
 
 
 @dataclass(frozen=True)
-class Resampled(OfLaw, TableRows):
+class Resampled(LawClientData, TableRows):
     """Clients whose samples are rows of one table, sampled with replacement.
 
     Attributes:

@@ -20,13 +20,13 @@ from fedraclora.data.clients import ClientData
 from fedraclora.data.dataset import take
 from fedraclora.data.encoders.array import (
     SampleSpec,
+    describe_inputs,
     gathered,
     read_npz,
-    said_of_inputs,
     scale_of_bytes,
 )
-from fedraclora.data.entries import length, parts_of, picked, stand_in
-from fedraclora.data.fingerprint import called_twice
+from fedraclora.data.entries import index_table, length, parts_of, picked
+from fedraclora.data.fingerprint import call_twice
 from fedraclora.data.locate import user_path
 from fedraclora.data.samples import Samples
 from fedraclora.data.split import NO_HOLDOUT, Holdout
@@ -89,7 +89,7 @@ def asked_of(
     call = partial(
         call_function, "data.samples", source, client, parameters=parameters, at=PARAMETERS
     )
-    return called_twice(f"data.samples={source}, client {client}:", call) if twice else call()
+    return call_twice(f"data.samples={source}, client {client}:", call) if twice else call()
 
 
 def read_own(
@@ -150,7 +150,7 @@ class PerClientSource(ClientData):
         device, dtype: Device, and type of floating samples; None: unchanged.
         objects: Whether the function returns objects for a user's training function.
         reading: How the numbers of the samples read so far were converted (`DataSet.reading`).
-        told: The same as text.
+        facts: The same as text.
     """
 
     source: str | None
@@ -163,7 +163,7 @@ class PerClientSource(ClientData):
     dtype: torch.dtype | None = None
     objects: bool = False
     reading: dict[str, object] = field(default_factory=dict, repr=False, compare=False)
-    told: dict[str, object] = field(default_factory=dict, repr=False, compare=False)
+    facts: dict[str, object] = field(default_factory=dict, repr=False, compare=False)
     _found: dict[int, Samples] = field(default_factory=dict, repr=False, compare=False)
     _held_out: dict[int, Samples] = field(default_factory=dict, repr=False, compare=False)
     _read: dict[int, Samples] = field(default_factory=dict, repr=False, compare=False)
@@ -263,7 +263,7 @@ class PerClientSource(ClientData):
                 "data.samples to a folder or function with every client's samples."
             )
         if self.objects:
-            return stand_in(length(self.object_of(client)))
+            return index_table(length(self.object_of(client)))
         if client not in self._read:
             alone, arguments = len(self.only or range(self.num_clients)) == 1, self.parameters
             twice = not self._tests  # the first client represents all
@@ -276,7 +276,7 @@ class PerClientSource(ClientData):
         self.reading.update(scale_of_bytes(self._read[client]))
         where = f"client {client} (data.samples={self.source})"
         fitted = self.spec.validate(self._read[client], where)
-        self.told.update(said_of_inputs(self._read[client], fitted))
+        self.facts.update(describe_inputs(self._read[client], fitted))
         return fitted
 
     @override

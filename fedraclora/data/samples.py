@@ -11,7 +11,7 @@ import torch
 
 
 @dataclass(frozen=True)
-class Movable:
+class TensorContainer:
     """Base of objects that hold tensors, directly, in dicts or in other such objects."""
 
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> Self:
@@ -22,13 +22,13 @@ class Movable:
                 return {name: moved(each) for name, each in value.items()}
             if isinstance(value, torch.Tensor):
                 return value.to(device, dtype if value.is_floating_point() else None)
-            return value.to(device, dtype) if isinstance(value, Movable) else value
+            return value.to(device, dtype) if isinstance(value, TensorContainer) else value
 
         return replace(self, **{f.name: moved(getattr(self, f.name)) for f in fields(self)})
 
 
 @dataclass(frozen=True)
-class Samples(Movable):
+class Samples(TensorContainer):
     """A table of samples held as tensors.
 
     ``inputs`` maps the model's argument names to tensors [N, ...]; the single name ``"x"`` is

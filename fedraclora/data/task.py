@@ -189,7 +189,7 @@ def read_as(loss: str) -> Loss:
 
 
 @dataclass(frozen=True)
-class HeldOut:
+class HeldOutSamples:
     """Hold samples that clients measure on and never train on.
 
     Attributes:
@@ -242,7 +242,7 @@ class Task:
     reading: dict[str, object] = field(default_factory=dict)
     reader: Any = None  # of `fedraclora.data.dataset`, which is above
     brought: Callable[[int], Any] | None = None
-    held: HeldOut | None = None
+    held: HeldOutSamples | None = None
     like: str = ""
     choices: int | None = None
 

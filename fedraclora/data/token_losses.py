@@ -45,7 +45,7 @@ def output_layer(model: nn.Module, loss: str) -> nn.Linear | None:
 
 
 @dataclass(frozen=True)
-class Labelled:
+class LabelledTokens:
     """Hold the labelled tokens of a batch.
 
     Attributes:
@@ -61,7 +61,7 @@ class Labelled:
     outputs: Callable[[torch.Tensor], torch.Tensor]
 
     @classmethod
-    def of(cls, model: nn.Module, head: nn.Linear, samples: Samples) -> Labelled:
+    def of(cls, model: nn.Module, head: nn.Linear, samples: Samples) -> LabelledTokens:
         """Run a model up to its last layer."""
         wanted = samples.target[:, 1:]
         kept = wanted != IGNORED_TOKEN
@@ -104,7 +104,7 @@ def _hands_on(model: nn.Module, head: nn.Linear, samples: Samples) -> bool:
     return torch.equal(made[0], outputs)
 
 
-class _Reached(Exception):  # noqa: N818 - no error
+class _LastLayerReached(Exception):  # noqa: N818 - no error
     """Signal that the last layer was reached."""
 
 
@@ -114,9 +114,9 @@ def _states(model: nn.Module, head: nn.Linear, samples: Samples) -> torch.Tensor
 
     def stop(states: torch.Tensor) -> torch.Tensor:
         seen.append(states)
-        raise _Reached
+        raise _LastLayerReached
 
-    with suppress(_Reached):
+    with suppress(_LastLayerReached):
         _run(model, head, samples, stop)
     return seen[0]
 
@@ -156,7 +156,7 @@ def token_losses(
     Returns:
         Sums of losses [N], int64 [N].
     """
-    labelled = Labelled.of(model, head, samples)
+    labelled = LabelledTokens.of(model, head, samples)
 
     def losses(states: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
         return F.cross_entropy(labelled.outputs(states).to(dtype), wanted, reduction="none")

@@ -78,7 +78,9 @@ class AsyncClock:
     places: int
     load: Callable[[torch.Tensor], Load]
 
-    def fly(self, now: float, flying: tuple[PendingClient, ...], needed: int) -> AsyncStep:
+    def advance_round(
+        self, now: float, flying: tuple[PendingClient, ...], needed: int
+    ) -> AsyncStep:
         """Advance the clock by a round.
 
         Args:
@@ -133,7 +135,7 @@ class AsyncClock:
                 continue
             if there is not None and not there.at(self.seed, self.round_, now, one)[0]:
                 continue
-            seconds, gone = self.system.trips(self.seed, self.round_, one, self.load(one))
+            seconds, gone = self.system.draw_delays(self.seed, self.round_, one, self.load(one))
             lost = bool(gone[0] <= seconds[0])
             yield PendingClient(
                 now + float(gone[0] if lost else seconds[0]), drawn, self.round_, lost

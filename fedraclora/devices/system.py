@@ -19,7 +19,7 @@ from annotated_types import Ge, Lt
 
 from fedraclora.compatibility import Feature
 from fedraclora.devices.distributions import Availability, Distribution, Diurnal, LogNormal
-from fedraclora.devices.timeline import Load, Race, Timeline
+from fedraclora.devices.timeline import ArrivalOrder, Load, Timeline
 from fedraclora.errors import ClientError
 from fedraclora.limits import Count, Fraction, Limited, NotNegative, Seconds
 from fedraclora.protocol.cohorts import draw_cohort
@@ -223,12 +223,12 @@ class SystemConfig(Limited, group="system"):
         Raises:
             ClientError: If no client replies in time.
         """
-        seconds, gone = self.trips(seed, round_, clients, load)
+        seconds, gone = self.draw_delays(seed, round_, clients, load)
         ties = torch.zeros_like(seconds)
         if len(clients) > needed:
             ties = cohort_uniforms(hash_key(seed, "system/tie", round_), clients)
         limit = math.inf if self.deadline is None else self.deadline
-        return Race(round_, clients, seconds, gone, ties, needed, limit).run()
+        return ArrivalOrder(round_, clients, seconds, gone, ties, needed, limit).run()
 
     def ranks(self, seed: int, clients: torch.Tensor, rank: int) -> torch.Tensor | None:
         """Draw the ranks that clients can train.
@@ -248,7 +248,7 @@ class SystemConfig(Limited, group="system"):
         # Less a tiny amount: 0.07 x 100 is 7.000000000000001.
         return torch.ceil(share * rank - 1e-9).clamp(1, rank).to(torch.int64)
 
-    def trips(
+    def draw_delays(
         self, seed: int, round_: int, clients: torch.Tensor, load: Load
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Draw the seconds until starting clients reply, and until they drop out (or inf).

@@ -52,14 +52,14 @@ class Timeline:
 
 
 @dataclass(frozen=True)
-class Race:
+class ArrivalOrder:
     """Order the clients of a round by when they would reply or drop out.
 
     Attributes:
         round_: From 1.
         clients: Ids, int64 [K].
         seconds: Virtual seconds until each client's reply, float64 [K].
-        gone: Virtual seconds until each client drops out, inf if it does not, float64 [K].
+        dropped: Virtual seconds until each client drops out, inf if it does not, float64 [K].
         ties: Orders clients of equal seconds, [K].
         needed: Replies that end the round.
         deadline: Virtual seconds after which replies are late; inf = none.
@@ -68,7 +68,7 @@ class Race:
     round_: int
     clients: torch.Tensor
     seconds: torch.Tensor
-    gone: torch.Tensor
+    dropped: torch.Tensor
     ties: torch.Tensor
     needed: int
     deadline: float = math.inf
@@ -79,7 +79,7 @@ class Race:
         Raises:
             ClientError: If no client does.
         """
-        stays = self.gone.isinf()
+        stays = self.dropped.isinf()
         answers = torch.nonzero(stays & (self.seconds <= self.deadline)).flatten()
         if not len(answers):
             raise self._nobody(stays)
@@ -89,19 +89,19 @@ class Race:
         if len(kept) == self.needed:
             end = float(self.seconds[kept].max())
         else:
-            end = min(self.deadline, float(torch.minimum(self.seconds, self.gone).max()))
+            end = min(self.deadline, float(torch.minimum(self.seconds, self.dropped).max()))
         left = torch.ones(len(self.clients), dtype=torch.bool)
         left[kept] = False
-        columns = (column[left].tolist() for column in (self.clients, self.seconds, self.gone))
+        columns = (column[left].tolist() for column in (self.clients, self.seconds, self.dropped))
         dropped = [Refusal(k, self._reason(s, g, end)) for k, s, g in zip(*columns, strict=True)]
         notes = []
         if len(self.clients) < self.needed:
             notes.append(f"asked {len(self.clients)} of {self.needed} clients: no more available")
         return Timeline(kept, dropped, end, self.seconds, notes)
 
-    def _reason(self, seconds: float, gone: float, end: float) -> str:
-        if gone <= end:
-            return f"{REASONS[0]} after {_shown(gone)}"
+    def _reason(self, seconds: float, dropped: float, end: float) -> str:
+        if dropped <= end:
+            return f"{REASONS[0]} after {_shown(dropped)}"
         if seconds > self.deadline:
             return f"{REASONS[1]}: {_shown(seconds)}, the deadline is {self.deadline:g} s"
         return f"{REASONS[2]} {self.needed} to answer"

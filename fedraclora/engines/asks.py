@@ -27,7 +27,7 @@ from fedraclora.protocol.quantized import FULL, decode, encode
 from fedraclora.tree import Layout, Tree
 from fedraclora.wire.asked import check_instructions, check_kind, check_request, ranks_of
 from fedraclora.wire.exchange import DTYPES, Ask, OwnPart, Stage, TrainRequest, shared_of
-from fedraclora.wire.fields import layout_of, reading, shown, whole
+from fedraclora.wire.fields import layout_of, reading, shown, whole_number
 from fedraclora.wire.secagg import check_stage
 
 COEFFICIENTS = "coefficients"  # names of coefficients of computed factors, in float64
@@ -142,7 +142,7 @@ class _Reader:
         """Read the clients and kind of a request."""
         first = record_of(self.records, "chunk", ConfigRecord).get("first")
         own: dict[str, Any] = {name: [] for name in ("clients", "places") if name in vectors}
-        said = {**plain, **own, "first": whole(first, "the place of its first client")}
+        said = {**plain, **own, "first": whole_number(first, "the place of its first client")}
         return check_request(join(TrainRequest, vectors, said))
 
     def _stage(self, clients: torch.Tensor) -> Stage | None:

@@ -50,7 +50,7 @@ class Grid(ABC):
     """
 
     def __init__(self) -> None:
-        self.told: dict[str, str] = {}
+        self.facts: dict[str, str] = {}
         self.workers = 1
         self.incidents: list[str] = []
         self.traffic: Traffic | None = None

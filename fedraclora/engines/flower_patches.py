@@ -475,7 +475,7 @@ def install_once() -> None:
 # --- resend, slow_links, retries: handle slow or broken connections
 
 
-def going_on(push: Callable[..., None], refused: type[Exception]) -> Callable[..., None]:
+def sending_all_parts(push: Callable[..., None], refused: type[Exception]) -> Callable[..., None]:
     """Send the other parts of a reply, too, if one is refused.
 
     A part is sent again if its reply was lost with the connection. The SuperLink already has it,
@@ -501,7 +501,7 @@ def resend() -> None:
     """Make the SuperNode send all parts of a reply."""
     from flwr.supercore.inflatable import inflatable_utils as parts
 
-    push = going_on(parts.push_object_contents_from_iterable, parts.ObjectPushError)
+    push = sending_all_parts(parts.push_object_contents_from_iterable, parts.ObjectPushError)
     put(NODE_LOOP, push_object_contents_from_iterable=push)
 
 

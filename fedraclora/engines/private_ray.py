@@ -63,7 +63,7 @@ def put_back(environ: Mapping[str, str]) -> None:
     os.environ.update(environ)
 
 
-class LastWord:
+class ExitReporter:
     """Print why this process ended if Ray kills it, which Ray does without a message.
 
     A shell waits at a pipe. If the pipe closes without a cancellation, the shell prints the

@@ -30,7 +30,7 @@ from fedraclora.tree import Tree, to_numpy
 from fedraclora.weights.update import WeightUpdate
 from fedraclora.wire.answers import VECTORS, Answer
 from fedraclora.wire.exchange import Ask
-from fedraclora.wire.fields import parsed, reading, shown, whole
+from fedraclora.wire.fields import parsed, reading, shown, whole_number
 from fedraclora.wire.reply import received
 
 R = TypeVar("R", ConfigRecord, ArrayRecord)
@@ -193,7 +193,7 @@ def of_message(records: RecordDict) -> Iterator[None]:
         yield
     except WireError as error:
         asked = read_json(records, "config").get("request")
-        round_ = whole(asked.get("round_") if isinstance(asked, dict) else None, "its round")
+        round_ = whole_number(asked.get("round_") if isinstance(asked, dict) else None, "its round")
         raise WireError(f"round {round_}, clients {shown(clients_of(records))}: {error}") from error
 
 

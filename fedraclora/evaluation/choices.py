@@ -22,7 +22,7 @@ from fedraclora.data.encoders.chat import Encoded, padded
 from fedraclora.data.own_loss import IGNORED_TOKEN
 from fedraclora.data.samples import Samples
 from fedraclora.data.task import CHOICE_METRICS, Task, forward
-from fedraclora.data.token_losses import Labelled, output_layer
+from fedraclora.data.token_losses import LabelledTokens, output_layer
 from fedraclora.errors import ConfigError
 from fedraclora.evaluation.evaluate import evaluate, numbered_batches, with_weights
 from fedraclora.evaluation.generate import cut
@@ -183,6 +183,6 @@ def outputs_at_labels(model: nn.Module, batch: Samples) -> Iterator[torch.Tensor
     if head is None:
         yield forward(model, batch.inputs)[:, :-1][batch.target[:, 1:] != IGNORED_TOKEN]
         return
-    labelled = Labelled.of(model, head, batch)
+    labelled = LabelledTokens.of(model, head, batch)
     for states, _ in labelled.pieces():
         yield labelled.outputs(states)

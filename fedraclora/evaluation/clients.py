@@ -27,7 +27,7 @@ from fedraclora.data.samples import Samples
 from fedraclora.data.task import Task
 from fedraclora.errors import ClientError, WireError
 from fedraclora.evaluation.evaluate import state_of
-from fedraclora.evaluation.metrics import AFTER, Measure, Owners, higher_is_better
+from fedraclora.evaluation.metrics import AFTER, Measure, RowOwners, higher_is_better
 from fedraclora.privacy.secagg import FEW
 from fedraclora.tree import Layout, Tree
 
@@ -62,7 +62,7 @@ def sums_of(
         The values that clients send, float64 [K, q] by name.
     """
     count = len(counts)
-    whose = Owners(count, torch.arange(count).repeat_interleave(counts))
+    whose = RowOwners(count, torch.arange(count).repeat_interleave(counts))
     state = state_of(task.model, weights, samples, measure, batch_size, whose)
     sums, alone = {n: t.cpu() for n, t in state.items() if "/" not in n}, scored(measure)
     each = measure.values(state, count) if alone else []

@@ -15,7 +15,7 @@ from fedraclora.errors import ConfigError
 
 
 @dataclass(frozen=True)
-class Owners:
+class RowOwners:
     """Map the rows of a batch to their owners.
 
     Attributes:
@@ -42,12 +42,12 @@ class Owners:
         table.index_add_(0, (start + places) * counted, counted.long())
         return table.reshape(self.count, width).double()
 
-    def repeated(self, of_row: torch.Tensor) -> Owners:
+    def repeated(self, of_row: torch.Tensor) -> RowOwners:
         """Return the owners of parts (tokens, pixels): ``of_row`` maps each part to its row."""
         return self if self.of is None else replace(self, of=self.of[of_row])
 
 
-ONE = Owners()
+ONE = RowOwners()
 
 
 @dataclass(frozen=True)
@@ -65,9 +65,9 @@ class Batch:
     target: torch.Tensor
     loss: LossFunction
     reads: str
-    owners: Owners = ONE
+    owners: RowOwners = ONE
 
-    def classes(self) -> tuple[torch.Tensor, torch.Tensor, int, Owners]:
+    def classes(self) -> tuple[torch.Tensor, torch.Tensor, int, RowOwners]:
         """Return predicted [P] and true classes (-100: none), their number, and owners."""
         output, target = self.output, self.target
         if self.reads == "logistic":
@@ -80,7 +80,7 @@ class Batch:
         owners = self.owners.repeated(rows.repeat_interleave(target[:1].numel()))
         return predicted.flatten(), target.flatten(), output.shape[over], owners
 
-    def rows(self) -> tuple[torch.Tensor, torch.Tensor, Owners]:
+    def rows(self) -> tuple[torch.Tensor, torch.Tensor, RowOwners]:
         """Return outputs and targets for the user's own metrics.
 
         Tokens or pixels have a row each, [P, C] beside [P], without those that have no target; one
@@ -129,7 +129,7 @@ def _labels(batch: Batch) -> torch.Tensor:
     return batch.owners.sums(*columns.unbind(dim=1))
 
 
-def _numbers(batch: Batch) -> tuple[torch.Tensor, torch.Tensor, Owners]:
+def _numbers(batch: Batch) -> tuple[torch.Tensor, torch.Tensor, RowOwners]:
     """Return predicted and true numbers, [N], or [N, C] for ``multi_label``; float64."""
     output, target = batch.output, batch.target
     if batch.reads == "multi_label":
@@ -143,7 +143,7 @@ def _numbers(batch: Batch) -> tuple[torch.Tensor, torch.Tensor, Owners]:
 
 
 @dataclass(frozen=True)
-class Counted:
+class MetricInput:
     """Define the input of a metric.
 
     Attributes:
@@ -163,9 +163,9 @@ def ratio(sums: Any) -> float:
     return float(sums[0] / sums[1]) if sums[1] else math.nan
 
 
-LOSS, CORRECT = Counted("loss", _losses), Counted("correct", _correct)
-OF_CLASSES, OF_LABELS = Counted("classes", _classes), Counted("labels", _labels)
-NUMBERS = Counted("numbers", _numbers, sums=False)
+LOSS, CORRECT = MetricInput("loss", _losses), MetricInput("correct", _correct)
+OF_CLASSES, OF_LABELS = MetricInput("classes", _classes), MetricInput("labels", _labels)
+NUMBERS = MetricInput("numbers", _numbers, sums=False)
 
 
 @dataclass(frozen=True)
@@ -181,5 +181,5 @@ class Formula:
 
     value: Callable[..., float]
     losses: frozenset[str]
-    count: Counted
+    count: MetricInput
     higher_is_better: bool = True

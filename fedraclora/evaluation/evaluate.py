@@ -24,9 +24,9 @@ from typing_extensions import override
 from fedraclora.data.encoders.array import as_unscaled
 from fedraclora.data.samples import Samples
 from fedraclora.data.task import LOSSES, forward
-from fedraclora.data.token_losses import Labelled, output_layer
+from fedraclora.data.token_losses import LabelledTokens, output_layer
 from fedraclora.errors import ConfigError, DataError, ShapeError, unknown
-from fedraclora.evaluation.metrics import METRICS, OF_CLASSES, ONE, Measure, Owners
+from fedraclora.evaluation.metrics import METRICS, OF_CLASSES, ONE, Measure, RowOwners
 from fedraclora.tree import Tree
 
 __all__ = ["METRICS", "evaluate"]
@@ -83,7 +83,7 @@ def state_of(
     samples: Samples,
     measure: Measure,
     batch_size: int,
-    owners: Owners = ONE,
+    owners: RowOwners = ONE,
 ) -> Tree:
     """Run all samples through a model once and collect the state of metrics; see `evaluate`.
 
@@ -182,28 +182,28 @@ class _Calling(nn.Module):
 
 
 def _count(
-    model: nn.Module, samples: Samples, measure: Measure, batch_size: int, owners: Owners
+    model: nn.Module, samples: Samples, measure: Measure, batch_size: int, owners: RowOwners
 ) -> Tree:
     """Collect the state over all batches; sums stay on the device until the end."""
     device = next(model.parameters(), samples.target).device
     of = None if owners.of is None else owners.of.to(device)
     states = []
     for rows, stored in numbered_batches(samples, batch_size):
-        here = Owners(owners.count, None if of is None else of[rows.to(device)])
+        here = RowOwners(owners.count, None if of is None else of[rows.to(device)])
         for output, target, whose, loss in _outputs(model, measure, stored.to(device), here):
             states.append(measure.take(output, target, whose, loss))
     return measure.join(states)
 
 
 def _outputs(
-    model: nn.Module, measure: Measure, batch: Samples, owners: Owners
-) -> Iterator[tuple[torch.Tensor, torch.Tensor, Owners, str]]:
+    model: nn.Module, measure: Measure, batch: Samples, owners: RowOwners
+) -> Iterator[tuple[torch.Tensor, torch.Tensor, RowOwners, str]]:
     """Return outputs, targets and owners of all samples, or of labelled tokens, and their loss."""
     whole = measure.loss is not LOSSES["next_token"]
     if whole or (head := output_layer(model, "next_token")) is None:
         yield forward(model, batch.inputs), batch.target, owners, ""
         return
-    labelled, start = Labelled.of(model, head, batch), 0
+    labelled, start = LabelledTokens.of(model, head, batch), 0
     of_row = labelled.kept.nonzero()[:, 0]
     for states, wanted in labelled.pieces():
         rows = of_row[start : start + len(wanted)]

@@ -43,7 +43,7 @@ class Prompt:
 
 
 @dataclass(frozen=True)
-class Answering:
+class GreedyGeneration:
     """Generate answers to prompts greedily, the same prompts each time.
 
     Attributes:

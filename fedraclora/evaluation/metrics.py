@@ -28,16 +28,16 @@ from fedraclora.evaluation.counts import (
     OF_LABELS,
     ONE,
     Batch,
-    Counted,
     Formula,
-    Owners,
+    MetricInput,
+    RowOwners,
     ratio,
 )
 from fedraclora.evaluation.own_metrics import own_metric
 from fedraclora.limits import COLUMNS
 from fedraclora.tree import Tree
 
-__all__ = ["METRICS", "OF_CLASSES", "ONE", "Measure", "Owners", "higher_is_better", "lower_of"]
+__all__ = ["METRICS", "OF_CLASSES", "ONE", "Measure", "RowOwners", "higher_is_better", "lower_of"]
 _CLASSES = frozenset({"cross_entropy", "logistic", "next_token", "token_classes", "pixel_classes"})
 _LABELS = frozenset({"multi_label"})
 _NUMBERS = frozenset({"squared_error", "logistic"})
@@ -47,8 +47,8 @@ _NUMBERS = frozenset({"squared_error", "logistic"})
 class Measure:
     """Compute the metrics of a run from states that add up.
 
-    A state is a dict of tensors: for a `Counted` of sums, one of its name, float64 [owners, q]; for
-    another, ``name/output``, ``name/target`` [P, ...] and ``name/owner`` [P].
+    A state is a dict of tensors: for a `MetricInput` of sums, one of its name, float64
+    [owners, q]; for another, ``name/output``, ``name/target`` [P, ...] and ``name/owner`` [P].
 
     Attributes:
         metrics: By name, the primary metric first.
@@ -58,7 +58,7 @@ class Measure:
     Example:
         >>> measure = Measure.of(("accuracy", "loss"), "cross_entropy")
         >>> output, target = torch.eye(4)[:, :2], torch.tensor([0, 1, 1, 0])
-        >>> two = Owners(2, torch.tensor([0, 0, 0, 1]))  # three samples and one
+        >>> two = RowOwners(2, torch.tensor([0, 0, 0, 1]))  # three samples and one
         >>> state = measure.join([measure.take(output, target, two)])  # of one batch, or of many
         >>> [round(each["accuracy"], 2) for each in measure.values(state, 2)]
         [0.67, 1.0]
@@ -107,7 +107,7 @@ class Measure:
         return cls(chosen, function, reads)
 
     @property
-    def counts(self) -> list[Counted]:
+    def counts(self) -> list[MetricInput]:
         """List the inputs of the metrics, without repetition."""
         return [*{metric.count.name: metric.count for metric in self.metrics.values()}.values()]
 
@@ -122,7 +122,7 @@ class Measure:
         return [n for n, m in self.metrics.items() if n not in METRICS and not m.higher_is_better]
 
     def take(
-        self, output: torch.Tensor, target: torch.Tensor, owners: Owners = ONE, loss: str = ""
+        self, output: torch.Tensor, target: torch.Tensor, owners: RowOwners = ONE, loss: str = ""
     ) -> Tree:
         """Compute the state of a batch.
 
@@ -177,7 +177,7 @@ class Measure:
         return float(metric.value(*pair))
 
 
-def _kept(count: Counted) -> tuple[str, str, str]:
+def _kept(count: MetricInput) -> tuple[str, str, str]:
     return f"{count.name}/output", f"{count.name}/target", f"{count.name}/owner"
 
 

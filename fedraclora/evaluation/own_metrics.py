@@ -17,8 +17,8 @@ from typing_extensions import override
 from fedraclora.data.own_loss import PASSING, own_object, short_name
 from fedraclora.data.task import read_as
 from fedraclora.errors import ConfigError
-from fedraclora.evaluation.counts import Batch, Counted, Formula, ratio
-from fedraclora.imports import check_call, told_as
+from fedraclora.evaluation.counts import Batch, Formula, MetricInput, ratio
+from fedraclora.imports import as_user_error, check_call
 
 WANTED = (
     "a metric is a name of the project's, a metric of torchmetrics, or a function(output, target) "
@@ -85,7 +85,9 @@ def own_metric(name: str) -> Formula:
     own = (_Torch if is_torch else _Each if metric.each else _Whole)(name, metric.function)
     if not is_torch:
         check_call(f"data.metrics: {own.name}", metric.function, "all outputs", "all targets")
-    return Formula(own.value, frozenset(), Counted(short_name(name), own.take, own.sums), higher)
+    return Formula(
+        own.value, frozenset(), MetricInput(short_name(name), own.take, own.sums), higher
+    )
 
 
 class _Whole:
@@ -126,7 +128,7 @@ class _Whole:
         of = " and ".join(f"{each.dtype} {tuple(each.shape)}" for each in given)
         what = f"calling it with {of}" if given else "computing it"
         context = (f"metric {self.name}: ", what, f"; {WANTED}", PASSING)
-        with told_as(ConfigError, *context):
+        with as_user_error(ConfigError, *context):
             return function(*given)
 
     def number(self, found: Any) -> float:

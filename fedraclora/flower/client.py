@@ -22,7 +22,7 @@ from fedraclora.lowrank.layers import layer_kind, layer_view, weight_name
 from fedraclora.protocol.method import Plan
 from fedraclora.training.localconfig import LocalConfig
 from fedraclora.training.own.places import find, inner, plain_name
-from fedraclora.training.own.round import Asked, Round
+from fedraclora.training.own.round import ClientTask, Round
 from fedraclora.training.own.trainer import as_result, seed_of, seeded_everywhere
 from fedraclora.tree import Tree, wide
 from fedraclora.weights.replica import StoredReplica
@@ -82,7 +82,7 @@ class FlowerRound:
                 )
         base, request, sent = self._replica.base, self._ask.request, self._ask.own
         weights, _ = sent.program.fold(base, self._replica.plan)
-        asked = Asked(weights, sent.beside(base), views, {})
+        asked = ClientTask(weights, sent.with_past(base), views, {})
         known = self._partition if isinstance(self._partition, int) else self._ask.clients[0]
         client = int(known)
         seed = seed_of(self._seed, request.round_, client)

@@ -35,7 +35,7 @@ from fedraclora.protocol.coding import NONE, ZSTD
 from fedraclora.protocol.method import ASKS_TWICE, Cohort, Draw, Method, first_instructions
 from fedraclora.protocol.plan import trained_of
 from fedraclora.protocol.quantized import FULL
-from fedraclora.run.folder import alone, has_checkpoint, is_ours, refuse_existing, run_id
+from fedraclora.run.folder import has_checkpoint, is_ours, locked_folder, refuse_existing, run_id
 from fedraclora.run.ledger import number
 from fedraclora.run.recorder import RunRecorder
 from fedraclora.strategies.base import FedStrategy, taken_traffic
@@ -199,7 +199,7 @@ class LowRank(FedAvg):
 
         self._running = True
         try:
-            with nullcontext() if self.folder is None else alone(self.folder):
+            with nullcontext() if self.folder is None else locked_folder(self.folder):
                 self._before = self._at(1, initial_arrays, grid).done if self.folder else 0
                 if num_rounds < self._before:
                     raise ConfigError(

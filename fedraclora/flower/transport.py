@@ -27,7 +27,7 @@ from fedraclora.errors import StaleError, WireError
 from fedraclora.run.client_state import ClientStore
 from fedraclora.tree import Tree
 from fedraclora.weights.update import WeightHistory
-from fedraclora.wire.answers import Answer, NoAnswer, TrainedAnswer, Worked
+from fedraclora.wire.answers import Answer, NoAnswer, NumericAnswer, TrainedAnswer
 from fedraclora.wire.exchange import Ask
 from fedraclora.wire.fields import shown
 from fedraclora.wire.together import Answered
@@ -40,7 +40,7 @@ class FlowerTransport(DeployGrid):
         grid: Flower's own.
         history: The versions of the base weights.
         key: The key of the app's config in a message.
-        told: Facts for each client: ``seed`` of the run, ``weight``, the name of a reply's weight
+        fields: Facts for each client: ``seed`` of the run, ``weight``, the name of a reply's weight
             among its metrics, and whether it has the initial weights (``known``).
         timeout: Seconds to wait for a node that needs all weights.
         run: Name of the run, under which nodes keep its weights.
@@ -57,13 +57,13 @@ class FlowerTransport(DeployGrid):
         grid: Grid,
         history: WeightHistory,
         key: str,
-        told: dict[str, Any],
+        fields: dict[str, Any],
         timeout: float,
         run: str,
     ) -> None:
-        known = bool(told["known"])
+        known = bool(fields["known"])
         super().__init__(grid, history, run, DeployConfig(timeout=timeout), known=known)
-        self.key, self.told, self.config = key, told, ConfigRecord()
+        self.key, self.fields, self.config = key, fields, ConfigRecord()
         self.contents: dict[int, RecordDict] = {}
         self.names: dict[int, int] = {}
         self.numbers: dict[int, int] = {}
@@ -111,13 +111,13 @@ class FlowerTransport(DeployGrid):
             request, (was,), (now,) = ask.request, own.clients, ask.clients
             self.names[now], self.contents[now] = names[was], contents[was]
             there: dict[str, Any] = {"clients": request.clients}
-            there |= {"first": request.first} if isinstance(answer, Worked) else {}
+            there |= {"first": request.first} if isinstance(answer, NumericAnswer) else {}
             moved.append((ask, replace(answer, **there)))
         return moved + [pair for pair in found if not isinstance(pair[1], Answer)]
 
     @override
     def job(self) -> ConfigRecord:
-        return ConfigRecord({"run": self.run_id, **self.told})
+        return ConfigRecord({"run": self.run_id, **self.fields})
 
     @override
     def wrapped(self, content: RecordDict) -> RecordDict:
@@ -135,7 +135,7 @@ class FlowerTransport(DeployGrid):
 
     @override
     def answered(self, content: RecordDict, envelope: Envelope) -> Answer:
-        (client,), key = envelope.ask.clients, str(self.told["weight"])
+        (client,), key = envelope.ask.clients, str(self.fields["weight"])
         (name, metrics), *more = content.metric_records.items() or [("", MetricRecord())]
         weight = metrics.get(key)
         if more or isinstance(weight, list) or not weight or len(content.array_records) > 1:

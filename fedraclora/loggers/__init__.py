@@ -42,7 +42,7 @@ NAMES = {"metrics": "test", "validation": "validation"}
 class Logger(Protocol):
     """Show a run in another library."""
 
-    def begin(self, run: Begin, known: str | None) -> str | None:
+    def begin(self, run: RunStart, known: str | None) -> str | None:
         """Open the run; return the name by which the library finds it again, if it has one.
 
         Args:
@@ -77,7 +77,7 @@ class Logging(Callback):
     _going: dict[str, Logger] = field(default_factory=dict)
 
     @override
-    def begin(self, run: Begin) -> None:
+    def begin(self, run: RunStart) -> None:
         """Open the run with each logger.
 
         Raises:

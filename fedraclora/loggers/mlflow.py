@@ -9,7 +9,7 @@ import mlflow
 from mlflow.entities import Metric, Param, RunStatus
 from mlflow.utils.time import get_current_time_millis
 
-from fedraclora.run.callback import Begin
+from fedraclora.run.callback import RunStart
 from fedraclora.weights.files import flatten
 
 PROJECT = "fedraclora"
@@ -20,7 +20,7 @@ AT_ONCE = 100  # most parameters of one request
 class MLflowLogger:
     """Logs to ``MLFLOW_TRACKING_URI``, in the experiment ``MLFLOW_EXPERIMENT_NAME``."""
 
-    def begin(self, run: Begin, known: str | None) -> str | None:
+    def begin(self, run: RunStart, known: str | None) -> str | None:
         """Create a run, with every setting as a parameter, or resume it."""
         self.client = mlflow.MlflowClient()
         if known is not None:

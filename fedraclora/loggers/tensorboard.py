@@ -8,7 +8,7 @@ from pathlib import Path
 import yaml
 from torch.utils.tensorboard import SummaryWriter
 
-from fedraclora.run.callback import Begin
+from fedraclora.run.callback import RunStart
 
 
 class TensorBoardLogger:
@@ -17,7 +17,7 @@ class TensorBoardLogger:
     Without a run folder they go where TensorBoard puts them, ``runs/`` in the working folder.
     """
 
-    def begin(self, run: Begin, known: str | None) -> str | None:
+    def begin(self, run: RunStart, known: str | None) -> str | None:
         """Open an event file; what an earlier leg wrote of later rounds is hidden."""
         del known
         folder = None if run.folder is None else str(Path(run.folder) / "tensorboard")

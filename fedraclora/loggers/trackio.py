@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 import trackio
 
-from fedraclora.run.callback import Begin
+from fedraclora.run.callback import RunStart
 from fedraclora.weights.files import flatten
 
 PROJECT = "fedraclora"
@@ -16,7 +16,7 @@ PROJECT = "fedraclora"
 class TrackioLogger:
     """Logs to the project ``TRACKIO_PROJECT`` below ``TRACKIO_DIR``; ``trackio show`` shows it."""
 
-    def begin(self, run: Begin, known: str | None) -> str | None:
+    def begin(self, run: RunStart, known: str | None) -> str | None:
         """Create a run with the config, or resume it."""
         name = known or run.title
         self.run = trackio.init(

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 import wandb
 
-from fedraclora.run.callback import Begin
+from fedraclora.run.callback import RunStart
 
 PROJECT = "fedraclora"
 
@@ -15,7 +15,7 @@ PROJECT = "fedraclora"
 class WandbLogger:
     """Logs to the project ``WANDB_PROJECT``; all else is as the library's own variables say."""
 
-    def begin(self, run: Begin, known: str | None) -> str | None:
+    def begin(self, run: RunStart, known: str | None) -> str | None:
         """Create a run with the config, or resume it."""
         self.run = wandb.init(
             project=os.environ.get("WANDB_PROJECT", PROJECT),

@@ -148,14 +148,14 @@ def sum_products(*terms: Product) -> Product:
 
     Example:
         >>> one = (torch.ones(2, 1), torch.ones(1, 3))
-        >>> L, R = sum_products(one, minus(one))
+        >>> L, R = sum_products(one, negated(one))
         >>> float((L @ R).abs().max())
         0.0
     """
     return torch.cat([t[0] for t in terms], dim=1), torch.cat([t[1] for t in terms])
 
 
-def minus(product: Product) -> Product:
+def negated(product: Product) -> Product:
     """Negate a product of two factors."""
     return -product[0], product[1]
 

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from fedraclora.models.built import Built, check_fit
+from fedraclora.models.built import BuiltModel, check_fit
 from fedraclora.models.custom import build_function, build_object
 from fedraclora.models.hf import build_causal_lm, build_gpt, build_hf, build_transformer
 from fedraclora.models.networks import build_cnn, build_linear, build_mlp
 
-__all__ = ["MODELS", "Built", "check_fit"]
+__all__ = ["MODELS", "BuiltModel", "check_fit"]
 
-MODELS: dict[str, Callable[..., Built]] = {
+MODELS: dict[str, Callable[..., BuiltModel]] = {
     "linear": build_linear,
     "mlp": build_mlp,
     "cnn": build_cnn,

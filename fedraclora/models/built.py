@@ -74,7 +74,7 @@ BFLOAT16 = Feature(
 
 
 @dataclass(frozen=True)
-class Built:
+class BuiltModel:
     """Hold a network and the facts that other parts need.
 
     Attributes:
@@ -294,7 +294,7 @@ def found_targets(model: nn.Module, *patterns: str) -> str:
     return next((p for p in patterns if names.issuperset(p.split(","))), "all-linear")
 
 
-def held_in(built: Built, base: str) -> Built:
+def held_in(built: BuiltModel, base: str) -> BuiltModel:
     """Convert the weights of a model to a precision, in place.
 
     Args:

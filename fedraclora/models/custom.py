@@ -10,11 +10,11 @@ import torch
 from torch import nn
 
 from fedraclora.binding import object_of
-from fedraclora.data.fingerprint import called_twice
+from fedraclora.data.fingerprint import call_twice
 from fedraclora.errors import ConfigError, ModelError, unknown
-from fedraclora.imports import check_call, told_as
+from fedraclora.imports import as_user_error, check_call
 from fedraclora.lowrank.layers import is_head
-from fedraclora.models.built import Built, found_head, require_numbers, seeded, take_module
+from fedraclora.models.built import BuiltModel, found_head, require_numbers, seeded, take_module
 from fedraclora.object_registry import register_object, registered_object
 from fedraclora.tree import digest
 
@@ -37,7 +37,7 @@ def model_digest(model: nn.Module) -> str:
     Raises:
         ModelError: If they cannot be read.
     """
-    with told_as(ModelError, "model: ", "reading its weights"):
+    with as_user_error(ModelError, "model: ", "reading its weights"):
         tensors = {n: t for n, t in model.state_dict().items() if isinstance(t, torch.Tensor)}
         text = f"{type(model).__module__}.{type(model).__qualname__}\n{model!r}\n{digest(tensors)}"
     return hashlib.sha256(text.encode()).hexdigest()[:32]
@@ -57,7 +57,7 @@ def copy_of(model: nn.Module, wanted: str | None) -> nn.Module:
             "copy.deepcopy(model), or the module as it was"
         )
     what, after = "copying it (copy.deepcopy)", "; a run trains a copy"
-    with told_as(ModelError, "model: ", what, after):
+    with as_user_error(ModelError, "model: ", what, after):
         return copy.deepcopy(model)
 
 
@@ -69,7 +69,7 @@ def build_object(
     classes: int,
     seed: int,
     target_modules: str | Sequence[str] = "all-linear",
-) -> Built:
+) -> BuiltModel:
     """Build a model from a registered module, with its weights as initial weights.
 
     Args:
@@ -92,7 +92,7 @@ def build_object(
 
 def _taken(
     model: object, where: str, head: Sequence[str] | None, targets: str | Sequence[str]
-) -> Built:
+) -> BuiltModel:
     """Check a user's module and find its head; refuse a name that no layer has."""
     module = take_module(model, where)
     every = module.named_parameters(remove_duplicate=False)  # a tied head counts as a head
@@ -101,7 +101,7 @@ def _taken(
         if not any(is_head(layer, (name,)) for layer in layers):
             raise unknown("layer as model.head", name, layers)
     pattern = targets if isinstance(targets, str) else ",".join(targets)
-    return Built(module, found_head(module) if head is None else tuple(head), pattern)
+    return BuiltModel(module, found_head(module) if head is None else tuple(head), pattern)
 
 
 def require_module(model: object) -> nn.Module:
@@ -133,7 +133,7 @@ def build_function(
     seed: int,
     parameters: Mapping[str, object] | None = None,
     target_modules: str | Sequence[str] = "all-linear",
-) -> Built:
+) -> BuiltModel:
     """Build a model with a function of another package.
 
     Args:
@@ -164,9 +164,9 @@ def build_function(
     def called() -> object:
         with (
             seeded(seed, "model"),
-            told_as(ModelError, f"model.function={function}: ", "calling it"),
+            as_user_error(ModelError, f"model.function={function}: ", "calling it"),
         ):
             return build(shape=shape, classes=classes)
 
-    model = called_twice(f"model.function={function}", called, within=QUICK, look=weights_in)
+    model = call_twice(f"model.function={function}", called, within=QUICK, look=weights_in)
     return _taken(model, f"model.function={function}", head, target_modules)

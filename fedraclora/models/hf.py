@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from fedraclora.errors import ConfigError, ModelError, unknown
-from fedraclora.limits import Composed, Count, Fraction, limited
+from fedraclora.limits import Count, Fraction, HydraDefault, limited
 from fedraclora.models.built import (
     BFLOAT16,
     NARROW,
@@ -25,7 +25,7 @@ from fedraclora.models.built import (
     READS_TOKENS,
     Attention,
     Base,
-    Built,
+    BuiltModel,
     found_head,
     found_targets,
     held_in,
@@ -57,13 +57,13 @@ def build_hf(
     shape: tuple[int, ...],
     classes: int,
     seed: int,
-    path: Annotated[str, Composed()],
+    path: Annotated[str, HydraDefault()],
     layers: Count | None = None,
     dropout: Fraction = 0.0,
     attention: Attention = "sdpa",
     base: Base = "float32",
     sha256: str | None = None,
-) -> Built:
+) -> BuiltModel:
     """Load a pretrained model for sequence classification (or regression, with one output).
 
     Args:
@@ -121,7 +121,7 @@ def build_transformer(
     max_length: Count = 128,
     dropout: Fraction = 0.0,
     attention: Attention = "sdpa",
-) -> Built:
+) -> BuiltModel:
     """Build a BERT for sequence classification with random weights; nothing is downloaded.
 
     Args:
@@ -165,13 +165,13 @@ def build_transformer(
         return _built(BertForSequenceClassification(config))
 
 
-def _built(model: Any) -> Built:
+def _built(model: Any) -> BuiltModel:
     """Find the head (the modules outside the encoder that have weights) and the targets."""
     head = found_head(model)
     if not head:
         raise ModelError(f"{type(model).__name__} has no head beside {model.base_model_prefix}")
     network: nn.Module = model
-    return Built(network.train(), head, found_targets(network, "query,value"))
+    return BuiltModel(network.train(), head, found_targets(network, "query,value"))
 
 
 def set_dropout(config: Any, dropout: float) -> None:
@@ -217,7 +217,7 @@ def build_causal_lm(
     base: Base = "float32",
     checkpointing: bool = False,
     sha256: str | None = None,
-) -> Built:
+) -> BuiltModel:
     """Load a causal language model (Llama, Qwen, GPT-2, SmolLM, ...), or build one at random.
 
     Args:
@@ -270,7 +270,7 @@ def build_causal_lm(
         newest = getattr(model, "activation_checkpointing_enable", None)  # its name from v5.24 on
         (newest or model.gradient_checkpointing_enable)({"use_reentrant": False})
     network: nn.Module = model.train()
-    return held_in(Built(network, (_head(model),), found_targets(network, *QUERY_VALUE)), base)
+    return held_in(BuiltModel(network, (_head(model),), found_targets(network, *QUERY_VALUE)), base)
 
 
 def _drawn(
@@ -333,7 +333,7 @@ def build_gpt(
     max_length: Count = 128,
     dropout: Fraction = 0.0,
     attention: Attention = "sdpa",
-) -> Built:
+) -> BuiltModel:
     """Build a GPT-2 that predicts the next token.
 
     Its output layer is not tied to the token embedding, as it is in the original, so that it can be
@@ -381,4 +381,4 @@ def build_gpt(
         attn_implementation=attention,
     )
     with seeded(seed, "model"):
-        return Built(GPT2LMHeadModel(config).train(), ("lm_head",), "all-linear")
+        return BuiltModel(GPT2LMHeadModel(config).train(), ("lm_head",), "all-linear")

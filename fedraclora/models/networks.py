@@ -14,7 +14,7 @@ from typing_extensions import override
 
 from fedraclora.errors import ConfigError
 from fedraclora.limits import Count, Fraction, Limit, limited
-from fedraclora.models.built import READS_NUMBERS, Built, require_input, seeded
+from fedraclora.models.built import READS_NUMBERS, BuiltModel, require_input, seeded
 
 
 class Halve(nn.MaxPool2d):
@@ -45,7 +45,7 @@ def build_mlp(
     hidden: Sequence[Count] = (200, 200),
     bias: bool = True,
     dropout: Fraction = 0.0,
-) -> Built:
+) -> BuiltModel:
     """Build linear layers ``fc1``, ``fc2``, ... with ReLU between them.
 
     Args:
@@ -78,11 +78,13 @@ def build_mlp(
                 layers[f"relu{index}"] = nn.ReLU()
                 if dropout:
                     layers[f"dropout{index}"] = nn.Dropout(dropout)
-    return Built(nn.Sequential(layers), head=(f"fc{len(widths) + 1}",), targets="all-linear")
+    return BuiltModel(nn.Sequential(layers), head=(f"fc{len(widths) + 1}",), targets="all-linear")
 
 
 @READS_NUMBERS
-def build_linear(*, shape: tuple[int, ...], classes: int, seed: int, bias: bool = True) -> Built:
+def build_linear(
+    *, shape: tuple[int, ...], classes: int, seed: int, bias: bool = True
+) -> BuiltModel:
     """Build one linear layer ``fc1`` from the flattened input to the outputs.
 
     Args:
@@ -103,7 +105,7 @@ def build_linear(*, shape: tuple[int, ...], classes: int, seed: int, bias: bool 
         layers["flatten"] = nn.Flatten()
     with seeded(seed, "model"):
         layers["fc1"] = nn.Linear(features, classes, bias=bias)
-    return Built(nn.Sequential(layers), head=(), targets="all-linear")
+    return BuiltModel(nn.Sequential(layers), head=(), targets="all-linear")
 
 
 @READS_NUMBERS
@@ -117,7 +119,7 @@ def build_cnn(
     hidden: Count | None = 64,
     dropout: Fraction = 0.0,
     kernel: Annotated[Count, Limit("an odd number", lambda size: size % 2 == 1)] = 3,
-) -> Built:
+) -> BuiltModel:
     """Build convolutions ``conv1``, ... and two linear layers, with ReLU between all.
 
     Each convolution keeps the size of the image and is followed by pooling, which halves the image.
@@ -163,7 +165,7 @@ def build_cnn(
             if dropout:
                 layers["dropout"] = nn.Dropout(dropout)
         layers["fc2"] = nn.Linear(hidden or features, classes)
-    return Built(nn.Sequential(layers), head=("fc2",), targets="all")
+    return BuiltModel(nn.Sequential(layers), head=("fc2",), targets="all")
 
 
 def _image(shape: tuple[int, ...], classes: int) -> tuple[int, int, int]:

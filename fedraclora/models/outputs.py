@@ -26,7 +26,7 @@ from fedraclora.data.own_loss import PASSING, OwnLoss, check_loss, is_own
 from fedraclora.data.samples import Samples
 from fedraclora.data.task import forward, read_as
 from fedraclora.errors import DataError, ModelError
-from fedraclora.imports import told_as
+from fedraclora.imports import as_user_error
 from fedraclora.lowrank.layers import is_batch_norm
 from fedraclora.models.built import refuse_functions
 from fedraclora.tree import Tree
@@ -69,8 +69,8 @@ def probe(
     if is_own(data.loss):
         rows = torch.tensor([0, len(samples) // 2, len(samples) - 1, 0])  # one sample twice
         some = samples.take(rows)
-        with nothing_drawn(), torch.no_grad():
-            output = output_of(moved(model).eval(), some.inputs).to(device)
+        with restored_generators(), torch.no_grad():
+            output = output_of(perturbed_copy(model).eval(), some.inputs).to(device)
             check_loss(OwnLoss.of(data.loss), output, some.target.to(device), scalar=own_loop)
         like = like or guessed_like(output, samples.target)
     if own_model:
@@ -108,9 +108,9 @@ def are_probable(output: torch.Tensor, axis: int) -> bool:
 
 def is_softmax(model: nn.Module, samples: Samples, loss: str) -> bool:
     """Check whether a model returns probabilities where the loss expects logits."""
-    if (axis := read_as(loss).axis) is None or not (some := few(samples.inputs)):
+    if (axis := read_as(loss).axis) is None or not (some := edge_samples(samples.inputs)):
         return False
-    with nothing_drawn(), torch.no_grad():
+    with restored_generators(), torch.no_grad():
         output = output_of(copy.deepcopy(model).eval(), some)
     return are_probable(output, axis % (output.dim() - 1) + 1)
 
@@ -126,7 +126,7 @@ def output_of(model: nn.Module, inputs: Mapping[str, torch.Tensor]) -> torch.Ten
         "the model cannot be used with these data: ",
         "calling it with inputs of the shapes",
     )
-    with told_as(ModelError, context, f"{what} {shapes}", passing=PASSING):
+    with as_user_error(ModelError, context, f"{what} {shapes}", passing=PASSING):
         return forward(model, dict(inputs))
 
 
@@ -142,10 +142,10 @@ def refuse_ways(model: nn.Module, inputs: Mapping[str, torch.Tensor]) -> None:
             second call, with other samples in the batch, or in training mode; the first such module
             is named.
     """
-    if not (some := few(inputs)):
+    if not (some := edge_samples(inputs)):
         return
-    with nothing_drawn():
-        copied = moved(model)
+    with restored_generators():
+        copied = perturbed_copy(model)
         for module in copied.modules():  # dropout as a function is refused elsewhere
             if isinstance(module, nn.modules.dropout._DropoutNd):  # noqa: SLF001
                 module.p = 0.0
@@ -195,14 +195,14 @@ def refuse_ways(model: nn.Module, inputs: Mapping[str, torch.Tensor]) -> None:
         )
 
 
-def few(inputs: Mapping[str, torch.Tensor]) -> Tree:
+def edge_samples(inputs: Mapping[str, torch.Tensor]) -> Tree:
     """Select the first and the last sample; empty if there are fewer than two."""
     count = min(map(len, inputs.values()), default=0)
     rows = torch.tensor([0, count - 1])
     return {name: values[rows] for name, values in inputs.items()} if count > 1 else {}
 
 
-def moved(model: nn.Module) -> nn.Module:
+def perturbed_copy(model: nn.Module) -> nn.Module:
     """Copy a model with trainable weights; constant weights are perturbed a little."""
     copied = copy.deepcopy(model)
     torch.default_generator.manual_seed(0)
@@ -305,7 +305,7 @@ def drew(before: tuple[Any, ...]) -> bool:
 
 
 @contextmanager
-def nothing_drawn() -> Iterator[None]:
+def restored_generators() -> Iterator[None]:
     """Restore the generators of torch, Python and numpy at the end."""
     states = generators()
     try:
@@ -330,7 +330,7 @@ def refuse_outputs(model: nn.Module, samples: Samples, classes: int, loss: str) 
         ModelError: If it cannot be called.
     """
     first = samples.take(torch.zeros(1, dtype=torch.int64, device=samples.target.device))
-    with nothing_drawn(), torch.no_grad():
+    with restored_generators(), torch.no_grad():
         output = output_of(copy.deepcopy(model).eval(), first.inputs)
     if loss == "cross_entropy" and output.dim() == 2 and output.shape[1] < classes:
         raise DataError(

@@ -31,7 +31,7 @@ UNUSUAL = ("sliding_window", "softcap", "s_aux", "position_bias")
 PROBE = (5, 9, 3, 7)  # tokens of the samples on which a model is tested
 
 
-class Attend(torch.autograd.Function):
+class PackedAttention(torch.autograd.Function):
     """Compute attention by plain products, with a hand-written backward pass and fewer copies."""
 
     @override
@@ -222,7 +222,7 @@ def attend_within(
         hidden = torch.ones(bucket.tokens, bucket.tokens, dtype=torch.bool, device=q.device).triu(1)
     else:
         hidden = bucket.hidden()
-    apply: Callable[..., torch.Tensor] = Attend.apply
+    apply: Callable[..., torch.Tensor] = PackedAttention.apply
     return apply(q, k, v, hidden, scale)
 
 

@@ -18,7 +18,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from fedraclora.data.gguf_header import Header, Stored, read_gguf_header
+from fedraclora.data.gguf_header import Header, TensorEntry, read_gguf_header
 from fedraclora.data.locate import GGUF, checked_source, from_pretrained, refuse_code
 from fedraclora.errors import ConfigError, DataError
 from fedraclora.lowrank.layers import is_head
@@ -119,7 +119,9 @@ def load_pretrained(
     return made_plain(model), drawn
 
 
-def _check_config(kind: Any, source: Source, stored: Mapping[str, Stored], config: Any) -> None:
+def _check_config(
+    kind: Any, source: Source, stored: Mapping[str, TensorEntry], config: Any
+) -> None:
     """Check a configuration against the stored weights: their number and shapes."""
     gguf = source.place.endswith(GGUF)
     if not gguf and getattr(config, "quantization_config", None) is not None:
@@ -169,17 +171,17 @@ def _floats(config: Mapping[str, object], prefix: str = "") -> Iterator[tuple[st
             yield f"{prefix}{key}", value
 
 
-def _stored(source: Source, header: Header | None) -> Mapping[str, Stored]:
+def _stored(source: Source, header: Header | None) -> Mapping[str, TensorEntry]:
     """List the stored tensors; empty if that requires loading them."""
     if header is not None:
         return header.tensors
-    found: dict[str, Stored] = {}
+    found: dict[str, TensorEntry] = {}
     for path in sorted(Path(source.place).glob("*.safetensors")) if source.local else ():
         try:
             with safe_open(path, framework="pt") as file:
                 for name in file.keys():  # noqa: SIM118  it is no mapping
                     tensor = file.get_slice(name)
-                    found[name] = Stored(tuple(tensor.get_shape()), tensor.get_dtype())
+                    found[name] = TensorEntry(tuple(tensor.get_shape()), tensor.get_dtype())
         except (OSError, SafetensorError) as error:
             raise source.refuse(f"{path.name} is damaged ({error})") from error
     return found

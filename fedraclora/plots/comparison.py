@@ -24,7 +24,7 @@ from fedraclora.plots.axes import (
     new_panels,
     write_png,
 )
-from fedraclora.plots.palette import Look, looks
+from fedraclora.plots.palette import LineStyle, line_styles
 
 POSITIONS = {  # of a curve: column, title, and what one unit of it is
     "round": ("round", 1.0),
@@ -69,7 +69,7 @@ def compare_figure(
     legend_rows = math.ceil(len("\n".join(labels).splitlines()) / legend_columns)
     drawn = [key for key in POSITIONS if key in against]
     known = [k for k in drawn if any(np.isfinite(curve[k]).any() for curve in curves.values())]
-    styles = looks([methods[label] for label in curves])
+    styles = line_styles([methods[label] for label in curves])
     columns = 2  # of a page that may be narrow: the texts of more would be too small there
     lines_of_panels = math.ceil(len(known) / columns)
     figure = new_figure(7.5, 3.0 * lines_of_panels + 0.24 * legend_rows + 0.1)
@@ -90,7 +90,7 @@ def compare_figure(
 
 
 def _draw_mean(
-    panel: Axes, x: Values, curve: Mapping[str, Values], look: Look, *, log: bool
+    panel: Axes, x: Values, curve: Mapping[str, Values], look: LineStyle, *, log: bool
 ) -> None:
     color, dash = look
     x = np.where(log & (x <= 0), np.nan, x)  # no place on a logarithmic axis
@@ -215,8 +215,8 @@ def _draw(place: Axes, panel: Panel) -> None:
 
 
 @dataclass(frozen=True)
-class Entrant:
-    """Hold the figures of one method of a leaderboard.
+class BoardRow:
+    """A method of a leaderboard.
 
     Attributes:
         label: Its name.
@@ -234,8 +234,8 @@ class Entrant:
     method: str
 
 
-def leaderboard_figure(entrants: Sequence[Entrant], metric: str, path: Path) -> None:
-    """Draw the metric of each method, and the metric against its uplink, by rank.
+def leaderboard_figure(entrants: Sequence[BoardRow], metric: str, path: Path) -> None:
+    """Draw the metric of each method, and the metric against its uplink, by place on the board.
 
     A method with a failed seed does not stretch the axes: values outside are drawn at the lower
     end, with their numbers.
@@ -253,7 +253,7 @@ def leaderboard_figure(entrants: Sequence[Entrant], metric: str, path: Path) -> 
     low, high = spanned(entrants)
     upper.set_xlim(low, high)
     lower.set_ylim(low, high)
-    styles = looks([entrant.method for entrant in entrants])
+    styles = line_styles([entrant.method for entrant in entrants])
     for place, (entrant, style) in enumerate(zip(entrants, styles, strict=True)):
         spread = entrant.spread if math.isfinite(entrant.spread) else 0.0
         look = {"color": style.color, "fmt": SHAPES[entrant.exact]}
@@ -287,8 +287,8 @@ def leaderboard_figure(entrants: Sequence[Entrant], metric: str, path: Path) -> 
     write_png(figure, path)
 
 
-def spanned(entrants: Sequence[Entrant]) -> tuple[float, float]:
-    """Choose the range of the metric to draw, with a margin.
+def spanned(entrants: Sequence[BoardRow]) -> tuple[float, float]:
+    """Choose the range of the metric that is drawn, with a margin.
 
     It covers all means and spreads, except those whose spread is more than `WILD` times the
     usual one of the board.
@@ -301,15 +301,15 @@ def spanned(entrants: Sequence[Entrant]) -> tuple[float, float]:
     return low - margin, high + margin
 
 
-def clusters(entrants: Sequence[Entrant], near: float) -> list[tuple[Entrant, str]]:
-    """Choose the points with their own label, and the ranks near each of them.
+def clusters(entrants: Sequence[BoardRow], near: float) -> list[tuple[BoardRow, str]]:
+    """Choose the points that want a label of their own, and the places near each of them.
 
     Args:
         entrants: The best first.
         near: Points of similar uplink whose means differ by at most this share a label, such as
             "5, 6, 8-13", since separate labels would overlap.
     """
-    found: list[tuple[Entrant, list[int]]] = []
+    found: list[tuple[BoardRow, list[int]]] = []
     for place, entrant in enumerate(entrants, 1):
         for first, places in found:
             alike = math.isclose(first.uplink, entrant.uplink, rel_tol=0.1)

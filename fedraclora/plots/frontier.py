@@ -8,11 +8,11 @@ from pathlib import Path
 from matplotlib.ticker import FuncFormatter
 
 from fedraclora.plots.axes import label_axes, make_logarithmic, new_figure, write_png
-from fedraclora.plots.palette import looks
+from fedraclora.plots.palette import line_styles
 
 MARKS = ("o", "s", "^", "D", "v", "P")
 GOOD = 0.1  # the share that is marked
-REACH, SHARE = 2.0, 0.4  # see `of_use`
+REACH, SHARE = 2.0, 0.4  # see `useful_range`
 
 ROOM = 1.15  # beside the first and the last point, as a factor
 
@@ -46,9 +46,11 @@ def frontier_figure(
     panel = figure.subplots()
     best_of = max if higher else min
     finals = [best_of(y for _, y in row) for rows, _ in groups.values() for row in rows]
-    edge, other = of_use(finals, [] if level is None else [level], higher=higher)
+    edge, other = useful_range(finals, [] if level is None else [level], higher=higher)
     outside: list[float] = []
-    for (name, (rows, best)), (color, _) in zip(groups.items(), looks([*groups]), strict=True):
+    for (name, (rows, best)), (color, _) in zip(
+        groups.items(), line_styles([*groups]), strict=True
+    ):
         if not rows:
             continue
         for row in rows:
@@ -89,7 +91,7 @@ def _points(groups: Mapping[str, tuple[Sequence[Points], Points]]) -> list[tuple
     return [point for rows, _ in groups.values() for row in rows for point in row]
 
 
-def of_use(
+def useful_range(
     finals: Sequence[float], kept: Sequence[float] = (), *, higher: bool = True
 ) -> tuple[float, float]:
     """Choose the range of a metric in which rows worth using differ.
@@ -127,7 +129,7 @@ def shares_figure(
     """
     figure = new_figure(7.5, 1.2 + 0.5 * len(tasks))
     panel = figure.subplots()
-    colors = [look.color for look in looks([*found])]
+    colors = [look.color for look in line_styles([*found])]
     for index, (family, shares) in enumerate(found.items()):
         color = colors[index]
         panel.plot(

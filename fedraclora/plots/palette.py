@@ -23,8 +23,8 @@ PALETTE = (
 DASHES = ("-", "--", ":", "-.")
 
 
-class Look(NamedTuple):
-    """Hold how a curve is drawn.
+class LineStyle(NamedTuple):
+    """How a curve is drawn.
 
     Attributes:
         color: As ``#RRGGBB``.
@@ -35,7 +35,7 @@ class Look(NamedTuple):
     dash: str
 
 
-def looks(methods: Sequence[str]) -> list[Look]:
+def line_styles(methods: Sequence[str]) -> list[LineStyle]:
     """Choose the look of each curve of a figure: the color of its method, and a dash.
 
     A method has its color by its name, in every figure; where two of a figure would share one, the
@@ -46,9 +46,9 @@ def looks(methods: Sequence[str]) -> list[Look]:
         methods: The name of the method of each curve; case and hyphens do not matter.
 
     Example:
-        >>> [look.dash for look in looks(["fedavg", "ffa_lora", "fedavg"])]
+        >>> [look.dash for look in line_styles(["fedavg", "ffa_lora", "fedavg"])]
         ['-', '-', '--']
-        >>> looks(["FFA-LoRA"]) == looks(["ffa_lora"])
+        >>> line_styles(["FFA-LoRA"]) == line_styles(["ffa_lora"])
         True
     """
     names = [method.lower().replace("-", "_") for method in methods]
@@ -58,7 +58,7 @@ def looks(methods: Sequence[str]) -> list[Look]:
         taken = _shared_out(sorted({*names}))
         places = [taken[name] for name in names]
     dashes = [places[:index].count(place) % len(DASHES) for index, place in enumerate(places)]
-    return [Look(PALETTE[p], DASHES[dash]) for p, dash in zip(places, dashes, strict=True)]
+    return [LineStyle(PALETTE[p], DASHES[dash]) for p, dash in zip(places, dashes, strict=True)]
 
 
 def _shared_out(names: Sequence[str]) -> dict[str, int]:

@@ -203,7 +203,7 @@ class Mechanism:
         """Compute epsilon after ``rounds`` rounds and all other releases."""
         return epsilon(self.noise, self.sampling, rounds, self.delta, *beside)
 
-    def drawn(self, secret: Secret, round_: int, clients: int) -> torch.Tensor:
+    def sample(self, secret: Secret, round_: int, clients: int) -> torch.Tensor:
         """Draw the clients of a round independently; ids ascending, int64."""
         return secret.chosen(clients, self.sampling, "cohort", round_)
 
@@ -297,7 +297,7 @@ class NoisyMeans:
             ranges[name] = low, high
         return cls(config.measure_noise, count / clients, count, ranges, least)
 
-    def drawn(self, secret: Secret, round_: int, clients: int) -> torch.Tensor:
+    def sample(self, secret: Secret, round_: int, clients: int) -> torch.Tensor:
         """Draw the clients that measure after a round; ids ascending, int64."""
         return secret.chosen(clients, self.sampling, "measurers", round_)
 

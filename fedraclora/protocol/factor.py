@@ -130,7 +130,7 @@ class Factor:
         """Return a copy with its numbers, if any, replaced."""
         return self if self.numbers is None else replace(self, numbers=change(self.numbers))
 
-    def beside(self, past: torch.Tensor | None) -> Factor:
+    def with_past(self, past: torch.Tensor | None) -> Factor:
         """Fill in T, the factor of the last merge, if it is needed and missing."""
         known = self.coefficients is None or self.past is not None
         return self if known else replace(self, past=past)

@@ -106,10 +106,10 @@ class RoundInstructions:
         dense = {name: found[name] for name in self.dense}
         return replace(self, adapters=adapters, dense=dense)
 
-    def beside(self, base: Tree) -> RoundInstructions:
+    def with_past(self, base: Tree) -> RoundInstructions:
         """Fill in the factors of the last merge, which are stored beside the base weights."""
         return self.mapped(
-            lambda name, each: each.beside(base.get(past_name(name.rpartition("/")[0])))
+            lambda name, each: each.with_past(base.get(past_name(name.rpartition("/")[0])))
         )
 
     def to(self, dtype: torch.dtype) -> RoundInstructions:

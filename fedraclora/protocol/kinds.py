@@ -53,7 +53,7 @@ class Draws:
     nearest: bool = True
     again: bool = True
 
-    def u(self, shape: tuple[int, int]) -> Doubles:
+    def offsets(self, shape: tuple[int, int]) -> Doubles:
         """Draw the rounding offsets of all rows, in steps of 2^-32; 1/2 for rounding to nearest."""
         if self.nearest or not self.rngs:
             return np.full(shape, 0.5)
@@ -93,7 +93,7 @@ class Kind(ABC):
         return WireError(f"{what} of the kind {self.name} is one that none may be")
 
 
-class Short(Kind):
+class BFloat16(Kind):
     """bfloat16: the upper half of a float32."""
 
     def __init__(self) -> None:
@@ -105,7 +105,7 @@ class Short(Kind):
 
     @override
     def encode(self, x: Doubles, sizes: Sequence[int], draws: Draws) -> Bytes:
-        bits = x.view(np.int64) + (draws.u(x.shape) * 2.0**KEPT_BITS).astype(np.int64)
+        bits = x.view(np.int64) + (draws.offsets(x.shape) * 2.0**KEPT_BITS).astype(np.int64)
         kept = (bits >> KEPT_BITS << KEPT_BITS).view(np.float64)
         with np.errstate(over="ignore"):
             return (kept.astype(np.float32).view(np.uint32) >> 16).astype("<u2").view(np.uint8)
@@ -133,7 +133,7 @@ class Scaled(Kind):
         scales = _scales(np.maximum.reduceat(np.abs(x), starts, axis=1), self.levels)
         with np.errstate(invalid="ignore"):
             steps = x / np.repeat(_powers(scales), lengths, axis=1)
-            whole = np.floor(steps + draws.u(x.shape))
+            whole = np.floor(steps + draws.offsets(x.shape))
         codes = np.nan_to_num(whole).clip(-self.levels, self.levels).astype(np.int8)
         return np.concatenate([scales, pack(codes.view(np.uint8), self.bits)], axis=1)
 

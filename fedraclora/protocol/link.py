@@ -12,7 +12,7 @@ from fedraclora.errors import ConfigError
 from fedraclora.lowrank.layers import LayerView
 from fedraclora.narrow_weight import QuantisedWeight, base_name
 from fedraclora.protocol.factor import Factor, FactorLike, past_name
-from fedraclora.protocol.named import Named
+from fedraclora.protocol.named import RegisteredByName
 from fedraclora.protocol.quantized import FULL
 from fedraclora.tree import Tree
 
@@ -72,9 +72,9 @@ class Term:
         """Build a term from a method's factors."""
         return cls(tuple(map(Factor.of, factors)), scale, kind, keep)
 
-    def beside(self, past: torch.Tensor | None) -> Term:
+    def with_past(self, past: torch.Tensor | None) -> Term:
         """Fill in the factor of the last merge, if a factor is computed from it."""
-        return replace(self, factors=tuple(f.beside(past) for f in self.factors))
+        return replace(self, factors=tuple(f.with_past(past) for f in self.factors))
 
     @property
     def kept(self) -> torch.Tensor | None:
@@ -87,7 +87,7 @@ Terms = dict[str, Term]
 
 
 @dataclass(frozen=True)
-class Move(Named):
+class Move(RegisteredByName):
     """Change some weights together by a few numbers.
 
     Attributes:
@@ -175,7 +175,7 @@ def apply_link(base: Mapping[str, torch.Tensor], link: Link, plan: Plan) -> Tree
             )
         # Each in one memory layout: how a library multiplies, and so the last bit, may depend on
         # it.
-        known = term.beside(out.get(past_name(name)))
+        known = term.with_past(out.get(past_name(name)))
         first, *others = (matrix.contiguous() for matrix in matrices(known))
         old = base[name]
         new = torch.empty(old.shape, dtype=torch.float64, device=old.device).copy_(old)

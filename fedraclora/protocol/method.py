@@ -255,15 +255,15 @@ class Method(Protocol):
         """Build the instructions of round ``round_`` (from 1)."""
 
     def next_exchange(
-        self, state: State, sent: RoundInstructions, got: Uplinks
+        self, state: State, sent: RoundInstructions, uplinks: Uplinks
     ) -> RoundInstructions | None:
         """Return the instructions of another exchange in the same round, or None to close it."""
         return None
 
-    def close_round(self, state: State, sent: RoundInstructions, got: Uplinks) -> State:
+    def close_round(self, state: State, sent: RoundInstructions, uplinks: Uplinks) -> State:
         """Return the next state from the clients' updates; it contains the round's merge."""
 
-    def in_force(self, state: State) -> tuple[Method, State]:
+    def in_effect(self, state: State) -> tuple[Method, State]:
         """Return the method and the state in effect; a wrapper may omit layers."""
         return self, state
 

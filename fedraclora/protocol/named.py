@@ -9,7 +9,7 @@ from typing_extensions import override
 from fedraclora.errors import ConfigError
 
 
-class Named:
+class RegisteredByName:
     """Register subclasses under a name, by which files and messages identify them.
 
     A direct subclass begins a family; its subclasses with a ``name`` are the members. A name is
@@ -28,7 +28,7 @@ class Named:
     def __init_subclass__(cls, **more: Any) -> None:
         """Register the class in its family; raises as `register`."""
         super().__init_subclass__(**more)
-        if Named in cls.__bases__:
+        if RegisteredByName in cls.__bases__:
             cls.known = {}
         cls.register()
 
@@ -67,11 +67,11 @@ class Named:
         return self.name
 
 
-def of_main() -> list[type[Named]]:
+def of_main() -> list[type[RegisteredByName]]:
     """Return the members that the main program defines; other processes cannot import them.
 
     Python creates a class in another process before it sets its name, so that the process calls
-    `Named.register`.
+    `RegisteredByName.register`.
     """
-    every = (kind for family in Named.__subclasses__() for kind in family.known.values())
+    every = (kind for family in RegisteredByName.__subclasses__() for kind in family.known.values())
     return [kind for kind in every if kind.__module__ == "__main__"]

@@ -20,7 +20,7 @@ import torch
 
 from fedraclora.limits import Limited
 from fedraclora.protocol.link import Plan, Terms
-from fedraclora.protocol.named import Named
+from fedraclora.protocol.named import RegisteredByName
 from fedraclora.tree import Tree, parameters
 
 if TYPE_CHECKING:
@@ -63,7 +63,7 @@ class LocalResult:
     metrics: Tree = field(default_factory=dict)
 
 
-class When(IntEnum):
+class GradientStage(IntEnum):
     """Choose after which part of a local step a hook changes the gradients."""
 
     LOSS = 0  # gradients of the loss: a term may be added to it
@@ -82,7 +82,7 @@ class Optimizer(Protocol):
         """Return the moments that outlive the round, after ``steps`` of each client, int64 [K]."""
 
 
-class Former(Protocol):
+class GradientFunction(Protocol):
     """Define gradients of a chunk that replace those of the loss."""
 
     def gradients(
@@ -128,7 +128,7 @@ class ClientChunk:
     measured: Tree = field(default_factory=dict)
 
 
-class ClientProgram(Named, Limited, group="local.extras"):
+class ClientProgram(RegisteredByName, Limited, group="local.extras"):
     """Define a client's local training; this base class changes nothing.
 
     Override the hooks that you need. A program that a method sends has a ``name``, and its fields
@@ -186,7 +186,7 @@ class ClientProgram(Named, Limited, group="local.extras"):
         """Return the recurring factor beside trained ones: position, number and index."""
         return None
 
-    def beside(self, weight: str, label: str) -> tuple[str, ...]:
+    def stored_parts(self, weight: str, label: str) -> tuple[str, ...]:
         """Name the tensors beside a weight for a recurring factor, by position; none here."""
         return ()
 
@@ -202,7 +202,7 @@ class ClientProgram(Named, Limited, group="local.extras"):
             WireError: Naming the field, and the found and the expected value.
         """
 
-    def at_rest(self) -> ClientProgram:
+    def initial_part(self) -> ClientProgram:
         """Return the part that determines the clients' initial weights (`fold`)."""
         return PLAIN
 
@@ -229,7 +229,7 @@ class ClientProgram(Named, Limited, group="local.extras"):
         """Return the largest number of local steps; None: no limit."""
         return None
 
-    def former(self, chunk: ClientChunk, base: Tree, steps: int) -> Former:
+    def former(self, chunk: ClientChunk, base: Tree, steps: int) -> GradientFunction:
         """Return the object that computes the gradients of a chunk, if `forms_gradients`.
 
         Args:
@@ -317,7 +317,7 @@ class ClientProgram(Named, Limited, group="local.extras"):
         """Return s and c of the step of SGD in weight space (`effective_step`)."""
         return scale, gram
 
-    def columns(self, sent: RoundInstructions, got: Uplinks) -> dict[str, float]:
+    def columns(self, sent: RoundInstructions, uplinks: Uplinks) -> dict[str, float]:
         """Compute the program's columns in the results table, for a round."""
         return {}
 

@@ -14,12 +14,12 @@ import torch
 
 from fedraclora.errors import WireError
 from fedraclora.protocol.coding import NONE, compressed, unframed
-from fedraclora.protocol.kinds import Draws, Kind, Scaled, Short
+from fedraclora.protocol.kinds import BFloat16, Draws, Kind, Scaled
 from fedraclora.protocol.rotated import Rotated
 
 FULL = "float32"  # unquantized numbers
 WIDTHS = {"float32": 4, "float64": 8}  # bytes of a number
-_KINDS = (Short(), Scaled(8), Scaled(4), *map(Rotated, (4, 3, 2, 1)))
+_KINDS = (BFloat16(), Scaled(8), Scaled(4), *map(Rotated, (4, 3, 2, 1)))
 ROUNDINGS: dict[str, Kind] = {kind.name: kind for kind in _KINDS}
 ROUNDED = tuple(ROUNDINGS)
 

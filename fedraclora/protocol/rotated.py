@@ -117,7 +117,7 @@ class Rotated(Kind):
         for row, rng in zip(turns, draws.rngs, strict=False):
             row[:] = rng.integers(FOUND if draws.again else SIGNS, size=plan.tensors)
         turns = np.where(known < 0, turns, known)
-        u, signs = draws.u((K, plan.blocks)), _signs(turns)
+        u, signs = draws.offsets((K, plan.blocks)), _signs(turns)
         scales, coded = [np.zeros((K, 0, 2), np.uint8)], [np.zeros((K, 0), np.uint8)]
         for part in plan.parts:
             here = _Blocks.of(part.cut(x), signs[:, part.tensors, : part.length])

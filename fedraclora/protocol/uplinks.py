@@ -327,7 +327,7 @@ def mean_said(values: torch.Tensor, weights: torch.Tensor, unsaid: float) -> flo
     return float(values @ weights / weights.sum()) if len(values) else math.nan
 
 
-def too_many(refused: Sequence[Refusal], round_: int, rule: str) -> ClientError:
+def failures_error(refused: Sequence[Refusal], round_: int, rule: str) -> ClientError:
     """Build the error for a round that lost more clients than the config allows."""
     lines = "; ".join(f"client {r.client}: {r.reason}" for r in refused[:5])
     more = f" (and {len(refused) - 5} more)" if len(refused) > 5 else ""

@@ -13,7 +13,7 @@ from fedraclora.tree import Tree
 
 
 @dataclass(frozen=True)
-class Begin:
+class RunStart:
     """Hold the data that a callback receives when a run starts or is resumed.
 
     Attributes:
@@ -39,7 +39,7 @@ class Callback:
     cannot change the run. An exception in one stops the run, which can be resumed.
     """
 
-    def begin(self, run: Begin) -> None:
+    def begin(self, run: RunStart) -> None:
         """Prepare, before the first round of a new or resumed run."""
 
     def measure(self, weights: Tree, round_: int) -> Row:

@@ -22,7 +22,7 @@ MOMENTS = "moments/"
 NO_WEIGHTS = (MOMENTS, "variates/", "residue/")
 
 
-class Entry(NamedTuple):
+class StateEntry(NamedTuple):
     """Hold a client's state after a round: one packed row, and its names and shapes."""
 
     round_: int
@@ -45,7 +45,7 @@ class ClientStore:
     def __init__(self, generations: int = GENERATIONS) -> None:
         self.generations = generations
         self.secrets: dict[int, bytes] = {}
-        self._entries: dict[int, list[Entry]] = {}
+        self._entries: dict[int, list[StateEntry]] = {}
         self._states: dict[int, dict[int, bytes]] = {}
 
     def recall(self, client: int, round_: int) -> bytes:
@@ -92,7 +92,7 @@ class ClientStore:
         return layout.unpack(torch.stack(rows))
 
     def _lasting(
-        self, client: int, entry: Entry, round_: int, layout: Layout, link: int | None
+        self, client: int, entry: StateEntry, round_: int, layout: Layout, link: int | None
     ) -> Tree:
         """Read a client's state without expired moments; raises as `read` does."""
         values = entry.layout.unpack(entry.row)
@@ -120,7 +120,7 @@ class ClientStore:
         layout = Layout.of(values, skip=1)
         rows = layout.pack(values, lead=1).cpu()
         for client, row in zip(clients.tolist(), rows, strict=True):
-            self._keep(client, Entry(round_, layout, row.clone()))
+            self._keep(client, StateEntry(round_, layout, row.clone()))
 
     def latest(self, count: int) -> dict[int, Tree]:
         """Read the tensors of the ``count`` clients that trained last (the smaller id in a tie).
@@ -176,14 +176,14 @@ class ClientStore:
         for name, state in below(tensors, STATES).items():
             whose, _, when = name.partition("/")
             self._states.setdefault(int(whose), {})[int(when)] = state.numpy().tobytes()
-        found: list[tuple[int, Entry]] = []
+        found: list[tuple[int, StateEntry]] = []
         group = "store"
         while f"{group}/keys" in tensors:
             values = below(tensors, f"{group}/values/")
             layout = Layout.of(values, skip=1)
             rows = layout.pack(values, lead=1)
             for (client, round_), row in zip(tensors[f"{group}/keys"].tolist(), rows, strict=True):
-                found.append((client, Entry(round_, layout, row.clone())))
+                found.append((client, StateEntry(round_, layout, row.clone())))
             group += "+"
         self._entries = {}
         for client, entry in sorted(found, key=lambda each: each[1].round_):
@@ -203,24 +203,24 @@ class ClientStore:
             if r >= first and s
         }
 
-    def _keep(self, client: int, entry: Entry) -> None:
+    def _keep(self, client: int, entry: StateEntry) -> None:
         older = [e for e in self._entries.get(client, []) if e.round_ < entry.round_]
         self._entries[client] = [*older, entry][-self.generations :]
 
 
-def _weights(entry: Entry) -> Tree:
+def _weights(entry: StateEntry) -> Tree:
     """Select the part that belongs to a client's model."""
     own = entry.layout.unpack(entry.row)
     return {n: t for n, t in own.items() if not n.startswith(NO_WEIGHTS)}
 
 
-def _packed(clients: Mapping[int, list[Entry]]) -> Tree:
+def _packed(clients: Mapping[int, list[StateEntry]]) -> Tree:
     """Convert entries to tensors: those with the same layout together, under a name per layout.
 
     Usually all have one layout: ``store/keys`` (client and round of each row) and
     ``store/values/<name>``; if trained tensors change, a second layout is ``store+/...`` and so on.
     """
-    groups: dict[Layout, list[tuple[int, Entry]]] = {}
+    groups: dict[Layout, list[tuple[int, StateEntry]]] = {}
     for client, entries in clients.items():
         for entry in entries:
             groups.setdefault(entry.layout, []).append((client, entry))

@@ -71,7 +71,7 @@ def write_digests(folder: Path, config: str, data: Mapping[str, object] | None) 
     path, now = folder / FILE, folder / "config.yaml"
     before = [_text_digest(now.read_bytes())] if now.is_file() else []
     recorded = known_data(folder) if data is None else data
-    began = began_in(folder) if data is None else str(Path.cwd())
+    began = start_folder(folder) if data is None else str(Path.cwd())
     digests = [_text_digest(config.encode()), *before]
     write_text(path, sealed({"config": digests, "data": recorded, "began_in": began}))
 
@@ -117,7 +117,7 @@ def check_data(folder: Path, data: Mapping[str, object]) -> None:
             if now is None:
                 raise DataError(
                     f"data.{key}={data.get(key)}: {name}{_owner(key, name)} is missing since "
-                    f"the run began in {began_in(folder)}. Work in that folder, "
+                    f"the run began in {start_folder(folder)}. Work in that folder, "
                     "restore the file, or start a new run"
                 )
             if now != recorded:
@@ -165,7 +165,7 @@ def check_fixed(
         )
 
 
-def began_in(folder: Path) -> str:
+def start_folder(folder: Path) -> str:
     """Return the working folder in which a run began."""
     return str(read_sealed(folder / FILE)["began_in"])
 
@@ -181,7 +181,7 @@ def located(folder: Path, data: Plain) -> dict[str, object]:
         The group; a relative path that does not exist here is taken relative to the folder in which
         the run began.
     """
-    began, found = began_in(folder), dict(data)
+    began, found = start_folder(folder), dict(data)
     for key, value in data.items():
         if key not in PATHS or not isinstance(value, str) or ":" in value:
             continue

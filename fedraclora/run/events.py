@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing_extensions import override
 
 from fedraclora.binding import PlainDict
-from fedraclora.run.callback import Begin, Callback
+from fedraclora.run.callback import Callback, RunStart
 from fedraclora.run.ledger import Row
 
 MARK = "fedraclora-event "  # prefix of an event's line
@@ -25,7 +25,7 @@ class Event:
     r"""Hold an event of a run.
 
     Attributes:
-        kind: ``opening`` (the run's facts: `Begin.facts`), ``row`` (a row of the ledger) or
+        kind: ``opening`` (the run's facts: `RunStart.facts`), ``row`` (a row of the ledger) or
             ``summary`` (the final figures).
         value: Its content, as values of JSON.
 
@@ -54,7 +54,7 @@ class EventRecord(Callback):
     """Print the events of a run."""
 
     @override
-    def begin(self, run: Begin) -> None:
+    def begin(self, run: RunStart) -> None:
         self._write(OPENING, run.facts)
 
     @override

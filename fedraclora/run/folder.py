@@ -133,12 +133,12 @@ def new_folder(folder: Path, *, shared: bool = False) -> Iterator[None]:
         shared: As for `make`.
 
     Raises:
-        FedRacLoraError: As `refuse_existing` and `alone`.
+        FedRacLoraError: As `refuse_existing` and `locked_folder`.
     """
     refuse_existing(folder)
     known = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
     made = [path for path in (folder, *folder.parents) if not path.exists()]
-    with alone(folder, shared=shared):
+    with locked_folder(folder, shared=shared):
         try:
             yield
         except BaseException:
@@ -253,7 +253,7 @@ def has_checkpoint(folder: Path, every: int) -> bool:
 
 
 @contextmanager
-def alone(folder: Path, *, shared: bool = False) -> Iterator[None]:
+def locked_folder(folder: Path, *, shared: bool = False) -> Iterator[None]:
     """Create and lock a run folder for this process; the lock ends with the process.
 
     Args:

@@ -34,7 +34,7 @@ class FoundRate:
     ladder: tuple[dict[str, object], ...] = ()
 
     @property
-    def told(self) -> str:
+    def description(self) -> str:
         """One line about it."""
         if self.how == "kept":
             return f"learning rate {self.rate:g}, found when the run began"

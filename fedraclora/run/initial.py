@@ -39,7 +39,7 @@ class ModelSource:
     model: Mapping[str, object]
     weights: Tree
 
-    def refer(self, base: Tree) -> tuple[Tree, dict[str, object]]:
+    def split_reference(self, base: Tree) -> tuple[Tree, dict[str, object]]:
         """Split initial weights into those to store and a reference to the others.
 
         Args:

@@ -172,7 +172,9 @@ class RunRecorder:
         if self.chain is not None:
             cut_links(self.chain, -1)
             meta: dict[str, object] = {"initial": True, "plan": plan_meta(state.plan)}
-            base, elsewhere = self.source.refer(state.base) if self.source else (state.base, {})
+            base, elsewhere = (
+                self.source.split_reference(state.base) if self.source else (state.base, {})
+            )
             self.source = None  # it would keep the initial weights in memory for the whole run
             self._keep(self.chain, 0, state, dict(base), meta | elsewhere)
 
@@ -248,7 +250,7 @@ class RunRecorder:
             "weights": WEIGHTS,
             "ledger": self.ledger.seal(round_),
             "chain": None if self.chain is None else self._link,
-            "files": beside(self.folder),
+            "files": resume_digests(self.folder),
         }
         if left:  # otherwise the file's own checksum covers the base, too
             meta |= {"base_order": list(state.base), "base_digest": digest(state.base)}
@@ -326,7 +328,7 @@ class RunRecorder:
             )
         if self.chain is not None:
             hold_chain(folder, meta)
-        found = beside(folder)
+        found = resume_digests(folder)
         for name, recorded in meta["files"].items():
             if found.get(name) != recorded:
                 raise CheckpointError(
@@ -377,7 +379,7 @@ def _same(old: torch.Tensor, new: torch.Tensor) -> bool:
     return old is new or (old.dtype == new.dtype and torch.equal(old, new))
 
 
-def beside(folder: Path) -> dict[str, str]:
+def resume_digests(folder: Path) -> dict[str, str]:
     """Compute the SHA-256 of each file in `RESUMED_FROM`, and of other files that a resume needs.
 
     The digest of a key of 32 random bytes does not reveal the key.

@@ -18,7 +18,7 @@ from rich.console import Console  # noqa: TID251  here it is made plain
 from rich.progress import BarColumn, Progress, TextColumn
 from typing_extensions import override
 
-from fedraclora.run.callback import Begin, Callback
+from fedraclora.run.callback import Callback, RunStart
 from fedraclora.run.ledger import headline, number, round_seconds, withheld
 from fedraclora.run.log import LOG
 from fedraclora.terminal.opening import details_of, notes_of, opening_lines
@@ -77,8 +77,8 @@ class RunProgress(Callback):
         self.bar.stop()
 
     @override
-    def begin(self, run: Begin) -> None:
-        """Show the first lines of a run, and differences from its config."""
+    def begin(self, run: RunStart) -> None:
+        """Say what a run begins with, and what is not as it was asked for."""
         self.open(run.facts, run.config, run.folder)
 
     def open(self, facts: Mapping[str, Any], plain: Mapping[str, Any], folder: Path | None) -> None:

@@ -17,8 +17,8 @@ from typing_extensions import override
 
 from fedraclora.errors import ConfigError, FedRacLoraError, ModelError
 from fedraclora.imports import failure_of
-from fedraclora.models.outputs import nothing_drawn
-from fedraclora.object_registry import held, refuse_changed
+from fedraclora.models.outputs import restored_generators
+from fedraclora.object_registry import attribute_digests, refuse_changed
 from fedraclora.protocol.instructions import RoundInstructions
 from fedraclora.protocol.program import ClientProgram
 from fedraclora.protocol.uplinks import SUM_BLOCK
@@ -63,9 +63,9 @@ def refuse_mixed_clients(
     """
     if not (own := [extra for extra in trainer.local.extras if isinstance(extra, ClientProgram)]):
         return
-    before, names = [*map(held, own)], " and ".join(map(trainer.local.name_of, own))
+    before, names = [*map(attribute_digests, own)], " and ".join(map(trainer.local.name_of, own))
     ids, changes = torch.zeros(min(2, chunk)).long().to(trainer.device), list[Tree]()
-    with nothing_drawn():
+    with restored_generators():
         for away in (0.1, 0.2, 0.1):
             pair = Pair(trainer, None)
             pair.away = away

@@ -24,15 +24,15 @@ from fedraclora.data.samples import Samples
 from fedraclora.data.task import Task, forward, loss_function
 from fedraclora.data.token_losses import output_layer, token_losses
 from fedraclora.errors import ClientError, ConfigError
-from fedraclora.imports import told_as
+from fedraclora.imports import as_user_error
 from fedraclora.protocol.link import Link, Terms, apply_link, matrices
 from fedraclora.protocol.method import Plan, RoundInstructions
 from fedraclora.protocol.program import (
     ClientProgram,
+    GradientStage,
     Hook,
     LocalResult,
     Optimizer,
-    When,
     mean_losses,
 )
 from fedraclora.protocol.rank_budgets import cut_gradients, hold, trainable
@@ -163,11 +163,11 @@ class CohortTrainer:
         moments = optimizer.moments(schedule.steps)
         values = values | {ROW_SLOT + n: row for n, row in plain.rows(schedule.steps).items()}
         return LocalResult(
-            trained={name: chunk.as_asked(value) for name, value in values.items()},
-            losses=chunk.as_asked(losses / schedule.steps.clamp(min=1)).cpu(),
-            steps=chunk.as_asked(schedule.steps).cpu(),
-            samples=chunk.as_asked(self.data.examples(chunk.clients)).cpu(),
-            moments={n: chunk.as_asked(t) for n, t in moments.items()},
+            trained={name: chunk.in_request_order(value) for name, value in values.items()},
+            losses=chunk.in_request_order(losses / schedule.steps.clamp(min=1)).cpu(),
+            steps=chunk.in_request_order(schedule.steps).cpu(),
+            samples=chunk.in_request_order(self.data.examples(chunk.clients)).cpu(),
+            moments={n: chunk.in_request_order(t) for n, t in moments.items()},
         )
 
     def _uploads(self, chunk: OpenChunk, asked: RoundInstructions, values: Tree) -> Tree:
@@ -179,7 +179,7 @@ class CohortTrainer:
         """
         for program in (*self.local.added, asked.program):
             name = f"{self.local.name_of(program)}: "
-            with told_as(ClientError, name, "building what clients send (upload)"):
+            with as_user_error(ClientError, name, "building what clients send (upload)"):
                 values = program.upload(chunk, chunk.program.base, values)
         if lost := asked.uploaded().keys() - values.keys():
             raise ClientError(
@@ -192,7 +192,11 @@ class CohortTrainer:
         self, base: Tree, downlink: RoundInstructions, clients: torch.Tensor, *, round_: int
     ) -> OpenChunk:
         """Lay out the local steps of a chunk and create its trained tensors; see `train`."""
-        held, method, inner = base, downlink.program, downlink.program.held(downlink, self.plan)
+        held, method, inner = (
+            base,
+            downlink.program,
+            downlink.program.trained_model(downlink, self.plan),
+        )
         base, narrow = self._folded(base, downlink)
         downlink = downlink if method.forms_gradients else inner
         clients = clients.to(self.device)
@@ -250,15 +254,19 @@ class CohortTrainer:
         downlink, masks = chunk.downlink, chunk.masks
         largest, by = self.local.clip, self.local.clip_by
         method = downlink.program
-        found: list[tuple[When, Hook]] = []
+        found: list[tuple[GradientStage, Hook]] = []
         if downlink.extras:
             correct = correcting(downlink, chunk.order)
-            found.append((When.PROGRAM, lambda gradients, _: correct(gradients)))
+            found.append((GradientStage.PROGRAM, lambda gradients, _: correct(gradients)))
         found += method.hooks(chunk).items()
         if masks:
-            found.append((When.BUDGET, lambda gradients, _: cut_gradients(gradients, masks)))
+            found.append(
+                (GradientStage.BUDGET, lambda gradients, _: cut_gradients(gradients, masks))
+            )
         if largest is not None and method.trains:
-            found.append((When.CLIP, lambda gradients, _: clip_per_client(gradients, largest, by)))
+            found.append(
+                (GradientStage.CLIP, lambda gradients, _: clip_per_client(gradients, largest, by))
+            )
         for extra in self.local.added:
             found += extra.hooks(chunk).items()
         return [hook for _, hook in sorted(found, key=lambda pair: pair[0])]
@@ -270,7 +278,7 @@ class CohortTrainer:
         network = chunk.network
         leaves = chunk.leaves(batch.active) if network is None else chunk.trained(batch.active)
         if chunk.former is not None:
-            model = chunk.downlink.program.held(chunk.downlink, self.plan)
+            model = chunk.downlink.program.trained_model(chunk.downlink, self.plan)
             held = replace(chunk, downlink=model)
             run = partial(self._forward, held, step, batch)
             loss, gradients = chunk.former.gradients(chunk, run, batch.active, batch.width, step)

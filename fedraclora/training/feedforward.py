@@ -27,7 +27,7 @@ aten = torch.ops.aten
 PADDING = 16  # BLAS is up to twice as fast if the width of a thin product is a multiple of this
 
 
-class Weightless:
+class WeightlessLayer:
     """A layer without weights: a function, and its backward pass from slope, input and output."""
 
     def __init__(
@@ -216,13 +216,13 @@ class FeedForward:
     def __init__(
         self, model: nn.Module, downlink: RoundInstructions, base: Tree, frozen: Tree
     ) -> None:
-        self.stages: list[Linear | Weightless] = []
+        self.stages: list[Linear | WeightlessLayer] = []
         self.at_once = 0  # bytes of a client's gradients that never exist all at once
         for name, module in model.named_children():
             if isinstance(module, nn.Linear):
                 self.stages.append(Linear(name, downlink, base, frozen))
             else:
-                self.stages.append(Weightless(*WEIGHTLESS[type(module)]))
+                self.stages.append(WeightlessLayer(*WEIGHTLESS[type(module)]))
         trained = {n.rpartition(".")[0] for n in (*downlink.adapters, *downlink.dense)}
         names = [name for name, _ in model.named_children()]
         # Layers before the first trained one need no gradients.

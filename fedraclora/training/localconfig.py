@@ -15,6 +15,7 @@ from fedraclora.binding import object_of
 from fedraclora.compatibility import Feature
 from fedraclora.errors import ConfigError
 from fedraclora.limits import (
+    AcceptsObject,
     Count,
     Fraction,
     Limit,
@@ -24,7 +25,6 @@ from fedraclora.limits import (
     Part,
     Positive,
     Share,
-    TakesObject,
     Whole,
 )
 from fedraclora.protocol.method import RoundInstructions
@@ -106,7 +106,7 @@ class LocalConfig(Limited, group="local"):
     min_lr_ratio: NotNegative = 0.0
     step_every: Count = 50
     step_factor: NotNegative = 0.5
-    extras: Annotated[Sequence[str | Mapping[str, object] | ClientProgram], TakesObject()] = ()
+    extras: Annotated[Sequence[str | Mapping[str, object] | ClientProgram], AcceptsObject()] = ()
 
     @property
     def added(self) -> tuple[ClientProgram, ...]:

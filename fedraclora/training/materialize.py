@@ -114,7 +114,7 @@ def for_measuring(downlink: RoundInstructions) -> RoundInstructions:
     }
     whole = {n: f for n, f in downlink.dense.items() if not (f.blank and f.upload)}
     kept = replace(downlink, adapters=adapters, dense=whole, ranks=None, extras={})
-    return replace(kept, program=kept.program.at_rest())
+    return replace(kept, program=kept.program.initial_part())
 
 
 def current_weights(base: Tree, downlink: RoundInstructions, plan: Plan, own: Tree) -> Tree:

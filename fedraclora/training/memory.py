@@ -229,12 +229,12 @@ def uncompiled() -> AbstractContextManager[None]:
     return stance
 
 
-class Enough(Exception):  # noqa: N818  it is no error
+class ProbeFinished(Exception):  # noqa: N818  it is no error
     """Signal that a `Probe` has seen enough."""
 
 
 class Probe(CohortTrainer):
-    """Train until memory has peaked, counting bytes; then raise `Enough`.
+    """Train until memory has peaked, counting bytes; then raise `ProbeFinished`.
 
     Args:
         trainer: The trainer to imitate.
@@ -258,7 +258,7 @@ class Probe(CohortTrainer):
 
     def run(self, base: Tree, downlink: RoundInstructions, clients: torch.Tensor) -> None:
         """Train some clients until enough is counted; build their downlink with `owned`."""
-        with suppress(Enough):
+        with suppress(ProbeFinished):
             own = owned(downlink, len(clients))
             self.train(base, own, clients, round_=1, rate_scale=1.0)
 
@@ -279,7 +279,7 @@ class Probe(CohortTrainer):
             self.stepped = self._lap(self.stepped)
             if self.live.now == self.resident:
                 break  # the first left nothing (moments, buffers) alive beside the second
-        raise Enough
+        raise ProbeFinished
 
     def _lap(self, most: int) -> int:
         """End a stretch; return its peak, or an earlier one if higher."""

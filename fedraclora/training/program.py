@@ -17,7 +17,7 @@ from fedraclora.lowrank.layers import is_batch_norm, layer_kind
 from fedraclora.models.packed import Packer
 from fedraclora.models.packed_layout import PackedLayout, packed_layout, real_tokens
 from fedraclora.protocol.method import RoundInstructions
-from fedraclora.protocol.program import ClientChunk, Former
+from fedraclora.protocol.program import ClientChunk, GradientFunction
 from fedraclora.training.cohort_layers import (
     CohortContext,
     CohortConv2d,
@@ -155,7 +155,7 @@ class OpenChunk(ClientChunk):
     order: torch.Tensor
     back: torch.Tensor | None
     network: FeedForward | None
-    former: Former | None = None
+    former: GradientFunction | None = None
 
     def trained(self, active: int) -> Tree:
         """Return the trained tensors of the first ``active`` clients, [active, ...], as views."""
@@ -167,7 +167,7 @@ class OpenChunk(ClientChunk):
         """Return trained tensors as leaves of a new graph; see `trained`."""
         return {n: v.detach().requires_grad_() for n, v in self.trained(active).items()}
 
-    def as_asked(self, tensor: torch.Tensor) -> torch.Tensor:
+    def in_request_order(self, tensor: torch.Tensor) -> torch.Tensor:
         """Return [K, ...] in the order in which the clients were asked."""
         return tensor if self.back is None else tensor[self.back]
 

@@ -8,8 +8,8 @@ from contextlib import suppress
 from dataclasses import dataclass
 
 from fedraclora.binding import PlainDict, section
-from fedraclora.compose.resume import laid_over
-from fedraclora.config.build import BuiltTask
+from fedraclora.compose.resume import with_changes
+from fedraclora.config.build import PreparedTask
 from fedraclora.config.run_config import from_plain
 from fedraclora.config.titles import method_label
 from fedraclora.errors import ConfigError
@@ -30,26 +30,26 @@ class RateRange:
     Attributes:
         key: The tuned key, log-uniform: the rate itself, or its ratio to `around`.
         least, greatest: Its range.
-        around: Computes the reference rate of a run's config.
-        told: The rates in words.
+        around: Of the config of a run.
+        description: What they are, in words.
     """
 
     key: str = TIMES
     least: float = 1 / 16
     greatest: float = 3
     around: Callable[[PlainDict], float] = lambda _: 1.0
-    told: str = ""
+    description: str = ""
 
     @classmethod
     def between(cls, least: float, greatest: float) -> RateRange:
-        """Return the same range for each run."""
-        return cls(RATE_KEY, least, greatest, told=f"{least:.3g} to {greatest:.3g}")
+        """The same rates for each run."""
+        return cls(RATE_KEY, least, greatest, description=f"{least:.3g} to {greatest:.3g}")
 
     @classmethod
-    def found(
+    def for_task(
         cls,
         plain: PlainDict,
-        built: BuiltTask,
+        built: PreparedTask,
         methods: Mapping[str, PlainDict],
         *,
         auto: bool,
@@ -74,7 +74,7 @@ class RateRange:
                 "local.clip_by": LocalConfig.clip_by,
                 RATE_KEY: AUTO,
             }
-            config = laid_over(config, unclipped)
+            config = with_changes(config, unclipped)
             key = json.dumps([config["method"], config["local"]], default=str)
             if key not in known:
                 with suppress(ConfigError):  # what cannot be run is left out when it is tried
@@ -89,12 +89,12 @@ class RateRange:
         if auto:
             text += "that of a run's method and rank"
             text += f" ({here:g} for {method_label(plain)})" if here else ""
-            return cls(around=lambda config: rule(config) or 1.0, told=text)
+            return cls(around=lambda config: rule(config) or 1.0, description=text)
         own = float(str(section(plain, "local")["lr"]))
         unknown = [n for n, method in methods.items() if rule({**plain, "method": method}) is None]
         if here is None or unknown:
             why = f"there is no rule for {unknown[0] if unknown else method_label(plain)}"
-            return cls(around=lambda _: own, told=f"{text}{own:g} for all: {why}")
+            return cls(around=lambda _: own, description=f"{text}{own:g} for all: {why}")
         level, label = own / here, method_label(plain)
         text += f"{own:g}, moved by the rule from {label} to a run's method and rank"
-        return cls(around=lambda config: level * (rule(config) or here), told=text)
+        return cls(around=lambda config: level * (rule(config) or here), description=text)

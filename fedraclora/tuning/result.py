@@ -17,7 +17,7 @@ import yaml
 from fedraclora.binding import PlainDict
 from fedraclora.compose.choices import groups
 from fedraclora.compose.overrides import composed
-from fedraclora.compose.resume import laid_over
+from fedraclora.compose.resume import with_changes
 from fedraclora.errors import ClientError
 from fedraclora.object_registry import NAME, REGISTERED
 from fedraclora.plots.frontier import frontier_figure
@@ -59,8 +59,8 @@ class Point(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Tuned:
-    """Hold the result of a tuning.
+class TuningResult:
+    """What a tuning found.
 
     Attributes:
         folder: Where it is stored.
@@ -77,8 +77,8 @@ class Tuned:
     test: Mapping[float, list[float]]
 
 
-def outcome(search: Search, *, over: bool, has_test: bool) -> Tuned:
-    """Print and write the results so far.
+def outcome(search: Search, *, over: bool, has_test: bool) -> TuningResult:
+    """Print and write what was found so far.
 
     Args:
         search: The tuning.
@@ -116,7 +116,7 @@ def outcome(search: Search, *, over: bool, has_test: bool) -> Tuned:
         if most < min(search.sizes.values()):
             search.say(f"no run took over {most / unit:.3g} MB a client: name smaller tune.sizes")
     tests = test_chosen(search, study, chosen, configs, over=over, has_test=has_test)
-    return Tuned(folder, DataFrame(records), configs, tests)
+    return TuningResult(folder, DataFrame(records), configs, tests)
 
 
 def draw(search: Search, study: Study, curves: DataFrame) -> None:
@@ -209,7 +209,7 @@ def record(search: Search, study: Study, point: Point, unit: float) -> dict[str,
         SIZE: float(f"{point.traffic / unit:.4g}"),
         search.metric: round(point.value, 4),
         "rounds": point.round,
-        **{short.get(k, k): shown(values.get(k, "")) for k in search.space.told()},
+        **{short.get(k, k): shown(values.get(k, "")) for k in search.space.description()},
     }
 
 
@@ -230,7 +230,7 @@ def config_of(search: Search, study: Study, point: Point) -> PlainDict:
     from optuna.trial import FixedTrial
 
     config = search.space.rated(search.space.suggest(FixedTrial(study.trials[point.run].params)))
-    return laid_over(config, {**search.final, "rounds": point.round})
+    return with_changes(config, {**search.final, "rounds": point.round})
 
 
 def registered_in(config: PlainDict) -> list[str]:
@@ -250,7 +250,7 @@ def write_preset(search: Search, config: PlainDict, found: PlainDict, size: floa
     drop |= {*(registered_object := registered_in(config))}
     chosen = {group: named[group] for group in sorted(groups().keys() & named.keys() - drop)}
     base = composed([f"{group}={name}" for group, name in chosen.items()])
-    tuned = search.space.told()
+    tuned = search.space.description()
     keys: PlainDict = {"defaults": ["_self_", *({f"override /{k}": v} for k, v in chosen.items())]}
     for key in [key for key in config if key not in drop]:
         new, old = config[key], base.get(key, ...)
@@ -273,11 +273,11 @@ def preset_path(folder: Path, size: float) -> Path:
     return folder / "experiment" / f"at_{size:g}MB.yaml"
 
 
-def add_to_preset(folder: Path, size: float, said: str) -> None:
-    """Write the test results of a preset into its header."""
+def add_to_preset(folder: Path, size: float, text: str) -> None:
+    """Write how a preset did on the test samples into its head."""
     path = preset_path(folder, size)
     package, found, keys = path.read_text(encoding="utf-8").split("\n", 2)
-    path.write_text("\n".join([package, found, f"# {said}", keys]), encoding="utf-8")
+    path.write_text("\n".join([package, found, f"# {text}", keys]), encoding="utf-8")
 
 
 def place(point: Point) -> str:

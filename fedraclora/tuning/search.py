@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING
 from typing_extensions import override
 
 from fedraclora.binding import PlainDict, section
-from fedraclora.compose.resume import laid_over
+from fedraclora.compose.resume import with_changes
 from fedraclora.config.resuming import plans_rounds
 from fedraclora.config.run_config import digested, from_plain
 from fedraclora.errors import CheckpointError, ClientError, ConfigError, ModelError
@@ -32,7 +32,7 @@ from fedraclora.plots.axes import MEGABYTE
 from fedraclora.rng import generator
 from fedraclora.run.callback import Callback
 from fedraclora.run.digests import data_files
-from fedraclora.run.folder import alone
+from fedraclora.run.folder import locked_folder
 from fedraclora.run.ledger import Row, number
 from fedraclora.run.statistics import (
     mean_curve,
@@ -71,15 +71,15 @@ BEYOND = "the next round is beyond the largest size"
 KEPT = ["round", "traffic", "value"]  # of the mean curve of a trial
 
 
-class Watch(Callback):
-    """Record the measurements of a run, and stop it.
+class TrialLogger(Callback):
+    """Keeps what a run measures, and ends it.
 
     Args:
         metric: Its name.
         ends: Called after each round; returns why the run stops.
     """
 
-    def __init__(self, metric: str, ends: Callable[[Watch], bool]) -> None:
+    def __init__(self, metric: str, ends: Callable[[TrialLogger], bool]) -> None:
         self.names, self.ask = metric_names(metric), ends
         self.rows: list[Row] = []
         self.round, self.bytes, self.last = 0, 0.0, 0.0  # last: bytes of the last round
@@ -145,13 +145,13 @@ class Search:
         """Return whether only the end of a run counts: its length changes what each round does."""
         return plans_rounds(self.space.plain) is not None
 
-    def curve(self, runs: Sequence[Watch]) -> DataFrame:
-        """Average the measurements of runs of several seeds (`statistics.mean_curve`)."""
+    def curve(self, runs: Sequence[TrialLogger]) -> DataFrame:
+        """Average what runs of several seeds measured (`statistics.mean_curve`)."""
         rows = {seed: run.rows for seed, run in enumerate(runs)}
         return mean_curve(rounds_of(rows, metric_names(self.metric)), "mean")
 
-    def worth(self, curve: DataFrame) -> list[float]:
-        """Return the metric of a run at each of ``tune.sizes``: that of its last rounds there.
+    def metric_by_size(self, curve: DataFrame) -> list[float]:
+        """Give the metric of a run at each of ``tune.sizes``: that of its last rounds there.
 
         If even the first round is larger, it is the metric of the untrained model. If only the end
         of a run counts, it is the metric so far, at the bytes of all rounds.
@@ -185,7 +185,7 @@ class Search:
             load_if_exists=True,
         )
         keep_private(self.folder / "tune.db")
-        tried = {"tried": self.space.told(), "metric": self.metric}
+        tried = {"tried": self.space.description(), "metric": self.metric}
         told: dict[str, object] = {
             "task": digested(self.space.plain, METHODS),
             "files": data_files(section(self.space.plain, "data")),
@@ -243,8 +243,10 @@ class Search:
         )
 
     def _runs_here(self, trial: int) -> AbstractContextManager[None]:
-        """Lock a trial for this process; the operating system unlocks it when the process ends."""
-        return alone(self.folder / "processes" / str(trial), shared=not is_private(self.folder))
+        """Hold a trial for this process; the system lets it go when the process ends."""
+        return locked_folder(
+            self.folder / "processes" / str(trial), shared=not is_private(self.folder)
+        )
 
     def _take_up(self, study: Study) -> None:
         """Mark trials failed whose process has ended, and queue their settings again."""
@@ -287,7 +289,9 @@ class Search:
         score = float(curve["value"].iloc[0 if ended == DIVERGED else -1])
         trial.set_user_attr("curve", curve[KEPT].to_dict("records"))
         trial.set_user_attr("ended", ended)
-        study.tell(trial, [score] * len(self.sizes) if ended == DIVERGED else self.worth(curve))
+        study.tell(
+            trial, [score] * len(self.sizes) if ended == DIVERGED else self.metric_by_size(curve)
+        )
         why = f", ended ({ended}) after round {max(run.round for run in runs)}" if ended else ""
         if ended == DIVERGED and (lower := self.space.lower(trial.params)):
             study.enqueue_trial(lower, skip_if_exists=True)
@@ -301,16 +305,16 @@ class Search:
         self.say(f"run {trial.number}: {told}{why}: {words}")
         return None
 
-    def _runs(self, study: Study, trial: Trial, plain: PlainDict) -> tuple[list[Watch], str]:
-        """Run a trial's seeds; return what stopped it before its last round, if anything did."""
-        began, runs = time.process_time(), list[Watch]()
+    def _runs(self, study: Study, trial: Trial, plain: PlainDict) -> tuple[list[TrialLogger], str]:
+        """Run a trial's seeds; say what ended it before its last round, if anything did."""
+        began, runs = time.process_time(), list[TrialLogger]()
         last, ended = self.rounds, ""
 
         def spent() -> None:
             trial.set_user_attr("bytes", sum(run.bytes for run in runs))
             trial.set_user_attr("core_seconds", time.process_time() - began)
 
-        def ends(watch: Watch) -> bool:
+        def ends(watch: TrialLogger) -> bool:
             nonlocal last, ended
             if self.config.core_hours or self.config.megabytes:
                 spent()
@@ -327,7 +331,7 @@ class Search:
 
         try:
             for seed in self.config.seeds:
-                runs.append(watch := Watch(self.metric, ends))
+                runs.append(watch := TrialLogger(self.metric, ends))
                 self.execute(plain, seed, watch)
                 if watch.lost or not last:
                     break
@@ -340,17 +344,17 @@ class Search:
 
     def execute(self, plain: PlainDict, seed: int, *watching: Callback) -> RunResult:
         """Run a config under a seed."""
-        config = from_plain(laid_over(plain, {"seed": seed}), METHODS)
+        config = from_plain(with_changes(plain, {"seed": seed}), METHODS)
         watching = (*self.callbacks, *watching)
         return execute(RunBuilder(config, callbacks=watching, steps=self.steps))
 
-    def _goes_on(self, study: Study, trial: Trial, watch: Watch) -> bool:
-        """Decide at a rung by the Pareto rank among all runs that got there."""
+    def _goes_on(self, study: Study, trial: Trial, watch: TrialLogger) -> bool:
+        """Decide at a rung: by the Pareto rank among all runs that got there."""
         rung = sum(watch.round >= share * self.rounds for share in self.config.rungs)
         key, value = f"rung {rung - 1}", measured_value(watch.rows[-1], watch.names)
         if not rung or value is None or watch.lost or key in trial.user_attrs:
             return True
-        trial.set_user_attr(key, self.worth(self.curve([watch])))
+        trial.set_user_attr(key, self.metric_by_size(self.curve([watch])))
         there = [t for t in study.get_trials(deepcopy=False) if key in t.user_attrs]
         sign = 1 if self.higher else -1
         found = ranks([[sign * score for score in t.user_attrs[key]] for t in there])

@@ -14,8 +14,8 @@ from typing_extensions import override
 from fedraclora.binding import PlainDict, build, section
 from fedraclora.compose import CONF
 from fedraclora.compose.choices import choice
-from fedraclora.compose.resume import laid_over
-from fedraclora.config.build import BuiltTask
+from fedraclora.compose.resume import with_changes
+from fedraclora.config.build import PreparedTask
 from fedraclora.errors import ConfigError, unknown
 from fedraclora.limits import Chance, Count, Inner, Limit, Limited, OneOf, Positive, Whole
 from fedraclora.object_registry import is_named
@@ -118,13 +118,13 @@ class Space:
 
     @classmethod
     def of(
-        cls, plain: PlainDict, said: Collection[str], config: TuneConfig, asked: Collection[str]
+        cls, plain: PlainDict, typed: Collection[str], config: TuneConfig, asked: Collection[str]
     ) -> Space:
         """Build the search space from the settings, without keys that the user set.
 
         Args:
             plain: The config of the task.
-            said: Keys of it that the user set.
+            typed: Keys of it that the user set.
             config: The settings of the tuning.
             asked: Keys of it that the user set.
 
@@ -132,31 +132,31 @@ class Space:
             ConfigError: If a key is set twice, or a value is invalid.
         """
         names = {**KEYS, "method": "method", **{key: key for key in config.more}}
-        if twice := [key for key in names if names[key] in said and key in asked]:
+        if twice := [key for key in names if names[key] in typed and key in asked]:
             raise ConfigError(
                 f"tune.{twice[0]} and {names[twice[0]]} are both given: leave one out"
             )
-        if wrong := [key for key in SET_BY_TUNE if key in said]:
+        if wrong := [key for key in SET_BY_TUNE if key in typed]:
             raise ConfigError(f"{wrong[0]} is set by tune (conf/tune.yaml): leave it out")
         own, flat, local = section(plain, "method"), flatten(plain), section(plain, "local")
         for key in config.more:
             if key not in flat and not key.startswith("method."):
                 raise unknown("key in tune.more", key, flat)
-        tuned = {key: values for key, values in _values(plain, config).items() if key not in said}
-        fixed = {k[7:]: flat[k] for k in said if k.startswith("method.") and k in flat}
-        listed = [str(own["name"])] if "method" in said else [*dict.fromkeys(config.method)]
+        tuned = {key: values for key, values in _values(plain, config).items() if key not in typed}
+        fixed = {k[7:]: flat[k] for k in typed if k.startswith("method.") and k in flat}
+        listed = [str(own["name"])] if "method" in typed else [*dict.fromkeys(config.method)]
         methods = {n: own if n == own["name"] else _method(n, fixed) for n in listed}
         free = (
-            RATE_KEY not in said and local.get("train") is None and not is_named(local.get("name"))
+            RATE_KEY not in typed and local.get("train") is None and not is_named(local.get("name"))
         )
         rates = (RateRange.between(*config.lr) if config.lr else RateRange()) if free else None
         return cls(plain, methods, tuned, rates)
 
-    def of_task(self, plain: PlainDict, built: BuiltTask, *, auto: bool) -> Space:
-        """Return the same space for the whole config of a task, with rates by `RateRange.found`."""
+    def of_task(self, plain: PlainDict, built: PreparedTask, *, auto: bool) -> Space:
+        """Give the same space for the whole config of a task, its rates as `RateRange.found`."""
         rates = self.rates
         if rates and rates.key == TIMES:
-            rates = RateRange.found(plain, built, self.methods, auto=auto)
+            rates = RateRange.for_task(plain, built, self.methods, auto=auto)
         return replace(self, plain=plain, rates=rates)
 
     def suggest(self, trial: BaseTrial) -> PlainDict:
@@ -168,11 +168,11 @@ class Space:
             leaf = key.removeprefix("method.")
             # Null means for ever, or never: such a method has no links, say.
             if leaf == key or method.get(leaf) is not None:
-                config = laid_over(config, {key: trial.suggest_categorical(key, values)})
+                config = with_changes(config, {key: trial.suggest_categorical(key, values)})
         if self.rates is not None:
             least, greatest = self.rates.least, self.rates.greatest
             drawn = trial.suggest_float(self.rates.key, least, greatest, log=True)
-            config = laid_over(config, {RATE_KEY: drawn})
+            config = with_changes(config, {RATE_KEY: drawn})
         return config
 
     def rated(self, config: PlainDict) -> PlainDict:
@@ -180,7 +180,7 @@ class Space:
         if self.rates is None:
             return config
         rate = float(str(section(config, "local")["lr"])) * self.rates.around(config)
-        return laid_over(config, {RATE_KEY: float(f"{rate:.4g}")})
+        return with_changes(config, {RATE_KEY: float(f"{rate:.4g}")})
 
     def values(self, params: Mapping[str, object], config: PlainDict) -> dict[str, object]:
         """List the drawn values by key, with the resulting learning rate."""
@@ -205,9 +205,9 @@ class Space:
         rate = float(str(params[self.rates.key])) / 4
         return {**params, self.rates.key: rate} if rate >= self.rates.least else {}
 
-    def told(self) -> dict[str, str]:
-        """Describe the space by key."""
-        rates = self.rates and {RATE_KEY: f"{self.rates.told}, log-uniform"}
+    def description(self) -> dict[str, str]:
+        """Say what is tried, by key."""
+        rates = self.rates and {RATE_KEY: f"{self.rates.description}, log-uniform"}
         values = {key: ", ".join(map(str, values)) for key, values in self.tuned.items()}
         return {"method": ", ".join(self.methods)} | (rates or {}) | values
 

@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 
 from fedraclora.binding import PlainDict, section
-from fedraclora.compose.resume import laid_over
+from fedraclora.compose.resume import with_changes
 from fedraclora.config.build import resolved
 from fedraclora.config.builder import TaskBuilder
 from fedraclora.config.run_config import TaskConfig, from_plain, task_from_plain
@@ -24,7 +24,7 @@ from fedraclora.strategies.methods import METHODS
 from fedraclora.strategies.server.round_step import RoundStep
 from fedraclora.strategies.start import resolved_start
 from fedraclora.tuning.rates import RATE_KEY
-from fedraclora.tuning.result import Tuned, outcome
+from fedraclora.tuning.result import TuningResult, outcome
 from fedraclora.tuning.search import Search
 from fedraclora.tuning.space import Space, TuneConfig, settings
 from fedraclora.tuning.storage import keeping
@@ -35,18 +35,18 @@ log = logging.getLogger(__name__)
 
 def tune_task(
     plain: PlainDict,
-    said: Collection[str],
+    typed: Collection[str],
     words: Sequence[str] = (),
     given: Mapping[str, object] | None = None,
     *,
     steps: Sequence[RoundStep] = (),
     callbacks: Sequence[Callback] = (),
-) -> Tuned:
-    """Tune a task until the budget is spent, and print and write the results.
+) -> TuningResult:
+    """Tune a task until the budget is spent, and print and write what was found.
 
     Args:
         plain: The config of the task.
-        said: Keys of it that the user set, which are not tuned.
+        typed: Keys of it that the user set, which are not tuned.
         words: ``tune.KEY=VALUE``.
         given: The same, by key, from Python.
         steps: The user's round steps, for each run.
@@ -60,19 +60,19 @@ def tune_task(
     """
     import_extra("optuna", "fedraclora tune")
     asked = settings(words, given or {})
-    typed = {word.removeprefix("tune.").partition("=")[0] for word in words} | {*(given or ())}
+    own = {word.removeprefix("tune.").partition("=")[0] for word in words} | {*(given or ())}
     output = section(plain, "output")
     folder = tune_folder(plain)
     if (folder / "ledger.jsonl").exists():
         raise ConfigError(f"{folder} holds a run: name another folder (output.dir) for the tuning")
     plain = {**resolved_start(resolved(plain)), "output": {**output, "dir": None}}
     if is_auto := section(plain, "local").get("lr") == "auto":  # is no rate
-        said = {*said} - {RATE_KEY}
-    space = Space.of(plain, said, asked, typed)
+        typed = {*typed} - {RATE_KEY}
+    space = Space.of(plain, typed, asked, own)
     from_plain(plain, METHODS)  # what is wrong with the task, no run can mend
     share = held_out(task_from_plain(plain), asked)
     final = {"evaluate.split": "test", "data.validation": section(plain, "data")["validation"]}
-    plain = laid_over(plain, {"evaluate.split": "validation", "data.validation": share})
+    plain = with_changes(plain, {"evaluate.split": "validation", "data.validation": share})
     built = TaskBuilder(task_from_plain(plain), pretrain=False).built
     space = space.of_task(plain, built, auto=is_auto)
     task, metric = built.task, asked.metric or built.task.measured[0]
@@ -99,16 +99,20 @@ def open_with(search: Search, told: Mapping[str, str], *, verbose: bool) -> None
 
     Everything goes to the log in its folder.
     """
-    tried = {**search.space.told(), "never": "; ".join(map(" ".join, search.config.never))}
+    tried = {**search.space.description(), "never": "; ".join(map(" ".join, search.config.never))}
     for title, text in {**told, **tried}.items():
         log.info("%s: %s", title, text)
-    shown = tried if verbose else {"tried": f"{', '.join(search.space.told())} ({LOG} has values)"}
+    shown = (
+        tried
+        if verbose
+        else {"tried": f"{', '.join(search.space.description())} ({LOG} has values)"}
+    )
     for title, text in {**told, **shown}.items():
         search.say(f"{title + ':':<24}{text}")
 
 
-def ended(search: Search, found: Callable[..., Tuned]) -> Tuned:
-    """Run the remaining trials, and print and write the results.
+def ended(search: Search, found: Callable[..., TuningResult]) -> TuningResult:
+    """Run what is left to run, and print and write what was found.
 
     Raises:
         KeyboardInterrupt: After the results so far are printed and written.

@@ -226,7 +226,7 @@ def load_tensors(path: Path, advice: str) -> tuple[Tree, dict[str, Any]]:
     Raises:
         CheckpointError: If the file is cut short or changed.
     """
-    with whole(path, advice):
+    with reading_whole(path, advice):
         # Twice: safetensors reads header and data separately, and a file may be replaced in
         # between.
         for _ in range(2):
@@ -251,7 +251,7 @@ def _read(path: Path) -> tuple[dict[str, str], Tree, bool]:
 
 def read_header(path: Path, advice: str) -> dict[str, str]:
     """Read a file's metadata without its tensors."""
-    with whole(path, advice):
+    with reading_whole(path, advice):
         with safe_open(path, framework="pt") as file:
             header: dict[str, str] = file.metadata()
         json.loads(header["meta"])["round"], header["sha256"]
@@ -259,7 +259,7 @@ def read_header(path: Path, advice: str) -> dict[str, str]:
 
 
 @contextmanager
-def whole(path: Path, advice: str) -> Iterator[None]:
+def reading_whole(path: Path, advice: str) -> Iterator[None]:
     """Report an error while a file is read as damage, with advice."""
     try:
         yield

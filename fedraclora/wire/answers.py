@@ -17,7 +17,7 @@ from typing_extensions import override
 from fedraclora.codec import join, split
 from fedraclora.errors import OF_THE_RUN
 from fedraclora.protocol.coding import NONE
-from fedraclora.protocol.named import Named
+from fedraclora.protocol.named import RegisteredByName
 from fedraclora.protocol.quantized import FULL
 from fedraclora.protocol.uplinks import Refusal
 from fedraclora.tree import Layout, Tree, to_numpy
@@ -38,7 +38,7 @@ VECTORS = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class Answer(Named):
+class Answer(RegisteredByName):
     """Hold the reply of the clients of a request.
 
     Attributes:
@@ -86,8 +86,8 @@ def _from_arrays(arrays: Mapping[str, Any], plain: Mapping[str, Any]) -> Answer:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Worked(Answer):
-    """Hold a reply with numbers that clients computed from their samples.
+class NumericAnswer(Answer):
+    """Hold a reply with numbers from clients that used their samples.
 
     Attributes:
         first: Place in the cohort of the first client of the request.
@@ -122,7 +122,7 @@ class Worked(Answer):
 
 
 @dataclass(frozen=True, kw_only=True)
-class FromTraining(Worked):
+class TrainingAnswer(NumericAnswer):
     """Hold a reply of clients that trained.
 
     Attributes:
@@ -144,8 +144,8 @@ class FromTraining(Worked):
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainedAnswer(FromTraining):
-    """Hold each client's trained values: rows [k, P], or with rank budgets their parts, end to end.
+class TrainedAnswer(TrainingAnswer):
+    """What each client trained: rows [k, P]; under rank budgets what is left of them, end to end.
 
     Attributes:
         sizes: Bytes that each client sent, int64 [k]; None without coding.
@@ -157,8 +157,8 @@ class TrainedAnswer(FromTraining):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Summed(FromTraining):
-    """Hold weighted sums of trained values: float64 [blocks, P], for the blocks of a chunk.
+class SummedAnswer(TrainingAnswer):
+    """Weighted sums of what clients trained: float64 [blocks, P], of the blocks of a chunk.
 
     Attributes:
         refused: Clients left out of the sums, because their numbers cannot be used.
@@ -170,15 +170,15 @@ class Summed(FromTraining):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Measured(Worked):
-    """Hold the measurements of each client: float64 rows [k, P] of sums over its samples."""
+class MeasuredAnswer(NumericAnswer):
+    """What each client measured: float64 rows [k, P] of sums over its samples."""
 
     name = "measured"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Staged(Answer):
-    """Hold the replies of clients in a stage of secure aggregation.
+class StageAnswer(Answer):
+    """Hold what clients send in a stage of secure aggregation.
 
     Attributes:
         stage: The data of each client, by id.
@@ -217,24 +217,24 @@ Came = Iterable[tuple[Ask, Answer | NoAnswer]]  # what came, each with what it a
 def answer_kind(ask: Ask) -> type[Answer]:
     """Return the kind of reply to a request."""
     if ask.stage is not None:
-        return Staged
+        return StageAnswer
     if ask.request.measure is not None:
-        return Measured
-    return TrainedAnswer if ask.request.reduce is None else Summed
+        return MeasuredAnswer
+    return TrainedAnswer if ask.request.reduce is None else SummedAnswer
 
 
-def of_nobody(ask: Ask, failures: Mapping[int, str]) -> Answer:
+def failed_answer(ask: Ask, failures: Mapping[int, str]) -> Answer:
     """Build the reply to a request whose clients have all failed, with the reasons."""
     request, none = ask.request, torch.zeros(0, dtype=torch.int64)
     said: dict[str, Any] = {"round_": request.round_, "version": request.version, "clients": none}
     said |= {"failures": dict(failures)}
     if ask.stage is not None:
-        return Staged(**said, stage=Stage(ask.stage.name, {}, {}))
+        return StageAnswer(**said, stage=Stage(ask.stage.name, {}, {}))
     said |= {"first": request.first, "samples": none, "steps": none}
     said |= {"pieces": (torch.zeros(0, 0).double(),)}
     if request.measure is not None:
-        return Measured(**said)
+        return MeasuredAnswer(**said)
     said |= {"losses": none.double(), "rounding": None if request.uplink == FULL else none.double()}
     if request.reduce is not None:
-        return Summed(**said)
+        return SummedAnswer(**said)
     return TrainedAnswer(**said, sizes=None if request.coding == NONE else none)

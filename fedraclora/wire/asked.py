@@ -15,7 +15,7 @@ from fedraclora.protocol.method import RoundInstructions
 from fedraclora.protocol.quantized import FULL, ROUNDED
 from fedraclora.sketch import SketchSpec
 from fedraclora.wire.exchange import TrainRequest
-from fedraclora.wire.fields import real, shape_of, shown, whole
+from fedraclora.wire.fields import finite_number, shape_of, shown, whole_number
 
 WEIGHTS = (None, *WEIGHTINGS)
 WHEN = (None, "before", "after")
@@ -58,11 +58,11 @@ def check_request(request: TrainRequest) -> TrainRequest:
     ):
         if value not in wanted:
             raise WireError(f"{name} is {shown(value)}, expected one of {wanted}")
-    if request.clip is not None and not real(request.clip, "clip") > 0:
+    if request.clip is not None and not finite_number(request.clip, "clip") > 0:
         raise WireError(f"clip is {shown(request.clip)}, expected a positive number")
     check_kind(request.uplink, "uplink")
-    whole(request.round_, "its round")
-    whole(request.version, "its version")
+    whole_number(request.round_, "its round")
+    whole_number(request.version, "its version")
     return request
 
 
@@ -98,8 +98,8 @@ def check_instructions(downlink: RoundInstructions, own: Collection[str]) -> Non
 
 
 def _check(downlink: RoundInstructions) -> None:
-    """Reject instructions whose fields contradict each other."""
-    whole(downlink.link, "its link")
+    """Reject what types do not."""
+    whole_number(downlink.link, "its link")
     downlink.program.check(downlink)
     slots = downlink.trained()
     for extra, tree in downlink.extras.items():
@@ -112,8 +112,8 @@ def _check(downlink: RoundInstructions) -> None:
 
 
 def _check_sketch(first: SketchSpec, count: int, what: str) -> None:
-    whole(first.seed, f"the seed of {what}")
-    whole(count, f"the number of parts of {what}", 1, max(1, first.dim // first.rank))
+    whole_number(first.seed, f"the seed of {what}")
+    whole_number(count, f"the number of parts of {what}", 1, max(1, first.dim // first.rank))
 
 
 def _check_factor(key: str, factor: Factor, own: bool) -> None:

@@ -28,8 +28,8 @@ AT_ONCE = 1 << 20  # numbers that are rounded together
 
 
 @dataclass
-class Coded:
-    """Hold rows as they are sent, in the order of the clients.
+class CodedRows:
+    """Rows as they are sent, in the order of the clients.
 
     Attributes:
         codes: The bytes of each client, uint8.
@@ -41,8 +41,8 @@ class Coded:
 
 
 @dataclass(frozen=True)
-class Changes:
-    """Encode and decode the updates of clients.
+class ChangeCodec:
+    """Encode and decode the changes of clients.
 
     Attributes:
         kind: Number format, one of `fedraclora.protocol.quantized.ROUNDED`.
@@ -61,7 +61,7 @@ class Changes:
         rows: torch.Tensor,
         seed: int,
         round_: int,
-        coded: Coded,
+        coded: CodedRows,
         residues: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Quantize the rows of all clients.

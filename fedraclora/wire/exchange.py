@@ -90,8 +90,8 @@ class Stage:
         return sum(len(json.dumps(said)) for said in (head, *self.data.values()))
 
     @property
-    def heard(self) -> Stage:
-        """Return a copy as the receiver reads it, converted to JSON and back."""
+    def through_json(self) -> Stage:
+        """Return a copy as the receiver gets it, through JSON."""
         return join(Stage, {}, json.loads(json.dumps(split(self)[1])))
 
 

@@ -81,7 +81,7 @@ def parsed(text: object, what: str) -> dict[str, Any]:
         found = json.loads(text, parse_constant=_no_number, object_pairs_hook=_once)
     except (ValueError, RecursionError) as error:
         raise WireError(f"{what} is no JSON ({printable(str(error))})") from error
-    return mapping(found, what)
+    return checked_object(found, what)
 
 
 def _no_number(text: str) -> float:
@@ -95,8 +95,8 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def whole(value: object, what: str, least: int = 0, most: int = LARGEST) -> int:
-    """Check an integer; booleans are rejected.
+def whole_number(value: object, what: str, least: int = 0, most: int = LARGEST) -> int:
+    """Check a whole number.
 
     Raises:
         WireError: If it is no integer, or outside of ``least`` to ``most``.
@@ -106,8 +106,8 @@ def whole(value: object, what: str, least: int = 0, most: int = LARGEST) -> int:
     return value
 
 
-def real(value: object, what: str) -> float:
-    """Check a finite number; integers stay integers.
+def finite_number(value: object, what: str) -> float:
+    """Check a finite number; whole numbers stay whole.
 
     Raises:
         WireError: If it is not a finite number.
@@ -117,7 +117,7 @@ def real(value: object, what: str) -> float:
     return value  # type: ignore[return-value]
 
 
-def named(value: object, what: str) -> str:
+def checked_name(value: object, what: str) -> str:
     """Check a name.
 
     Raises:
@@ -128,7 +128,7 @@ def named(value: object, what: str) -> str:
     return value
 
 
-def listed(value: object, what: str, most: int | None = None) -> Sequence[Any]:
+def checked_list(value: object, what: str, most: int | None = None) -> Sequence[Any]:
     """Check a list.
 
     Raises:
@@ -141,7 +141,7 @@ def listed(value: object, what: str, most: int | None = None) -> Sequence[Any]:
     return value
 
 
-def mapping(value: object, what: str) -> dict[str, Any]:
+def checked_object(value: object, what: str) -> dict[str, Any]:
     """Check a JSON object.
 
     Raises:
@@ -158,7 +158,9 @@ def shape_of(sizes: object, what: str) -> tuple[int, ...]:
     Raises:
         WireError: If it is not a list of sizes.
     """
-    return tuple(whole(size, what, most=LONGEST_AXIS) for size in listed(sizes, what, AXES))
+    return tuple(
+        whole_number(size, what, most=LONGEST_AXIS) for size in checked_list(sizes, what, AXES)
+    )
 
 
 def layout_of(shapes: object, what: str) -> Layout:
@@ -172,10 +174,10 @@ def layout_of(shapes: object, what: str) -> Layout:
         WireError: If it is not a layout, or names a tensor twice.
     """
     found = []
-    for pair in listed(shapes, what):
+    for pair in checked_list(shapes, what):
         if not isinstance(pair, list | tuple) or len(pair) != 2:
             raise WireError(f"{what} holds {shown(pair)}, expected a name and a shape")
-        found.append((named(pair[0], what), shape_of(pair[1], what)))
+        found.append((checked_name(pair[0], what), shape_of(pair[1], what)))
     if len(dict(found)) != len(found):
         raise WireError(f"{what} names a tensor twice")
     return Layout(tuple(found))

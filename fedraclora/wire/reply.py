@@ -23,15 +23,23 @@ from fedraclora.tree import Layout, difference
 from fedraclora.wire.answers import (
     VECTORS,
     Answer,
-    FromTraining,
-    Staged,
-    Summed,
+    NumericAnswer,
+    StageAnswer,
+    SummedAnswer,
     TrainedAnswer,
-    Worked,
+    TrainingAnswer,
     answer_kind,
 )
 from fedraclora.wire.exchange import Ask
-from fedraclora.wire.fields import MANY, layout_of, named, printable, reading, shown, whole
+from fedraclora.wire.fields import (
+    MANY,
+    checked_name,
+    layout_of,
+    printable,
+    reading,
+    shown,
+    whole_number,
+)
 from fedraclora.wire.secagg import check_stage, check_words
 
 A = TypeVar("A", bound=Answer)
@@ -46,8 +54,8 @@ def received(answer: Answer, ask: Ask) -> Answer:
     """
     if type(answer) is not (kind := answer_kind(ask)):
         raise WireError(f"the reply is {answer.name!r}, expected one that is {kind.name!r}")
-    whole(answer.round_, "its round")
-    whole(answer.version, "its version")
+    whole_number(answer.round_, "its round")
+    whole_number(answer.version, "its version")
     for name, vector in answer.vectors.items():
         _check_vector(name, vector)
     if len(answer.notes) > MANY:
@@ -57,22 +65,22 @@ def received(answer: Answer, ask: Ask) -> Answer:
         "notes": [printable(note) for note in answer.notes],
     }
     match answer:
-        case Staged():
+        case StageAnswer():
             check_stage(answer.stage)
             if answer.words is not None:
                 check_words(answer.words)
             return replace(answer, **changes)
-        case Worked():
-            whole(answer.first, "the place of its first client")
+        case NumericAnswer():
+            whole_number(answer.first, "the place of its first client")
             layout_of(answer.layout.shapes, "the layout")
             if len(answer.pieces) != 1:
                 raise WireError(f"the reply has {len(answer.pieces)} arrays, expected one")
-    if isinstance(answer, FromTraining):
+    if isinstance(answer, TrainingAnswer):
         _check_training(answer, ask)
         changes["metrics"] = {printable(n): told for n, told in answer.metrics.items()}
-    if isinstance(answer, Summed):
+    if isinstance(answer, SummedAnswer):
         changes["refused"] = [
-            Refusal(whole(r.client, "a client that is refused"), printable(r.reason))
+            Refusal(whole_number(r.client, "a client that is refused"), printable(r.reason))
             for r in answer.refused
         ]
     return replace(answer, **changes)
@@ -87,7 +95,7 @@ def _check_vector(name: str, vector: torch.Tensor) -> None:
         )
 
 
-def _check_training(answer: FromTraining, ask: Ask) -> None:
+def _check_training(answer: TrainingAnswer, ask: Ask) -> None:
     """Check the fields of a reply from training."""
     wanted = {"rounding": ask.request.uplink != FULL}
     if isinstance(answer, TrainedAnswer):
@@ -96,14 +104,14 @@ def _check_training(answer: FromTraining, ask: Ask) -> None:
         if (getattr(answer, name) is not None) != is_wanted:
             raise WireError(f"the reply has {'no' if is_wanted else 'the'} vector {name}")
     for name, told in answer.metrics.items():
-        named(name, "a metric")
+        checked_name(name, "a metric")
         _check_vector("metrics", told)
         if told.isinf().any():
             raise WireError(f"the metric {shown(name)} is {shown(told.tolist())}; it is infinite")
 
 
 @dataclass(frozen=True)
-class Wanted:
+class ExpectedReply:
     """Hold what an exchange expects of a reply.
 
     Attributes:
@@ -122,7 +130,7 @@ class Wanted:
     decode: Decode | None = None
 
 
-def checked(answer: Answer, ask: Ask, kind: type[A], wanted: Wanted) -> A:
+def checked(answer: Answer, ask: Ask, kind: type[A], wanted: ExpectedReply) -> A:
     """Check a reply against its request, and decode quantized numbers.
 
     Args:
@@ -144,14 +152,14 @@ def checked(answer: Answer, ask: Ask, kind: type[A], wanted: Wanted) -> A:
             f"{wanted.version}"
         )
     found = answer
-    if isinstance(answer, Worked):
+    if isinstance(answer, NumericAnswer):
         found = cast(A, _numbers_checked(answer, wanted))
-    elif isinstance(answer, Staged) and answer.stage.name != getattr(ask.stage, "name", None):
+    elif isinstance(answer, StageAnswer) and answer.stage.name != getattr(ask.stage, "name", None):
         raise WireError("the reply is not one of this stage of secure aggregation")
     return found
 
 
-def _numbers_checked(answer: Worked, wanted: Wanted) -> Worked:
+def _numbers_checked(answer: NumericAnswer, wanted: ExpectedReply) -> NumericAnswer:
     if isinstance(answer, TrainedAnswer) and wanted.decode is not None:
         answer = _decoded(answer, wanted.decode)
     layout = answer.layout if wanted.layout is None else wanted.layout
@@ -179,10 +187,10 @@ def _who(answer: Answer) -> str:
     return f"round {answer.round_}: clients {answer.clients.tolist()}"
 
 
-def _check_sizes(answer: Worked, layout: Layout, *, cut: bool) -> None:
+def _check_sizes(answer: NumericAnswer, layout: Layout, *, cut: bool) -> None:
     """Reject a reply whose rows, losses and sizes do not match its clients."""
     shape, count = answer.shape, len(answer.clients)
-    rows = shape[0] if isinstance(answer, Summed) and shape else count
+    rows = shape[0] if isinstance(answer, SummedAnswer) and shape else count
     fits = len(shape) == 1 if cut else shape == (rows, layout.size)
     told: Mapping[str, torch.Tensor] = getattr(answer, "metrics", {})
     lengths = [len(each) for each in (*answer.vectors.values(), *told.values())]

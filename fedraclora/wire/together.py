@@ -18,13 +18,13 @@ from fedraclora.protocol.rank_budgets import uploaded_numbers
 from fedraclora.tree import Layout, difference, join_columns
 from fedraclora.wire.answers import (
     Answer,
-    FromTraining,
     NoAnswer,
-    Staged,
-    Summed,
+    NumericAnswer,
+    StageAnswer,
+    SummedAnswer,
     TrainedAnswer,
-    Worked,
-    of_nobody,
+    TrainingAnswer,
+    failed_answer,
 )
 from fedraclora.wire.changes import uploaded_bytes
 from fedraclora.wire.exchange import Ask, sent_tensors
@@ -76,8 +76,8 @@ def chunks_of(ask: Ask, size: int) -> list[Ask]:
 
 
 def unanswered(ask: Ask, why: str) -> Answer:
-    """Build a reply that records why all of these clients have none."""
-    return of_nobody(ask, dict.fromkeys(ask.clients, printable(why)))
+    """Build a reply that says why none of these clients has one."""
+    return failed_answer(ask, dict.fromkeys(ask.clients, printable(why)))
 
 
 def join_answers(ask: Ask, answers: Sequence[Answer]) -> Answer:
@@ -94,23 +94,25 @@ def join_answers(ask: Ask, answers: Sequence[Answer]) -> Answer:
     joined: dict[str, Any] = {n: torch.cat([a.vectors[n] for a in used]) for n in first.vectors}
     joined["failures"] = failures
     joined["notes"] = [*dict.fromkeys(note for a in answers for note in a.notes)][:MANY]
-    if isinstance(first, Staged):
-        return _stages_joined(first, [a for a in answers if isinstance(a, Staged)], joined)
-    worked = [a for a in used if isinstance(a, Worked)]
+    if isinstance(first, StageAnswer):
+        return _stages_joined(first, [a for a in answers if isinstance(a, StageAnswer)], joined)
+    worked = [a for a in used if isinstance(a, NumericAnswer)]
     joined |= {"first": ask.request.first, "pieces": (torch.cat([a.numbers for a in worked]),)}
-    trained = [a for a in worked if isinstance(a, FromTraining)]
+    trained = [a for a in worked if isinstance(a, TrainingAnswer)]
     if trained:
         joined["metrics"] = join_columns([(a.metrics, len(a.clients)) for a in trained])
-    if isinstance(first, Summed):
-        joined["refused"] = [r for a in answers if isinstance(a, Summed) for r in a.refused]
+    if isinstance(first, SummedAnswer):
+        joined["refused"] = [r for a in answers if isinstance(a, SummedAnswer) for r in a.refused]
     return replace(first, **joined)
 
 
 def _layout(answer: Answer) -> Layout:
-    return answer.layout if isinstance(answer, Worked) else Layout(())
+    return answer.layout if isinstance(answer, NumericAnswer) else Layout(())
 
 
-def _stages_joined(first: Staged, answers: Sequence[Staged], joined: dict[str, Any]) -> Staged:
+def _stages_joined(
+    first: StageAnswer, answers: Sequence[StageAnswer], joined: dict[str, Any]
+) -> StageAnswer:
     said = {c: told for a in answers for c, told in a.stage.data.items()}
     words = [a.words for a in answers if a.words is not None and len(a.clients)]
     return replace(
@@ -138,7 +140,7 @@ def split_answer(ask: Ask, answer: Answer, asks: Sequence[Ask]) -> list[Answered
         return [(asks[0], answer)]
     ids = answer.clients.tolist()
     named = [*ids, *answer.failures]
-    named += [r.client for r in answer.refused] if isinstance(answer, Summed) else []
+    named += [r.client for r in answer.refused] if isinstance(answer, SummedAnswer) else []
     if len({*named}) != len(named) or not {*named} <= {*ask.clients} or ids != sorted(ids):
         raise WireError(
             f"the reply is from clients {shown(named)}, expected {shown(ask.clients)}, each "
@@ -149,7 +151,7 @@ def split_answer(ask: Ask, answer: Answer, asks: Sequence[Ask]) -> list[Answered
     for each in asks:
         (client,) = each.clients
         i = at.get(client)
-        said = answer.stage.data.keys() & {client} if isinstance(answer, Staged) else ()
+        said = answer.stage.data.keys() & {client} if isinstance(answer, StageAnswer) else ()
         if i is None and not said:
             why = answer.failures.get(client, "the reply of its node does not name it")
             measures = each.request.measure is not None and each.stage is None
@@ -157,13 +159,13 @@ def split_answer(ask: Ask, answer: Answer, asks: Sequence[Ask]) -> list[Answered
             continue
         kept = torch.arange(len(ids)) == (len(ids) if i is None else i)
         part = replace(answer.select(kept), failures={}, notes=notes)
-        if isinstance(part, Staged):
+        if isinstance(part, StageAnswer):
             data = {c: told for c, told in part.stage.data.items() if c == client}
             words = None if part.words is None else part.words[kept] if len(ids) else part.words
             part = replace(part, stage=replace(part.stage, data=data), words=words)
-        elif isinstance(part, Worked) and i is not None:
+        elif isinstance(part, NumericAnswer) and i is not None:
             part = replace(part, first=each.request.first, pieces=(rows[i],))
-        if isinstance(part, Summed):
+        if isinstance(part, SummedAnswer):
             part = replace(part, refused=[])
         notes = []
         found.append((each, part))
@@ -173,25 +175,25 @@ def split_answer(ask: Ask, answer: Answer, asks: Sequence[Ask]) -> list[Answered
 def _parts(ask: Ask, answer: Answer) -> list[torch.Tensor]:
     """Return the numbers of each client; none for a stage, whose words stay together."""
     k = len(answer.clients)
-    if isinstance(answer, Staged):
+    if isinstance(answer, StageAnswer):
         if answer.words is not None and k and len(answer.words) != k:
             raise WireError(f"the reply has {len(answer.words)} masked vectors of {k} clients")
         return []
-    if not isinstance(answer, Worked):
+    if not isinstance(answer, NumericAnswer):
         raise WireError("the reply has no numbers")
     if answer.first != ask.request.first:
         raise WireError(
             f"the reply begins at place {answer.first} of the round's clients, expected place "
             f"{ask.request.first}"
         )
-    metrics = answer.metrics if isinstance(answer, FromTraining) else {}
+    metrics = answer.metrics if isinstance(answer, TrainingAnswer) else {}
     told = [*answer.vectors.values(), *metrics.values()]
     if any(len(each) != k for each in told):
         raise WireError(f"the reply has {[*map(len, told)]} values of {k} clients")
     return _rows(ask, answer)
 
 
-def _rows(ask: Ask, answer: Worked) -> list[torch.Tensor]:
+def _rows(ask: Ask, answer: NumericAnswer) -> list[torch.Tensor]:
     """Return the numbers of each client: a row, or its own part if the lengths differ."""
     numbers, clients = answer.numbers, answer.clients
     if not len(clients) or not len(numbers):

@@ -88,8 +88,10 @@ class BernoulliLora(LowRankMethod):
         return self.round_method(round_).open_round(state, round_, cohort, draw)
 
     @override
-    def close_round(self, state: State, sent: RoundInstructions, got: Uplinks) -> State:
-        return self.round_method(1).close_round(state, sent, got)  # the side is read off ``sent``
+    def close_round(self, state: State, sent: RoundInstructions, uplinks: Uplinks) -> State:
+        return self.round_method(1).close_round(
+            state, sent, uplinks
+        )  # the side is read off ``sent``
 
     @override
     def floats(self, plan: Plan, round_: int = 1) -> tuple[int, int]:

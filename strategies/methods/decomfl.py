@@ -33,18 +33,18 @@ from typing_extensions import override
 
 from fedraclora.limits import Count, Fraction, Limited, Positive
 from fedraclora.protocol.method import Draw, Plan, Traits
-from fedraclora.strategies.shared.walking import LookAlong, Walk, Walking
+from fedraclora.strategies.shared.walking import DirectionMethod, DirectionSet, FiniteDifferences
 
 
 @dataclass(frozen=True)
-class LookOnce(LookAlong, group="method"):
+class FreshDirections(FiniteDifferences, group="method"):
     """Let clients measure the loss along each direction once, and send one number per direction."""
 
     name = "decomfl"
 
 
 @dataclass(frozen=True)
-class DeComFl(Limited, Walking, group="method"):
+class DeComFl(Limited, DirectionMethod, group="method"):
     """DeComFL: zeroth-order steps along shared directions; only scalars are sent, both ways.
 
     Attributes:
@@ -71,9 +71,9 @@ class DeComFl(Limited, Walking, group="method"):
         return self.steps, self.directions
 
     @override
-    def program(self, walk: Walk, round_: int) -> LookOnce:
-        return LookOnce(walk, self.eps, self.directions)
+    def program(self, walk: DirectionSet, round_: int) -> FreshDirections:
+        return FreshDirections(walk, self.eps, self.directions)
 
     @override
-    def walk(self, plan: Plan, round_: int, draw: Draw) -> Walk:
+    def walk(self, plan: Plan, round_: int, draw: Draw) -> DirectionSet:
         return replace(super().walk(plan, round_, draw), momentum=self.momentum)

@@ -106,7 +106,7 @@ class FedRacLora(GradientFirst, Asymmetric):
         return self.blocks == "cover" and self.traits.merges
 
     @override
-    def drawn(self, shape: tuple[int, int]) -> str | None:
+    def drawn_label(self, shape: tuple[int, int]) -> str | None:
         return drawn_of(OTHER[self.train], shape)
 
     @override

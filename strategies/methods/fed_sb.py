@@ -20,11 +20,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from fedraclora.strategies.shared.factors import Cored
+from fedraclora.strategies.shared.factors import CoreMethod
 
 
 @dataclass(frozen=True)
-class FedSb(Cored):
+class FedSb(CoreMethod):
     """Fed-SB: a small core trained between two frozen factors, which are drawn.
 
     Attributes:

@@ -54,8 +54,8 @@ class FedAvg(Method):
         return RoundInstructions(dense=full | dense_slots(state))
 
     @override
-    def close_round(self, state: State, sent: RoundInstructions, got: Uplinks) -> State:
-        mean = got.mean()
+    def close_round(self, state: State, sent: RoundInstructions, uplinks: Uplinks) -> State:
+        mean = uplinks.mean()
         link = Link(dense={n: mean[n].to(state.base[n].dtype) for n in sent.uploaded()})
         return replace(state, base=apply_link(state.base, link, state.plan), link=link, notes=())
 

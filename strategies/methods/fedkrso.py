@@ -28,7 +28,7 @@ from typing_extensions import override
 
 from fedraclora.limits import Count
 from fedraclora.protocol.method import Plan, Traits
-from fedraclora.protocol.program import ClientChunk, ClientProgram, Hook, When
+from fedraclora.protocol.program import ClientChunk, ClientProgram, GradientStage, Hook
 from fedraclora.sketch import Sketch
 from fedraclora.strategies.shared.common import column_parts
 from fedraclora.strategies.shared.factors import Asymmetric
@@ -43,7 +43,7 @@ from fedraclora.tree import Tree
 
 
 @dataclass(frozen=True)
-class InTurn(ClientProgram, group="method"):
+class CyclicTraining(ClientProgram, group="method"):
     """Let clients train one part of the columns of each B at a time, the parts in turn.
 
     Attributes:
@@ -57,7 +57,7 @@ class InTurn(ClientProgram, group="method"):
     interval: Count
 
     @override
-    def hooks(self, chunk: ClientChunk) -> dict[When, Hook]:
+    def hooks(self, chunk: ClientChunk) -> dict[GradientStage, Hook]:
         calls = count()  # one for each local step
 
         def cut(gradient: torch.Tensor, turn: int) -> torch.Tensor:
@@ -67,7 +67,7 @@ class InTurn(ClientProgram, group="method"):
             turn = next(calls) // self.interval % self.parts
             return {n: cut(g, turn) if n.endswith("/B") else g for n, g in gradients.items()}
 
-        return {When.PROGRAM: hook}
+        return {GradientStage.PROGRAM: hook}
 
 
 @dataclass(frozen=True)
@@ -99,5 +99,5 @@ class FedKrso(Asymmetric):
         return LayerUpdate(merged=(replies.mean("B"), replies["A"]))  # W + s sum_j B_bar_j P_j
 
     @override
-    def program(self, plan: Plan) -> InTurn:
-        return InTurn(self.sketches, self.interval)
+    def program(self, plan: Plan) -> CyclicTraining:
+        return CyclicTraining(self.sketches, self.interval)

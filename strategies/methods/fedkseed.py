@@ -48,27 +48,27 @@ from fedraclora.protocol.uplinks import Uplinks, weighted_sum
 from fedraclora.rng import cohort_bits, hash_key
 from fedraclora.strategies.shared.walking import (
     MOVES,
-    LookAlong,
-    Walk,
-    Walking,
+    DirectionMethod,
+    DirectionSet,
+    FiniteDifferences,
     check_walk,
     stored,
 )
 from fedraclora.tree import Tree, parameters, wide
-from fedraclora.wire.fields import whole
+from fedraclora.wire.fields import whole_number
 
 SUMS = "seeds/sums"  # what stands beside base weights: the numbers of all rounds, by direction
 CHANCES = "seeds/chances"  # with which clients draw each direction
 HISTORY = "seeds/lengths", "seeds/visits"  # of `pro`: sums of |step| and their number, [K]
 
 
-def moved(base: Mapping[str, torch.Tensor], walk: Walk) -> Tree:
+def rebuilt_weights(base: Mapping[str, torch.Tensor], walk: DirectionSet) -> Tree:
     """Compute the weights of a round, W_t, from the initial weights and the K numbers."""
     return parameters({**base, **replace(walk, scalars=base.get(SUMS)).taken(base)})
 
 
 @dataclass(frozen=True)
-class StandBeside(ClientProgram, group="method"):
+class StoredCoefficients(ClientProgram, group="method"):
     """Keep the K numbers of the run beside base weights that do not change.
 
     Attributes:
@@ -78,7 +78,7 @@ class StandBeside(ClientProgram, group="method"):
     name = "fedkseed.weights"
     plain = True
 
-    walk: Walk
+    walk: DirectionSet
 
     @override
     def check(self, downlink: RoundInstructions) -> None:
@@ -86,15 +86,15 @@ class StandBeside(ClientProgram, group="method"):
 
     @override
     def fold(self, base: Mapping[str, torch.Tensor], plan: Plan) -> tuple[Tree, Terms]:
-        return moved(base, self.walk), {}
+        return rebuilt_weights(base, self.walk), {}
 
     @override
-    def at_rest(self) -> ClientProgram:
+    def initial_part(self) -> ClientProgram:
         return self
 
 
 @dataclass(frozen=True)
-class LookOften(LookAlong, group="method"):
+class ReusedDirections(FiniteDifferences, group="method"):
     """Let clients measure the loss along directions of the whole run, drawn with replacement.
 
     Attributes:
@@ -117,18 +117,20 @@ class LookOften(LookAlong, group="method"):
     @override
     def check(self, downlink: RoundInstructions) -> None:
         super().check(downlink)
-        whole(self.round_, "the round of its directions", 1)
+        whole_number(self.round_, "the round of its directions", 1)
 
     @override
     def fold(self, base: Mapping[str, torch.Tensor], plan: Plan) -> tuple[Tree, Terms]:
-        return moved(base, self.walk), {}
+        return rebuilt_weights(base, self.walk), {}
 
     @override
-    def at_rest(self) -> ClientProgram:
-        return StandBeside(self.walk)
+    def initial_part(self) -> ClientProgram:
+        return StoredCoefficients(self.walk)
 
     @override
-    def drawn(self, chunk: ClientChunk, base: Tree, size: int, steps: int) -> torch.Tensor:
+    def choose_directions(
+        self, chunk: ClientChunk, base: Tree, size: int, steps: int
+    ) -> torch.Tensor:
         looks = steps if self.sums else size
         return self.visited(chunk.clients, looks, chances_in(base, self.seeds))
 
@@ -150,7 +152,7 @@ class LookOften(LookAlong, group="method"):
 
 
 @dataclass(frozen=True)
-class FedKSeed(Limited, Walking, group="method"):
+class FedKSeed(Limited, DirectionMethod, group="method"):
     """FedKSeed: steps by forward passes along K directions that serve the whole run.
 
     Attributes:
@@ -194,24 +196,28 @@ class FedKSeed(Limited, Walking, group="method"):
         return (self.steps or self.seeds,)
 
     @override
-    def program(self, walk: Walk, round_: int) -> LookOften:
-        return LookOften(walk, self.eps, 1, self.seeds, round_, sums=self.steps is None)
+    def program(self, walk: DirectionSet, round_: int) -> ReusedDirections:
+        return ReusedDirections(walk, self.eps, 1, self.seeds, round_, sums=self.steps is None)
 
     @override
-    def walk(self, plan: Plan, round_: int, draw: Draw) -> Walk:
+    def walk(self, plan: Plan, round_: int, draw: Draw) -> DirectionSet:
         return super().walk(plan, 1, draw)
 
     @override
-    def close_round(self, state: State, sent: RoundInstructions, got: Uplinks) -> State:
-        change, carried, values = got.mean() if self.steps is None else {}, state.carried, Tree()
+    def close_round(self, state: State, sent: RoundInstructions, uplinks: Uplinks) -> State:
+        change, carried, values = (
+            uplinks.mean() if self.steps is None else {},
+            state.carried,
+            Tree(),
+        )
         total = change.get(MOVES)
         if total is None:
-            chances, steps = chances_in(state.base, self.seeds), got.rows()
-            program = cast(LookOften, sent.program)
-            at = program.visited(got.clients, steps.shape[1], chances)
+            chances, steps = chances_in(state.base, self.seeds), uplinks.rows()
+            program = cast(ReusedDirections, sent.program)
+            at = program.visited(uplinks.clients, steps.shape[1], chances)
             each = torch.zeros(len(steps), self.seeds, dtype=torch.float64)
             each.scatter_add_(1, at, steps.to("cpu", torch.float64))
-            total = weighted_sum(each, got.weights, got.places) / got.total
+            total = weighted_sum(each, uplinks.weights, uplinks.places) / uplinks.total
             if self.pro:
                 carried = history(state.carried, at, steps.to("cpu", torch.float64))
                 values[CHANCES] = stored(chances_of(*(carried[name] for name in HISTORY)), state)
@@ -223,7 +229,7 @@ class FedKSeed(Limited, Walking, group="method"):
 
     @override
     def weights(self, state: State, draw: Draw, own: Tree | None = None) -> Tree:
-        return moved(state.base, self.walk(state.plan, 1, draw))
+        return rebuilt_weights(state.base, self.walk(state.plan, 1, draw))
 
 
 def chances_in(base: Mapping[str, torch.Tensor], count: int) -> torch.Tensor:

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from typing_extensions import override
 
 from fedraclora.protocol.method import Traits
-from fedraclora.strategies.shared.factors import Drawn
+from fedraclora.strategies.shared.factors import DrawnFactorMethod
 from fedraclora.strategies.shared.layerwise import (
     Factors,
     Layer,
@@ -32,7 +32,7 @@ from fedraclora.strategies.shared.layerwise import (
 
 
 @dataclass(frozen=True)
-class FedSaLora(Drawn):
+class FedSaLora(DrawnFactorMethod):
     """FedSA-LoRA: both factors trained, A averaged, B kept by each client (personal models)."""
 
     traits = Traits(exact=True, linear=True, merges=False)

@@ -27,7 +27,7 @@ from typing_extensions import override
 from fedraclora.lowrank.algebra import Product, fix_signs
 from fedraclora.protocol.link import Term, matrices
 from fedraclora.protocol.method import Traits
-from fedraclora.strategies.shared.factors import Drawn
+from fedraclora.strategies.shared.factors import DrawnFactorMethod
 from fedraclora.strategies.shared.layerwise import (
     Factors,
     Layer,
@@ -38,7 +38,7 @@ from fedraclora.strategies.shared.layerwise import (
 
 
 @dataclass(frozen=True)
-class FedSvd(Drawn):
+class FedSvd(DrawnFactorMethod):
     """FedSVD: B is trained and averaged; then both factors come from the SVD of their product."""
 
     traits = Traits(exact=True, linear=True, merges=False)

@@ -40,7 +40,12 @@ from typing_extensions import override
 from fedraclora.limits import Count, Limited, Positive
 from fedraclora.protocol.method import Draw, Plan, Traits
 from fedraclora.protocol.program import ClientChunk
-from fedraclora.strategies.shared.walking import MOVES, AlongDirections, Walk, Walking
+from fedraclora.strategies.shared.walking import (
+    MOVES,
+    DirectionMethod,
+    DirectionProgram,
+    DirectionSet,
+)
 from fedraclora.tree import Tree
 
 
@@ -70,7 +75,7 @@ def blocks(
 
 
 @dataclass(frozen=True)
-class ProjectUpdate(AlongDirections, group="method"):
+class ProjectUpdate(DirectionProgram, group="method"):
     """Let clients train whole weights, and send their update D projected on directions, by block.
 
         gamma_j = <D, z_j> / n for the n directions of a block: sum_j gamma_j z_j is unbiased for D
@@ -96,7 +101,7 @@ class ProjectUpdate(AlongDirections, group="method"):
 
 
 @dataclass(frozen=True)
-class Ferret(Limited, Walking, group="method"):
+class Ferret(Limited, DirectionMethod, group="method"):
     """Ferret: plain local training; clients send products of the change with random directions.
 
     Attributes:
@@ -121,15 +126,17 @@ class Ferret(Limited, Walking, group="method"):
         return (sum(count for _, count in self.blocks(plan)),)
 
     @override
-    def program(self, walk: Walk, round_: int) -> ProjectUpdate:
+    def program(self, walk: DirectionSet, round_: int) -> ProjectUpdate:
         return ProjectUpdate(walk, self.directions)
 
     @override
-    def walk(self, plan: Plan, round_: int, draw: Draw) -> Walk:
+    def walk(self, plan: Plan, round_: int, draw: Draw) -> DirectionSet:
         return replace(super().walk(plan, round_, draw), law="kaiming_uniform")
 
     @override
-    def applied_moves(self, walk: Walk, mean: torch.Tensor, plan: Plan) -> tuple[Walk, ...]:
+    def applied_moves(
+        self, walk: DirectionSet, mean: torch.Tensor, plan: Plan
+    ) -> tuple[DirectionSet, ...]:
         names, counts = zip(*self.blocks(plan), strict=True)
         parts = zip(names, (self.server_lr * mean).split([*counts]), strict=True)
         return tuple(replace(walk, names=n, scalars=part.clone()) for n, part in parts)

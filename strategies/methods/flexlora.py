@@ -42,4 +42,4 @@ class FlexLora(Factored):
     @property
     @override
     def traits(self) -> Traits:
-        return Traits(exact=False, linear=False, merges=False, ranks=not self.begins_carried)
+        return Traits(exact=False, linear=False, merges=False, ranks=not self.starts_with_factors)

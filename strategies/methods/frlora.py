@@ -25,7 +25,7 @@ from dataclasses import dataclass
 
 from typing_extensions import override
 
-from fedraclora.lowrank.algebra import minus, sum_products
+from fedraclora.lowrank.algebra import negated, sum_products
 from fedraclora.protocol.method import Draw, Plan, State, Traits
 from fedraclora.strategies.shared.initials import begin
 from fedraclora.strategies.shared.layerwise import Layer, LayerMethod, LayerUpdate, Replies
@@ -40,7 +40,7 @@ class FrLora(LayerMethod):
     """
 
     traits = Traits(exact=False, linear=True, merges=True)
-    begins_carried = True
+    starts_with_factors = True
     carries = True
 
     @override
@@ -56,5 +56,5 @@ class FrLora(LayerMethod):
     def update(self, layer: Layer, replies: Replies) -> LayerUpdate:
         first = layer.carried["B"], layer.carried["A"]  # B_0, A_0: they stay
         B, A = (mean.to(layer.dtype) for mean in replies.mean_factors)
-        step = sum_products((B, A), minus(first))  # B_bar A_bar - B_0 A_0
+        step = sum_products((B, A), negated(first))  # B_bar A_bar - B_0 A_0
         return LayerUpdate(layer.carried, merged=step, aggregate=replies.mean_factors)

@@ -54,7 +54,7 @@ from fedraclora.strategies.shared.common import as_matrices, turned
 from fedraclora.training.localconfig import LocalConfig, moment_kinds
 from fedraclora.training.optimizer import CohortOptimizer
 from fedraclora.tree import Tree
-from fedraclora.wire.fields import whole
+from fedraclora.wire.fields import whole_number
 
 
 @dataclass(frozen=True)
@@ -213,7 +213,7 @@ class ProjectGradients(ClientProgram, group="method"):
     @override
     def check(self, downlink: RoundInstructions) -> None:
         for name in self.ranks:
-            whole(self.ranks[name], f"the rank of {name}", 1)
+            whole_number(self.ranks[name], f"the rank of {name}", 1)
 
     def projections(self, downlink: RoundInstructions) -> dict[str, Projection]:
         """Read how the gradients of each weight are projected."""

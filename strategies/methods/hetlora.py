@@ -58,4 +58,4 @@ class HetLora(Factored):
     @property
     @override
     def traits(self) -> Traits:
-        return Traits(exact=False, linear=False, merges=False, ranks=not self.begins_carried)
+        return Traits(exact=False, linear=False, merges=False, ranks=not self.starts_with_factors)

@@ -61,7 +61,7 @@ from fedraclora.sketch import Blocks, SketchSpec
 from fedraclora.strategies.methods.fed_rac_lora import FedRacLora
 from fedraclora.strategies.shared.layerwise import RoundContext
 from fedraclora.tree import Tree, parameters
-from fedraclora.wire.fields import whole
+from fedraclora.wire.fields import whole_number
 
 
 def part_name(weight: str, label: str, place: int) -> str:
@@ -84,7 +84,7 @@ class Pool:
     scale: float
 
     @classmethod
-    def around(cls, sketch: SketchSpec, place: int, size: int, scale: float) -> Pool:
+    def containing(cls, sketch: SketchSpec, place: int, size: int, scale: float) -> Pool:
         """Build the pool of ``size`` sketches in which one sketch has the given place."""
         return cls(replace(sketch, index=sketch.index - place), size, scale)
 
@@ -93,7 +93,7 @@ class Pool:
         """Return all frozen factors as one."""
         return Factor(sketch=self.first, count=self.count)
 
-    def begun(self, links: int) -> Pool:
+    def after_merges(self, links: int) -> Pool:
         """Keep the parts that have numbers after the first merges of an era."""
         return replace(self, count=min(links, self.count))
 
@@ -114,7 +114,7 @@ def added(part: torch.Tensor, more: torch.Tensor) -> torch.Tensor:
 
 
 @dataclass(frozen=True)
-class InPool(ClientProgram, group="method"):
+class PoolProgram(ClientProgram, group="method"):
     """Let clients train beside the pool of each weight.
 
     Attributes:
@@ -144,25 +144,25 @@ class InPool(ClientProgram, group="method"):
         return self.turn
 
     @override
-    def beside(self, weight: str, label: str) -> tuple[str, ...]:
+    def stored_parts(self, weight: str, label: str) -> tuple[str, ...]:
         return tuple(part_name(weight, label, place) for place in range(self.turn[1]))
 
     @override
-    def at_rest(self) -> ClientProgram:
+    def initial_part(self) -> ClientProgram:
         return replace(self, turn=(0, 1, 0))
 
     @override
     def check(self, downlink: RoundInstructions) -> None:
         for weight, pool in self.pools.items():
             first, most = pool.first, max(1, pool.first.dim // pool.first.rank)
-            whole(first.seed, f"the seed of the pool of {weight}")
-            whole(pool.count, f"the number of parts of the pool of {weight}", 1, most)
+            whole_number(first.seed, f"the seed of the pool of {weight}")
+            whole_number(pool.count, f"the number of parts of the pool of {weight}", 1, most)
         place, count, era = self.turn
         drawn = (f.drawing for f in downlink.factors().values())
         room = [spec.dim // spec.rank for spec in drawn if spec is not None]
-        whole(count, "the number of turns of a pool", 1, min(room, default=1))
-        whole(place, "the turn of a pool", 0, count - 1)
-        whole(era, "the era of a pool")
+        whole_number(count, "the number of turns of a pool", 1, min(room, default=1))
+        whole_number(place, "the turn of a pool", 0, count - 1)
+        whole_number(era, "the era of a pool")
 
     @override
     def fold(self, base: Mapping[str, torch.Tensor], plan: Plan) -> tuple[Tree, Terms]:
@@ -220,7 +220,7 @@ class PoolRacLora(FedRacLora):
         sent = super().open_round(state, round_, cohort, draw)
         era, j = self.turn(state.counters.sketch)
         turn = j % self.pool, self.pool, era
-        return replace(sent, program=InPool(self.pools(state, draw), turn))
+        return replace(sent, program=PoolProgram(self.pools(state, draw), turn))
 
     def pools(self, state: State, draw: Draw) -> dict[str, Pool]:
         """Build the pool beside each weight; it is empty at the start of an era."""
@@ -229,8 +229,8 @@ class PoolRacLora(FedRacLora):
         for layer in self.layers_of(state) if turn else ():
             adapter = self.adapter(layer, RoundContext(1, draw))
             sketch = next(spec for f in adapter.factors.values() if (spec := f.drawing))
-            pool = Pool.around(sketch, turn % self.pool, self.pool, adapter.scale)
-            found[layer.name] = pool.begun(turn)
+            pool = Pool.containing(sketch, turn % self.pool, self.pool, adapter.scale)
+            found[layer.name] = pool.after_merges(turn)
         return found
 
     @override
@@ -244,7 +244,7 @@ class PoolRacLora(FedRacLora):
                     part = part_name(name, label, place)
                     parts[part] = added(state.base[part], factor.numbers)
                 if factor.drawing is not None:
-                    pools[name] = Pool.around(factor.drawing, place, self.pool, term.scale)
+                    pools[name] = Pool.containing(factor.drawing, place, self.pool, term.scale)
         if not terms or self.turn(link + 1)[1]:  # within a link, or an era
             return Link(dense=dense | parts)
         folded = {name: pool.term(name, state.base | parts) for name, pool in pools.items()}

@@ -29,9 +29,9 @@ from typing_extensions import override
 
 from fedraclora.limits import Count
 from fedraclora.protocol.method import Plan
-from fedraclora.protocol.program import ClientChunk, ClientProgram, Hook, When
+from fedraclora.protocol.program import ClientChunk, ClientProgram, GradientStage, Hook
 from fedraclora.strategies.shared.common import column_parts
-from fedraclora.strategies.shared.factors import Cored
+from fedraclora.strategies.shared.factors import CoreMethod
 from fedraclora.tree import Tree
 
 
@@ -54,15 +54,15 @@ class BlockDiagonal(ClientProgram, group="method"):
         return gradient.masked_fill(block[:, None] != block, 0)
 
     @override
-    def hooks(self, chunk: ClientChunk) -> dict[When, Hook]:
+    def hooks(self, chunk: ClientChunk) -> dict[GradientStage, Hook]:
         def hook(gradients: Tree, _: Tree) -> Tree:
             return {n: self.cut(g) if n.endswith("/R") else g for n, g in gradients.items()}
 
-        return {When.PROGRAM: hook}
+        return {GradientStage.PROGRAM: hook}
 
 
 @dataclass(frozen=True)
-class Ravan(Cored):
+class Ravan(CoreMethod):
     """RAVAN: several heads, each a small trained core between two frozen factors.
 
     The rank is that of one head, bounded by the smaller side over h.

@@ -24,7 +24,7 @@ import torch
 from typing_extensions import override
 
 from fedraclora.protocol.method import Traits
-from fedraclora.strategies.shared.factors import Drawn
+from fedraclora.strategies.shared.factors import DrawnFactorMethod
 from fedraclora.strategies.shared.layerwise import (
     Factors,
     Layer,
@@ -35,7 +35,7 @@ from fedraclora.strategies.shared.layerwise import (
 
 
 @dataclass(frozen=True)
-class RoLora(Drawn):
+class RoLora(DrawnFactorMethod):
     """RoLoRA: B is trained in odd rounds and A in even ones, each with the mean of the other."""
 
     traits = Traits(exact=True, linear=True, merges=False, ranks=True, varies=True)

@@ -31,7 +31,7 @@ from fedraclora.limits import Chance, Count
 from fedraclora.lowrank.algebra import principal
 from fedraclora.protocol.factor import to_train
 from fedraclora.protocol.method import Cohort, Draw, Link, Plan, RoundInstructions, State, Traits
-from fedraclora.protocol.program import ClientChunk, ClientProgram, Hook, When
+from fedraclora.protocol.program import ClientChunk, ClientProgram, GradientStage, Hook
 from fedraclora.protocol.uplinks import Uplinks
 from fedraclora.rng import generator
 from fedraclora.strategies.shared.common import (
@@ -72,7 +72,7 @@ class SparseMask(ClientProgram, group="method"):
         return chosen.reshape(gradient.shape[1:]).to(gradient)
 
     @override
-    def hooks(self, chunk: ClientChunk) -> dict[When, Hook]:
+    def hooks(self, chunk: ClientChunk) -> dict[GradientStage, Hook]:
         masks: Tree = {}
 
         def cut(name: str, gradient: torch.Tensor) -> torch.Tensor:
@@ -83,7 +83,7 @@ class SparseMask(ClientProgram, group="method"):
         def hook(gradients: Tree, _: Tree) -> Tree:
             return {n: cut(n, g) if n in self.seeds else g for n, g in gradients.items()}
 
-        return {When.PROGRAM: hook}
+        return {GradientStage.PROGRAM: hook}
 
 
 @dataclass(frozen=True)
@@ -129,10 +129,10 @@ class SLora(LayerMethod):
         return RoundInstructions(dense=full | dense_slots(state), program=sparse)
 
     @override
-    def close_round(self, state: State, sent: RoundInstructions, got: Uplinks) -> State:
+    def close_round(self, state: State, sent: RoundInstructions, uplinks: Uplinks) -> State:
         if sent.adapters:
-            return super().close_round(state, sent, got)
-        mean, plan = got.mean(), state.plan
+            return super().close_round(state, sent, uplinks)
+        mean, plan = uplinks.mean(), state.plan
         dense = dense_means(state, mean)
         carried, ends = dict(state.carried), state.counters.age + 1 >= self.sparse_rounds
         for name, view in plan.targets.items():

@@ -212,8 +212,8 @@ class SubspaceRacLora(GradientFirst):
         return {"A": BASES[self.basis](gradient, "A", self.kept(layer.rank, 0))}
 
     @override
-    def close_round(self, state: State, sent: RoundInstructions, got: Uplinks) -> State:
-        after = super().close_round(state, sent, got)
+    def close_round(self, state: State, sent: RoundInstructions, uplinks: Uplinks) -> State:
+        after = super().close_round(state, sent, uplinks)
         terms, link = (after.link or Link()).terms, state.counters.sketch
         kept = {name: self.kept(self.rank_of(state.plan, name), link) for name in terms}
         return replace(after, report=after.report | report(terms, sent, kept))

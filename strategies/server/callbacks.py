@@ -17,12 +17,12 @@ from typing_extensions import override
 
 from fedraclora.config.settings import StopConfig
 from fedraclora.errors import CheckpointError, ConfigError, unknown
-from fedraclora.evaluation.generate import Answering
+from fedraclora.evaluation.generate import GreedyGeneration
 from fedraclora.evaluation.metrics import higher_is_better
 from fedraclora.limits import COLUMNS
 from fedraclora.narrow_weight import dense
-from fedraclora.object_registry import held, refuse_changed
-from fedraclora.run.callback import Begin, Callback
+from fedraclora.object_registry import attribute_digests, refuse_changed
+from fedraclora.run.callback import Callback, RunStart
 from fedraclora.run.ledger import BY_CLIENTS, Row, ledger_value, metrics_of, number
 from fedraclora.schema import of_project
 from fedraclora.strategies.server.sound import OF_CALLBACKS, HookCheck, describe
@@ -46,7 +46,7 @@ class Callbacks:
         self._columns: list[tuple[str, Row]] = []
         self._rows: list[Row] = []  # copies for a program's callbacks
 
-    def begin(self, run: Begin) -> None:
+    def begin(self, run: RunStart) -> None:
         """Call `begin` of each callback."""
         for callback in self.list:
             callback.begin(run)
@@ -141,7 +141,7 @@ class Evaluate(Callback):
     """
 
     metrics: Callable[[Tree], dict[str, float]]
-    answering: Answering | None = None
+    answering: GreedyGeneration | None = None
     rounds: int = 0
 
     @override
@@ -215,7 +215,7 @@ class Stopping(Callback):
 
 
 @dataclass
-class AfterRound(Callback):
+class RowCallback(Callback):
     """Call a function with each new row of the ledger; the function must return None."""
 
     call: Callable[[Row], object]
@@ -237,35 +237,37 @@ class AfterRound(Callback):
 
 def unchanged(things: Mapping[str, object]) -> Callback:
     """Refuse the user's objects, by name, that change from round to round."""
-    own = {key: (it, held(it)) for key, it in things.items() if not of_project(type(it))}
+    own = {
+        key: (it, attribute_digests(it)) for key, it in things.items() if not of_project(type(it))
+    }
 
     def check(_: Row) -> None:
         for key, (thing, before) in own.items():
             refuse_changed(key, thing, before)
 
-    return AfterRound(check)
+    return RowCallback(check)
 
 
-class Undefined(Callback):
+class UndefinedMetricsLog(Callback):
     """Log metrics without a value, once, with their targets."""
 
     def __init__(self, target: torch.Tensor) -> None:
-        self.got, self.said = "samples of the clients", False
+        self.targets, self.warned = "samples of the clients", False
         if len(target):
             kind, ends = str(target.dtype).removeprefix("torch."), target.aminmax()
-            self.got = f"targets {kind} {[*target.shape]} from {ends.min:g} to {ends.max:g}"
+            self.targets = f"targets {kind} {[*target.shape]} from {ends.min:g} to {ends.max:g}"
 
     @override
     def row(self, row: Row) -> None:
         found = {n: v for n, v in metrics_of(row).items() if n.endswith(".mean") or "." not in n}
         lost = [n for n, v in found.items() if not isinstance(v, float) or not math.isfinite(v)]
-        if lost and not self.said:
+        if lost and not self.warned:
             text = (
                 "%s: not a number in round %s, on %s; a metric without a value cannot be "
                 "used to stop or to compare runs"
             )
-            log.warning(text, ", ".join(lost), row["round"], self.got)
-        self.said |= bool(found)
+            log.warning(text, ", ".join(lost), row["round"], self.targets)
+        self.warned |= bool(found)
 
 
 class GuardedHooks:
@@ -366,7 +368,7 @@ def _callback(key: str, thing: Any) -> Callback:
         pass
     except TypeError as error:
         raise ConfigError(f"{key}: {_name(thing)} must take one row: {error}") from error
-    return AfterRound(thing)
+    return RowCallback(thing)
 
 
 def _name(thing: Any) -> str:

@@ -11,11 +11,11 @@ from fedraclora.protocol.cohorts import client_weights
 from fedraclora.protocol.method import Cohort, RoundInstructions
 from fedraclora.protocol.rank_budgets import widen
 from fedraclora.protocol.uplinks import Refusal, RunningSum, check_rows, norms_of
-from fedraclora.wire.answers import FromTraining, Summed
+from fedraclora.wire.answers import SummedAnswer, TrainingAnswer
 from fedraclora.wire.exchange import Ask
 
 Taken = tuple[
-    FromTraining, list[Refusal]
+    TrainingAnswer, list[Refusal]
 ]  # the rest of a reply, and the clients whose rows the sum excludes
 
 
@@ -37,11 +37,11 @@ class CohortSum(RunningSum):
     ) -> None:
         super().__init__(size)
         self.downlink, self.cohort, self.weighting = downlink, cohort, weighting
-        self.waiting: dict[int, tuple[Sequence[int], FromTraining | None]] = {}
+        self.waiting: dict[int, tuple[Sequence[int], TrainingAnswer | None]] = {}
         self.turn = 0
         self.longest: tuple[int, float] | None = None
 
-    def take(self, ask: Ask, reply: FromTraining | None) -> Iterator[Taken]:
+    def take(self, ask: Ask, reply: TrainingAnswer | None) -> Iterator[Taken]:
         """Accept the reply to a request, and yield the replies whose rows were added because of it.
 
         Args:
@@ -62,14 +62,14 @@ class CohortSum(RunningSum):
             if reply is not None:
                 yield self._added(asked, reply)
 
-    def _added(self, asked: Sequence[int], reply: FromTraining) -> Taken:
+    def _added(self, asked: Sequence[int], reply: TrainingAnswer) -> Taken:
         """Check and add the rows of a reply; return the rest of it, without views of the rows.
 
         A reply of clients that were not asked is not changed.
         """
         if not set(reply.clients.tolist()) <= set(asked):
             return reply, []
-        if isinstance(reply, Summed):
+        if isinstance(reply, SummedAnswer):
             self.add_blocks(reply.numbers)
             left = reply.numbers.new_empty(0, reply.shape[1])
             return replace(reply, pieces=(left,)), []

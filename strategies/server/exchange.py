@@ -21,9 +21,9 @@ from fedraclora.protocol.uplinks import (
     Refusal,
     Uplinks,
     check_rows,
-    mean_said,
+    failures_error,
+    mean_reported,
     sum_blocks,
-    too_many,
 )
 from fedraclora.strategies.server.cohort_sum import CohortSum
 from fedraclora.strategies.server.guard import check_reply
@@ -32,16 +32,16 @@ from fedraclora.tree import Tree, join_columns
 from fedraclora.wire.answers import (
     Answer,
     Came,
-    FromTraining,
     NoAnswer,
-    Summed,
+    NumericAnswer,
+    SummedAnswer,
     TrainedAnswer,
-    Worked,
+    TrainingAnswer,
 )
-from fedraclora.wire.changes import Changes, uploaded_bytes
+from fedraclora.wire.changes import ChangeCodec, uploaded_bytes
 from fedraclora.wire.exchange import DTYPES, Ask, TrainRequest, payload_bytes, sent_tensors
 from fedraclora.wire.fields import printable
-from fedraclora.wire.reply import Wanted, checked
+from fedraclora.wire.reply import ExpectedReply, checked
 
 
 @dataclass
@@ -87,7 +87,7 @@ class Exchange:
     rate_scale: float = 1.0
     reduce: bool = False
     before: Exchange | None = None
-    replies: list[Worked] = field(default_factory=list)
+    replies: list[NumericAnswer] = field(default_factory=list)
     failures: list[Refusal] = field(default_factory=list)
     received: int = 0
     sizes: dict[int, int] = field(default_factory=dict)
@@ -186,7 +186,7 @@ class Exchange:
             none = torch.zeros(0, dtype=torch.int64)
             return Uplinks(none, none.double(), self.layout, torch.zeros(0, self.layout.size))
         if not self.replies and self.failures:
-            raise too_many(self.all_failures, self.round_, self.loop.rule)
+            raise failures_error(self.all_failures, self.round_, self.loop.rule)
         if not self.replies:
             raise ClientError(f"round {self.round_}: no client replied in time")
         self.replies.sort(key=lambda r: r.first)
@@ -194,7 +194,7 @@ class Exchange:
         weights = client_weights(self.loop.weights, self._joined("samples"))
         self._check_ids(clients.tolist())
         places = torch.searchsorted(self.cohort.clients, clients)
-        summed = self.sum is not None or isinstance(self.replies[0], Summed)
+        summed = self.sum is not None or isinstance(self.replies[0], SummedAnswer)
         numbers = self._joined("numbers")
         if self.sum is not None and numbers.numel():
             raise WireError(f"round {self.round_}: the replies answer messages to other clients")
@@ -204,7 +204,7 @@ class Exchange:
         refused = [] if summed else check_rows(*rows, layout=self.layout)
         self.fail(refused, nobody=len(refused) == len(clients))
         total = sum_blocks(numbers) if summed and self.sum is None else None
-        got = Uplinks(
+        uplinks = Uplinks(
             clients,
             weights,
             self.layout,
@@ -214,9 +214,11 @@ class Exchange:
             places=places,
         )
         if refused:
-            got = got.select(~torch.isin(clients, torch.tensor([r.client for r in refused])))
-        self._measure(got.clients, got.weights)
-        return got
+            uplinks = uplinks.select(
+                ~torch.isin(clients, torch.tensor([r.client for r in refused]))
+            )
+        self._measure(uplinks.clients, uplinks.weights)
+        return uplinks
 
     def fail(self, refused: Iterable[Refusal], *, nobody: bool = False) -> None:
         """Record clients whose replies are not used; ``nobody``: the error if no client is left.
@@ -226,14 +228,14 @@ class Exchange:
         """
         self.failures = sorted([*self.failures, *refused], key=lambda f: f.client)
         if nobody or len(self.all_failures) > self.loop.allowed(len(self.first.cohort)):
-            raise too_many(self.all_failures, self.round_, self.loop.rule)
+            raise failures_error(self.all_failures, self.round_, self.loop.rule)
 
     def _joined(self, name: str) -> torch.Tensor:
         """Join one field of all replies, in their order."""
         parts = [getattr(reply, name) for reply in self.replies]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
-    def _bytes_of(self, reply: FromTraining, refused: Sequence[Refusal]) -> int:
+    def _bytes_of(self, reply: TrainingAnswer, refused: Sequence[Refusal]) -> int:
         """Count the bytes of the numbers in a reply, including those that a sum excludes."""
         out = torch.tensor([f.client for f in refused], dtype=torch.int64)
         senders = torch.cat([reply.clients, out])
@@ -257,11 +259,11 @@ class Exchange:
         def of(name: str) -> torch.Tensor:
             return self._joined(name)[used]
 
-        self.mean_loss = mean_said(of("losses"), weights, UNSAID)
-        trained = [each for each in self.replies if isinstance(each, FromTraining)]
+        self.mean_loss = mean_reported(of("losses"), weights, UNSAID)
+        trained = [each for each in self.replies if isinstance(each, TrainingAnswer)]
         metrics = join_columns([(each.metrics, len(each.clients)) for each in trained])
         for name in sorted(metrics):
-            self.metrics[name] = mean_said(metrics[name][used], weights, math.nan)
+            self.metrics[name] = mean_reported(metrics[name][used], weights, math.nan)
         self.steps = int(of("steps").sum())
         if self.loop.uplink != FULL:
             self.rounding = float(of("rounding").mean())
@@ -312,7 +314,7 @@ class Exchange:
 
     def _read(
         self, ask: Ask, answer: Answer | NoAnswer, asked: Sequence[int]
-    ) -> FromTraining | None:
+    ) -> TrainingAnswer | None:
         """Check a reply; None if it is a failure, which is recorded."""
         if isinstance(answer, NoAnswer):
             why = printable(self.failed(answer))
@@ -320,17 +322,17 @@ class Exchange:
             return None
         decode = None
         if self.loop.uplink != FULL:
-            changes = Changes(self.loop.uplink, self.downlink, self.base, self.cohort.clients)
+            changes = ChangeCodec(self.loop.uplink, self.downlink, self.base, self.cohort.clients)
             decode = partial(changes.decode, dtype=DTYPES[self.loop.dtype])
-        wanted = Wanted(self.round_, self.version, self.layout, self.downlink.ranks, decode)
-        reply = checked(answer, ask, FromTraining, wanted)
+        wanted = ExpectedReply(self.round_, self.version, self.layout, self.downlink.ranks, decode)
+        reply = checked(answer, ask, TrainingAnswer, wanted)
         if isinstance(reply, TrainedAnswer) and reply.sizes is not None:
             self.sizes |= dict(zip(reply.clients.tolist(), reply.sizes.tolist(), strict=True))
         return reply
 
-    def _take(self, reply: FromTraining | None, refused: Sequence[Refusal] = ()) -> None:
+    def _take(self, reply: TrainingAnswer | None, refused: Sequence[Refusal] = ()) -> None:
         if reply is not None:
-            out = [*(reply.refused if isinstance(reply, Summed) else ()), *refused]
+            out = [*(reply.refused if isinstance(reply, SummedAnswer) else ()), *refused]
             self.received += self._bytes_of(reply, out)
             self.replies.append(reply)
             self.failures += [*(Refusal(c, r) for c, r in reply.failures.items()), *out]
@@ -348,16 +350,16 @@ class Exchange:
         missing = sorted(set(asked) - set(answered))
         self.failures += [Refusal(c, "no reply in time") for c in missing]
 
-    def without(self, got: Uplinks, client: int, reason: str) -> Uplinks:
+    def without(self, uplinks: Uplinks, client: int, reason: str) -> Uplinks:
         """Remove a client from the collected updates: it failed.
 
         Raises:
             ClientError: If more clients failed than allowed, or none is left.
         """
-        self.fail([Refusal(client, reason)], nobody=len(got.clients) == 1)
-        got = got.select(got.clients != client)
-        self._measure(got.clients, got.weights)
-        return got
+        self.fail([Refusal(client, reason)], nobody=len(uplinks.clients) == 1)
+        uplinks = uplinks.select(uplinks.clients != client)
+        self._measure(uplinks.clients, uplinks.weights)
+        return uplinks
 
     def survivors(self) -> Cohort:
         """Return the clients whose replies were used, which the next exchange asks."""

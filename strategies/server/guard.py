@@ -17,11 +17,11 @@ from fedraclora.protocol.factor import adapted_weight
 from fedraclora.protocol.method import Method, RoundInstructions, State
 from fedraclora.protocol.uplinks import SUM_BLOCK, Uplinks, finite, greatest_norm
 from fedraclora.strategies.server.loop import LoopConfig
-from fedraclora.wire.answers import Summed, TrainedAnswer, Worked
+from fedraclora.wire.answers import NumericAnswer, SummedAnswer, TrainedAnswer
 from fedraclora.wire.exchange import DTYPES, Ask
 
 
-def check_reply(reply: Worked, ask: Ask, loop: LoopConfig, counts: torch.Tensor) -> None:
+def check_reply(reply: NumericAnswer, ask: Ask, loop: LoopConfig, counts: torch.Tensor) -> None:
     """Check a reply against the message that it answers.
 
     Args:
@@ -36,7 +36,7 @@ def check_reply(reply: Worked, ask: Ask, loop: LoopConfig, counts: torch.Tensor)
     clients, first = ask.clients, ask.request.first
     answered = reply.clients.tolist()
     named = [*answered, *reply.failures]
-    named += [r.client for r in reply.refused] if isinstance(reply, Summed) else []
+    named += [r.client for r in reply.refused] if isinstance(reply, SummedAnswer) else []
     if sorted(named) != sorted(clients):
         raise WireError(f"the reply is from clients {sorted(named)}, expected {clients}")
     if answered != [client for client in clients if client in set(answered)]:
@@ -62,7 +62,7 @@ def check_reply(reply: Worked, ask: Ask, loop: LoopConfig, counts: torch.Tensor)
             f"the reply reports a quantization error of {rounding.tolist()}, expected numbers "
             "of at least 0"
         )
-    if isinstance(reply, Summed):
+    if isinstance(reply, SummedAnswer):
         _check_sums(reply, clients)
         return
     sent = int(counts[torch.isin(ask.request.clients, reply.clients)].sum())
@@ -72,7 +72,7 @@ def check_reply(reply: Worked, ask: Ask, loop: LoopConfig, counts: torch.Tensor)
         )
 
 
-def _check_sums(reply: Summed, clients: Sequence[int]) -> None:
+def _check_sums(reply: SummedAnswer, clients: Sequence[int]) -> None:
     """Check sums against the clients in them, which have checked their own rows."""
     blocks = -(-len(clients) // SUM_BLOCK)
     if len(reply.numbers) != blocks:
@@ -132,8 +132,8 @@ def _limit(tensor: torch.Tensor) -> float:
     return greatest_norm(tensor.dtype) if tensor.is_floating_point() else 0.0
 
 
-def largest(got: Uplinks, setting: AggregationContext) -> tuple[int, float]:
+def largest(uplinks: Uplinks, setting: AggregationContext) -> tuple[int, float]:
     """Find the client whose update has the largest norm, and that norm."""
-    norms = torch.linalg.vector_norm(rows_of(got) - starts(setting, got), dim=1)
+    norms = torch.linalg.vector_norm(rows_of(uplinks) - starts(setting, uplinks), dim=1)
     place = int(norms.argmax())
-    return int(got.clients[place]), float(norms[place])
+    return int(uplinks.clients[place]), float(norms[place])

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from fedraclora.compatibility import Feature
-from fedraclora.config.build import BuiltTask
+from fedraclora.config.build import PreparedTask
 from fedraclora.config.run_config import RunConfig
 from fedraclora.config.settings import ROUNDS_DOWN, ROUNDS_UP, WaitPolicy, rounds
 from fedraclora.protocol.coding import NONE
@@ -126,7 +126,7 @@ class LoopConfig(WaitPolicy):
         return self.chunk % SUM_BLOCK == 0 or self.chunk >= cohort
 
 
-def loop_of(config: RunConfig, built: BuiltTask, chunk: int, dtype: torch.dtype) -> LoopConfig:
+def loop_of(config: RunConfig, built: PreparedTask, chunk: int, dtype: torch.dtype) -> LoopConfig:
     """Build the loop's settings.
 
     Raises:

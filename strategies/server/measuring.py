@@ -23,14 +23,14 @@ from fedraclora.strategies.server.exchange import Exchange
 from fedraclora.strategies.server.guard import check_reply
 from fedraclora.strategies.server.loop import LoopConfig
 from fedraclora.tree import Layout, difference
-from fedraclora.wire.answers import Answer, Came, Measured, NoAnswer
+from fedraclora.wire.answers import Answer, Came, MeasuredAnswer, NoAnswer
 from fedraclora.wire.exchange import Ask
 from fedraclora.wire.fields import printable
-from fedraclora.wire.reply import Wanted, checked
+from fedraclora.wire.reply import ExpectedReply, checked
 
 
 @dataclass(frozen=True)
-class Measuring:
+class EvaluationPlan:
     """Hold the settings of federated evaluation: which clients, when, and which metrics.
 
     Attributes:
@@ -46,7 +46,7 @@ class Measuring:
     noisy: bool = False
 
     @classmethod
-    def of(cls, asked: EvaluateConfig, task: Task, *, noisy: bool = False) -> Measuring | None:
+    def of(cls, asked: EvaluateConfig, task: Task, *, noisy: bool = False) -> EvaluationPlan | None:
         """Create it from the settings of a run; None if no client measures."""
         if not asked.by_clients:
             return None
@@ -105,7 +105,7 @@ class Measurement(Exchange):
 
     def __init__(
         self,
-        measuring: Measuring,
+        measuring: EvaluationPlan,
         downlink: RoundInstructions,
         cohort: Cohort,
         round_: int,
@@ -171,7 +171,7 @@ class Measurement(Exchange):
 
     def _add(self, ask: Ask, answer: Answer) -> None:
         """Check a reply against its request, and store it."""
-        answer = checked(answer, ask, Measured, Wanted(self.round_, self.version))
+        answer = checked(answer, ask, MeasuredAnswer, ExpectedReply(self.round_, self.version))
         names = sums_named(self.measuring.measure, self.when.values())
         if [name for name, _ in answer.layout.shapes] != (names if len(answer.clients) else []):
             raise WireError(f"it has {answer.layout.shapes}, expected {names}")

@@ -234,7 +234,7 @@ def summed(name: str, term: Term, moments: Tree, sent: RoundInstructions) -> Ter
         key, dim = f"{name}/{label}", "AB".index(label)
         if key not in trained or factor.numbers is None:
             return factor
-        names = sent.program.beside(name, label)
+        names = sent.program.stored_parts(name, label)
         parts = list(factor.numbers.chunk(len(names) or 1, dim))
         for j, part in [*enumerate(names), (sent.frame[0], key)]:  # of the link that ends, too
             if (left := moments.get(RESIDUE + part)) is not None:

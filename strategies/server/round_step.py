@@ -29,7 +29,7 @@ from fedraclora.strategies.server.callbacks import GuardedHooks, each_of, joined
 from fedraclora.strategies.server.device_simulator import DeviceSimulator
 from fedraclora.strategies.server.exchange import Exchange
 from fedraclora.strategies.server.loop import LoopConfig
-from fedraclora.strategies.server.measuring import Measurement, Measuring
+from fedraclora.strategies.server.measuring import EvaluationPlan, Measurement
 from fedraclora.strategies.server.sound import OF_STEPS
 from fedraclora.training.localconfig import LocalConfig
 from fedraclora.tree import Tree
@@ -63,7 +63,7 @@ class RunContext:
     devices: DeviceSimulator
     sizes: Sizes = torch.ones_like
     examples: Sizes = torch.ones_like
-    measuring: Measuring | None = None
+    measuring: EvaluationPlan | None = None
 
     @property
     def draw(self) -> Draw:
@@ -177,28 +177,28 @@ class RoundStep:
         """
         return False
 
-    def treat(self, got: Uplinks, context: AggregationContext) -> Uplinks:
+    def treat(self, uplinks: Uplinks, context: AggregationContext) -> Uplinks:
         """Change the uplinks for the next step."""
-        return got
+        return uplinks
 
-    def close(self, close: CloseRound, state: State, exchange: Exchange, got: Uplinks) -> State:
+    def close(self, close: CloseRound, state: State, exchange: Exchange, uplinks: Uplinks) -> State:
         """Compute the next state.
 
         Args:
             close: Computes it from uplinks: the following steps, and then the method.
             state: The state before the round.
             exchange: The round's last exchange.
-            got: The updates after all steps.
+            uplinks: The updates after all steps.
         """
-        return close(got)
+        return close(uplinks)
 
-    def columns(self, exchange: Exchange, got: Uplinks | None) -> Row:
+    def columns(self, exchange: Exchange, uplinks: Uplinks | None) -> Row:
         """Compute this step's columns of the ledger.
 
         Args:
             exchange: The round's last exchange.
-            got: The updates after all steps; None if the round was skipped since too few clients
-                replied: then `treat` may not have been called in this round.
+            uplinks: The updates after all steps; None if the round was skipped since too few
+                clients replied: then `treat` may not have been called in this round.
         """
         return {}
 
@@ -337,8 +337,8 @@ class RoundSteps:
     def receive(self, send: Send, exchange: Exchange, base: Tree) -> Uplinks:
         """Run an exchange and return its checked updates."""
         for step in self.steps:
-            if (got := step.receive(send, exchange, base)) is not None:
-                return got
+            if (uplinks := step.receive(send, exchange, base)) is not None:
+                return uplinks
         return exchange.collect(send(exchange.asks))
 
     def measurers(self, round_: int) -> torch.Tensor | None:
@@ -351,21 +351,21 @@ class RoundSteps:
         if not any(step.measure(send, measurement) for step in self.steps):
             measurement.gather(send)
 
-    def treat(self, got: Uplinks, context: AggregationContext) -> Uplinks:
+    def treat(self, uplinks: Uplinks, context: AggregationContext) -> Uplinks:
         """Pass the uplinks through all steps, to the method."""
         for step in self.steps:
-            got = step.treat(got, context)
-        return got
+            uplinks = step.treat(uplinks, context)
+        return uplinks
 
-    def close(self, close: CloseRound, state: State, exchange: Exchange, got: Uplinks) -> State:
+    def close(self, close: CloseRound, state: State, exchange: Exchange, uplinks: Uplinks) -> State:
         """Compute the next state; ``close`` is the method's own function."""
         for step in reversed(self.steps):
             close = partial(step.close, close, state, exchange)
-        return close(got)
+        return close(uplinks)
 
-    def columns(self, exchange: Exchange, got: Uplinks | None) -> list[Row]:
+    def columns(self, exchange: Exchange, uplinks: Uplinks | None) -> list[Row]:
         """Compute the columns of each step."""
-        return [step.columns(exchange, got) for step in self.steps]
+        return [step.columns(exchange, uplinks) for step in self.steps]
 
     def added(self, row: Row, columns: Sequence[Row]) -> Row:
         """Add the columns of each step to a row.

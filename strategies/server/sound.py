@@ -92,14 +92,14 @@ def state(who: str, found: object, owner: object, given: tuple[Any, ...]) -> obj
     return found
 
 
-def uplinks(who: str, found: object, owner: object, given: tuple[Any, ...]) -> Uplinks:
+def checked_uplinks(who: str, found: object, owner: object, given: tuple[Any, ...]) -> Uplinks:
     """Check the updates of a cohort; the last given ones define what was sent."""
     if not isinstance(found, Uplinks):
         raise ConfigError(
             f"{who} returns {describe(found)}, expected the Uplinks that it was given"
         )
-    got = next(each for each in given if isinstance(each, Uplinks))
-    count, size = len(found.clients), got.layout.size
+    uplinks = next(each for each in given if isinstance(each, Uplinks))
+    count, size = len(found.clients), uplinks.layout.size
     shapes = {
         "stacked": (found.stacked, [count, size]),
         "summed": (found.summed, [size]),
@@ -166,7 +166,7 @@ OF_STEPS: Mapping[str, HookCheck] = {
     "bound": norm,
     "receive": of_kind(Uplinks, optional=True),
     "measure": truth,
-    "treat": uplinks,
+    "treat": checked_uplinks,
     "close": state,
 }
 OF_CALLBACKS: Mapping[str, HookCheck] = {"ends": truth}

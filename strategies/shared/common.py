@@ -7,7 +7,7 @@ from math import prod
 
 import torch
 
-from fedraclora.lowrank.algebra import Product, minus, product_norm, sum_products
+from fedraclora.lowrank.algebra import Product, negated, product_norm, sum_products
 from fedraclora.protocol.factor import Factor, to_train
 from fedraclora.protocol.method import (
     Link,
@@ -119,8 +119,8 @@ class RoundError:
 
     def add(self, mean: Product, old: Product | None, new: Product, scale: float) -> None:
         """Add one weight: the mean of the clients' terms, the old term, and the new one."""
-        self.missed += (scale * product_norm(*sum_products(new, minus(mean)))) ** 2
-        moved = mean if old is None else sum_products(mean, minus(old))
+        self.missed += (scale * product_norm(*sum_products(new, negated(mean)))) ** 2
+        moved = mean if old is None else sum_products(mean, negated(old))
         self.change += (scale * product_norm(*moved)) ** 2
 
     def report(self) -> dict[str, float]:

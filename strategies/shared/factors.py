@@ -28,12 +28,12 @@ from fedraclora.strategies.shared.common import closed
 from fedraclora.strategies.shared.initials import (
     STARTS,
     TAKEN_FROM_WEIGHTS,
-    Probing,
+    GradientProbeMethod,
     begin,
-    begun,
     bounded,
     check_start,
     gradient_factors,
+    initial_factors,
 )
 from fedraclora.strategies.shared.layerwise import (
     Factors,
@@ -78,7 +78,7 @@ class Asymmetric(LayerMethod):
 
     def sides(self, shape: tuple[int, int]) -> tuple[str, str]:
         """Return the labels of the drawn and the trained factor."""
-        return ("A", "B") if self.drawn(shape) == "A" else ("B", "A")
+        return ("A", "B") if self.drawn_label(shape) == "A" else ("B", "A")
 
     @property
     @override
@@ -93,7 +93,7 @@ class Asymmetric(LayerMethod):
 
 
 @dataclass(frozen=True)
-class Drawn(LayerMethod):
+class DrawnFactorMethod(LayerMethod):
     """Hyperparameters of methods with an initially drawn factor, beside those of `LowRankMethod`.
 
     The rank is bounded by the drawn side: n if A is drawn.
@@ -124,7 +124,7 @@ class Drawn(LayerMethod):
 
 
 @dataclass(frozen=True)
-class Cored(Drawn):
+class CoreMethod(DrawnFactorMethod):
     """Hyperparameters of methods that train a core R between two frozen, drawn factors.
 
     The rank is bounded by the smaller side. R starts at zero, and its mean is continued.
@@ -154,7 +154,7 @@ class Cored(Drawn):
 
 
 @dataclass(frozen=True)
-class Factored(Probing, Drawn):
+class Factored(GradientProbeMethod, DrawnFactorMethod):
     """Hyperparameters of methods that train both factors, beside those of `LowRankMethod`.
 
     Attributes:
@@ -174,18 +174,18 @@ class Factored(Probing, Drawn):
     zero_init: Label = "B"
 
     @property
-    def lives_on(self) -> bool:
+    def never_restarts(self) -> bool:
         """Return whether the factors are never reinitialized."""
         return self.carries or self.link_rounds is None
 
     @property
     @override
-    def begins_carried(self) -> bool:
+    def starts_with_factors(self) -> bool:
         return self.init in STARTS
 
     @override
     def factors(self, layer: Layer, now: RoundContext) -> Factors:
-        drawn = self.drawn(layer.shape)
+        drawn = self.drawn_label(layer.shape)
         if layer.carried or drawn is None:
             return super().factors(layer, now)
         start = self.first(layer, now, drawn, layer.link)  # each merge period has its own
@@ -201,15 +201,15 @@ class Factored(Probing, Drawn):
 
     @override
     def _ends_components(self) -> str:
-        return "" if self.cuts_components and self.lives_on else super()._ends_components()
+        return "" if self.cuts_components and self.never_restarts else super()._ends_components()
 
     @Feature("a factor that begins at zero", reads=("method.zero_init",))
     def _begins_at_zero(self) -> bool:
-        return not self.begins_carried
+        return not self.starts_with_factors
 
     @override
     def check_initial(self) -> None:
-        check_start(self.init, fits=self.lives_on, why="here they begin anew in each link")
+        check_start(self.init, fits=self.never_restarts, why="here they begin anew in each link")
 
     @override
     def layer_rank(self, plan: Plan, name: str) -> Rank:
@@ -217,13 +217,13 @@ class Factored(Probing, Drawn):
         return bounded(self.init, found, plan, name, cap=self.cap)
 
     @override
-    def drawn(self, shape: tuple[int, int]) -> str | None:
-        return None if self.begins_carried else drawn_of(OTHER[self.zero_init], shape)
+    def drawn_label(self, shape: tuple[int, int]) -> str | None:
+        return None if self.starts_with_factors else drawn_of(OTHER[self.zero_init], shape)
 
     @override
     def initial_state(self, base: Tree, plan: Plan, draw: Draw) -> State:
         state = super().initial_state(base, plan, draw)
-        if self.begins_carried and not self.probe_rounds:
+        if self.starts_with_factors and not self.probe_rounds:
             return begin(state, self.init, *self.ranks_and_scales(plan), draw)
         return state
 
@@ -245,7 +245,7 @@ class Factored(Probing, Drawn):
     def started(self, state: State, gradients: Mapping[str, Product]) -> State:
         ranks, scales = self.ranks_and_scales(state.plan)
         found = {n: gradient_factors(*pair, ranks[n]) for n, pair in gradients.items()}
-        carried, link = begun(state, found, scales)
+        carried, link = initial_factors(state, found, scales)
         return closed(state, link, carried=carried)
 
     @override

@@ -161,7 +161,7 @@ def gradient_factors(left: torch.Tensor, right: torch.Tensor, rank: int) -> Prod
     return c * u[:, rank : 2 * rank], c * vt[:rank]
 
 
-def begun(
+def initial_factors(
     state: State, factors: Mapping[str, Product], scales: Mapping[str, float]
 ) -> tuple[Tree, Link]:
     """Build factors as the state carries them, and the merge that subtracts their product from W.
@@ -199,7 +199,7 @@ def begin(
             factors[name] = principal(view.matrix(state.base[name]), ranks[name], scales[name])
         else:
             factors[name] = orthogonal(view.shape, ranks[name], draw.sketch_seed(name))
-    carried, link = begun(state, factors, scales)
+    carried, link = initial_factors(state, factors, scales)
     base = apply_link(state.base, link, state.plan) if initial == "pissa" else state.base
     return replace(state, base=base, carried=carried)
 
@@ -227,7 +227,7 @@ def first_probe(
         plan: The run's plan.
         ranks: Number of vectors for each layer.
         draw: The method's sketches.
-        purpose: `Probing.purpose`.
+        purpose: `GradientProbeMethod.purpose`.
     """
     adapters = {}
     for name, rank in ranks.items():
@@ -237,9 +237,9 @@ def first_probe(
     return RoundInstructions(adapters, program=GRADIENT)
 
 
-def second_probe(sent: RoundInstructions, got: Uplinks) -> RoundInstructions | None:
+def second_probe(sent: RoundInstructions, uplinks: Uplinks) -> RoundInstructions | None:
     """Request ``Q^T G_k``, Q from the first probe; None if that was the second."""
-    adapters, mean = {}, got.mean()
+    adapters, mean = {}, uplinks.mean()
     for name, adapter in sent.adapters.items():
         omega = adapter.factors["A"]
         if omega.trained:
@@ -251,7 +251,7 @@ def second_probe(sent: RoundInstructions, got: Uplinks) -> RoundInstructions | N
 
 
 @dataclass(frozen=True)
-class Probing(LayerMethod):
+class GradientProbeMethod(LayerMethod):
     """Base of methods that may begin with a round for the gradient only, in two exchanges."""
 
     purpose: ClassVar[str] = ""
@@ -287,15 +287,15 @@ class Probing(LayerMethod):
 
     @override
     def next_exchange(
-        self, state: State, sent: RoundInstructions, got: Uplinks
+        self, state: State, sent: RoundInstructions, uplinks: Uplinks
     ) -> RoundInstructions | None:
-        return second_probe(sent, got) if self.probes(state) else None
+        return second_probe(sent, uplinks) if self.probes(state) else None
 
     @override
-    def close_round(self, state: State, sent: RoundInstructions, got: Uplinks) -> State:
+    def close_round(self, state: State, sent: RoundInstructions, uplinks: Uplinks) -> State:
         if not self.probes(state):
-            return super().close_round(state, sent, got)
-        mean, found = got.mean(), dict[str, Product]()
+            return super().close_round(state, sent, uplinks)
+        mean, found = uplinks.mean(), dict[str, Product]()
         for name, adapter in sent.adapters.items():
             Q = adapter.factors["B"].draw().to("cpu", torch.float64)
             found[name] = Q, mean[f"{name}/A"].to("cpu")
@@ -312,7 +312,7 @@ FIRST = ("random", "gradient")
 
 
 @dataclass(frozen=True, kw_only=True)
-class GradientFirst(Probing):
+class GradientFirst(GradientProbeMethod):
     """Hyperparameters of methods that may compute their first frozen factor from the gradient.
 
     Attributes:
@@ -362,7 +362,7 @@ class GradientFirst(Probing):
         drawn = replace(self, init="random")
         up, down = LayerMethod.floats(drawn, plan, round_ - 1)
         if self.link_rounds is None or round_ - 1 <= self.link_rounds:
-            adapters = (drawn.asked(plan, name, 1) for name in plan.targets)
+            adapters = (drawn.new_factors(plan, name, 1) for name in plan.targets)
             frozen = (f for adapter in adapters for f in adapter.factors.values() if f.drawing)
             down += sum(prod(f.shape) for f in frozen)
         return up, down

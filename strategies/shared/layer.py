@@ -179,22 +179,22 @@ class RoundReplies:
     Attributes:
         state: The state before the round.
         sent: The instructions.
-        got: The updates.
+        uplinks: The updates.
     """
 
     state: State
     sent: RoundInstructions
-    got: Uplinks
+    uplinks: Uplinks
 
     @cached_property
     def mean(self) -> Tree:
         """Return the weighted means of all updates, float64, by name."""
-        return self.got.mean()
+        return self.uplinks.mean()
 
     @cached_property
     def stack(self) -> Tree:
         """Return all updates, [K, ...], by name."""
-        return self.got.stack()
+        return self.uplinks.stack()
 
 
 @dataclass(frozen=True)
@@ -304,16 +304,16 @@ class Replies:
     @property
     def p(self) -> torch.Tensor:
         """Return aggregation weights with sum 1, [K]."""
-        got, stacked = self.all.got, next(iter(self.all.stack.values()))
-        return got.weights.to(stacked.device, torch.float64) / got.total
+        uplinks, stacked = self.all.uplinks, next(iter(self.all.stack.values()))
+        return uplinks.weights.to(stacked.device, torch.float64) / uplinks.total
 
     @property
     def kept(self) -> torch.Tensor:
         """Return a mask of each client's components, bool [K, r]."""
-        B, sent, got = self.B, self.all.sent, self.all.got
+        B, sent, uplinks = self.B, self.all.sent, self.all.uplinks
         if sent.ranks is None:
             return torch.ones(len(B), B.shape[2], dtype=torch.bool, device=B.device)
-        ranks = sent.ranks if got.places is None else sent.ranks[got.places]
+        ranks = sent.ranks if uplinks.places is None else sent.ranks[uplinks.places]
         return within(ranks, B.shape[2]).to(B.device)
 
     @property

@@ -168,7 +168,7 @@ class LayerMethod(LowRankMethod):
         return bool(self.carries or self.keeps) and self.link_rounds is not None
 
     @property
-    def begins_carried(self) -> bool:
+    def starts_with_factors(self) -> bool:
         """Return whether the state has factors before the first round."""
         return False
 
@@ -200,14 +200,14 @@ class LayerMethod(LowRankMethod):
 
     # Derived functions.
 
-    def drawn(self, shape: tuple[int, int]) -> str | None:
+    def drawn_label(self, shape: tuple[int, int]) -> str | None:
         """Return the label of the drawn factor; None if none or both are drawn."""
         return drawn_of(self.draws, shape)
 
     def layer_rank(self, plan: Plan, name: str) -> Rank:
         """Compute the rank of one layer, and a note if it is not the requested one."""
         shape, parts, of = plan.targets[name].shape, self.parts, self.parts_are
-        drawn = self.drawn(shape)
+        drawn = self.drawn_label(shape)
         dim = min(shape) if drawn is None else shape["BA".index(drawn)]
         if parts > dim:
             raise ConfigError(
@@ -290,9 +290,9 @@ class LayerMethod(LowRankMethod):
         return adapter
 
     @override
-    def close_round(self, state: State, sent: RoundInstructions, got: Uplinks) -> State:
-        came = RoundReplies(state, sent, got)
-        looks = self.looks_at_clients and got.has_individuals and not self.client_state
+    def close_round(self, state: State, sent: RoundInstructions, uplinks: Uplinks) -> State:
+        came = RoundReplies(state, sent, uplinks)
+        looks = self.looks_at_clients and uplinks.has_individuals and not self.client_state
         error = RoundError() if looks else None
         carried: Tree = {}
         terms: dict[str, Term] = {}
@@ -304,7 +304,7 @@ class LayerMethod(LowRankMethod):
                 new = update.aggregate or _left(layer, replies, update)
                 error.add(replies.product(), replies.carried, new, layer.scale)
             for label, value in update.carried.items():
-                numbers = self.as_carried(layer, known(label), Factor.of(value))
+                numbers = self.carried_numbers(layer, known(label), Factor.of(value))
                 carried[f"{name}/{label}"] = numbers.to(layer.dtype)
             keep = kept_place(update, layer)
             if merged := _rounded(update.merged or (), layer.dtype):
@@ -315,7 +315,7 @@ class LayerMethod(LowRankMethod):
         report = {} if error is None else error.report()
         return closed(state, link, carried=carried, ends=ends, report=report)
 
-    def as_carried(self, layer: Layer, label: str, given: Factor) -> torch.Tensor:
+    def carried_numbers(self, layer: Layer, label: str, given: Factor) -> torch.Tensor:
         """Return the numbers of a continued factor, or of a drawing in `keeps`.
 
         Raises:
@@ -359,18 +359,20 @@ class LayerMethod(LowRankMethod):
         ranks = self.components(NOBODY, RoundContext(round_, Draw(0)))
         up, down = dense_floats(plan), 0
         for name in self.subset(plan, round_).targets:
-            carried = {*"BA"} if self.begins_carried else {*self.keeps} if round_ > 1 else set()
+            carried = (
+                {*"BA"} if self.starts_with_factors else {*self.keeps} if round_ > 1 else set()
+            )
             # Factors that take turns are continued after one round each: two rounds show both.
             for before in range(first, min(round_, first + 2)):
-                factors = self.asked(plan, name, before).factors.items()
+                factors = self.new_factors(plan, name, before).factors.items()
                 carried |= {label for label, f in factors if f.trained and f.upload}
-            asked = self.asked(plan, name, round_)
+            asked = self.new_factors(plan, name, round_)
             up += int(uploaded_numbers(RoundInstructions({name: asked}, ranks=ranks), 1))
             factors = asked.factors.items()
             down += sum(prod(f.shape) if label in carried else f.floats for label, f in factors)
         return up, down
 
-    def asked(self, plan: Plan, name: str, round_: int) -> Adapter:
+    def new_factors(self, plan: Plan, name: str, round_: int) -> Adapter:
         """Return the factors for clients in a round, for a matrix without continued ones."""
         rank, link = self.rank_of(plan, name), (round_ - 1) // (self.link_rounds or round_)
         layer = Layer(name, plan.targets[name].shape, rank, self.scale_of(rank), {}, link)

@@ -12,7 +12,7 @@ import torch
 
 from fedraclora.data.own_loss import PASSING
 from fedraclora.errors import ConfigError, DivergenceError
-from fedraclora.imports import told_as
+from fedraclora.imports import as_user_error
 from fedraclora.protocol.factor import LABELS, Factor, FactorLike
 from fedraclora.schema import of_project
 from fedraclora.strategies.shared.layer import (
@@ -25,7 +25,7 @@ from fedraclora.strategies.shared.layer import (
 )
 
 
-class OfLayers(Protocol):
+class LayerHookChecks(Protocol):
     """Define a method's hooks for one matrix."""
 
     def factors(self, layer: Layer, now: RoundContext) -> Factors:
@@ -35,7 +35,7 @@ class OfLayers(Protocol):
         """Return the result of a round."""
 
 
-def factors_of(method: OfLayers, layer: Layer, now: RoundContext) -> dict[str, Factor]:
+def factors_of(method: LayerHookChecks, layer: Layer, now: RoundContext) -> dict[str, Factor]:
     """Return a method's factors for a matrix, in the order of the product.
 
     Raises:
@@ -44,14 +44,14 @@ def factors_of(method: OfLayers, layer: Layer, now: RoundContext) -> dict[str, F
     """
     with _calling(method, "factors", layer):
         found: object = method.factors(layer, now)
-    checks = _Said(method, f"factors of {type(method).__name__} returns for {layer.name}")
+    checks = _ReturnCheck(method, f"factors of {type(method).__name__} returns for {layer.name}")
     if not (factors := checks.labelled("", found)):
         raise ConfigError(f"{checks.text} no factor; {LABELLED}")
     _check_product(checks.text, [*factors.values()], layer)
     return factors
 
 
-def update_of(method: OfLayers, layer: Layer, replies: Replies) -> LayerUpdate:
+def update_of(method: LayerHookChecks, layer: Layer, replies: Replies) -> LayerUpdate:
     """Return a method's update for a matrix.
 
     Raises:
@@ -60,7 +60,7 @@ def update_of(method: OfLayers, layer: Layer, replies: Replies) -> LayerUpdate:
     """
     with _calling(method, "update", layer):
         update: object = method.update(layer, replies)
-    checks = _Said(
+    checks = _ReturnCheck(
         method, f"update of {type(method).__name__} returns for {layer.name}", clients=False
     )
     if not isinstance(update, LayerUpdate):
@@ -110,16 +110,16 @@ LABELLED = (
 )
 
 
-def _calling(method: OfLayers, hook: str, layer: Layer) -> AbstractContextManager[None]:
+def _calling(method: LayerHookChecks, hook: str, layer: Layer) -> AbstractContextManager[None]:
     """Name a user's method in its errors; errors of the project's methods pass unchanged."""
     if of_project(type(method)):
         return nullcontext()
     name = f"{type(method).__name__}, {layer.name}: "
-    return told_as(ConfigError, name, f"calling its {hook}", passing=PASSING)
+    return as_user_error(ConfigError, name, f"calling its {hook}", passing=PASSING)
 
 
 @dataclass(frozen=True)
-class _Said:
+class _ReturnCheck:
     """Check the values that a method returns for a matrix.
 
     Attributes:
@@ -128,7 +128,7 @@ class _Said:
         clients: Whether numbers may have a client axis.
     """
 
-    method: OfLayers
+    method: LayerHookChecks
     text: str
     clients: bool = True
 

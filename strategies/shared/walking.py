@@ -46,21 +46,21 @@ from fedraclora.protocol.program import (
     PLAIN,
     ClientChunk,
     ClientProgram,
-    Former,
     Forward,
+    GradientFunction,
     mean_losses,
 )
 from fedraclora.protocol.uplinks import Uplinks
 from fedraclora.rng import hash_key
 from fedraclora.sketch import SketchSpec, check_sketch
 from fedraclora.tree import Tree, parameters, wide
-from fedraclora.wire.fields import whole
+from fedraclora.wire.fields import whole_number
 
 MOVES = "seeds/moves"  # clients' numbers, by direction
 
 
 @dataclass(frozen=True)
-class Walk(Move):
+class DirectionSet(Move):
     """Describe directions of some weights, and the numbers along them.
 
     Attributes:
@@ -130,7 +130,7 @@ class Walk(Move):
 
 
 @dataclass(frozen=True)
-class AlongDirections(ClientProgram, group="method"):
+class DirectionProgram(ClientProgram, group="method"):
     """Clients train whole weights, and send numbers along directions instead.
 
     Attributes:
@@ -139,7 +139,7 @@ class AlongDirections(ClientProgram, group="method"):
 
     moves_weights = True
 
-    walk: Walk
+    walk: DirectionSet
 
     @property
     @override
@@ -156,25 +156,25 @@ class AlongDirections(ClientProgram, group="method"):
         check_walk(self.walk)
 
     @override
-    def held(self, downlink: RoundInstructions, plan: Plan) -> RoundInstructions:
+    def trained_model(self, downlink: RoundInstructions, plan: Plan) -> RoundInstructions:
         names = self.walk.names
         dense = {n: to_train(plan.shapes[n], main=n in plan.weights) for n in names}
         return replace(downlink, dense=dense, program=PLAIN)
 
 
-def check_walk(walk: Walk) -> None:
+def check_walk(walk: DirectionSet) -> None:
     """Reject directions of a message that cannot be drawn.
 
     Raises:
         WireError: Naming the field.
     """
-    whole(walk.seed, "the seed of its directions")
-    whole(walk.first, "the number of its first direction")
+    whole_number(walk.seed, "the seed of its directions")
+    whole_number(walk.first, "the number of its first direction")
     check_sketch(walk.law, "identity", "independent")
 
 
 @dataclass(frozen=True)
-class LookAlong(AlongDirections, group="method"):
+class FiniteDifferences(DirectionProgram, group="method"):
     """Clients train the numbers along directions, by differences of losses.
 
     Attributes:
@@ -202,10 +202,10 @@ class LookAlong(AlongDirections, group="method"):
         return None if self.by_direction else downlink.layout.size // self.directions
 
     @override
-    def former(self, chunk: ClientChunk, base: Tree, steps: int) -> Former:
-        return Looking(self, chunk, base, steps)
+    def former(self, chunk: ClientChunk, base: Tree, steps: int) -> GradientFunction:
+        return FiniteDifferenceGradients(self, chunk, base, steps)
 
-    def drawn(
+    def choose_directions(
         self,
         chunk: ClientChunk,  # noqa: ARG002
         base: Tree,  # noqa: ARG002
@@ -216,7 +216,7 @@ class LookAlong(AlongDirections, group="method"):
         return torch.arange(size)[None]
 
 
-class Looking:
+class FiniteDifferenceGradients:
     """Compute the gradients of the numbers of a chunk of clients, and move their weights.
 
     Args:
@@ -226,11 +226,13 @@ class Looking:
         steps: The most local steps of a client.
     """
 
-    def __init__(self, program: LookAlong, chunk: ClientChunk, base: Tree, steps: int) -> None:
+    def __init__(
+        self, program: FiniteDifferences, chunk: ClientChunk, base: Tree, steps: int
+    ) -> None:
         self.program, self.walk = program, program.walk
         values = chunk.values[MOVES]
         K, size = len(values), int(values[0].numel())
-        self.drawn = program.drawn(chunk, base, size, steps)
+        self.drawn = program.choose_directions(chunk, base, size, steps)
         # The direction of each number: [1, size] if clients share them.
         self.numbers = torch.arange(size)[None] if program.by_direction else self.drawn
         self.weights = {n: base[n].expand(K, *base[n].shape).clone() for n in self.walk.names}
@@ -296,7 +298,7 @@ class Looking:
     avoids={"head=personal": "all weights move, so none can stay at a client"},
 )
 @dataclass(frozen=True)
-class Walking(Method):
+class DirectionMethod(Method):
     """Base of methods with new directions each round, along which the server moves."""
 
     @override
@@ -311,16 +313,16 @@ class Walking(Method):
         """Return the shape of the numbers that a client sends."""
         raise NotImplementedError
 
-    def program(self, walk: Walk, round_: int) -> AlongDirections:
+    def program(self, walk: DirectionSet, round_: int) -> DirectionProgram:
         """Return the clients' program for the directions of a round."""
         raise NotImplementedError
 
-    def walk(self, plan: Plan, round_: int, draw: Draw) -> Walk:
+    def walk(self, plan: Plan, round_: int, draw: Draw) -> DirectionSet:
         """Return the directions of a round."""
         names = (*plan.weights, *plan.dense)
         first = (round_ - 1) * int(torch.Size(self.shape(plan)).numel())
         stored = (n for n, view in plan.targets.items() if view.kind == "conv1d")
-        return Walk(names, draw.sketch_seed("directions"), first, turned=(*stored,))
+        return DirectionSet(names, draw.sketch_seed("directions"), first, turned=(*stored,))
 
     @override
     def open_round(
@@ -330,14 +332,21 @@ class Walking(Method):
         slot = to_train(self.shape(state.plan))
         return RoundInstructions(dense={MOVES: slot}, program=self.program(walk, round_))
 
-    def applied_moves(self, walk: Walk, mean: torch.Tensor, plan: Plan) -> tuple[Walk, ...]:  # noqa: ARG002
+    def applied_moves(
+        self,
+        walk: DirectionSet,
+        mean: torch.Tensor,
+        plan: Plan,  # noqa: ARG002
+    ) -> tuple[DirectionSet, ...]:
         """Return the server's move; ``mean`` is the clients' mean, as it is stored."""
         return (replace(walk, scalars=mean),)
 
     @override
-    def close_round(self, state: State, sent: RoundInstructions, got: Uplinks) -> State:
+    def close_round(self, state: State, sent: RoundInstructions, uplinks: Uplinks) -> State:
         link = Link(
-            moves=self.applied_moves(walk_of(sent), stored(got.mean()[MOVES], state), state.plan)
+            moves=self.applied_moves(
+                walk_of(sent), stored(uplinks.mean()[MOVES], state), state.plan
+            )
         )
         return replace(state, base=apply_link(state.base, link, state.plan), link=link, notes=())
 
@@ -350,9 +359,9 @@ class Walking(Method):
         return torch.Size(self.shape(plan)).numel(), 0
 
 
-def walk_of(sent: RoundInstructions) -> Walk:
+def walk_of(sent: RoundInstructions) -> DirectionSet:
     """Return the directions in the instructions of such a method."""
-    return cast(AlongDirections, sent.program).walk
+    return cast(DirectionProgram, sent.program).walk
 
 
 def stored(numbers: torch.Tensor, state: State) -> torch.Tensor:

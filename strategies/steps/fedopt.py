@@ -35,7 +35,7 @@ from fedraclora.aggregation.server_optimizers import ServerOptimizer
 from fedraclora.compatibility import Feature, conflict
 from fedraclora.data.own_loss import PASSING
 from fedraclora.errors import ConfigError
-from fedraclora.imports import told_as
+from fedraclora.imports import as_user_error
 from fedraclora.lowrank.algebra import product_norm
 from fedraclora.protocol.change_of_basis import as_product, held_beside, transported
 from fedraclora.protocol.factor import weight_of
@@ -78,11 +78,11 @@ class OptimisedServer(RoundStep):
         return self.rule.space == "weights" and ends
 
     @override
-    def close(self, close: CloseRound, state: State, exchange: Exchange, got: Uplinks) -> State:
+    def close(self, close: CloseRound, state: State, exchange: Exchange, uplinks: Uplinks) -> State:
         rule = self.rule
         if rule.space == "weights":
-            return step_in_weights(rule, self.run.method, state, close(got), self.run.draw)
-        stepped, moments, report = step_in_factors(rule, state, exchange.downlink, got)
+            return step_in_weights(rule, self.run.method, state, close(uplinks), self.run.draw)
+        stepped, moments, report = step_in_factors(rule, state, exchange.downlink, uplinks)
         after = close(stepped)
         return replace(after, moments=state.moments | moments, report=after.report | report)
 
@@ -110,7 +110,7 @@ def step_in_weights(
     )
     names = list(dict.fromkeys([*plan.targets, *plan.dense, *plan.weights]))
     change = {n: new[n] - old[n] for n in names}
-    steps, moments = advanced(rule, change, _own(before))
+    steps, moments = optimizer_step(rule, change, _own(before))
     given = {} if after.link is None else after.link.dense
     dense = {n: t for n, t in given.items() if n not in change}
     for name in names:
@@ -137,7 +137,7 @@ def step_in_weights(
 
 
 def step_in_factors(
-    rule: ServerOptimizer, state: State, sent: RoundInstructions, got: Uplinks
+    rule: ServerOptimizer, state: State, sent: RoundInstructions, uplinks: Uplinks
 ) -> tuple[Uplinks, Tree, dict[str, float]]:
     """Replace the mean of the updates by start + step(mean - start).
 
@@ -145,7 +145,7 @@ def step_in_factors(
         rule: The optimizer.
         state: The state before the round.
         sent: The instructions.
-        got: The updates; their mean is enough.
+        uplinks: The updates; their mean is enough.
 
     Returns:
         Uplinks with this mean, the new moments, and the report.
@@ -153,19 +153,19 @@ def step_in_factors(
     Raises:
         ConfigError: If coordinates changed that have moments of their own.
     """
-    places = torch.arange(len(got.clients)) if got.places is None else got.places
-    start = opening_rows(sent, state.base, got.layout, places)
-    change = got.layout.unpack((got.sum() / got.total).cpu() - start)
+    places = torch.arange(len(uplinks.clients)) if uplinks.places is None else uplinks.places
+    start = opening_rows(sent, state.base, uplinks.layout, places)
+    change = uplinks.layout.unpack((uplinks.sum() / uplinks.total).cpu() - start)
     before, report = _beside(rule, _own(state), sent)
-    steps, moments = advanced(rule, change, before)
-    stepped = start + got.layout.pack(steps)
+    steps, moments = optimizer_step(rule, change, before)
+    stepped = start + uplinks.layout.pack(steps)
     like = next(iter(state.base.values())).dtype
     moments = {n: m.to(like) for n, m in moments.items()}
     report |= _went(steps, change)
-    return replace(got, stacked=None, summed=stepped, denominator=1.0), moments, report
+    return replace(uplinks, stacked=None, summed=stepped, denominator=1.0), moments, report
 
 
-def advanced(rule: ServerOptimizer, change: Tree, moments: Tree) -> tuple[Tree, Tree]:
+def optimizer_step(rule: ServerOptimizer, change: Tree, moments: Tree) -> tuple[Tree, Tree]:
     """Run a server optimizer's step; check the result of a user's.
 
     Raises:
@@ -174,7 +174,7 @@ def advanced(rule: ServerOptimizer, change: Tree, moments: Tree) -> tuple[Tree, 
     if of_project(type(rule)):
         return rule.advance(change, moments)
     who = f"the server optimizer {type(rule).__name__}"
-    with told_as(ConfigError, f"{who}: ", "calling its advance", passing=PASSING):
+    with as_user_error(ConfigError, f"{who}: ", "calling its advance", passing=PASSING):
         found: object = rule.advance(dict(change), dict(moments))
     if not isinstance(found, tuple) or len(found) != 2:
         raise ConfigError(f"{who} returns {describe(found)}, expected a pair (steps, moments)")

@@ -42,8 +42,8 @@ class WithoutGradientFigures(RoundStep):
     """Remove ledger figures that local steps do not support (`Method.gradient_figures`)."""
 
     @override
-    def close(self, close: CloseRound, state: State, exchange: Exchange, got: Uplinks) -> State:
-        after = close(got)
+    def close(self, close: CloseRound, state: State, exchange: Exchange, uplinks: Uplinks) -> State:
+        after = close(uplinks)
         wrong = {name for each in inside(self.run.method) for name in each.gradient_figures}
         return replace(after, report={n: x for n, x in after.report.items() if n not in wrong})
 
@@ -78,7 +78,7 @@ class SampleAccount(RoundStep):
         return None
 
     @override
-    def columns(self, exchange: Exchange, got: Uplinks | None) -> Row:
+    def columns(self, exchange: Exchange, uplinks: Uplinks | None) -> Row:
         self._count(lambda: exchange.first.cohort.clients)
         return {"train_loss": None, "sample_privacy": self.row()}
 
@@ -114,14 +114,14 @@ class RowMoments(RoundStep):
         return replace(sent, dense=sent.dense | row_slots(sent, state.moments))
 
     @override
-    def close(self, close: CloseRound, state: State, exchange: Exchange, got: Uplinks) -> State:
-        after, sent = close(got), exchange.downlink
+    def close(self, close: CloseRound, state: State, exchange: Exchange, uplinks: Uplinks) -> State:
+        after, sent = close(uplinks), exchange.downlink
         names = [name for name in sent.dense if name.startswith(ROW_SLOT)]
         if not names and sent.program.trains:
             raise conflict(LocalConfig, ASKS_TWICE)
-        if not names or not len(got.clients):
+        if not names or not len(uplinks.clients):
             return after
-        mean, dtype = got.mean(), next(iter(state.base.values())).dtype
+        mean, dtype = uplinks.mean(), next(iter(state.base.values())).dtype
         # Attackers, or a rule for single coordinates, may make a moment negative.
         moments = {n: mean[n].clamp(min=0).to("cpu", dtype) for n in names}
         return replace(after, moments=after.moments | moments)

@@ -99,7 +99,7 @@ class PrivateRounds(RoundStep):
 
     @override
     def cohort(self, round_: int) -> torch.Tensor:  # possibly no clients
-        return self.mechanism.drawn(self.source, round_, self.run.loop.clients)
+        return self.mechanism.sample(self.source, round_, self.run.loop.clients)
 
     @override
     def bound(self, *, first: bool) -> float:
@@ -108,19 +108,19 @@ class PrivateRounds(RoundStep):
         return self.clip
 
     @override
-    def treat(self, got: Uplinks, context: AggregationContext) -> Uplinks:
+    def treat(self, uplinks: Uplinks, context: AggregationContext) -> Uplinks:
         """Compute the noisy mean of updates; too long ones are clipped here, too."""
-        start = starts(context, got)
-        clip, K = self.clip, len(got.clients)
+        start = starts(context, uplinks)
+        clip, K = self.clip, len(uplinks.clients)
         if not K:
             total, norms = torch.zeros_like(start), torch.zeros(0)
-        elif got.stacked is None:  # secure aggregation: only clients can clip their updates
-            total, norms = got.sum() - start * K, torch.zeros(0)
+        elif uplinks.stacked is None:  # secure aggregation: only clients can clip their updates
+            total, norms = uplinks.sum() - start * K, torch.zeros(0)
         else:
-            rows = rows_of(got)
+            rows = rows_of(uplinks)
             norms = torch.linalg.vector_norm(rows - start, dim=1)
             ones = torch.ones(K, dtype=torch.float64)
-            total = weighted_sum(shortened(rows, start, clip) - start, ones, got.places)
+            total = weighted_sum(shortened(rows, start, clip) - start, ones, uplinks.places)
         noisy = self.mechanism.noisy_sum(total, clip, self.source, context.round_)
         if self.mechanism.count_noise is not None:
             short = int((norms < clip * NORM_SLACK).sum())
@@ -128,13 +128,13 @@ class PrivateRounds(RoundStep):
             self.clip = self.config.next_clip(clip, count, self.mechanism.cohort)
         self.note(context.round_, clip)
         mean = start + noisy / self.mechanism.cohort
-        return replace(got, stacked=None, summed=mean, denominator=1.0)
+        return replace(uplinks, stacked=None, summed=mean, denominator=1.0)
 
     @override
     def measurers(self, round_: int) -> torch.Tensor | None:
         if self.means is None:
             return None
-        return self.means.drawn(self.source, round_, self.run.loop.clients)
+        return self.means.sample(self.source, round_, self.run.loop.clients)
 
     @override
     def measure(self, send: Send, measurement: Measurement) -> bool:
@@ -154,8 +154,8 @@ class PrivateRounds(RoundStep):
         return True
 
     @override
-    def columns(self, exchange: Exchange, got: Uplinks | None) -> Row:
-        if got is None:  # nothing is released, at the same privacy cost
+    def columns(self, exchange: Exchange, uplinks: Uplinks | None) -> Row:
+        if uplinks is None:  # nothing is released, at the same privacy cost
             self.note(exchange.round_, self.clip)
         revealing = ["train_loss"]
         revealing += ["rounding_up"] if exchange.rounding is not None else []

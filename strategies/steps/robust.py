@@ -14,14 +14,14 @@ from fedraclora.aggregation.base import AggregationContext, Aggregator, rows_of
 from fedraclora.attacks import Attack, same_shape
 from fedraclora.data.own_loss import PASSING
 from fedraclora.errors import ConfigError
-from fedraclora.imports import told_as
+from fedraclora.imports import as_user_error
 from fedraclora.protocol.method import State
 from fedraclora.protocol.uplinks import Uplinks
 from fedraclora.run.ledger import Row
 from fedraclora.schema import of_project
 from fedraclora.strategies.server.exchange import Exchange
 from fedraclora.strategies.server.round_step import RoundStep
-from fedraclora.strategies.server.sound import uplinks
+from fedraclora.strategies.server.sound import checked_uplinks
 
 
 class Attackers(RoundStep):
@@ -41,15 +41,15 @@ class Attackers(RoundStep):
         self.attackers = self.attack.attackers(self.run.loop.seed, self.run.loop.clients)
 
     @override
-    def treat(self, got: Uplinks, context: AggregationContext) -> Uplinks:
+    def treat(self, uplinks: Uplinks, context: AggregationContext) -> Uplinks:
         if not self.attack.colludes:
-            return got
-        rows = rows_of(got)
-        agreed = self.attack.colluded(rows, torch.isin(got.clients, self.attackers))
-        return replace(got, stacked=same_shape(self.attack, agreed, rows))
+            return uplinks
+        rows = rows_of(uplinks)
+        agreed = self.attack.colluded(rows, torch.isin(uplinks.clients, self.attackers))
+        return replace(uplinks, stacked=same_shape(self.attack, agreed, rows))
 
     @override
-    def columns(self, exchange: Exchange, got: Uplinks | None) -> Row:
+    def columns(self, exchange: Exchange, uplinks: Uplinks | None) -> Row:
         if not self.attack.share:
             return {}
         asked = exchange.first.cohort.clients
@@ -71,10 +71,10 @@ class RobustRule(RoundStep):
         self.aggregator.check(self.run.loop.cohort)
 
     @override
-    def treat(self, got: Uplinks, context: AggregationContext) -> Uplinks:
+    def treat(self, uplinks: Uplinks, context: AggregationContext) -> Uplinks:
         if of_project(type(self.aggregator)):
-            return self.aggregator(got, context)
+            return self.aggregator(uplinks, context)
         who = f"the aggregator {type(self.aggregator).__name__}"
-        with told_as(ConfigError, f"{who}: ", "calling it", passing=PASSING):
-            found = self.aggregator(got, context)
-        return uplinks(who, found, self.aggregator, (got,))
+        with as_user_error(ConfigError, f"{who}: ", "calling it", passing=PASSING):
+            found = self.aggregator(uplinks, context)
+        return checked_uplinks(who, found, self.aggregator, (uplinks,))

@@ -78,25 +78,25 @@ class ControlVariates(RoundStep):
 
     @override
     def begin(self, state: State) -> None:
-        self.lifted = lifts(self.run.method, state, self.run.draw)
+        self.lifted = keeps_dense_variates(self.run.method, state, self.run.draw)
 
     @override
     def send(self, sent: RoundInstructions, state: State) -> RoundInstructions:
         return open_corrected(sent, state, lifted=self.lifted)
 
     @override
-    def close(self, close: CloseRound, state: State, exchange: Exchange, got: Uplinks) -> State:
-        after = close(got)
-        if not len(got.clients):
+    def close(self, close: CloseRound, state: State, exchange: Exchange, uplinks: Uplinks) -> State:
+        after = close(uplinks)
+        if not len(uplinks.clients):
             return after
         sent, local = exchange.downlink, self.run.local
-        share = len(got.clients) / exchange.loop.clients
+        share = len(uplinks.clients) / exchange.loop.clients
         rates = {n: local.rate(s.main, exchange.rate_scale) for n, s in sent.uploaded().items()}
-        moments = close_corrected(state, sent, got, rates, local.steps or 1, share)
+        moments = close_corrected(state, sent, uplinks, rates, local.steps or 1, share)
         return replace(after, moments=after.moments | moments)
 
 
-def lifts(method: Method, state: State, draw: Draw) -> bool:
+def keeps_dense_variates(method: Method, state: State, draw: Draw) -> bool:
     """Check whether clients keep dense estimates of gradients, since trained tensors change.
 
     Args:
@@ -120,8 +120,8 @@ def _lives_on(method: Method, state: State, sent: RoundInstructions, draw: Draw)
     """Check whether the next round trains the same tensors, by closing a round without a change."""
     layout, cohort = sent.layout, Cohort(torch.arange(2), torch.ones(2).double())
     start = opening_rows(sent, state.base, layout, cohort.clients)
-    got = Uplinks(cohort.clients, cohort.weights, layout, start.repeat(2, 1))
-    after = method.close_round(state, sent, got)
+    uplinks = Uplinks(cohort.clients, cohort.weights, layout, start.repeat(2, 1))
+    after = method.close_round(state, sent, uplinks)
     return method.open_round(after, 2, cohort, draw).link == sent.link
 
 
@@ -140,7 +140,7 @@ def open_corrected(sent: RoundInstructions, state: State, *, lifted: bool) -> Ro
 def close_corrected(
     state: State,
     sent: RoundInstructions,
-    got: Uplinks,
+    uplinks: Uplinks,
     rates: dict[str, float],
     steps: int,
     share: float,
@@ -150,14 +150,16 @@ def close_corrected(
     Args:
         state: The state before the round.
         sent: The instructions, from `open_corrected`.
-        got: The updates; their mean is enough.
+        uplinks: The updates; their mean is enough.
         rates: Step sizes of trained tensors.
         steps: Local steps of each client.
         share: Share of the population in the round, |S| / N.
     """
-    layout = got.layout
-    start = layout.unpack(opening_rows(sent, state.base, layout, torch.arange(len(got.clients))))
-    end = {n: t.cpu() for n, t in got.mean().items()}
+    layout = uplinks.layout
+    start = layout.unpack(
+        opening_rows(sent, state.base, layout, torch.arange(len(uplinks.clients)))
+    )
+    end = {n: t.cpu() for n, t in uplinks.mean().items()}
     new, kept = mean_gradients(start, end, steps, rates), _kept(state, sent)
     # Clients used the received c in their steps, which may have been quantized.
     went = variates_of(sent)

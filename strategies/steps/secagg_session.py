@@ -14,9 +14,9 @@ from fedraclora.privacy.secagg import LEAST_CLIENTS
 from fedraclora.protocol.uplinks import Refusal
 from fedraclora.strategies.server.exchange import Exchange
 from fedraclora.strategies.server.round_step import Send
-from fedraclora.wire.answers import NoAnswer, Staged
+from fedraclora.wire.answers import NoAnswer, StageAnswer
 from fedraclora.wire.exchange import Ask, Stage
-from fedraclora.wire.reply import Wanted, checked
+from fedraclora.wire.reply import ExpectedReply, checked
 
 Check = Callable[[int, Any, Any], None]
 Said = tuple[dict[int, Any], dict[int, str]]  # the clients' replies, and reasons of failures
@@ -50,7 +50,7 @@ class SecAggSession:
     def __init__(self, exchange: Exchange, send: Send, texts: Texts) -> None:
         self.exchange, self.send, self.texts = exchange, send, texts
 
-    def size(self, _answer: Staged) -> int:
+    def size(self, _answer: StageAnswer) -> int:
         """Return the number of words in a reply's vectors."""
         return self.exchange.layout.size + 2
 
@@ -73,7 +73,7 @@ class SecAggSession:
     def collect(self, stage: str, data: dict[int, Any], check: Check) -> Said:
         """Ask like `ask`; missing replies are not recorded yet."""
 
-        def read(said: dict[int, Any], _answer: Staged) -> Said:
+        def read(said: dict[int, Any], _answer: StageAnswer) -> Said:
             found, bad = {}, {}
             for client in said.keys() & data.keys():
                 try:
@@ -93,7 +93,7 @@ class SecAggSession:
             settings: Settings for all clients.
         """
 
-        def read(said: dict[int, Any], answer: Staged) -> Said:
+        def read(said: dict[int, Any], answer: StageAnswer) -> Said:
             clients = answer.clients.tolist()
             rows = np.zeros((0, 0), np.uint32) if answer.words is None else answer.words.numpy()
             wanted = (len(clients), self.size(answer)) if clients else rows.shape
@@ -116,7 +116,7 @@ class SecAggSession:
         self,
         name: str,
         data: dict[int, Any],
-        read: Callable[[dict[int, Any], Staged], Said],
+        read: Callable[[dict[int, Any], StageAnswer], Said],
         settings: Mapping[str, Any] = NOTHING,
     ) -> Said:
         """Ask clients; return their replies, and reasons of failures.
@@ -130,21 +130,21 @@ class SecAggSession:
         asks = []
         for ask in self.exchange.asks:
             if part := {c: data[c] for c in ask.clients if c in data}:
-                stage = Stage(name, {**self.settings, **settings}, part).heard
+                stage = Stage(name, {**self.settings, **settings}, part).through_json
                 alone = Ask(replace(ask.request, clients=torch.tensor([*part])), stage=stage)
                 asks.append(replace(ask, stage=stage) if name == "masked" else alone)
                 self.texts.down += stage.length
         left = {id(ask): ask.clients for ask in asks}
         answers: dict[int, Any] = {}
         failures: dict[int, str] = {}
-        wanted = Wanted(self.exchange.round_, self.exchange.version)
+        wanted = ExpectedReply(self.exchange.round_, self.exchange.version)
         for ask, answer in self.send(asks):
             asked = left.pop(id(ask), [])
             if isinstance(answer, NoAnswer):
                 failures |= dict.fromkeys(asked, self.exchange.failed(answer))
                 continue
             try:
-                staged = checked(answer, ask, Staged, wanted)
+                staged = checked(answer, ask, StageAnswer, wanted)
                 found, why = read(staged.stage.data, staged)
                 why |= staged.failures
                 self.texts.up += staged.stage.length

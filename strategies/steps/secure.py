@@ -32,7 +32,7 @@ from fedraclora.strategies.steps.secagg_session import Check, Said, SecAggSessio
 from fedraclora.strategies.steps.unmask import CulpritError, Session, check_keys, check_sealed
 from fedraclora.tree import Layout, Tree
 from fedraclora.weights.files import write_text
-from fedraclora.wire.answers import Staged
+from fedraclora.wire.answers import StageAnswer
 from fedraclora.wire.secagg import LARGEST, signed
 
 FILE = "masked.round"  # file key: the last round that asked real clients for vectors
@@ -55,7 +55,7 @@ class MeasureSession(SecAggSession):
     def __init__(self, measurement: Measurement, send: Send) -> None:
         super().__init__(measurement, send, Texts())
         self.measure, self.points = measurement.measuring.measure, (*measurement.when.values(),)
-        self.told: dict[int, Layout] = {}
+        self.layouts: dict[int, Layout] = {}
         self.layout: Layout | None = None
         self.least = measurement.measuring.asked.min_clients
         self.few = FEW.format(self.least)
@@ -67,11 +67,11 @@ class MeasureSession(SecAggSession):
         return SummedMeasure(self.measure, self.layout or Layout(()), self.points)
 
     @override
-    def size(self, answer: Staged) -> int:
+    def size(self, answer: StageAnswer) -> int:
         sizes = read_sizes(answer.stage.settings.get("layout"))
         if [name for name, _ in sizes.shapes] != (names := sums_named(self.measure, [""])):
             raise WireError(f"it measured {sizes.shapes}, expected {names}")
-        self.told |= dict.fromkeys(answer.clients.tolist(), sizes)
+        self.layouts |= dict.fromkeys(answer.clients.tolist(), sizes)
         return SummedMeasure(self.measure, sizes, self.points).size
 
     @override
@@ -85,9 +85,9 @@ class MeasureSession(SecAggSession):
         found, failures = super().masked(pending, settings)
         senders = [c for c, part in found.items() if not isinstance(part, set)]
         if senders and self.layout is None:
-            self.layout = usual([self.told[c] for c in senders])
+            self.layout = usual([self.layouts[c] for c in senders])
         for client in senders:
-            if self.told[client] != self.layout:
+            if self.layouts[client] != self.layout:
                 failures[client] = "it reports other metrics than most clients"
                 del found[client]
         return found, failures
@@ -181,7 +181,7 @@ class SecureSum(RoundStep):
             if self.file is not None and not session.asked:
                 write_text(self.file, f"{session.round_}\n")
             self._gather(session, talk)
-            got = self._checked(talk, session, clip, base)
+            uplinks = self._checked(talk, session, clip, base)
         except CulpritError as lost:
             self.banned[lost.client] = lost.why
             self.row = {"lost": lost.why, "culprit": lost.client}
@@ -190,10 +190,10 @@ class SecureSum(RoundStep):
             self.row = {"lost": str(lost)}
             raise
         self.session = None
-        return got
+        return uplinks
 
     @override
-    def columns(self, exchange: Exchange, got: Uplinks | None) -> Row:
+    def columns(self, exchange: Exchange, uplinks: Uplinks | None) -> Row:
         lost = {"up": self.texts.up, "down": self.texts.down} if "lost" in self.row else {}
         return {"train_loss": None, "secure": self.row | lost}
 
@@ -220,7 +220,7 @@ class SecureSum(RoundStep):
             {c: {**shares, "without": []} for c, shares in inbox.items()},
             [],
         )
-        leaves = session.thin_out()
+        leaves = session.drop_isolated()
         talk.enough(session.messages, "masked")
         talk.name(leaves)
         session.left = list(exchange.failures)
@@ -283,7 +283,7 @@ class SecureSum(RoundStep):
                 f"client {c} cannot open the shares of {sorted(of)}" for c, of in complaints.items()
             ]
             session.left += talk.name(session.settle(complaints))
-            leaves = session.thin_out()
+            leaves = session.drop_isolated()
             talk.enough(session.messages, "masked")
             session.left += talk.name(leaves)
             waiting = {c: session.messages[c] for c in complaints if c in session.messages}

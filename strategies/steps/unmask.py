@@ -66,7 +66,7 @@ class Session:
         message = self.messages[client]
         return [*map(int, message["shares"]), *message["without"]]
 
-    def thin_out(self) -> dict[int, str]:
+    def drop_isolated(self) -> dict[int, str]:
         """Remove clients with too few remaining neighbours, through no fault of theirs.
 
         Returns:

@@ -50,7 +50,7 @@ from fedraclora.protocol.program import GRADIENT, PLAIN
 from fedraclora.protocol.uplinks import Uplinks
 from fedraclora.strategies.shared.common import dense_slots, opening
 from fedraclora.strategies.shared.layerwise import LayerMethod
-from fedraclora.strategies.wrappers.around import Around
+from fedraclora.strategies.wrappers.around import MethodWrapper
 from fedraclora.strategies.wrappers.pruned import Pruned
 from fedraclora.tree import Tree
 
@@ -72,7 +72,7 @@ class Chosen(Counters):
 @ALLOCATED
 @CHOOSES_LAYERS
 @dataclass(frozen=True)
-class Allocated(Around):
+class Allocated(MethodWrapper):
     """Apply a rule to a method.
 
     Attributes:
@@ -103,7 +103,7 @@ class Allocated(Around):
         return self.inner, narrowed(state, {n for n in state.plan.targets if adapted.get(n, 1)})
 
     @override
-    def in_force(self, state: State) -> tuple[Method, State]:
+    def in_effect(self, state: State) -> tuple[Method, State]:
         return self.at(state)
 
     @override
@@ -124,11 +124,11 @@ class Allocated(Around):
 
     @override
     def next_exchange(
-        self, state: State, sent: RoundInstructions, got: Uplinks
+        self, state: State, sent: RoundInstructions, uplinks: Uplinks
     ) -> RoundInstructions | None:
         if sent.program != GRADIENT:
-            return self.inner.next_exchange(narrowed(state, sent.adapters), sent, got)
-        mean = got.mean()
+            return self.inner.next_exchange(narrowed(state, sent.adapters), sent, uplinks)
+        mean = uplinks.mean()
         values: dict[str, Tree] = {}
         gradients: dict[str, Tree] = {}
         for name, adapter in sent.adapters.items():
@@ -136,13 +136,13 @@ class Allocated(Around):
             gradients[name] = {k: mean[f"{name}/{k}"] for k in slots}
             values[name] = {k: opening(f, gradients[name][k]) for k, f in slots.items()}
         chosen = self.rule.chosen(self.rule.scores(values, gradients))
-        left = sent if got.places is None else sent.select(got.places)
+        left = sent if uplinks.places is None else sent.select(uplinks.places)
         adapters = {name: left.adapters[name] for name in chosen}
         return replace(left, adapters=adapters, dense=dense_slots(state), program=PLAIN)
 
     @override
-    def close_round(self, state: State, sent: RoundInstructions, got: Uplinks) -> State:
-        after = self.inner.close_round(narrowed(state, sent.adapters), sent, got)
+    def close_round(self, state: State, sent: RoundInstructions, uplinks: Uplinks) -> State:
+        after = self.inner.close_round(narrowed(state, sent.adapters), sent, uplinks)
         if after.depends_on_past and self.rule.every is not None:
             raise conflict(HeteroLora, BEYOND_WEIGHTS, f"allocation.every={self.rule.every}")
         adapted = {name: int(name in sent.adapters) for name in state.plan.targets}

@@ -13,7 +13,7 @@ from fedraclora.tree import Tree
 
 
 @dataclass(frozen=True)
-class Around(Method):
+class MethodWrapper(Method):
     """Wrap another method.
 
     Attributes:
@@ -60,10 +60,10 @@ class Around(Method):
 
     @override
     def next_exchange(
-        self, state: State, sent: RoundInstructions, got: Uplinks
+        self, state: State, sent: RoundInstructions, uplinks: Uplinks
     ) -> RoundInstructions | None:
         inner, at = self.at(state)
-        return inner.next_exchange(at, sent, got)
+        return inner.next_exchange(at, sent, uplinks)
 
     @override
     def weights(self, state: State, draw: Draw, own: Tree | None = None) -> Tree:
@@ -79,6 +79,6 @@ class Around(Method):
 def inside(method: Method) -> Iterator[Method]:
     """Yield a method's wrappers from the outside in, and the method itself."""
     yield method
-    while isinstance(method, Around):
+    while isinstance(method, MethodWrapper):
         method = method.inner
         yield method

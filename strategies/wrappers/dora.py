@@ -32,13 +32,13 @@ from fedraclora.protocol.factor import to_train
 from fedraclora.protocol.method import Cohort, Draw, Method, Plan, RoundInstructions, State, Traits
 from fedraclora.protocol.uplinks import Uplinks
 from fedraclora.strategies.shared.common import server_step
-from fedraclora.strategies.wrappers.around import Around
+from fedraclora.strategies.wrappers.around import MethodWrapper
 from fedraclora.tree import Tree
 
 
 @DORA
 @dataclass(frozen=True)
-class Dora(Around):
+class Dora(MethodWrapper):
     """Add trained magnitudes to a method."""
 
     @property
@@ -82,9 +82,9 @@ class Dora(Around):
 
     @override
     def next_exchange(
-        self, state: State, sent: RoundInstructions, got: Uplinks
+        self, state: State, sent: RoundInstructions, uplinks: Uplinks
     ) -> RoundInstructions | None:
-        again = super().next_exchange(state, sent, got)
+        again = super().next_exchange(state, sent, uplinks)
         return None if again is None else self._with_magnitudes(state, again)
 
     @override
@@ -102,9 +102,9 @@ class Dora(Around):
         return replace(sent, dense=sent.dense | slots)
 
     @override
-    def close_round(self, state: State, sent: RoundInstructions, got: Uplinks) -> State:
-        after = self.inner.close_round(self.at(state)[1], sent, got)
-        mean, step = got.mean(), self.traits.step
+    def close_round(self, state: State, sent: RoundInstructions, uplinks: Uplinks) -> State:
+        after = self.inner.close_round(self.at(state)[1], sent, uplinks)
+        mean, step = uplinks.mean(), self.traits.step
         new = {
             n: server_step(state.carried[n], mean[n], step).to(state.carried[n])
             for n in magnitudes(sent.adapters, sent.dense).values()

@@ -52,14 +52,14 @@ from fedraclora.protocol.method import (
 from fedraclora.protocol.uplinks import Uplinks
 from fedraclora.strategies.shared.common import opening
 from fedraclora.strategies.shared.layerwise import LayerMethod
-from fedraclora.strategies.wrappers.around import Around
+from fedraclora.strategies.wrappers.around import MethodWrapper
 from fedraclora.tree import Tree
 
 SMOOTH = {"importance/": 0, "uncertainty/": 1}
 
 
 @dataclass(frozen=True)
-class RanksLeft(Counters):
+class PruningState(Counters):
     """Hold the state of the rule.
 
     Attributes:
@@ -76,7 +76,7 @@ class RanksLeft(Counters):
 @ALLOCATED
 @CUTS_COMPONENTS
 @dataclass(frozen=True)
-class Pruned(Around):
+class Pruned(MethodWrapper):
     """Apply the rule to a method.
 
     Attributes:
@@ -84,7 +84,7 @@ class Pruned(Around):
         rule: The schedule of components.
     """
 
-    counters: ClassVar[type[RanksLeft]] = RanksLeft
+    counters: ClassVar[type[PruningState]] = PruningState
 
     inner: LayerMethod
     rule: AdaLora
@@ -105,12 +105,12 @@ class Pruned(Around):
                 f"components of {len(ranks)} layers, but 1 to {first} must be left. Change "
                 "it, or method.rank"
             )
-        return replace(state, counters=RanksLeft(rank=ranks, components=first))
+        return replace(state, counters=PruningState(rank=ranks, components=first))
 
     @override
-    def close_round(self, state: State, sent: RoundInstructions, got: Uplinks) -> State:
+    def close_round(self, state: State, sent: RoundInstructions, uplinks: Uplinks) -> State:
         inner, at = self.at(state)
-        after = inner.close_round(at, sent, got)
+        after = inner.close_round(at, sent, uplinks)
         counters = replace(self.kept(after), rounds=self.kept(after).rounds + 1)
         after = replace(after, plan=state.plan, counters=counters)
         if not sent.program.trains:  # the factors have just begun
@@ -122,9 +122,9 @@ class Pruned(Around):
         return self._cut(state, sent, after, smoothed, budget)
 
     @staticmethod
-    def kept(state: State) -> RanksLeft:
+    def kept(state: State) -> PruningState:
         """Compute the remaining ranks in a state."""
-        return cast(RanksLeft, state.counters)
+        return cast(PruningState, state.counters)
 
     @override
     def at(self, state: State) -> tuple[Method, State]:
@@ -137,7 +137,7 @@ class Pruned(Around):
         return inner, replace(state, plan=plan, carried=carried)
 
     @override
-    def in_force(self, state: State) -> tuple[Method, State]:
+    def in_effect(self, state: State) -> tuple[Method, State]:
         return self.at(state)
 
     def _smoothed(self, state: State, sent: RoundInstructions, after: State) -> Tree:

@@ -192,13 +192,13 @@ def correction_counted_as_gradient(planting: Planting) -> None:
 
 @defect(SCAFFOLD, "a variate of B kept as it is while A is drawn anew", DRIFT)
 def variates_in_the_coordinates_of_the_old_sketch(planting: Planting) -> None:
-    sound = fedraclora.strategies.steps.scaffold.lifts
+    sound = fedraclora.strategies.steps.scaffold.keeps_dense_variates
 
     def never(*given: Any) -> bool:
         sound(*given)
         return False
 
-    planting.put(fedraclora.strategies.steps.scaffold, "lifts", never)
+    planting.put(fedraclora.strategies.steps.scaffold, "keeps_dense_variates", never)
 
 
 @defect(SCAFFOLD, "a gradient of B taken for one of the weight: alpha / r is forgotten", DRIFT)
@@ -312,8 +312,8 @@ def discount_divided_out_again(planting: Planting) -> None:
     BUFFERED,
 )
 def stale_weights_in_the_place_of_changes(planting: Planting) -> None:
-    def whole(got: Uplinks, *given: Any) -> Batch:
-        return replace(batch_of(got, *given), rows=got.rows().cpu())
+    def whole(uplinks: Uplinks, *given: Any) -> Batch:
+        return replace(batch_of(uplinks, *given), rows=uplinks.rows().cpu())
 
     planting.function(batch_of, whole)
 

@@ -191,9 +191,9 @@ def basis_of_what_was_not_sent(planting: Planting) -> None:
     sound, means = SubspaceRacLora.close_round, dict[str, torch.Tensor]()
 
     def close_round(
-        self: SubspaceRacLora, state: State, sent: RoundInstructions, got: Uplinks
+        self: SubspaceRacLora, state: State, sent: RoundInstructions, uplinks: Uplinks
     ) -> State:
-        after = sound(self, state, sent, got)
+        after = sound(self, state, sent, uplinks)
         for name, term in (after.link or Link()).terms.items():
             if term.kept is not None:
                 means[name] = term.kept

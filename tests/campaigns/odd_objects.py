@@ -41,7 +41,7 @@ from fedraclora.attacks import Attack
 from fedraclora.data.samples import Samples
 from fedraclora.models.built import seeded
 from fedraclora.protocol.method import Traits
-from fedraclora.protocol.program import ClientProgram, When
+from fedraclora.protocol.program import ClientProgram, GradientStage
 from fedraclora.strategies.methods.fed_rac_lora import FedRacLora
 from fedraclora.strategies.shared.layerwise import LayerMethod, LayerUpdate
 from fedraclora.training.extras.settings import LocalSettings
@@ -747,7 +747,9 @@ class Decay(ClientProgram):
     rate: float = 0.1
 
     def hooks(self, chunk: Any) -> Any:
-        return {When.LOSS: lambda grads, now: {n: grads[n] + self.rate * now[n] for n in grads}}
+        return {
+            GradientStage.LOSS: lambda grads, now: {n: grads[n] + self.rate * now[n] for n in grads}
+        }
 
 
 @dataclass(frozen=True)
@@ -774,7 +776,7 @@ class Odd(RoundStep):
     def __init__(self, by: float = 1.0) -> None:
         self.by = by
 
-    def columns(self, exchange: Any, got: Any) -> Any:
+    def columns(self, exchange: Any, uplinks: Any) -> Any:
         return {"odd": self.by}
 
 

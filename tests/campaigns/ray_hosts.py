@@ -26,7 +26,7 @@ import ray
 import torch
 from rich.table import Table
 
-from fedraclora.engines.ray.pulse import TICK, Pulse, places_of
+from fedraclora.engines.ray.pulse import TICK, LivenessPoller, places_of
 from fedraclora.errors import FedRacLoraError
 from fedraclora.experiments.hosts import Bed, Host, Process, why_not
 from fedraclora.run.ledger import Row, read_ledger, round_seconds
@@ -334,7 +334,7 @@ def heartbeat(seconds: float = 60) -> str:
     ray.init("local", num_cpus=2, include_dashboard=False, log_to_driver=False)
     workers = [Resting.remote() for _ in range(8)]
     found = []
-    for pulses in [], [Pulse(partial(places_of, worker)) for worker in workers]:
+    for pulses in [], [LivenessPoller(partial(places_of, worker)) for worker in workers]:
         began = [time.process_time(), *ray.get([w.seconds.remote() for w in workers])]
         end = time.monotonic() + seconds
         while time.monotonic() < end:

@@ -111,9 +111,9 @@ class Watched(RoundStep):
     states: list[State] = field(default_factory=list)
 
     @override
-    def close(self, close: CloseRound, state: State, exchange: Exchange, got: Uplinks) -> State:
+    def close(self, close: CloseRound, state: State, exchange: Exchange, uplinks: Uplinks) -> State:
         self.states.append(state)
-        return close(got)
+        return close(uplinks)
 
 
 def judged(case: Case) -> str:

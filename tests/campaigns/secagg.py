@@ -27,7 +27,7 @@ from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa, x25519
 from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, RecordDict
 
-from fedraclora.clients.answers import AnswerOnce
+from fedraclora.clients.answers import ReplyCache
 from fedraclora.clients.secure import answer_stage, masked_vectors, of_updates
 from fedraclora.engines.asks import AskWriter, read_ask
 from fedraclora.engines.records import write_answer
@@ -139,8 +139,8 @@ class Client:
             raise FedRacLoraError("this client masks what it sends")
         if self.folder is None:
             return write_answer(self.said(ask, ask.stage))
-        once = AnswerOnce(self.folder, 10, ask, "0")
-        if (answer := once.given()) is None:
+        once = ReplyCache(self.folder, 10, ask, "0")
+        if (answer := once.stored_reply()) is None:
             once.keep(answer := self.said(ask, ask.stage))
         return write_answer(answer)
 

@@ -44,7 +44,7 @@ from fedraclora.protocol.method import Cohort
 from fedraclora.rng import generator
 from fedraclora.run.client_state import ClientStore
 from fedraclora.strategies.server.loop import LoopConfig
-from fedraclora.strategies.server.measuring import Measurement, Measuring
+from fedraclora.strategies.server.measuring import EvaluationPlan, Measurement
 from fedraclora.strategies.steps.secure import SecureSum
 from fedraclora.tree import Layout, Tree
 from tests.campaigns.secagg import ROUND, SHAPE, STAGES, Client, Random, Wire, stage_of
@@ -128,7 +128,9 @@ class World:
         loop = LoopConfig(9, 100, count, 1, 5, "uniform", untrusted=True, min_clients=1)
         cohort = Cohort(torch.arange(count), torch.ones(count).double())
         downlink = RoundInstructions(dense={"w": to_train(SHAPE, start=torch.full(SHAPE, 0.25))})
-        return Measurement(Measuring(asked, self.measure), downlink, cohort, ROUND, 0, loop, 1.0)
+        return Measurement(
+            EvaluationPlan(asked, self.measure), downlink, cohort, ROUND, 0, loop, 1.0
+        )
 
 
 class Owner(Client):

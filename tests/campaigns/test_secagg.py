@@ -62,13 +62,13 @@ def six() -> dict[int, Client]:
     return {c: Client(c, 3) for c in range(6)}
 
 
-def exactly(got: Any, clients: dict[int, Client], members: list[int]) -> None:
+def exactly(uplinks: Any, clients: dict[int, Client], members: list[int]) -> None:
     """The sum is that of these clients, to the last step."""
-    assert got.clients.tolist() == members
+    assert uplinks.clients.tolist() == members
     step = SecAgg(CLIP, max_weight=WEIGHT).step(len(clients), CLIP, LARGEST)
     whole = signed(np.sum([clients[c].whole(step) for c in members], axis=0, dtype=np.uint32))
     start = torch.full((6,), 0.25, dtype=torch.float64)
-    assert torch.equal(got.summed, start * float(whole[-2]) + whole[:-2].double() * step)
+    assert torch.equal(uplinks.summed, start * float(whole[-2]) + whole[:-2].double() * step)
 
 
 def bend(stage: str, client: int, change: Any) -> Any:

@@ -33,7 +33,7 @@ from typing_extensions import override
 
 from fedraclora.clients.worker import Worker
 from fedraclora.codec import split
-from fedraclora.data.clients import ChangedClients, Partitioned
+from fedraclora.data.clients import ChangedClients, PartitionedData
 from fedraclora.data.samples import Samples
 from fedraclora.data.task import Task
 from fedraclora.engines.asks import COEFFICIENTS, AskWriter, read_ask
@@ -67,7 +67,7 @@ from fedraclora.training.localconfig import LocalConfig
 from fedraclora.tree import Tree
 from fedraclora.weights.update import BaseWeights, WeightHistory, WeightUpdate
 from fedraclora.wire.answers import Answer, NoAnswer
-from fedraclora.wire.changes import Changes
+from fedraclora.wire.changes import ChangeCodec
 from fedraclora.wire.exchange import Ask
 from fedraclora.wire.fields import LONGEST
 from tests.campaigns.mutants import (
@@ -174,24 +174,24 @@ class Outcome:
     """What came of a round: uplinks, or the error that says that too many failed."""
 
     exchange: Exchange
-    got: Uplinks | None
+    uplinks: Uplinks | None
     error: str = ""
 
     def same(self, other: Outcome) -> bool:
         """Whether the next state is the same, to the bit, and so is the row of the ledger."""
-        if self.got is None or other.got is None:
-            return self.got is other.got
+        if self.uplinks is None or other.uplinks is None:
+            return self.uplinks is other.uplinks
         mine, others = (
             [
-                o.got.clients,
-                o.got.weights,
-                o.got.places,
-                o.got.stacked,
-                o.got.summed,
-                o.got.versions,
+                o.uplinks.clients,
+                o.uplinks.weights,
+                o.uplinks.places,
+                o.uplinks.stacked,
+                o.uplinks.summed,
+                o.uplinks.versions,
             ]
             for o in (self, other)
-            if o.got is not None
+            if o.uplinks is not None
         )
         numbers = [(o.exchange.mean_loss, o.exchange.steps) for o in (self, other)]
         return numbers[0] == numbers[1] and all(
@@ -303,7 +303,7 @@ def task_of(clients: int, dtype: torch.dtype, width: int) -> Task:
     ends = np.cumsum([0, *sizes])
     parts = [np.arange(a, b) for a, b in pairwise(ends)]
     samples = Samples({"x": x}, labels)
-    data: Any = Partitioned.of(samples, parts)
+    data: Any = PartitionedData.of(samples, parts)
     if clients > 1:
         data = Failing(data, clients - 1)
     return Task(model, ("2",), "cross_entropy", ("loss",), data, samples)
@@ -349,10 +349,10 @@ def scene_of(name: str) -> Scene:
         old = scene.replies if scene else replies
         scene = Scene(name, exchange, messages, state, replies, fails, old)
         outcome = collected(scene, scene.answers())
-        if outcome.got is None:
+        if outcome.uplinks is None:
             raise RuntimeError(f"{name}: honest clients fail: {outcome.error}")
         if round_ < ROUND:
-            after = method.close_round(state, sent, outcome.got)
+            after = method.close_round(state, sent, outcome.uplinks)
             state = rounding.closed(state, after, sent, round_)
     assert scene is not None  # there is more than one round
     return scene
@@ -477,7 +477,7 @@ def judged(scene: Scene, case: Case, ledger: Ledger) -> str:
     must(failures.keys() <= suspects | scene.fails, f"others are blamed: {failures}")
     for text in [*failures.values(), *outcome.exchange.notes, outcome.error]:
         must(text.isprintable() and len(text) < 12 * LONGEST, f"a text is {text[:99]!r}")
-    if outcome.got is not None:
+    if outcome.uplinks is not None:
         row = ledger_row(outcome.exchange, scene.state, {"metrics": {}}, Cost(1, 2, 3), (0, 0))
         ledger.append(row | {"round": len(ledger.rows)}, sync=False)
     if suspects - scene.fails <= failures.keys() or "no client replied in time" in outcome.error:
@@ -498,7 +498,7 @@ def must(right: bool, what: str) -> None:
 
 def check_taken(scene: Scene, place: int, outcome: Outcome, content: RecordDict) -> None:
     """See that a reply that was taken says what was asked, and counts for what it says."""
-    got, honest = outcome.got, scene.honest().got
+    got, honest = outcome.uplinks, scene.honest().uplinks
     if got is None or honest is None:
         raise AssertionError(f"too many failed, though the reply was taken: {outcome.error}")
     (told, chunk, numbers), (wanted, asked, _) = plain(content), plain(read(scene.replies[place]))
@@ -513,7 +513,7 @@ def check_taken(scene: Scene, place: int, outcome: Outcome, content: RecordDict)
     exchange = scene.exchange
     if exchange.loop.uplink != FULL:
         clients = exchange.cohort.clients
-        changes = Changes(exchange.loop.uplink, exchange.downlink, exchange.base, clients)
+        changes = ChangeCodec(exchange.loop.uplink, exchange.downlink, exchange.base, clients)
         raw_, who = torch.from_numpy(numbers), got.clients[mine]
         sizes = chunk.get("sizes") if exchange.loop.uplink_coding == ZSTD else None
         lengths = None if sizes is None else torch.from_numpy(np.frombuffer(sizes, np.int64).copy())

@@ -21,7 +21,7 @@ from fedraclora.commands.cli import COMMANDS, main
 from fedraclora.commands.status import UNREAD
 from fedraclora.compose.choices import choice
 from fedraclora.compose.overrides import composed
-from fedraclora.compose.resume import told_how_to_go_on
+from fedraclora.compose.resume import explaining_resume
 from fedraclora.config.run_config import from_plain
 from fedraclora.protocol.cohorts import draw_cohort
 from fedraclora.run.folder import resume_word
@@ -426,7 +426,7 @@ def test_an_interrupt_says_where_the_run_stands_and_how_it_goes_on(
     assert (status, error.splitlines()[-1][:30]) == (130, "interrupted after round 3 of 4")
     assert said in error
     assert error.endswith(f"fedraclora simulate {hint}\n")
-    elsewhere = told_how_to_go_on(tmp_path / "run", "deploy connection=x", there=True)
+    elsewhere = explaining_resume(tmp_path / "run", "deploy connection=x", there=True)
     with pytest.raises(KeyboardInterrupt) as ended, elsewhere:
         raise KeyboardInterrupt
     (note,) = ended.value.__notes__

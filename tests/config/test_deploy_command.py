@@ -21,7 +21,7 @@ from fedraclora.engines.deploy.control import COMPLETED, Connection, Status
 from fedraclora.engines.deploy.local import LocalDeployment
 from fedraclora.errors import CheckpointError, ConfigError, EngineError
 from fedraclora.run.events import OPENING, ROW, SUMMARY, Event
-from fedraclora.run.folder import alone
+from fedraclora.run.folder import locked_folder
 from fedraclora.run.ledger import read_ledger
 from fedraclora.strategies.facts import facts_of
 from fedraclora.strategies.methods import METHODS
@@ -113,7 +113,7 @@ def test_clients_are_as_many_as_nodes_unless_typed(
 @pytest.mark.parametrize("words", [["local=adamw", "nodes=3"], ["nodes=3", "local=adamw"]])
 def test_how_clients_train_is_chosen_beside_the_number_of_nodes(words: list[str]) -> None:
     own, rest = part([*SMALL, "clients_per_round=2", *words], deploy.OWN_KEYS)
-    assert deploy.where(own) == ("", 3)
+    assert deploy.connection_or_nodes(own) == ("", 3)
     assert deploy.prepare(rest, 3).config.local.optimizer == "adamw"
 
 
@@ -238,7 +238,7 @@ def test_a_folder_with_a_run_is_not_written_over(asked: ServerRun) -> None:
 def test_a_run_that_goes_on_is_not_started_again(asked: ServerRun) -> None:
     asked.resume = True
     with (
-        alone(asked.folder),
+        locked_folder(asked.folder),
         pytest.raises(CheckpointError, match="another process is running"),
         deploy.place(asked, 3, ""),
     ):

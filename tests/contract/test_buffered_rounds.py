@@ -105,7 +105,7 @@ def test_every_step_is_the_discounted_mean_of_what_came(variant: Variant) -> Non
         total, moved = 0.0, {n: torch.zeros_like(w) for n, w in before.base.items()}
         for flight in leg.landed:
             played = trained(world, strategy.seen[flight.round_ - 1], flight.client, flight.round_)
-            weight, age = float(played.got.weights[0]), t - flight.round_
+            weight, age = float(played.uplinks.weights[0]), t - flight.round_
             old = method.weights(played.before, draw)
             for n, new in client_weights_of(method, played, draw).items():
                 moved[n] += weight / (1 + age) ** 0.5 * (new - old[n])

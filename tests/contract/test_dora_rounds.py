@@ -114,10 +114,10 @@ def test_magnitudes_are_means_and_the_rest_is_the_method_s(variant: Variant) -> 
             for s in (played.before, played.after)
         )
         plain = replace(played.before, carried=before)
-        inner = method.inner.close_round(plain, played.sent, played.got)
+        inner = method.inner.close_round(plain, played.sent, played.uplinks)
         assert_equal_trees(rest, inner.carried)
         assert_equal_trees(played.after.base, inner.base)
-        share, rows = played.got.weights / played.got.weights.sum(), played.got.stack()
+        share, rows = played.uplinks.weights / played.uplinks.weights.sum(), played.uplinks.stack()
         new, old = magnitudes(played.after), magnitudes(played.before)
         assert_close_trees(
             new, {n: m + step * (share @ rows[n] - m) for n, m in old.items()}, 1e-14
@@ -132,7 +132,7 @@ def test_no_method_is_exact(world: World) -> None:
     (played,) = play_rounds(method, world, 1, DRAW)
     assert method.inner.traits.exact
     assert not method.traits.exact
-    rows, share = played.got.stack(), played.got.weights / played.got.weights.sum()
+    rows, share = played.uplinks.stack(), played.uplinks.weights / played.uplinks.weights.sum()
     each = []
     for k, V in enumerate(client_weights(played, k) for k in range(len(share))):
         lengths = {n: rows[n][k] for n in scaled_by(played.sent).values()}

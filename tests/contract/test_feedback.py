@@ -34,7 +34,7 @@ from fedraclora.strategies.server.exchange import Exchange
 from fedraclora.strategies.server.quantized import RESIDUE
 from fedraclora.strategies.server.round_step import CloseRound, RoundStep
 from fedraclora.tree import Tree, below
-from fedraclora.wire.changes import Changes, Coded
+from fedraclora.wire.changes import ChangeCodec, CodedRows
 from fedraclora.wire.exchange import TrainRequest
 from fedraclora.wire.feedback import PREFIX
 from tests.common import accepted
@@ -73,14 +73,14 @@ class Wiretap:
     seen: list[Seen] = field(default_factory=list)
 
     def listen(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        whole = Changes.encode
+        whole = ChangeCodec.encode
 
         def encoded(
-            changes: Changes,
+            changes: ChangeCodec,
             rows: torch.Tensor,
             seed: int,
             round_: int,
-            coded: Coded,
+            coded: CodedRows,
             residues: torch.Tensor | None = None,
         ) -> torch.Tensor:
             assert residues is not None
@@ -92,7 +92,7 @@ class Wiretap:
                 self.seen.append(Seen(*args, changes.sent))
             return found
 
-        monkeypatch.setattr(Changes, "encode", encoded)
+        monkeypatch.setattr(ChangeCodec, "encode", encoded)
 
     def of_clients(self) -> Iterator[list[Seen]]:
         for client in sorted({s.client for s in self.seen}):
@@ -182,8 +182,8 @@ class Rounds(RoundStep):
     closed: list[State] = field(default_factory=list)
 
     @override
-    def close(self, close: CloseRound, state: State, exchange: Exchange, got: Uplinks) -> State:
-        self.closed.append(after := close(got))
+    def close(self, close: CloseRound, state: State, exchange: Exchange, uplinks: Uplinks) -> State:
+        self.closed.append(after := close(uplinks))
         return after
 
 

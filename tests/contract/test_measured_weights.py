@@ -20,11 +20,11 @@ from worlds import (
 )
 
 from fedraclora.config.settings import EvaluateConfig
-from fedraclora.data.task import HeldOut
+from fedraclora.data.task import HeldOutSamples
 from fedraclora.engines.asks import AskWriter, read_ask
 from fedraclora.engines.records import write_answer
 from fedraclora.protocol.method import Cohort, Draw
-from fedraclora.strategies.server.measuring import Measuring
+from fedraclora.strategies.server.measuring import EvaluationPlan
 from fedraclora.training.extras.settings import LocalSettings
 from fedraclora.training.materialize import current_weights, for_measuring
 from fedraclora.wire.exchange import DTYPES, Ask, TrainRequest
@@ -43,7 +43,7 @@ def test_the_start_of_a_round_has_the_weights_of_the_server(variant: Variant, wo
     sent = method.open_round(state, 3, Cohort(clients, torch.ones(world.clients)), draw)
     request = TrainRequest(3, ran.strategy.catch_up.version, 1.0, clients, measure="before")
     ask = Ask(request, for_measuring(sent).to(DTYPES["float64"]), apart=True)
-    heard = read_ask(AskWriter().write(ask)).own.beside(state.base)
+    heard = read_ask(AskWriter().write(ask)).own.with_past(state.base)
     names = dict(world.task.model.named_parameters())
     for own in [{}, *ran.worker.store.latest(1).values()]:
         slots = sent.trained()
@@ -57,8 +57,8 @@ def test_the_start_of_a_round_has_the_weights_of_the_server(variant: Variant, wo
 def test_a_message_to_measure_is_as_long_as_is_counted(
     name: str, world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    held = replace(world, task=replace(world.task, held=HeldOut(world.task.train, 2)))
-    asked = Measuring.of(EvaluateConfig(clients="all", personal=True), held.task)
+    held = replace(world, task=replace(world.task, held=HeldOutSamples(world.task.train, 2)))
+    asked = EvaluationPlan.of(EvaluateConfig(clients="all", personal=True), held.task)
     ran = run(held, make_method(name), LOCAL, rounds=2, chunk=1, measuring=asked)
     pairs = [(a, b) for a, b in ran.worker.seen if a.request.measure and a.request.round_ == 3]
     assert len(pairs) == world.clients

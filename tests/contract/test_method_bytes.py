@@ -27,7 +27,7 @@ from fedraclora.flower_internals import records_from_bytes, records_to_bytes
 from fedraclora.protocol.cohorts import draw_cohort
 from fedraclora.protocol.factor import SEED_BYTES
 from fedraclora.protocol.link import Link
-from fedraclora.strategies.shared.walking import AlongDirections
+from fedraclora.strategies.shared.walking import DirectionProgram
 from fedraclora.weights.chain import read_link
 from fedraclora.weights.links import read_links
 from tests.messages import unpack_downlink
@@ -85,7 +85,7 @@ def message_bytes(content: RecordDict) -> int:
 def seeds(content: RecordDict) -> int:
     downlink, _ = unpack_downlink(content)
     drawn = sum(f.sketch is not None for f in downlink.named.values())
-    return drawn + isinstance(downlink.program, AlongDirections)
+    return drawn + isinstance(downlink.program, DirectionProgram)
 
 
 def test_the_uplink_of_the_ledger_is_the_formula_and_the_message(done: Run, world: World) -> None:

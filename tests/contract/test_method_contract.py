@@ -173,11 +173,11 @@ def test_equal_replies_give_the_weights_of_one_of_them(variant: Variant, world: 
     if goes_its_own_way(method) and not method.traits.linear:
         pytest.skip("equal replies are along other directions")
     played = play_rounds(method, world, 1, DRAW)[0]
-    stacked = played.got.stack()
-    layout = played.got.layout
+    stacked = played.uplinks.stack()
+    layout = played.uplinks.layout
     row = layout.pack({n: t[0] for n, t in stacked.items()})
-    rows = row.expand(len(played.got.clients), -1)
-    got = replace(played.got, stacked=rows)
+    rows = row.expand(len(played.uplinks.clients), -1)
+    got = replace(played.uplinks, stacked=rows)
     after = method.close_round(played.before, played.sent, got)
     same = Played(played.before, played.sent, got, after)
     wanted = stepped(method, same, client_weights(same, 2), DRAW)
@@ -193,7 +193,7 @@ def test_the_scale_of_the_aggregation_weights_is_irrelevant(variant: Variant, wo
     played = play_rounds(method, world, 1, DRAW)[0]
     wanted = new_weights(method, played)
     for scale in (2.0**-20, 1.0 / 3.0, 1e6):
-        got = replace(played.got, weights=played.got.weights * scale)
+        got = replace(played.uplinks, weights=played.uplinks.weights * scale)
         found = method.weights(method.close_round(played.before, played.sent, got), DRAW)
         assert_close_trees(found, wanted)
 
@@ -202,7 +202,7 @@ def test_the_scale_of_the_aggregation_weights_is_irrelevant(variant: Variant, wo
 def test_linear_methods_need_only_the_weighted_sum(variant: Variant, world: World) -> None:
     method = method_of(variant)
     played = play_rounds(method, world, 1, DRAW)[0]
-    summed = Total()(played.got, AggregationContext(played.sent, 1, DRAW))
+    summed = Total()(played.uplinks, AggregationContext(played.sent, 1, DRAW))
     assert summed.stacked is None
     if not method.traits.linear:
         with pytest.raises(ShapeError, match="each client's own update"):
@@ -364,10 +364,10 @@ def test_averages_are_rounded_once_from_float64(variant: Variant) -> None:
     if not method.traits.linear:
         pytest.skip("not a mean")
     for played in play_rounds(method, world, 3, DRAW):
-        assert played.got.stacked is not None
-        weights = played.got.weights[:, None]
-        mean = (weights * played.got.stacked.double()).sum(dim=0) / weights.sum()
-        wanted = played.got.layout.unpack(mean)
+        assert played.uplinks.stacked is not None
+        weights = played.uplinks.weights[:, None]
+        mean = (weights * played.uplinks.stacked.double()).sum(dim=0) / weights.sum()
+        wanted = played.uplinks.layout.unpack(mean)
         step = method.traits.step
         for name in played.sent.dense:
             # Its change is in factors from here on, or it is of directions.
@@ -391,7 +391,7 @@ def test_a_merge_leaves_the_effective_weights_as_they_are(variant: Variant, worl
     never = make_method(name, **changes | {"merge_every": None})
     for played in play_rounds(method, world, 7, DRAW):
         merged = method.weights(played.after, DRAW)
-        unmerged = never.close_round(played.before, played.sent, played.got)
+        unmerged = never.close_round(played.before, played.sent, played.uplinks)
         assert_close_trees(merged, never.weights(unmerged, DRAW))
         due = played.after.counters.age == 0
         assert due == (not played.after.carried)
@@ -433,7 +433,7 @@ def test_the_number_of_the_link_says_whether_what_is_trained_lives_on(
             begun = now.before.carried.keys() & now.sent.trained().keys()
             assert not (has_field(method, "merge_every") and begun)
             continue
-        mean = last.got.mean()
+        mean = last.uplinks.mean()
         for name, factor in frozen[1].items():
             if factor.trained:
                 if not factor.upload:  # it starts from what the client holds
@@ -468,8 +468,8 @@ def test_floats_is_what_travels(variant: Variant, world: World) -> None:
     most = formula = 0
     for round_, played in enumerate(play_rounds(method, world, 6, DRAW), start=1):
         up, down = method.floats(world.plan, round_)
-        assert played.got.layout == played.sent.layout
-        each = uploaded_numbers(played.sent, len(played.got.clients))
+        assert played.uplinks.layout == played.sent.layout
+        each = uploaded_numbers(played.sent, len(played.uplinks.clients))
         assert each.tolist() == [up] * len(each)
         # A factor that starts at zero does not travel: the formula is the most that does.
         assert carried_down(played) <= down

@@ -42,7 +42,7 @@ from fedraclora.commands.compact import compact
 from fedraclora.errors import CheckpointError
 from fedraclora.protocol.method import Draw, Method, State
 from fedraclora.run.rebuild import state_at, weights_at
-from fedraclora.strategies.shared.factors import Cored
+from fedraclora.strategies.shared.factors import CoreMethod
 from fedraclora.training.localconfig import LocalConfig
 from fedraclora.tree import Tree
 from fedraclora.weights.links import read_links
@@ -183,7 +183,7 @@ def test_the_loss_falls_on_a_quadratic(name: str) -> None:
     losses = [row["metrics"]["loss"] for row in done.rows]
     assert losses[0] < world.loss(world.base)
     # A core of rank 3 between fixed factors reaches 9 of the 35 directions of the weight.
-    bound = 0.8 if isinstance(method, Cored) else 0.75
+    bound = 0.8 if isinstance(method, CoreMethod) else 0.75
     assert losses[-1] < bound * world.loss(world.base)
 
 

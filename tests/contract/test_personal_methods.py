@@ -43,7 +43,7 @@ def test_what_stays_does_not_travel(variant: Variant, world: World) -> None:
     for played in play_rounds(method, world, 3, Draw(17)):
         kept = {n for n, slot in played.sent.trained().items() if not slot.upload}
         assert kept
-        assert not kept & set(played.got.stack())
+        assert not kept & set(played.uplinks.stack())
         assert not kept & set(played.after.carried)
         for slot in played.sent.trained().values():
             assert slot.upload or slot.numbers is None
@@ -105,8 +105,8 @@ def test_a_client_that_is_new_has_the_model_of_the_server(variant: Variant, worl
 def test_what_is_sent_is_averaged_exactly(variant: Variant, world: World) -> None:
     method = make_method(variant[0], **variant[1])
     for played in play_rounds(method, world, 3, Draw(17)):
-        shares = played.got.weights / played.got.weights.sum()
-        for name, stacked in played.got.stack().items():
+        shares = played.uplinks.weights / played.uplinks.weights.sum()
+        for name, stacked in played.uplinks.stack().items():
             wanted = torch.tensordot(shares, stacked, dims=1)
             found = played.after.carried.get(name, played.after.base.get(name))
             assert found is not None

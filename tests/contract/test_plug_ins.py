@@ -243,7 +243,7 @@ from dataclasses import dataclass
 import torch
 
 import fedraclora
-from fedraclora.protocol.program import When
+from fedraclora.protocol.program import GradientStage
 from fedraclora.rng import generator, torch_normal
 from fedraclora.strategies.methods.fed_rac_lora import FedRacLora
 
@@ -255,7 +255,7 @@ class Noise(fedraclora.ClientProgram, group="method"):
     std: float
 
     def hooks(self, chunk):
-        return {When.PROGRAM: lambda g, _: {n: 0 * t for n, t in g.items()}}  # noise alone is left
+        return {GradientStage.PROGRAM: lambda g, _: {n: 0 * t for n, t in g.items()}}
 
     def upload(self, chunk, before, after):
         found = {}
@@ -290,7 +290,7 @@ MAIN = """
 from dataclasses import dataclass
 
 import fedraclora
-from fedraclora.protocol.program import When
+from fedraclora.protocol.program import GradientStage
 from fedraclora.strategies.methods.fed_rac_lora import FedRacLora
 
 
@@ -301,7 +301,7 @@ class Halved(fedraclora.ClientProgram, group="method"):
 
     def hooks(self, chunk):
         assert len(chunk.values) and chunk.round_
-        return {When.PROGRAM: lambda g, _: {n: self.numbers[0] * t for n, t in g.items()}}
+        return {GradientStage.PROGRAM: lambda g, _: {n: self.numbers[0] * t for n, t in g.items()}}
 
 
 @dataclass(frozen=True)

@@ -47,7 +47,7 @@ def ranks(state: State) -> list[int]:
 
 def unpruned(played: Played) -> Tree:
     """What FedAvg-LoRA makes of a round, written out: W + s B_bar A_bar."""
-    mean, out = played.got.mean(), dict(played.before.base)
+    mean, out = played.uplinks.mean(), dict(played.before.base)
     for name, view in played.before.plan.targets.items():
         if (adapter := played.sent.adapters.get(name)) is not None:
             product = adapter.scale * mean[f"{name}/B"] @ mean[f"{name}/A"]
@@ -96,8 +96,8 @@ def test_fedex_stays_exact_under_a_schedule() -> None:
     """The mean of the clients' weights, whatever is cut afterwards."""
     method, world = pruned("fedex_lora"), make_world()
     for played in play_rounds(method, world, 6, DRAW):
-        inner, at = method.in_force(played.before)
-        plain = inner.close_round(at, played.sent, played.got)
+        inner, at = method.in_effect(played.before)
+        plain = inner.close_round(at, played.sent, played.uplinks)
         assert_close_trees(method.weights(played.after, DRAW), inner.weights(plain, DRAW))
 
 
@@ -109,13 +109,13 @@ def test_components_that_do_not_matter_are_cut() -> None:
     (played,) = play_rounds(method, world, 1, DRAW, cohort)
     starts = {n: s.opening() for n, s in played.sent.uploaded().items()}
     rows = {}
-    for name, shape in played.got.layout.shapes:
+    for name, shape in played.uplinks.layout.shapes:
         start = starts[name]
         rows[name] = (torch.zeros(shape) if start is None else start).double().clone()
         if name.endswith("/A"):
             rows[name][2] *= 2
-    row = played.got.layout.pack(rows)
-    got = replace(played.got, stacked=row.expand(len(cohort), -1))
+    row = played.uplinks.layout.pack(rows)
+    got = replace(played.uplinks, stacked=row.expand(len(cohort), -1))
     after = method.close_round(state, played.sent, got)
     assert ranks(after) == [1, 1, 1]
     for name in world.plan.targets:
@@ -133,7 +133,7 @@ def test_bytes_fall_with_the_ranks_and_training_goes_on() -> None:
     assert ups[0] == ups[1] == 5 * 8 * (3 * sum(sides.values()) + dense)
     assert ups[-1] == 5 * 8 * numbers
     assert ups == sorted(ups, reverse=True)
-    method, state = done.strategy.method.in_force(last)
+    method, state = done.strategy.method.in_effect(last)
     assert method.floats(state.plan, 9) == (numbers, numbers - dense)
     losses = [row["metrics"]["loss"] for row in done.rows]
     assert losses == sorted(losses, reverse=True)

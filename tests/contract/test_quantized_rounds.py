@@ -46,7 +46,7 @@ from fedraclora.strategies.server.round_step import CloseRound, RoundStep
 from fedraclora.strategies.steps import private as private_step
 from fedraclora.strategies.steps.robust import RobustRule
 from fedraclora.tree import digest
-from fedraclora.wire.changes import Changes
+from fedraclora.wire.changes import ChangeCodec
 from tests.messages import unpack_downlink
 
 COHORT, ROUNDS = 3, 3
@@ -126,9 +126,9 @@ class Watched(RoundStep):
     played: Played
 
     @override
-    def close(self, close: CloseRound, state: State, exchange: Exchange, got: Uplinks) -> State:
-        after = close(got)
-        self.played = Played(state, exchange.downlink, got, after)
+    def close(self, close: CloseRound, state: State, exchange: Exchange, uplinks: Uplinks) -> State:
+        after = close(uplinks)
+        self.played = Played(state, exchange.downlink, uplinks, after)
         return after
 
 
@@ -220,28 +220,28 @@ class Seen(RoundStep):
     individuals = True
 
     def __init__(self) -> None:
-        self.got: list[Uplinks] = []
+        self.uplinks: list[Uplinks] = []
 
     @override
-    def treat(self, got: Uplinks, context: AggregationContext) -> Uplinks:
-        self.got.append(got)
-        return got
+    def treat(self, uplinks: Uplinks, context: AggregationContext) -> Uplinks:
+        self.uplinks.append(uplinks)
+        return uplinks
 
 
 @pytest.mark.parametrize("name", ["fed_rac_lora", "fedavg"])
 def test_a_rule_works_on_what_was_read(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     sent: list[torch.Tensor] = []
-    encode = Changes.encode
+    encode = ChangeCodec.encode
 
-    def heard(changes: Changes, *args: Any) -> torch.Tensor:
+    def heard(changes: ChangeCodec, *args: Any) -> torch.Tensor:
         sent.append(found := encode(changes, *args))
         return found
 
-    monkeypatch.setattr(Changes, "encode", heard)
+    monkeypatch.setattr(ChangeCodec, "encode", heard)
     before, after = Seen(), Seen()
     finished(name, chunk=COHORT, steps=[before, RobustRule(Median()), after], **BITS)
     assert len(sent) == ROUNDS
-    for read, came, left in zip(sent, before.got, after.got, strict=True):
+    for read, came, left in zip(sent, before.uplinks, after.uplinks, strict=True):
         torch.testing.assert_close(came.rows().double(), read, rtol=0, atol=1e-7)
         mean = left.layout.pack(left.mean()).double()
         torch.testing.assert_close(mean, read.median(dim=0).values, rtol=0, atol=1e-7)

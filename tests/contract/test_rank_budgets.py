@@ -79,7 +79,7 @@ def start_of(factor: Factor) -> torch.Tensor:
 def cut_weights(played: Played, k: int, rank: int) -> Tree:
     """Dense weights of the client at place ``k``: W + s B[:, :r] A[:r], and what it was sent."""
     base, plan = with_pools(played), played.before.plan
-    rows, out = played.got.stack(), dict(base)
+    rows, out = played.uplinks.stack(), dict(base)
     for weight, adapter in played.sent.adapters.items():
         pair, start = [], []
         for name, factor in adapter.factors.items():
@@ -126,12 +126,12 @@ def test_the_new_weights_are_the_dense_sum_over_clients_of_any_rank(
 def test_a_component_moves_by_the_clients_that_train_it(variant: Variant, world: World) -> None:
     method = make_method(variant[0], **variant[1])
     for played in play_rounds(method, world, 3, DRAW, with_ranks((1, 2, 1, 2))):
-        mean = played.got.mean()
+        mean = played.uplinks.mean()
         for weight, adapter in played.sent.adapters.items():
             for name, factor in adapter.factors.items():
                 if not factor.trained:
                     continue
-                shares = played.got.weights / played.got.total
+                shares = played.uplinks.weights / played.uplinks.total
                 start = (shares[:, None, None] * start_of(factor)).sum(dim=0)
                 moved = (mean[f"{weight}/{name}"] - start).abs()
                 moved = moved.amax(dim=0 if name == "B" else 1)
@@ -167,8 +167,8 @@ class Budgeted(Method):
         return self.inner.open_round(state, round_, cohort, draw)
 
     @override
-    def close_round(self, state: State, sent: RoundInstructions, got: Uplinks) -> State:
-        return self.inner.close_round(state, sent, got)
+    def close_round(self, state: State, sent: RoundInstructions, uplinks: Uplinks) -> State:
+        return self.inner.close_round(state, sent, uplinks)
 
     @override
     def weights(self, state: State, draw: Draw, own: Tree | None = None) -> Tree:

@@ -19,13 +19,13 @@ from worlds import (
     run,
 )
 
-from fedraclora.data.clients import ChangedClients, Partitioned
+from fedraclora.data.clients import ChangedClients, PartitionedData
 from fedraclora.data.samples import Samples
 from fedraclora.errors import ClientError, WireError
 from fedraclora.run.ledger import read_ledger
 from fedraclora.strategies.server import exchange
 from fedraclora.weights.files import load_checkpoint
-from fedraclora.wire.answers import Worked
+from fedraclora.wire.answers import NumericAnswer
 
 METHOD = make_method("fed_rac_lora")
 
@@ -53,19 +53,19 @@ class Faulty(ChangedClients):
 def faulty(raising: tuple[int, ...] = (), poisoned: tuple[int, ...] = ()) -> World:
     world = make_world()
     data = world.task.train
-    assert isinstance(data, Partitioned)
+    assert isinstance(data, PartitionedData)
     return replace(world, task=replace(world.task, train=Faulty(data, raising, poisoned)))
 
 
 def without_client(world: World, client: int) -> World:
     """The same world where one client has no samples, and so is never to be asked."""
     data = world.task.train
-    assert isinstance(data, Partitioned)
+    assert isinstance(data, PartitionedData)
     parts = [
         data.rows[a:b].numpy() for a, b in zip(data.offsets[:-1], data.offsets[1:], strict=True)
     ]
     kept = [p for k, p in enumerate(parts) if k != client]
-    return replace(world, task=replace(world.task, train=Partitioned.of(data.samples, kept)))
+    return replace(world, task=replace(world.task, train=PartitionedData.of(data.samples, kept)))
 
 
 def failures(done: Run) -> list[list[dict[str, object]]]:
@@ -104,7 +104,7 @@ def huge(patch: pytest.MonkeyPatch, client: int, size: float) -> None:
     """Let a client's numbers be of a size, whatever it has trained."""
     check = exchange.checked
 
-    def checked(*given: Any) -> Worked:
+    def checked(*given: Any) -> NumericAnswer:
         reply = check(*given)
         rows = reply.clients == client
         return replace(reply, pieces=(reply.numbers.masked_fill(rows[:, None], size),))

@@ -42,17 +42,17 @@ class KeepLargest(RoundStep):
         self.left = torch.zeros(())
 
     @override
-    def treat(self, got: Uplinks, context: AggregationContext) -> Uplinks:
-        start = starts(context, got)
-        update = got.sum() / got.total - start + self.left
+    def treat(self, uplinks: Uplinks, context: AggregationContext) -> Uplinks:
+        start = starts(context, uplinks)
+        update = uplinks.sum() / uplinks.total - start + self.left
         cut = update.abs() >= update.abs().median()
         self.left = torch.where(cut, 0.0, update)
         kept = torch.where(cut, update, 0.0)
-        return replace(got, stacked=None, summed=start + kept, denominator=1.0)
+        return replace(uplinks, stacked=None, summed=start + kept, denominator=1.0)
 
     @override
-    def columns(self, exchange: Exchange, got: Uplinks | None) -> Row:
-        return {"left_out": None if got is None else float(self.left.norm())}
+    def columns(self, exchange: Exchange, uplinks: Uplinks | None) -> Row:
+        return {"left_out": None if uplinks is None else float(self.left.norm())}
 
 
 def test_a_step_of_ones_own_needs_one_class(world: World) -> None:
@@ -78,14 +78,16 @@ def test_the_first_step_closes_around_those_behind_it(world: World) -> None:
             self.name = name
 
         @override
-        def treat(self, got: Uplinks, context: AggregationContext) -> Uplinks:
+        def treat(self, uplinks: Uplinks, context: AggregationContext) -> Uplinks:
             seen.append(f"treat {self.name}")
-            return got
+            return uplinks
 
         @override
-        def close(self, close: CloseRound, state: State, exchange: Exchange, got: Uplinks) -> State:
+        def close(
+            self, close: CloseRound, state: State, exchange: Exchange, uplinks: Uplinks
+        ) -> State:
             seen.append(f"before {self.name}")
-            after = close(got)
+            after = close(uplinks)
             seen.append(f"after {self.name}")
             return after
 

@@ -78,9 +78,9 @@ class Seen(RoundStep):
         self.rounds: list[tuple[State, RoundInstructions]] = []
 
     @override
-    def close(self, close: CloseRound, state: State, exchange: Exchange, got: Uplinks) -> State:
+    def close(self, close: CloseRound, state: State, exchange: Exchange, uplinks: Uplinks) -> State:
         self.rounds.append((state, exchange.downlink))
-        return close(got)
+        return close(uplinks)
 
 
 @dataclass(frozen=True)

@@ -64,9 +64,9 @@ class Watched(RoundStep):
         self.played: list[Played] = []
 
     @override
-    def close(self, close: CloseRound, state: State, exchange: Exchange, got: Uplinks) -> State:
-        after = close(got)
-        self.played.append(Played(state, exchange.downlink, got, after))
+    def close(self, close: CloseRound, state: State, exchange: Exchange, uplinks: Uplinks) -> State:
+        after = close(uplinks)
+        self.played.append(Played(state, exchange.downlink, uplinks, after))
         return after
 
 
@@ -106,8 +106,8 @@ def test_a_row_costs_a_number_and_moments_are_their_mean(variant: Any) -> None:
     assert found
     for name, kept in found.items():
         last = next(p for p in watched.played[::-1] if name in p.sent.dense)
-        shares = last.got.weights / last.got.weights.sum()
-        torch.testing.assert_close(kept, shares @ last.got.stack()[name].double())
+        shares = last.uplinks.weights / last.uplinks.weights.sum()
+        torch.testing.assert_close(kept, shares @ last.uplinks.stack()[name].double())
 
 
 @some_are_slow

@@ -35,7 +35,7 @@ from fedraclora.privacy.secagg import SecAgg
 from fedraclora.privacy.secret import Secret
 from fedraclora.protocol.method import Cohort, Draw
 from fedraclora.run.ledger import number
-from fedraclora.wire.answers import Answer, Staged
+from fedraclora.wire.answers import Answer, StageAnswer
 from fedraclora.wire.exchange import Ask
 
 Variant = tuple[str, dict[str, Any]]
@@ -81,7 +81,7 @@ def leaving(monkeypatch: pytest.MonkeyPatch, when: dict[str, set[int]]) -> None:
 
     def train(self: Worker, ask: Ask) -> Answer:
         answer = whole(self, ask)
-        if not isinstance(answer, Staged) or not (gone := when.get(answer.stage.name, set())):
+        if not isinstance(answer, StageAnswer) or not (gone := when.get(answer.stage.name, set())):
             return answer
         stage = answer.stage
         said = {c: data for c, data in stage.data.items() if c not in gone}
@@ -278,7 +278,7 @@ def test_no_client_says_two_things_about_one_neighbour(world: World) -> None:
         found = secure(world)
     (ask, *_) = asked
     answer = found.worker.train(ask)
-    assert isinstance(answer, Staged)
+    assert isinstance(answer, StageAnswer)
     assert answer.stage.data == {}
     assert all("answers a stage once" in why for why in answer.failures.values())
     assert set(found.worker.store.secrets.values()) == {b'{"answered": 1}'}
@@ -309,7 +309,7 @@ def test_a_sum_that_cannot_be_is_refused(world: World, monkeypatch: pytest.Monke
 
     def train(self: Worker, ask: Ask) -> Answer:
         answer = whole(self, ask)
-        if isinstance(answer, Staged) and answer.words is not None:
+        if isinstance(answer, StageAnswer) and answer.words is not None:
             words = answer.words.numpy().copy()
             words[:, :-2] += np.uint32(2**30)
             return replace(answer, words=torch.from_numpy(words))

@@ -145,7 +145,7 @@ def test_in_weights_an_inexact_method_is_followed_as_it_is(variant: Variant, wor
     method, reference = make_method(variant[0], **variant[1]), Reference(rule)
     for played in rounds(method, world, rule):
         old = method.weights(played.before, DRAW)
-        plain = method.close_round(played.before, played.sent, played.got)
+        plain = method.close_round(played.before, played.sent, played.uplinks)
         new = method.weights(plain, DRAW)
         step = reference.step({n: new[n] - old[n] for n in old})
         assert_close_trees(method.weights(played.after, DRAW), {n: old[n] + step[n] for n in old})
@@ -235,7 +235,7 @@ def test_in_factors_that_live_on_adam_is_adam_on_them(name: str, world: World) -
     method, reference = make_method(name), Reference(rule)
     before: Tree = {}
     for played in rounds(method, world, rule, count=3):
-        mean = played.got.mean()
+        mean = played.uplinks.mean()
         start = {
             n: before.get(n, o if (o := s.opening()) is not None else played.before.base.get(n, 0))
             for n, s in played.sent.uploaded().items()

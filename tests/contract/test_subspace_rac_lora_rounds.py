@@ -118,7 +118,7 @@ def test_a_client_computes_what_the_server_froze(wire: str) -> None:
             replica.take(apply_link(replica.base, link, PLAN), version, None)
         assert digest(replica.base) == digest(state.base)
         got, _ = unpack_downlink(pack_downlink(sent, REQUEST, "float32"))
-        there = got.beside(replica.at(version, version + 1))
+        there = got.with_past(replica.at(version, version + 1))
         for name, factor in sent.factors().items():
             if factor.coefficients is not None:
                 other = there.factors()[name]
@@ -190,9 +190,9 @@ def test_a_replica_without_the_last_link_says_so() -> None:
     _, sent = played(2)[1]
     got, _ = unpack_downlink(pack_downlink(sent, REQUEST, "float32"))
     with pytest.raises(WireError, match="the last link trained"):
-        computed(got.beside({"w": torch.zeros(M, N)})).draw()
+        computed(got.with_past({"w": torch.zeros(M, N)})).draw()
     with pytest.raises(WireError, match="3 rows of 30 numbers"):
-        computed(got.beside({"w/past": torch.zeros(R, N)})).draw()
+        computed(got.with_past({"w/past": torch.zeros(R, N)})).draw()
 
 
 def told_of(shapes: list[Any]) -> list[tuple[str, str, Any]]:

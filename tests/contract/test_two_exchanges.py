@@ -33,7 +33,7 @@ class TwoPasses(FedRacLora):
     """Fed-RAC-LoRA that asks for the same once more; the stage is read off what was sent."""
 
     def next_exchange(
-        self, state: State, sent: RoundInstructions, got: Uplinks
+        self, state: State, sent: RoundInstructions, uplinks: Uplinks
     ) -> RoundInstructions | None:
         return None if isinstance(sent.program, SecondPass) else replace(sent, program=SecondPass())
 

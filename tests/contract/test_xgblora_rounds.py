@@ -61,7 +61,7 @@ def test_shrinkage_is_a_shorter_step_to_the_mean() -> None:
         (row,) = play_rounds(XgbLora(rank=2, alpha=5.0, server_lr=eta), world, 1, DRAW)
         mean = mean_weights(row)
         for name in row.sent.adapters:
-            B, A = (row.got.mean()[f"{name}/{k}"] for k in ("B", "A"))
+            B, A = (row.uplinks.mean()[f"{name}/{k}"] for k in ("B", "A"))
             moved = row.after.base[name] - world.base[name]
             torch.testing.assert_close(moved, eta * 2.5 * B @ A, rtol=1e-10, atol=1e-12)
         for name in world.plan.dense:

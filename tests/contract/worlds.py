@@ -29,7 +29,7 @@ from fedraclora.binding import row_of
 from fedraclora.clients.engines import InProcessGrid, in_process
 from fedraclora.clients.worker import Worker
 from fedraclora.compose.choices import choice
-from fedraclora.data.clients import Partitioned
+from fedraclora.data.clients import PartitionedData
 from fedraclora.data.samples import Samples
 from fedraclora.data.task import LOSSES, Task
 from fedraclora.devices.system import SystemConfig
@@ -54,14 +54,14 @@ from fedraclora.run.initial import read_states
 from fedraclora.run.recorder import RunRecorder
 from fedraclora.strategies.base import FedStrategy
 from fedraclora.strategies.methods import METHODS
-from fedraclora.strategies.methods.fedkseed import CHANCES, SUMS, LookOften
+from fedraclora.strategies.methods.fedkseed import CHANCES, SUMS, ReusedDirections
 from fedraclora.strategies.methods.ferret import Ferret, ProjectUpdate, blocks
-from fedraclora.strategies.methods.pool_rac_lora import InPool
+from fedraclora.strategies.methods.pool_rac_lora import PoolProgram
 from fedraclora.strategies.server.callbacks import Evaluate
 from fedraclora.strategies.server.loop import LoopConfig
-from fedraclora.strategies.server.measuring import Measuring
+from fedraclora.strategies.server.measuring import EvaluationPlan
 from fedraclora.strategies.server.round_step import RoundStep
-from fedraclora.strategies.shared.walking import MOVES, AlongDirections
+from fedraclora.strategies.shared.walking import MOVES, DirectionProgram
 from fedraclora.strategies.steps import round_steps
 from fedraclora.strategies.steps.private import PrivateRounds
 from fedraclora.strategies.wiring import RoundsBuilder
@@ -277,11 +277,11 @@ def fill(model: nn.Module, seed: int, dtype: torch.dtype) -> nn.Module:
     return model
 
 
-def divide(samples: Samples, sizes: tuple[int, ...]) -> Partitioned:
+def divide(samples: Samples, sizes: tuple[int, ...]) -> PartitionedData:
     """Hand out consecutive rows."""
     cuts = np.cumsum([0, *sizes])
     parts = [np.arange(a, b) for a, b in pairwise(cuts)]
-    return Partitioned.of(samples, parts)
+    return PartitionedData.of(samples, parts)
 
 
 def make_world(
@@ -312,9 +312,9 @@ def world_of(task: Task, *, head: str, bias: str) -> World:
 def equal_clients(world: World, count: int) -> World:
     """The same world where ``count`` clients all hold all of the samples."""
     data = world.task.train
-    assert isinstance(data, Partitioned)
+    assert isinstance(data, PartitionedData)
     rows = np.arange(len(data.samples))
-    train = Partitioned.of(data.samples, [rows] * count)
+    train = PartitionedData.of(data.samples, [rows] * count)
     task = Task(**vars(world.task) | {"train": train})
     return World(task, world.plan, world.base)
 
@@ -338,7 +338,7 @@ class Played:
 
     before: State
     sent: RoundInstructions
-    got: Uplinks
+    uplinks: Uplinks
     after: State
 
 
@@ -412,7 +412,7 @@ def with_pools(played: Played) -> Tree:
     """Base weights of a round with s sum_j B^(j) A_j, part by part; a second opinion as below."""
     base = dict(played.before.base)
     program = played.sent.program
-    for weight, pool in program.pools.items() if isinstance(program, InPool) else ():
+    for weight, pool in program.pools.items() if isinstance(program, PoolProgram) else ():
         for j in range(pool.count):
             drawn = replace(pool.first, index=pool.first.index + j)
             right = drawn.side == "right"
@@ -426,14 +426,14 @@ def with_pools(played: Played) -> Tree:
 def walked(played: Played, k: int, base: Tree) -> Tree:
     """Weights of a client that sends numbers along directions: each of these, times its number."""
     program, out = played.sent.program, dict(base)
-    if not isinstance(program, AlongDirections):
+    if not isinstance(program, DirectionProgram):
         return out
-    walk, moves = program.walk, played.got.stack()[MOVES][k].double().flatten()
+    walk, moves = program.walk, played.uplinks.stack()[MOVES][k].double().flatten()
     sums, along = base.get(SUMS, torch.zeros(0)).double(), torch.arange(len(moves))
-    if isinstance(program, LookOften) and not program.sums:
+    if isinstance(program, ReusedDirections) and not program.sums:
         chances = base[CHANCES] if CHANCES in base else torch.zeros(0)
         chances = chances if len(chances) else torch.ones(program.seeds)
-        who = played.got.clients[k : k + 1]
+        who = played.uplinks.clients[k : k + 1]
         along = program.visited(who, len(moves), chances)[0]
     parts = [(walk.names, len(moves))]
     if isinstance(program, ProjectUpdate):
@@ -457,7 +457,7 @@ def client_weights(played: Played, k: int) -> Tree:
     Written without `fedraclora.protocol.link` and `LayerView`, so that it is a second opinion.
     """
     base, plan = with_pools(played), played.before.plan
-    rows = played.got.stack()
+    rows = played.uplinks.stack()
     out = walked(played, k, base)
     for weight, adapter in played.sent.adapters.items():
         product: torch.Tensor | None = None
@@ -476,7 +476,7 @@ def client_weights(played: Played, k: int) -> Tree:
 
 def mean_weights(played: Played) -> Tree:
     """Weighted mean of the clients' dense effective weights."""
-    shares = (played.got.weights / played.got.weights.sum()).tolist()
+    shares = (played.uplinks.weights / played.uplinks.weights.sum()).tolist()
     each = [client_weights(played, k) for k in range(len(shares))]
     return {
         name: torch.stack([p * w[name] for p, w in zip(shares, each, strict=True)]).sum(dim=0)
@@ -649,7 +649,7 @@ def run(
     system: SystemConfig | None = None,
     kind: type[FedStrategy] | None = None,
     steps: Sequence[RoundStep] = (),
-    measuring: Measuring | None = None,
+    measuring: EvaluationPlan | None = None,
     **numbers: str,
 ) -> Run:
     """Run a method from start to end as `fedraclora simulate` does, with its one strategy.

@@ -13,7 +13,7 @@ from fedraclora.binding import build
 from fedraclora.commands import cli, deploy
 from fedraclora.commands.study.file import Study
 from fedraclora.commands.study.leaderboard import chosen, find
-from fedraclora.commands.watch import asked
+from fedraclora.commands.watch import watch_options
 from fedraclora.compose.overrides import composed
 from fedraclora.compose.words import check_word, key_values, part
 from fedraclora.config.run_config import from_plain
@@ -56,7 +56,7 @@ BENCHES = [line for line in LINES if line.startswith("fedraclora bench")]
 
 @pytest.mark.parametrize("line", SIMULATIONS)
 def test_each_simulation_composes(line: str) -> None:
-    with asked(cli.spelled_out(shlex.split(line)[2:])) as words:
+    with watch_options(cli.spelled_out(shlex.split(line)[2:])) as words:
         plain = composed(words)
     if said := {k: v for page in PAGES for k, v in REFUSED.findall(page.read_text())}.get(line):
         with pytest.raises(ConfigError, match=re.escape(said)):
@@ -68,7 +68,7 @@ def test_each_simulation_composes(line: str) -> None:
 @pytest.mark.parametrize("line", DEPLOYMENTS)
 def test_each_deployment_composes(line: str) -> None:
     own, words = part(check_word(shlex.split(line)[2:])[0], deploy.OWN_KEYS)
-    deploy.prepare(words, deploy.where(own)[1])
+    deploy.prepare(words, deploy.connection_or_nodes(own)[1])
 
 
 @pytest.mark.parametrize("line", COMPARISONS)

@@ -161,13 +161,16 @@ class Card:
     pretended: PretendCard | None
 
     def assert_near(
-        self, got: Mapping[str, torch.Tensor], wanted: Mapping[str, torch.Tensor], tolerance: float
+        self,
+        found: Mapping[str, torch.Tensor],
+        wanted: Mapping[str, torch.Tensor],
+        tolerance: float,
     ) -> None:
         """Hold tensors of the card against the CPU's: near, and equal where it is pretended."""
         near = 0.0 if self.pretended else tolerance
         for name, value in wanted.items():
-            assert got[name].device.type == "cuda"
-            torch.testing.assert_close(got[name].cpu(), value, rtol=near, atol=near)
+            assert found[name].device.type == "cuda"
+            torch.testing.assert_close(found[name].cpu(), value, rtol=near, atol=near)
 
 
 @contextmanager

@@ -7,7 +7,7 @@ import torch
 
 from fedraclora.compose.overrides import composed
 from fedraclora.config.run_config import from_plain
-from fedraclora.data.clients import Partitioned
+from fedraclora.data.clients import PartitionedData
 from fedraclora.data.samples import Samples
 from fedraclora.run.ledger import NONDETERMINISTIC
 from fedraclora.strategies.builder import RunBuilder
@@ -15,7 +15,7 @@ from fedraclora.strategies.methods import METHODS
 from fedraclora.strategies.server import exchange as exchange_module
 from fedraclora.strategies.server.loop import LoopConfig
 from fedraclora.tree import digest
-from fedraclora.wire.answers import FromTraining, Summed
+from fedraclora.wire.answers import SummedAnswer, TrainingAnswer
 from fedraclora.wire.reply import checked
 from tests.common import assemble
 
@@ -54,9 +54,9 @@ def bits(run: RunBuilder) -> tuple[str, list[dict[str, object]]]:
 @pytest.fixture
 def broken(monkeypatch: pytest.MonkeyPatch) -> None:
     """Some clients raise, some hold NaN: at the ends of blocks and in the middle."""
-    good = Partitioned.gather
+    good = PartitionedData.gather
 
-    def gather(self: Partitioned, clients: torch.Tensor, positions: torch.Tensor) -> Samples:
+    def gather(self: PartitionedData, clients: torch.Tensor, positions: torch.Tensor) -> Samples:
         if set(clients.tolist()) & {3, 40}:
             raise OSError("the disk is gone")
         batch = good(self, clients, positions)
@@ -65,14 +65,14 @@ def broken(monkeypatch: pytest.MonkeyPatch) -> None:
             {"x": batch.inputs["x"].masked_fill(bad[:, None], float("nan"))}, batch.target
         )
 
-    monkeypatch.setattr(Partitioned, "gather", gather)
+    monkeypatch.setattr(PartitionedData, "gather", gather)
 
 
-def replies_of(monkeypatch: pytest.MonkeyPatch) -> list[FromTraining]:
+def replies_of(monkeypatch: pytest.MonkeyPatch) -> list[TrainingAnswer]:
     """Every reply that a strategy reads from now on."""
-    seen: list[FromTraining] = []
+    seen: list[TrainingAnswer] = []
 
-    def read(*arguments: object) -> FromTraining:
+    def read(*arguments: object) -> TrainingAnswer:
         seen.append(checked(*arguments))  # type: ignore[arg-type]
         return seen[-1]
 
@@ -95,13 +95,13 @@ def test_sums_of_blocks_are_those_of_rows(
     words += ["method.rank=2"] if method != "fedavg" else []
     seen = replies_of(monkeypatch)
     summed = bits(finished(*words))
-    assert all(isinstance(reply, Summed) for reply in seen)
+    assert all(isinstance(reply, SummedAnswer) for reply in seen)
     assert (
         sum(len(reply.numbers) for reply in seen) == 3 * 3
     )  # blocks of 32, 32 and 16; three rounds
     seen.clear()
     assert rows_again(monkeypatch, *words) == summed
-    assert not any(isinstance(reply, Summed) for reply in seen)
+    assert not any(isinstance(reply, SummedAnswer) for reply in seen)
 
 
 @pytest.mark.parametrize(
@@ -112,7 +112,7 @@ def test_rows_come_where_a_block_is_cut_or_a_method_looks_at_clients(
 ) -> None:
     seen = replies_of(monkeypatch)
     finished(*words, "rounds=1")
-    assert [isinstance(r, Summed) for r in seen] == [False] * len(seen)
+    assert [isinstance(r, SummedAnswer) for r in seen] == [False] * len(seen)
 
 
 @pytest.mark.slow
@@ -126,6 +126,6 @@ def test_failed_clients_leave_the_same_gaps(
     words = (f"engine.chunk={chunk}", f"aggregation_weights={weights}")
     seen = replies_of(monkeypatch)
     summed = bits(finished(*words))
-    assert all(isinstance(reply, Summed) for reply in seen)
+    assert all(isinstance(reply, SummedAnswer) for reply in seen)
     assert {f["client"] for f in summed[1][1]["failures"]} == {0, 3, 35, 40, 77}  # type: ignore[attr-defined]
     assert rows_again(monkeypatch, *words) == summed

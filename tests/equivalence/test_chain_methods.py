@@ -13,7 +13,7 @@ from typing_extensions import override
 
 from fedraclora.clients.engines import in_process
 from fedraclora.compose.choices import choice
-from fedraclora.data.clients import Partitioned
+from fedraclora.data.clients import PartitionedData
 from fedraclora.data.samples import Samples
 from fedraclora.data.task import Task
 from fedraclora.errors import ClientError
@@ -52,7 +52,7 @@ def problem(bias: str = "frozen") -> tuple[Task, Plan]:
         parameter.data.copy_(normal(name, *parameter.shape) / 2)
     labels = torch.from_numpy(generator(SEED, "labels").integers(0, 4, SIZE))
     samples = Samples({"x": normal("x", SIZE, 7)}, labels)
-    train = Partitioned.of(samples, [np.arange(SIZE)])
+    train = PartitionedData.of(samples, [np.arange(SIZE)])
     task = Task(model, ("fc2",), "cross_entropy", ("loss",), train, samples)
     return task, make_plan(model, ("fc2",), head_policy="lora", bias_policy=bias)
 
@@ -70,8 +70,8 @@ def trained(
     """Run the one loop over one client (or over several that hold the same samples)."""
     task, plan = problem(bias)
     if clients > 1:
-        assert isinstance(task.train, Partitioned)
-        train = Partitioned.of(task.train.samples, [np.arange(SIZE)] * clients)
+        assert isinstance(task.train, PartitionedData)
+        train = PartitionedData.of(task.train.samples, [np.arange(SIZE)] * clients)
         task = replace(task, train=train)
     trainer = CohortTrainer(task, plan, local, seed=SEED, device=torch.device("cpu"))
     loop = LoopConfig(rounds, clients, clients, chunk=2, seed=SEED, dtype="float64")
@@ -124,7 +124,7 @@ class Plain:
     def train(self, local: LocalConfig, epochs: int) -> Tree:
         task, _ = problem()
         W = {n: p.detach().clone() for n, p in task.model.named_parameters()}
-        assert isinstance(task.train, Partitioned)
+        assert isinstance(task.train, PartitionedData)
         x, y = task.train.samples.inputs["x"], task.train.samples.target
         pairs: dict[str, dict[str, torch.Tensor]] = {
             w: {"B": torch.zeros(m, RANK).double(), "A": torch.zeros(RANK, n).double()}
@@ -205,7 +205,7 @@ def test_a_method_is_a_plain_loop(
 @pytest.mark.parametrize("moments", ["round", "run"])
 def test_full_fine_tuning_is_a_plain_loop(local: LocalConfig, moments: str) -> None:
     task, _ = problem()
-    assert isinstance(task.train, Partitioned)
+    assert isinstance(task.train, PartitionedData)
     samples = task.train.samples
     optim = optimizer(local, list(task.model.parameters()))
     for _ in range(4):
@@ -263,7 +263,7 @@ def test_relora_keeps_the_largest_moments_and_the_count_of_steps() -> None:
     share, local = 0.25, replace(ADAMW, optimizer_state="merge", optimizer_state_kept=0.25)
     task, _ = problem()
     W = {n: p.detach().clone() for n, p in task.model.named_parameters()}
-    assert isinstance(task.train, Partitioned)
+    assert isinstance(task.train, PartitionedData)
     x, y = task.train.samples.inputs["x"], task.train.samples.target
     scale = ALPHA / RANK
     pairs = {w: (torch.zeros(m, RANK), torch.zeros(RANK, n)) for w, (m, n) in SHAPES.items()}

@@ -26,7 +26,7 @@ from fedraclora.run.rebuild import state_at
 from fedraclora.strategies.builder import RunBuilder
 from fedraclora.strategies.methods import METHODS
 from fedraclora.strategies.runner import execute
-from fedraclora.strategies.server.callbacks import AfterRound
+from fedraclora.strategies.server.callbacks import RowCallback
 from fedraclora.tree import digest
 from fedraclora.weights.files import load_tensors, save_tensors
 from fedraclora.weights.replica import read_stored_replica, replica_file
@@ -266,7 +266,7 @@ def test_a_run_that_began_in_process_goes_on_deployed(tmp_path: Path) -> None:
 
     config = from_plain(small(words, cut, "inline"), METHODS)
     with pytest.raises(KeyboardInterrupt):
-        execute(RunBuilder(config, cut, callbacks=[AfterRound(stop)]))
+        execute(RunBuilder(config, cut, callbacks=[RowCallback(stop)]))
     network = Network(tmp_path / "cache", nodes_for(3))
     deploy(words, cut, network, resume=True)
     assert summary_of(cut)["weights_digest"] == wanted["weights_digest"]

@@ -151,7 +151,7 @@ from dataclasses import dataclass
 
 import fedraclora
 from fedraclora.strategies.methods.fed_rac_lora import FedRacLora
-from fedraclora.protocol.program import ClientProgram, When
+from fedraclora.protocol.program import ClientProgram, GradientStage
 
 @dataclass(frozen=True)
 class Method(FedRacLora):
@@ -163,7 +163,7 @@ class Decay(ClientProgram):
     rate: float = 0.1
 
     def hooks(self, chunk):
-        return {When.LOSS: lambda g, v: {n: g[n] + self.rate * v[n] for n in g}}
+        return {GradientStage.LOSS: lambda g, v: {n: g[n] + self.rate * v[n] for n in g}}
 
 class Doubled(fedraclora.RoundStep):
     def columns(self, exchange, got):

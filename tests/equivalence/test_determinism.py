@@ -18,7 +18,7 @@ from vectorized_settings import ALSO, WIDELY
 
 from fedraclora.commands.simulate import run_one
 from fedraclora.config.run_config import from_plain
-from fedraclora.data.clients import Partitioned
+from fedraclora.data.clients import PartitionedData
 from fedraclora.errors import ClientError
 from fedraclora.protocol.cohorts import draw_cohort
 from fedraclora.protocol.method import Cohort
@@ -237,7 +237,7 @@ def break_client(monkeypatch: pytest.MonkeyPatch, client: int, round_: int) -> N
 def poison_client(run: RunBuilder, client: int) -> None:
     """Put a NaN into one sample of a client."""
     data = run.built.task.train
-    assert isinstance(data, Partitioned)
+    assert isinstance(data, PartitionedData)
     data.samples.inputs["x"][data.rows[data.offsets[client]]] = float("nan")
 
 

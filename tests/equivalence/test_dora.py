@@ -21,7 +21,7 @@ from vectorized_agreement import LOCAL, base_of, foldable, method_of, run, train
 from vectorized_cases import CASES, SEED, SIZES, Case, classes, convolution, normal, reader, task_of
 from vectorized_settings import MEETING, PAIRED, SETTINGS
 
-from fedraclora.data.clients import Partitioned
+from fedraclora.data.clients import PartitionedData
 from fedraclora.protocol.method import Cohort, Draw, RoundInstructions
 from fedraclora.protocol.uplinks import Uplinks
 from fedraclora.strategies.wrappers.dora import Dora
@@ -94,7 +94,7 @@ def trained_alone(case: Case, start: Tree, scales: dict[str, float], client: int
         leaves |= {f"{layer}.B": part.B, A: part.A, f"{layer}.m": part.m}
     optimizer = STEPS[how]([p for p in leaves.values() if p.requires_grad])
     data = case.task.train
-    assert isinstance(data, Partitioned)
+    assert isinstance(data, PartitionedData)
     samples = data.gather(torch.tensor([client]), torch.arange(SIZES[client])[None])
     for _ in range(2):
         for rows in torch.arange(SIZES[client]).split(4):

@@ -11,7 +11,7 @@ import pytest
 
 from fedraclora.commands.simulate import run_one
 from fedraclora.compose.overrides import composed
-from fedraclora.compose.resume import go_on
+from fedraclora.compose.resume import resume_config
 from fedraclora.errors import CheckpointError, DataError
 from fedraclora.rng import generator
 from fedraclora.run.folder import read_config, read_summary
@@ -163,17 +163,17 @@ def test_what_was_planned_over_the_whole_run_stays(
     stored = composed([*JOB, *more, "rounds=2", setting])
     asked = composed([*JOB, word])
     with pytest.raises(CheckpointError, match=said):
-        go_on(tmp_path, stored, asked, [word.partition("=")[0]])
+        resume_config(tmp_path, stored, asked, [word.partition("=")[0]])
 
 
 def test_an_engine_that_finds_its_chunk_keeps_that_of_the_run(tmp_path: Path) -> None:
     stored = composed([*JOB, "engine.chunk=5"])
-    found = go_on(tmp_path, stored, composed([*JOB[:-5], "engine=ray"]), ["engine"])
+    found = resume_config(tmp_path, stored, composed([*JOB[:-5], "engine=ray"]), ["engine"])
     assert found["engine"] == {
         **composed(["engine=ray"])["engine"],  # type: ignore[dict-item]
         "chunk": 5,
     }
-    again = go_on(
+    again = resume_config(
         tmp_path, found, composed(["engine=ray", "engine.workers=2"]), ["engine", "engine.workers"]
     )
     assert again["engine"] == {**found["engine"], "workers": 2}  # type: ignore[dict-item]

@@ -27,7 +27,7 @@ from vectorized_settings import WIDELY
 
 from fedraclora.compose.overrides import composed
 from fedraclora.config.run_config import from_plain
-from fedraclora.data.clients import Partitioned
+from fedraclora.data.clients import PartitionedData
 from fedraclora.protocol import link
 from fedraclora.protocol.method import Cohort, Draw
 from fedraclora.protocol.program import LocalResult
@@ -236,7 +236,7 @@ def test_mixed_precision_ends_with_the_products(
 def test_mixed_precision_is_near_to_that_of_the_cpu(case: str, card: Card) -> None:
     world = CASES[case]()
     data = world.task.train
-    assert isinstance(data, Partitioned)
+    assert isinstance(data, PartitionedData)
     data = data.to("cpu", torch.float32)
     single = replace(world, task=replace(world.task, model=world.task.model.float(), train=data))
     local = replace(LOCAL, steps=1)

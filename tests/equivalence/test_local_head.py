@@ -19,12 +19,12 @@ from fedraclora.evaluation.evaluate import class_accuracies, personal_accuracy
 from fedraclora.experiments.pages import aliases
 from fedraclora.strategies.builder import RunBuilder
 from fedraclora.strategies.methods import METHODS
-from fedraclora.strategies.shared.walking import Walking
+from fedraclora.strategies.shared.walking import DirectionMethod
 from fedraclora.tree import digest
 from tests.common import arranged, assemble
 
 # Clients and server go along the same directions of all weights, so that none stays at home.
-REFUSED = [name for name, kind in METHODS.items() if issubclass(kind, Walking)]
+REFUSED = [name for name, kind in METHODS.items() if issubclass(kind, DirectionMethod)]
 JOB = [
     "data=digits",
     "pretrain=none",

@@ -11,7 +11,7 @@ from vectorized_cases import CASES, SEED, SIZES, Case, scaled
 
 from fedraclora.compose.overrides import composed
 from fedraclora.config.run_config import from_plain
-from fedraclora.data.clients import Partitioned
+from fedraclora.data.clients import PartitionedData
 from fedraclora.errors import ConfigError
 from fedraclora.protocol.factor import Factor
 from fedraclora.protocol.method import Cohort, Draw, RoundInstructions
@@ -31,7 +31,7 @@ CLIENTS = torch.arange(len(SIZES))
 def single(case: Case) -> Case:
     """The same case in float32."""
     task = case.task
-    assert isinstance(task.train, Partitioned)
+    assert isinstance(task.train, PartitionedData)
     data = task.train.to("cpu", torch.float32)
     return replace(case, task=replace(task, model=task.model.float(), train=data))
 
@@ -51,9 +51,9 @@ def trained(
     return trainer.train(base, sent, CLIENTS, round_=1, rate_scale=1.0)
 
 
-def gap(got: Tree, wanted: Tree, start: Tree) -> float:
+def gap(found: Tree, wanted: Tree, start: Tree) -> float:
     """How far apart two results are, as a share of the way from the start."""
-    apart = sum(float((got[n] - v).square().sum()) for n, v in wanted.items())
+    apart = sum(float((found[n] - v).square().sum()) for n, v in wanted.items())
     way = sum(float((v - start[n]).square().sum()) for n, v in wanted.items())
     return float((apart / way) ** 0.5)
 

@@ -134,7 +134,7 @@ def test_a_signal_while_ray_starts_waits_and_is_an_interrupt(
 
 @pytest.mark.parametrize("end", ["os._exit(1)", "os.kill(os.getpid(), 9)", "", "word.close()"])
 def test_a_process_that_ray_ends_has_a_last_word(end: str) -> None:
-    code = "import os; from fedraclora.engines.private_ray import LastWord; word = LastWord(); "
+    code = "import os; from fedraclora.engines.private_ray import ExitReporter as E; word = E(); "
     command = [sys.executable, "-c", code + end]
     done = subprocess.run(command, stderr=subprocess.PIPE, text=True, check=False)
     assert ("process of this run" in done.stderr) == ("os." in end)

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.func import functional_call
 
-from fedraclora.data.clients import Partitioned
+from fedraclora.data.clients import PartitionedData
 from fedraclora.data.samples import Samples
 from fedraclora.data.task import Task, squared_error
 from fedraclora.experiments.theory import problems as runs
@@ -46,7 +46,7 @@ normal = partial(common.normal, seed=SEED)
 def task_of(model: nn.Module, samples: Samples, parts: list[int]) -> Task:
     """A regression in float64, its rows dealt out in order: ``parts`` samples to each client."""
     rows = np.split(np.arange(sum(parts)), np.cumsum(parts)[:-1])
-    data = Partitioned.of(samples, list(rows))
+    data = PartitionedData.of(samples, list(rows))
     return Task(model.double(), (), "squared_error", ("loss",), data, samples)
 
 
@@ -85,7 +85,7 @@ def gradient(task: Task, weights: Tree) -> Tree:
     """Gradient of the mean training loss over all samples, by autograd on dense weights."""
     leaves = {n: w.detach().clone().requires_grad_() for n, w in weights.items()}
     data = task.train
-    assert isinstance(data, Partitioned)
+    assert isinstance(data, PartitionedData)
     output = functional_call(task.model, leaves, (data.samples.inputs["x"],))
     losses, _ = squared_error(output, data.samples.target)
     names = [n for n in leaves if n.endswith("weight")]
@@ -175,7 +175,7 @@ def test_one_step_of_a_cohort_is_the_projected_step_of_its_mean_gradient(weights
     )
     mean = torch.zeros(M, N, dtype=torch.float64)
     data = task.train
-    assert isinstance(data, Partitioned)
+    assert isinstance(data, PartitionedData)
     for client, share in enumerate(shares / shares.sum()):
         own = data.client(client)
         x, y = own.inputs["x"], own.target

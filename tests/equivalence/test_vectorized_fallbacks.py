@@ -17,7 +17,7 @@ from fedraclora.protocol.factor import to_train
 from fedraclora.protocol.method import Cohort, Draw, RoundInstructions
 from fedraclora.strategies.methods import METHODS
 from fedraclora.strategies.methods.fedavg import FedAvg
-from fedraclora.strategies.shared.walking import Walking
+from fedraclora.strategies.shared.walking import DirectionMethod
 from fedraclora.training.extras.settings import LocalSettings
 
 
@@ -33,7 +33,7 @@ def test_tied_weights_fall_back_to_vmap(local: LocalSettings) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", [n for n, k in METHODS.items() if not issubclass(k, FedAvg | Walking)]
+    "name", [n for n, k in METHODS.items() if not issubclass(k, FedAvg | DirectionMethod)]
 )
 def test_tied_weights_that_stay_frozen_are_folded(name: str) -> None:
     case = Case(reader(tied=True), targets="mix", head="frozen", dense="norm")

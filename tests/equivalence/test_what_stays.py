@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from fedraclora.clients.worker import Worker
-from fedraclora.data.clients import Partitioned
+from fedraclora.data.clients import PartitionedData
 from fedraclora.data.samples import Samples
 from fedraclora.data.task import Task
 from fedraclora.errors import ConfigError
@@ -49,7 +49,7 @@ def make_bench(poison: int | None = None, **local: float) -> Bench:
     x, y = torch_normal(rng, 12, 5), torch_normal(rng, 12, 2)
     if poison is not None:
         x[4 * poison] = float("nan")
-    data = Partitioned.of(Samples({"x": x}, y), [np.arange(4 * k, 4 * k + 4) for k in range(3)])
+    data = PartitionedData.of(Samples({"x": x}, y), [np.arange(4 * k, 4 * k + 4) for k in range(3)])
     task = Task(model, (), "squared_error", ("loss",), data, data.samples)
     plan = make_plan(model, (), head_policy="lora")
     base = {n: p.detach().clone() for n, p in model.named_parameters()}

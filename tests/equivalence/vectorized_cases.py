@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from typing_extensions import override
 
-from fedraclora.data.clients import Partitioned
+from fedraclora.data.clients import PartitionedData
 from fedraclora.data.own_loss import IGNORED_TOKEN
 from fedraclora.data.samples import Samples
 from fedraclora.data.task import Task
@@ -72,7 +72,7 @@ def task_of(
             parameter.copy_(shift + 0.4 * normal(*parameter.shape, key=name))
     parts = list(np.split(np.arange(sum(sizes)), np.cumsum(sizes)[:-1]))
     samples = Samples(inputs, target)
-    data = Partitioned.of(samples, parts)
+    data = PartitionedData.of(samples, parts)
     return Task(wide, head, loss, ("loss",), data, samples)
 
 

@@ -17,7 +17,7 @@ from fedraclora.data import token_losses
 from fedraclora.data.locate import package_path
 from fedraclora.data.sources.instructions import load_instructions
 from fedraclora.errors import ConfigError, DataError, ModelError
-from fedraclora.evaluation.generate import Answering
+from fedraclora.evaluation.generate import GreedyGeneration
 from fedraclora.models.hf import build_causal_lm
 from fedraclora.run.ledger import read_ledger
 from tests.common import summary_of
@@ -216,7 +216,7 @@ def test_an_answer_that_was_cut_is_compared_as_far_as_it_goes(
         caplog.clear()
         parrot = Parrot()
         parrot.register_parameter("w", torch.nn.Parameter(torch.zeros(1)))
-        asked = Answering(parrot, data.tokenizer, data.test, 1, 2, new_tokens, 2, 8)
+        asked = GreedyGeneration(parrot, data.tokenizer, data.test, 1, 2, new_tokens, 2, 8)
         assert {one.wanted for one in asked.answers(weights)} == {wanted}
         spoken = " ".join(row["response"].split()[:new_tokens])
         assert asked.texts(weights) == [spoken] * 2
@@ -314,8 +314,8 @@ def test_answers_to_prompts_of_unequal_length_are_those_of_each_alone(
     model = build(seed=3).model
     weights = {name: 3 * weight.detach() for name, weight in model.named_parameters()}
     given = {"every": 1, "count": 4, "new_tokens": 5, "shown": 2}
-    asked = Answering(model, data.tokenizer, data.test, **given, batch_size=4)
-    alone = Answering(model, data.tokenizer, data.test, **given, batch_size=1)
+    asked = GreedyGeneration(model, data.tokenizer, data.test, **given, batch_size=4)
+    alone = GreedyGeneration(model, data.tokenizer, data.test, **given, batch_size=1)
     assert asked.answers(weights) == alone.answers(weights)
     assert {answer.wanted for answer in asked.answers(weights)} == {"red blue"}
     assert len({answer.answer for answer in asked.answers(weights)}) > 1
@@ -335,7 +335,7 @@ def test_answers_to_prompts_of_unequal_length_are_those_of_each_alone(
 
 def test_answers_need_a_model_that_writes() -> None:
     with pytest.raises(ConfigError, match=r"evaluate.generate=1 wants answers"):
-        Answering(torch.nn.Linear(1, 1), None, None, 1, 1, 1, 1, 1)  # type: ignore[arg-type]
+        GreedyGeneration(torch.nn.Linear(1, 1), None, None, 1, 1, 1, 1, 1)  # type: ignore[arg-type]
 
 
 def test_smollm2_is_named_by_its_file_in_the_package() -> None:

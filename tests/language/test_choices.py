@@ -16,7 +16,7 @@ from chats import TEMPLATE, WORDS, write_rows
 
 import fedraclora
 from fedraclora.data import token_losses
-from fedraclora.data.clients import Partitioned
+from fedraclora.data.clients import PartitionedData
 from fedraclora.data.sources.instructions import load_instructions
 from fedraclora.data.task import Task
 from fedraclora.errors import ConfigError, DataError
@@ -45,7 +45,7 @@ def asking(tmp_path: Path, tokenizer: str, *, config: Any = LLAMA, **given: Any)
     more = {"choices": "options", **given}
     data = load_instructions(file=str(file), test_file=str(file), tokenizer=tokenizer, **more)
     model = build_causal_lm(shape=(), classes=data.classes, seed=3, config=config).model
-    parts = Partitioned(data.train, torch.arange(1), torch.tensor([0, 1]))
+    parts = PartitionedData(data.train, torch.arange(1), torch.tensor([0, 1]))
     named = {"loss": data.loss, "metrics": data.metrics, "tokenizer": data.tokenizer}
     return Task(model, ("lm_head",), train=parts, test=data.test, choices=len(data.test), **named)
 

@@ -8,10 +8,10 @@ import torch
 
 from fedraclora.lowrank.layers import LayerView
 from fedraclora.protocol.method import Cohort, Draw, Method, Plan, RoundInstructions, State
-from fedraclora.protocol.program import ClientProgram, When
+from fedraclora.protocol.program import ClientProgram, GradientStage
 from fedraclora.protocol.uplinks import Uplinks
 from fedraclora.rng import generator, torch_normal
-from fedraclora.strategies.shared.factors import Cored
+from fedraclora.strategies.shared.factors import CoreMethod
 from fedraclora.tree import Tree
 
 M, N, R, ALPHA, K = 8, 11, 3, 5.0, 4
@@ -46,8 +46,8 @@ class Played:
         self.sent: RoundInstructions = method.open_round(self.before, number, cohort, DRAW)
         layout = self.sent.layout
         rows = torch_normal(generator(number, "replies"), K, layout.size)
-        self.got = Uplinks(cohort.clients, cohort.weights, layout, rows)
-        self.after = method.close_round(self.before, self.sent, self.got)
+        self.uplinks = Uplinks(cohort.clients, cohort.weights, layout, rows)
+        self.after = method.close_round(self.before, self.sent, self.uplinks)
 
     def next(self, number: int) -> Played:
         """The round after this one."""
@@ -56,7 +56,7 @@ class Played:
     @property
     def mean_product(self) -> torch.Tensor:
         """sum_k p_k B_k A_k."""
-        stack = self.got.stack()
+        stack = self.uplinks.stack()
         return torch.stack([P[k] * stack["w/B"][k] @ stack["w/A"][k] for k in range(K)]).sum(0)
 
     @property
@@ -80,7 +80,7 @@ def close(found: torch.Tensor, wanted: torch.Tensor) -> None:
     torch.testing.assert_close(found, wanted, rtol=1e-10, atol=1e-10)
 
 
-def check_cores(method: Cored) -> None:
+def check_cores(method: CoreMethod) -> None:
     """Hold the factors about a core to be orthonormal."""
     factors = Played(method).sent.adapters["w"].factors
     B, A = (factors[label].draw() for label in ("B", "A"))
@@ -94,5 +94,5 @@ def check_cores(method: Cored) -> None:
 def changed(program: ClientProgram, *several: Tree) -> list[Tree]:
     """The gradients of one step after another, as a program changes them."""
     none: Any = None  # of a chunk: these do not look at it
-    hook = program.hooks(none)[When.PROGRAM]
+    hook = program.hooks(none)[GradientStage.PROGRAM]
     return [hook(gradients, {}) for gradients in several]

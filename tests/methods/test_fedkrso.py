@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from fedraclora.errors import ConfigError
-from fedraclora.strategies.methods.fedkrso import FedKrso, InTurn
+from fedraclora.strategies.methods.fedkrso import CyclicTraining, FedKrso
 from tests.methods.one_matrix import ALPHA, M, N, Played, R, S, changed
 
 
@@ -36,7 +36,7 @@ def test_impossible_hyperparameters_are_refused() -> None:
 
 def test_parts_of_a_factor_are_trained_in_turn() -> None:
     gradient = torch.ones(1, M, 4)
-    found = changed(InTurn(2, 3), *[{"w/B": gradient, "bias": gradient}] * 8)
+    found = changed(CyclicTraining(2, 3), *[{"w/B": gradient, "bias": gradient}] * 8)
     turns = [each["w/B"][0, 0].tolist() for each in found]
     first, second = [1.0, 1.0, 0.0, 0.0], [0.0, 0.0, 1.0, 1.0]
     assert turns == [first] * 3 + [second] * 3 + [first] * 2

@@ -22,13 +22,13 @@ def nearest_rotation(matrix: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("strength", [1.0, 0.3])
 def test_fedrot_turns_factors_towards_the_last_ones_in_turn(strength: float) -> None:
     first = Played(FedRotLora(R, ALPHA, strength=strength))
-    mean = first.got.mean()
+    mean = first.uplinks.mean()
     for label in ("w/B", "w/A"):
         close(first.after.carried[label], mean[label])
     second = first.next(2)
     for played, aligned in ((second, "A"), (second.next(3), "B")):
         B0, A0 = played.before.carried["w/B"], played.before.carried["w/A"]
-        stack, B, A = played.got.stack(), torch.zeros(M, R), torch.zeros(R, N)
+        stack, B, A = played.uplinks.stack(), torch.zeros(M, R), torch.zeros(R, N)
         for k in range(K):
             Bk, Ak = stack["w/B"][k], stack["w/A"][k]
             whole = nearest_rotation(Ak @ A0.mT if aligned == "A" else Bk.mT @ B0)

@@ -22,4 +22,4 @@ def test_fedsvd_keeps_the_product_and_the_row_space() -> None:
         close(A_new @ drawn.mT @ drawn, A_new)
     frozen = second.sent.adapters["w"].factors["A"]
     assert frozen.numbers is not None
-    close(second.carried, second.got.mean()["w/B"] @ frozen.numbers)
+    close(second.carried, second.uplinks.mean()["w/B"] @ frozen.numbers)

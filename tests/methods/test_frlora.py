@@ -13,7 +13,7 @@ def test_frlora_restarts_from_the_principal_part() -> None:
     B0, A0 = played.before.carried["w/B"], played.before.carried["w/A"]
     close(S * B0 @ A0, best(W, R))
     close(played.before.base["w"], W - best(W, R))
-    mean = played.got.mean()
+    mean = played.uplinks.mean()
     close(played.moved, mean["w/B"] @ mean["w/A"] - B0 @ A0)
     again = played.next(2).sent.trained()
     assert torch.equal(again["w/B"].opening(), B0)  # type: ignore[arg-type]

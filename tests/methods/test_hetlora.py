@@ -22,7 +22,7 @@ def test_hetlora_weighs_by_the_norms_of_products_and_cuts_by_budgets() -> None:
             inside, beyond = start[k].split([rank, R - rank], dim=axis)
             assert torch.equal(inside, first.after.carried[label].split([rank, R - rank], axis)[0])
             assert torch.count_nonzero(beyond) == 0
-    stack = played.got.stack()
+    stack = played.uplinks.stack()
     B, A = stack["w/B"].clone(), stack["w/A"].clone()
     for k, rank in enumerate(ranks.tolist()):
         B[k, :, rank:], A[k, rank:] = 0, 0

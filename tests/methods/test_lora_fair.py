@@ -12,7 +12,7 @@ from tests.methods.one_matrix import ALPHA, Played, R
 @pytest.mark.parametrize("ridge", [1e-9, 0.01, 10.0])
 def test_lora_fair_finds_the_least_of_its_objective(ridge: float) -> None:
     played = Played(LoraFair(R, ALPHA, ridge=ridge))
-    mean = played.got.mean()
+    mean = played.uplinks.mean()
     A = played.after.carried["w/A"]
     D = (played.after.carried["w/B"] - mean["w/B"]).clone().requires_grad_()
     gap = played.mean_product - (mean["w/B"] + D) @ A

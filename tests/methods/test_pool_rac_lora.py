@@ -20,7 +20,7 @@ from fedraclora.protocol.quantized import rounded
 from fedraclora.protocol.uplinks import Uplinks
 from fedraclora.rng import generator
 from fedraclora.strategies.methods.fed_rac_lora import FedRacLora
-from fedraclora.strategies.methods.pool_rac_lora import InPool, Pool, PoolRacLora
+from fedraclora.strategies.methods.pool_rac_lora import Pool, PoolProgram, PoolRacLora
 from fedraclora.strategies.server.quantized import RESIDUE, DownlinkRounding
 from fedraclora.tree import digest, parameters
 from fedraclora.weights.chain import CatchUp, link_tensors, read_link
@@ -39,7 +39,7 @@ COHORT = Cohort(torch.tensor([0, 4]), SHARES)
 
 def pools_of(sent: RoundInstructions) -> dict[str, Pool]:
     """What stands beside the weights of a round."""
-    return cast(InPool, sent.program).pools
+    return cast(PoolProgram, sent.program).pools
 
 
 def begun(method: PoolRacLora | FedRacLora, dtype: torch.dtype = torch.float64) -> State:

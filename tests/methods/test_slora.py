@@ -20,7 +20,7 @@ def test_slora_turns_its_change_into_factors_and_keeps_the_rest() -> None:
     assert first.sent.program.name == "sparse"
     assert "w/B" not in first.after.carried
     second = first.next(2)
-    new = second.got.mean()["w"]
+    new = second.uplinks.mean()["w"]
     close(S * second.carried, best(new - W, R))
     close(second.after.base["w"], new - best(new - W, R))
     assert list(second.next(3).sent.trained()) == ["w/B", "w/A"]

@@ -18,7 +18,7 @@ from fedraclora.data.samples import Samples
 from fedraclora.data.task import Task, loss_function
 from fedraclora.privacy.sample_level import answer_keys, seed_key
 from fedraclora.protocol.method import Adapter, Plan, RoundInstructions
-from fedraclora.protocol.program import ClientChunk, Hook, When
+from fedraclora.protocol.program import ClientChunk, GradientStage, Hook
 from fedraclora.protocol.rank_budgets import rank_axes, spans
 from fedraclora.rng import cohort_permutations, hash_key
 from fedraclora.strategies.methods.galore_average import ProjectGradients
@@ -69,7 +69,7 @@ def train_one(
     program = downlink.program
     looks = program.forms_gradients
     if program.moves_weights and not looks:
-        inner = program.held(downlink, plan)
+        inner = program.trained_model(downlink, plan)
         given = {"client": client, "place": place, "round_": round_, "seed": seed}
         after, mean = train_one(task, plan, local, base, inner, **given, rate_scale=rate_scale)
         return {MOVES: shadow(downlink, base, after)}, mean
@@ -95,7 +95,7 @@ def train_one(
         masks={},
         local=local,
     )
-    hook = program.hooks(chunk).get(When.PROGRAM, lambda gradients, _: gradients)
+    hook = program.hooks(chunk).get(GradientStage.PROGRAM, lambda gradients, _: gradients)
     sums = dict[str, torch.Tensor]()
     model, context = with_seeded_dropout(task.model, client, seed, round_)
     optimizer = make_optimizer(local, downlink, values, frozen, rate_scale)

@@ -8,16 +8,16 @@ from typing import cast
 import torch
 
 from fedraclora.protocol.instructions import RoundInstructions
-from fedraclora.strategies.methods.fedkseed import CHANCES, LookOften
+from fedraclora.strategies.methods.fedkseed import CHANCES, ReusedDirections
 from fedraclora.strategies.methods.ferret import ProjectUpdate, blocks
-from fedraclora.strategies.shared.walking import LookAlong, walk_of
+from fedraclora.strategies.shared.walking import FiniteDifferences, walk_of
 from fedraclora.tree import Tree
 
 
 def numbers(sent: RoundInstructions, held: Tree, client: int, size: int) -> list[int]:
     """The direction of each number that a client sends, or that it takes step by step."""
     program = sent.program
-    if not isinstance(program, LookOften):
+    if not isinstance(program, ReusedDirections):
         return [*range(size)]
     chances = held.get(CHANCES, torch.zeros(0))
     chances = chances if len(chances) else torch.ones(program.seeds)
@@ -25,9 +25,9 @@ def numbers(sent: RoundInstructions, held: Tree, client: int, size: int) -> list
     return [int(j) for j in drawn[0]]
 
 
-def looking(sent: RoundInstructions) -> LookAlong:
+def looking(sent: RoundInstructions) -> FiniteDifferences:
     """How clients look along directions."""
-    return cast(LookAlong, sent.program)
+    return cast(FiniteDifferences, sent.program)
 
 
 def room(sent: RoundInstructions) -> int | None:

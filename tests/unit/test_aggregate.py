@@ -19,8 +19,8 @@ from fedraclora.protocol.uplinks import (
     Uplinks,
     block_sums,
     check_rows,
+    failures_error,
     finite,
-    too_many,
     weighted_sum,
 )
 from fedraclora.rng import generator, torch_normal
@@ -199,11 +199,11 @@ def test_clients_that_are_well_pass() -> None:
 
 
 def test_the_error_of_a_lost_round_names_round_clients_and_the_limit() -> None:
-    error = too_many([Refusal(7, "it is broken")], 12, "max_failures=0")
+    error = failures_error([Refusal(7, "it is broken")], 12, "max_failures=0")
     assert isinstance(error, ClientError)
     said = str(error)
     assert all(part in said for part in ("round 12: 1 client", "max_failures=0", "client 7: it is"))
-    many = too_many([Refusal(i, "x") for i in range(9)], 3, "max_failures=2")
+    many = failures_error([Refusal(i, "x") for i in range(9)], 3, "max_failures=2")
     assert "client 4: x (and 4 more)" in str(many)
     assert "client 5" not in str(many)
 

@@ -19,7 +19,7 @@ from omegaconf import OmegaConf
 
 import fedraclora
 from fedraclora.binding import section
-from fedraclora.compose.overrides import composed, lay_over, plain_of
+from fedraclora.compose.overrides import apply_values, composed, plain_of
 from fedraclora.compose.values import config_of
 from fedraclora.errors import CheckpointError, ConfigError
 from fedraclora.run.ledger import read_ledger, round_seconds
@@ -186,7 +186,7 @@ PLAIN = st.recursive(
 def test_a_value_comes_into_the_config_as_it_is(value: object) -> None:
     cfg = OmegaConf.create({"group": {"key": 1}, "other": "${group.key}"})
     OmegaConf.set_struct(cfg, value=True)
-    lay_over(cfg, {"group.key": value})
+    apply_values(cfg, {"group.key": value})
     assert plain_of(cfg, {}) == {"group": {"key": value}, "other": value}
 
 

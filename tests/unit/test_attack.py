@@ -16,7 +16,7 @@ from fedraclora.attacks import (
     ScaledNoise,
     SignFlip,
 )
-from fedraclora.data.clients import Partitioned
+from fedraclora.data.clients import PartitionedData
 from fedraclora.data.samples import Samples
 from fedraclora.errors import ConfigError, DataError
 from fedraclora.rng import hash_key
@@ -59,7 +59,7 @@ def test_noise_has_the_size_that_it_says_and_is_the_clients_own() -> None:
 def test_flipped_labels_of_attackers_only() -> None:
     target = torch.tensor([0, 1, 2, 3, 4, 0, 1])
     samples = Samples({"x": torch.arange(7.0)[:, None]}, target)
-    data = Partitioned.of(samples, [np.array(part) for part in ([0, 1], [2, 3, 4], [5, 6])])
+    data = PartitionedData.of(samples, [np.array(part) for part in ([0, 1], [2, 3, 4], [5, 6])])
     attack = LabelFlip(0.4)
     bad = attack.attackers(0, 3).tolist()
     poisoned = attack.poisoned(data, 5, 0)

@@ -38,7 +38,7 @@ from fedraclora.attacks import Attack
 from fedraclora.limits import NotNegative
 from fedraclora.strategies.methods.fed_rac_lora import FedRacLora
 from fedraclora.strategies.shared.layerwise import LayerUpdate
-from fedraclora.protocol.program import ClientProgram, When
+from fedraclora.protocol.program import ClientProgram, GradientStage
 from fedraclora.training.extras.settings import LocalSettings
 
 FACTOR = 3.0
@@ -91,7 +91,7 @@ class Decay(ClientProgram):
     form = "decay={rate}"
 
     def hooks(self, chunk):
-        return {When.LOSS: lambda g, v: {n: g[n] + self.rate * v[n] for n in g}}
+        return {GradientStage.LOSS: lambda g, v: {n: g[n] + self.rate * v[n] for n in g}}
 
 @dataclass(frozen=True)
 class Local(LocalSettings):
@@ -130,11 +130,11 @@ class Stretched(ClientProgram):
     form = "stretched"
 
     def hooks(self, chunk):
-        return {When.LOSS: lambda g, v: {n: t[0] for n, t in g.items()}}
+        return {GradientStage.LOSS: lambda g, v: {n: t[0] for n, t in g.items()}}
 
 class Lost(ClientProgram):
     def hooks(self, chunk):
-        return {When.LOSS: lambda g, v: {}}
+        return {GradientStage.LOSS: lambda g, v: {}}
 
 def clients(*, tilt: float = 0.0):
     x, y = table(tilt=tilt)

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 import fedraclora
-from fedraclora.data.fingerprint import called_twice, fingerprint_of, what_differs
+from fedraclora.data.fingerprint import call_twice, fingerprint_of, what_differs
 from fedraclora.errors import CheckpointError, ConfigError
 from tests.common import normal
 
@@ -188,7 +188,7 @@ def test_a_call_that_takes_long_is_not_made_again_and_the_log_says_so(
 ) -> None:
     calls: list[int] = []
     with caplog.at_level(logging.WARNING):
-        called_twice("data.function=slow", lambda: calls.append(1), within=-1.0)
+        call_twice("data.function=slow", lambda: calls.append(1), within=-1.0)
     assert len(calls) == 1
     assert "data.function=slow" in caplog.text
 

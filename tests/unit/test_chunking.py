@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from fedraclora.config.settings import RayConfig
-from fedraclora.data.clients import Partitioned
+from fedraclora.data.clients import PartitionedData
 from fedraclora.data.samples import Samples
 from fedraclora.data.task import Task
 from fedraclora.errors import ConfigError, ModelError
@@ -38,7 +38,7 @@ def trainer() -> CohortTrainer:
     """7 -> 6 -> 4, two clients of three samples and of two."""
     model = nn.Sequential(OrderedDict(fc=nn.Linear(7, 6), act=nn.ReLU(), head=nn.Linear(6, 4)))
     samples = Samples({"x": torch.ones(5, 7)}, torch.zeros(5, dtype=torch.int64))
-    data = Partitioned.of(samples, [np.arange(3), np.arange(3, 5)])
+    data = PartitionedData.of(samples, [np.arange(3), np.arange(3, 5)])
     task = Task(model, ("head",), "cross_entropy", ("loss",), data, samples)
     return CohortTrainer(task, make_plan(model, ("head",)), LocalConfig(lr=0.5), seed=0, device=CPU)
 

@@ -20,7 +20,7 @@ from fedraclora.protocol.instructions import RoundInstructions
 from fedraclora.protocol.method import Traits, check_method
 from fedraclora.protocol.program import GRADIENT, PLAIN, ClientProgram
 from fedraclora.sketch import SKETCHES, SketchSpec
-from fedraclora.strategies.shared.walking import Walking
+from fedraclora.strategies.shared.walking import DirectionMethod
 from fedraclora.training.extras.pairs import projected
 from tests.common import normal
 from tests.example_program import Example
@@ -170,7 +170,7 @@ def test_numbers_in_lists_are_counted_and_those_of_the_header_are_not() -> None:
 
 def test_the_limits_of_a_method_hold_whatever_it_derives_from() -> None:
     @dataclass(frozen=True)
-    class Bare(Walking):
+    class Bare(DirectionMethod):
         traits = Traits(exact=True, linear=True, merges=True)
         directions: Count = 1
 

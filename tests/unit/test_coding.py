@@ -35,9 +35,9 @@ from fedraclora.weights.chain import CatchUp
 from fedraclora.weights.replica import Replica
 from fedraclora.weights.update import WeightHistory
 from fedraclora.wire.answers import TrainedAnswer
-from fedraclora.wire.changes import Changes, Coded
+from fedraclora.wire.changes import ChangeCodec, CodedRows
 from fedraclora.wire.exchange import Ask, TrainRequest, payload_bytes
-from fedraclora.wire.reply import Wanted, checked
+from fedraclora.wire.reply import ExpectedReply, checked
 from tests.common import accepted
 
 COUNT, CLIENTS = 3000, torch.tensor([2, 4, 9])
@@ -113,8 +113,8 @@ def test_lengths_are_those_of_the_bytes(lengths: list[int]) -> None:
 
 def answered(
     sent: RoundInstructions, base: dict[str, torch.Tensor]
-) -> tuple[Changes, TrainedAnswer]:
-    changes, coded = Changes("int4", sent, base, CLIENTS), Coded()
+) -> tuple[ChangeCodec, TrainedAnswer]:
+    changes, coded = ChangeCodec("int4", sent, base, CLIENTS), CodedRows()
     changes.encode(torch_normal(generator(0, "rows"), 3, COUNT), 5, 7, coded)
     codes = compressed(coded.codes)
     sizes, some = torch.tensor([len(code) for code in codes]), torch.ones(3)
@@ -142,7 +142,7 @@ def test_a_reply_that_is_damaged_names_client_and_round() -> None:
     assert read_ask(AskWriter().write(ask)).request.coding == ZSTD
     came = read_answer(write_answer(answer), ask)
     assert isinstance(came, TrainedAnswer)
-    wanted = Wanted(7, 6, sent.layout, decode=partial(changes.decode, dtype=torch.float32))
+    wanted = ExpectedReply(7, 6, sent.layout, decode=partial(changes.decode, dtype=torch.float32))
     assert checked(came, ask, TrainedAnswer, wanted).numbers.shape == (3, COUNT)
     wrong = came.numbers.clone()
     wrong[int(came.sizes[0]) + 40] ^= 1  # type: ignore[index]

@@ -15,7 +15,7 @@ from fedraclora.lowrank.layers import LayerView
 from fedraclora.protocol.link import Link, Plan, Term, apply_link
 from fedraclora.protocol.method import Counters, State
 from fedraclora.protocol.quantized import decode, encode
-from fedraclora.run.folder import alone
+from fedraclora.run.folder import locked_folder
 from fedraclora.run.initial import state_after
 from fedraclora.run.rebuild import kept_rounds, state_at
 from fedraclora.run.recorder import RunRecorder
@@ -162,7 +162,7 @@ def test_a_folder_that_cannot_be_compacted_says_why(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = written(tmp_path / "it")
-    with alone(folder), pytest.raises(CheckpointError, match="another process is running"):
+    with locked_folder(folder), pytest.raises(CheckpointError, match="another process is running"):
         compact(folder, 4)
     none = written(tmp_path / "none")
     shutil.rmtree(none / "chain")

@@ -15,7 +15,7 @@ import yaml
 import fedraclora
 from fedraclora.commands import cli
 from fedraclora.commands.compare.command import names_methods
-from fedraclora.commands.compare.outcome import won
+from fedraclora.commands.compare.outcome import outcome_sentence
 from fedraclora.commands.run_files import Group, RunFiles, read_files
 from fedraclora.errors import ConfigError
 from fedraclora.rng import generator
@@ -199,7 +199,7 @@ def test_objects_of_a_program_are_compared(tmp_path: Path) -> None:
     assert {row: len(folders) for row, folders in found.runs.items()} == dict.fromkeys(methods, 2)
     ranks = {row: read_files(f[0]).config["method"]["rank"] for row, f in found.runs.items()}  # type: ignore[index]
     assert (ranks["mine"], ranks["r=4"]) == (2, 4)
-    assert "ffa_lora" in found.said
+    assert "ffa_lora" in found.summary
     assert (found.folder / "compare.png").is_file()
     with pytest.raises(ConfigError, match="twice"):
         fedraclora.compare(methods=["fedavg", "fedavg"], folder=tmp_path)
@@ -215,7 +215,7 @@ def test_an_interrupted_comparison_is_resumed(
         if row["round"] == 1:
             raise KeyboardInterrupt
 
-    def once(name: str, **more: Any) -> fedraclora.Compared:
+    def once(name: str, **more: Any) -> fedraclora.ComparisonResult:
         methods = ["fedavg", "ffa_lora"]
         return fedraclora.compare(*TASK, methods=methods, folder=tmp_path / name, **more)
 
@@ -225,7 +225,7 @@ def test_an_interrupted_comparison_is_resumed(
     figures = ["label", "metric_mean", "traffic_mb"]
     found, whole = once("a"), once("b")
     assert found.table[figures].equals(whole.table[figures])
-    assert found.said == whole.said
+    assert found.summary == whole.summary
 
 
 def test_a_folder_may_be_named_like_a_choice(
@@ -258,8 +258,8 @@ def test_the_sentence_says_what_the_numbers_say(
     base = {"label": "base", "metric": metric, "metric_mean": 0.9, "traffic_mb": 200.0}
     ours = base | {"label": "ours", "difference": difference, "difference_error": error}
     ours |= {"metric_mean": 0.9 + difference, "traffic_mb": 50.0}
-    said = won([base, ours], "base", groups)
+    said = outcome_sentence([base, ours], "base", groups)
     found = [word for word in ("better", "worse", "level") if word in said]
     assert found == [words]
     assert "25 %" in said
-    assert "4 times" in won([ours, base | {"difference": -difference}], "ours", groups)
+    assert "4 times" in outcome_sentence([ours, base | {"difference": -difference}], "ours", groups)

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from fedraclora.commands import cli
-from fedraclora.commands.study.entries import Entry, entries, is_unverified, read_lines
+from fedraclora.commands.study.entries import RowResult, entries, is_unverified, read_lines
 from fedraclora.commands.study.file import Study, check_same
 from fedraclora.commands.study.leaderboard import STUDIES, chosen, find, leaderboard
 from fedraclora.commands.study.run import run_jobs
@@ -272,7 +272,7 @@ def test_rounds_at_which_the_metric_was_not_measured_are_left_out_of_the_curves(
     curve = [{"round": t, "metrics": found} for t, found in enumerate(measured)]
     lines = [{"curve": curve, "metrics": measured[2], "seed": 0}]
     study = Study.read(find("smollm2"))
-    assert [*Entry(study, "FFA-LoRA r=8", lines, 0.005).rounds["round"]] == [0, 2]
+    assert [*RowResult(study, "FFA-LoRA r=8", lines, 0.005).rounds["round"]] == [0, 2]
 
 
 @pytest.mark.parametrize("name", ["study.yaml", "table.md"])

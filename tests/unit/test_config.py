@@ -36,7 +36,7 @@ from fedraclora.config.settings import (
     RayConfig,
 )
 from fedraclora.errors import ConfigError, MissingKeysError, UnreadKeysError, unknown
-from fedraclora.limits import Later, OneOf, later_keys
+from fedraclora.limits import AddedKey, OneOf, later_keys
 from fedraclora.protocol.method import Method
 from fedraclora.protocol.quantized import ROUNDED
 from fedraclora.schema import checked_values
@@ -420,20 +420,20 @@ def test_sgd_leaves_out_the_constants_of_adamw_and_nothing_else(name: str) -> No
 
 @dataclass(frozen=True, kw_only=True)
 class CompressionOfLater(CompressionConfig):
-    pace: Annotated[Sequence[int], Later()] = ()
+    pace: Annotated[Sequence[int], AddedKey()] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunOfLater(RunConfig):
     """The config of a later release, with a key of its own and one in a section."""
 
-    cosine: Annotated[bool, Later()] = False
-    wire: Annotated[CompressionOfLater, Later()] = field(default_factory=CompressionOfLater)
+    cosine: Annotated[bool, AddedKey()] = False
+    wire: Annotated[CompressionOfLater, AddedKey()] = field(default_factory=CompressionOfLater)
 
 
 @dataclass(frozen=True)
 class MethodOfLater(METHODS["fed_rac_lora"]):  # type: ignore[misc]
-    decay: Annotated[float, Later()] = 0.5
+    decay: Annotated[float, AddedKey()] = 0.5
 
 
 def test_a_key_that_folders_of_before_lack_is_its_default_there_and_then_in_no_digest(

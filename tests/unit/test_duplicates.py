@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import fedraclora
-from fedraclora.data.duplicates import SomeRows, check_duplicates, shared_rows
+from fedraclora.data.duplicates import RowSubset, check_duplicates, shared_rows
 from fedraclora.data.encoders.chat import Encoded, packed, padded
 from fedraclora.data.samples import Samples
 from fedraclora.errors import DataError
@@ -36,14 +36,14 @@ def with_copies(copies: int) -> tuple[Samples, Samples]:
 
 
 def checked(train: list[Samples], test: Samples, *, keep: bool = False) -> dict[str, str]:
-    tables = [SomeRows(samples) for samples in train]
-    return check_duplicates(tables, {"test samples": [SomeRows(test)]}, "data.file=x", keep=keep)
+    tables = [RowSubset(samples) for samples in train]
+    return check_duplicates(tables, {"test samples": [RowSubset(test)]}, "data.file=x", keep=keep)
 
 
 @pytest.mark.parametrize("copies", [0, 1, 3, 4, 39, 40])
 def test_a_tenth_of_the_test_samples_may_not_be_training_samples(copies: int) -> None:
     train, test = with_copies(copies)
-    assert int(shared_rows([SomeRows(train)], [SomeRows(test)]).sum()) == copies
+    assert int(shared_rows([RowSubset(train)], [RowSubset(test)]).sum()) == copies
     if copies >= TEST / 10:
         with pytest.raises(
             DataError, match=rf"{copies} of the 40 .*60 .*data.file=x.*data.duplicates=keep"
@@ -174,12 +174,12 @@ def test_conversations_are_compared_whatever_they_are_padded_to_and_packed_with(
     test = padded([*train[7:12], *other, *longest], 0)
     assert test.padded > padded(train, 0).padded
     for table in (padded(train, 0), packed(train, [None] * 50, 64, 0)[0]):
-        shared = shared_rows([SomeRows(table)], [SomeRows(test)])
+        shared = shared_rows([RowSubset(table)], [RowSubset(test)])
         assert shared.tolist() == [True] * 5 + [False] * 31
     with pytest.raises(DataError, match=r"5 of the 36"):
         checked([table], test)
     answered = [Encoded(one.ids, [*one.labels[:-3], 2, 2, -100]) for one in train[7:12]]
-    assert not shared_rows([SomeRows(table)], [SomeRows(padded(answered, 0))]).any()
+    assert not shared_rows([RowSubset(table)], [RowSubset(padded(answered, 0))]).any()
 
 
 def test_texts_are_compared_whatever_they_are_padded_to() -> None:
@@ -190,7 +190,7 @@ def test_texts_are_compared_whatever_they_are_padded_to() -> None:
         ids_, mask_ = (torch.nn.functional.pad(t[part], (0, pad)) for t in (ids * mask, mask))
         return Samples({"input_ids": ids_, "attention_mask": mask_}, torch.zeros(len(ids_)).long())
 
-    shared = shared_rows([SomeRows(table(slice(40), 0))], [SomeRows(table(slice(35, 60), 8))])
+    shared = shared_rows([RowSubset(table(slice(40), 0))], [RowSubset(table(slice(35, 60), 8))])
     assert shared.tolist() == [True] * 5 + [False] * 20
     with pytest.raises(DataError, match=r"5 of the 25"):
         checked([table(slice(40), 0)], table(slice(35, 60), 8))

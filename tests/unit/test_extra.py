@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from typing_extensions import override
 
-from fedraclora.data.clients import Partitioned
+from fedraclora.data.clients import PartitionedData
 from fedraclora.data.samples import Samples
 from fedraclora.data.task import Task
 from fedraclora.errors import ConfigError
@@ -22,10 +22,10 @@ from fedraclora.protocol.program import (
     ClientChunk,
     ClientProgram,
     Forward,
+    GradientStage,
     Hook,
     LocalResult,
     Rates,
-    When,
 )
 from fedraclora.training.cohort import CohortTrainer
 from fedraclora.training.localconfig import LocalConfig
@@ -55,7 +55,7 @@ def train(local: LocalConfig, ranks: torch.Tensor | None = None) -> LocalResult:
     model[0].weight.data = normal(3, 5, key="W")
     samples = Samples({"x": normal(12, 5)}, normal(12, 3, key="y"))
     parts = np.split(np.arange(12), 3)
-    task = Task(model, (), "squared_error", ("loss",), Partitioned.of(samples, parts), samples)
+    task = Task(model, (), "squared_error", ("loss",), PartitionedData.of(samples, parts), samples)
     factors = {"B": to_train((3, 2)), "A": normal(2, 5, key="A")}
     downlink = RoundInstructions({"0.weight": Adapter.of(factors, 1.0)}, ranks=ranks)
     trainer = CohortTrainer(task, make_plan(model, ()), local, seed=0, device=torch.device("cpu"))
@@ -70,8 +70,10 @@ class Signs(ClientProgram):
     """The sign of a gradient in its place."""
 
     @override
-    def hooks(self, chunk: ClientChunk) -> dict[When, Hook]:
-        return {When.CLIP: lambda gradients, _: {n: g.sign() for n, g in gradients.items()}}
+    def hooks(self, chunk: ClientChunk) -> dict[GradientStage, Hook]:
+        return {
+            GradientStage.CLIP: lambda gradients, _: {n: g.sign() for n, g in gradients.items()}
+        }
 
 
 def test_a_hook_changes_the_gradients_that_the_optimizer_gets() -> None:
@@ -87,11 +89,11 @@ class Listens(ClientProgram):
     """Keeps what the gradients are at every place."""
 
     def __init__(self) -> None:
-        self.heard: dict[When, torch.Tensor] = {}
+        self.heard: dict[GradientStage, torch.Tensor] = {}
 
     @override
-    def hooks(self, chunk: ClientChunk) -> dict[When, Hook]:
-        def at(when: When) -> Hook:
+    def hooks(self, chunk: ClientChunk) -> dict[GradientStage, Hook]:
+        def at(when: GradientStage) -> Hook:
             def hear(gradients: Tree, values: Tree) -> Tree:
                 assert list(gradients) == list(values)
                 self.heard[when] = gradients["0.weight/B"]
@@ -99,14 +101,16 @@ class Listens(ClientProgram):
 
             return hear
 
-        return {when: at(when) for when in When}
+        return {when: at(when) for when in GradientStage}
 
 
 def test_hooks_come_after_what_the_core_does_at_their_place() -> None:
     ears = Listens()
     train(replace(ONE, mine=ears, clip=CLIP), torch.tensor([2, 1, 1]))
-    assert list(ears.heard) == list(When)
-    whole, cut, clipped = (ears.heard[w] for w in (When.LOSS, When.BUDGET, When.CLIP))
+    assert list(ears.heard) == list(GradientStage)
+    whole, cut, clipped = (
+        ears.heard[w] for w in (GradientStage.LOSS, GradientStage.BUDGET, GradientStage.CLIP)
+    )
     assert whole[1:, :, 1].abs().min() > 0
     assert torch.count_nonzero(cut[1:, :, 1]) == 0
     assert torch.equal(cut[:, :, 0], whole[:, :, 0])

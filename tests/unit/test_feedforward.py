@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from fedraclora.data.clients import Partitioned
+from fedraclora.data.clients import PartitionedData
 from fedraclora.data.samples import Samples
 from fedraclora.data.task import LOSSES, SLOPES, Task
 from fedraclora.protocol.factor import Factor, to_train
@@ -61,7 +61,7 @@ def task(loss: str = "cross_entropy") -> Task:
     }[loss]
     samples = Samples({"x": x}, target)
     parts = np.split(np.arange(len(x)), np.cumsum(SIZES)[:-1])
-    return Task(model, ("fc3",), loss, ("loss",), Partitioned.of(samples, parts), samples)
+    return Task(model, ("fc3",), loss, ("loss",), PartitionedData.of(samples, parts), samples)
 
 
 def pair(weight: str, trained: str, outputs: int, *, per_client: bool = False) -> Adapter:

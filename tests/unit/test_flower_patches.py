@@ -59,13 +59,13 @@ from fedraclora.engines.flower_patches import (
     Pauses,
     difference,
     executor_pauses,
-    going_on,
     in_parts,
     lines,
     node_pauses,
     off,
     patch,
     patient,
+    sending_all_parts,
     source_of,
     why_without,
 )
@@ -229,7 +229,9 @@ def test_a_part_that_is_refused_keeps_no_other_part_back() -> None:
     with pytest.raises(ObjectPushError):
         push_object_contents_from_iterable(parts, push_part, max_concurrent_pushes=1)
     sent.clear()
-    going_on(push_object_contents_from_iterable, ObjectPushError)(parts, push_object_fn=push_part)
+    sending_all_parts(push_object_contents_from_iterable, ObjectPushError)(
+        parts, push_object_fn=push_part
+    )
     assert sorted(sent) == ["second", "third"]
 
 

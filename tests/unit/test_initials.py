@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from fedraclora.compatibility import Features
-from fedraclora.data.clients import Partitioned
+from fedraclora.data.clients import PartitionedData
 from fedraclora.data.samples import Samples
 from fedraclora.data.task import Task
 from fedraclora.devices.distributions import Constant
@@ -134,7 +134,9 @@ def make_task() -> Task:
     samples = Samples({"x": torch_normal(rng, sum(SIZES), N)}, torch_normal(rng, sum(SIZES), 3))
     cuts = torch.tensor([0, *SIZES]).cumsum(0).tolist()
     parts = [torch.arange(a, b).numpy() for a, b in pairwise(cuts)]
-    return Task(model, ("2",), "squared_error", ("loss",), Partitioned.of(samples, parts), samples)
+    return Task(
+        model, ("2",), "squared_error", ("loss",), PartitionedData.of(samples, parts), samples
+    )
 
 
 def task_plan(task: Task) -> tuple[Plan, Tree]:

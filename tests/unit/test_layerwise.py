@@ -189,8 +189,8 @@ class Cored(LayerMethod):
 def test_a_mean_of_products_has_the_factors_that_are_frozen(frozen: str) -> None:
     world, method = make_world(), Cored(rank=3, alpha=5.0, frozen=frozen)
     for played in play_rounds(method, world, 2, DRAW):
-        came = RoundReplies(played.before, played.sent, played.got)
-        p = played.got.weights / played.got.weights.sum()
+        came = RoundReplies(played.before, played.sent, played.uplinks)
+        p = played.uplinks.weights / played.uplinks.weights.sum()
         for name, adapter in played.sent.adapters.items():
             replies = Replies(came, name)
             wanted = sum(

@@ -20,7 +20,7 @@ import pytest
 import fedraclora
 from fedraclora.errors import ConfigError, EngineError
 from fedraclora.loggers import LOGGERS, Logging, logging_to
-from fedraclora.run.callback import Begin
+from fedraclora.run.callback import RunStart
 
 WORDS = ("data=digits", "pretrain=none", "output.progress=false", "model.hidden=[7]")
 SIZES: dict[str, Any] = {"clients": 6, "clients_per_round": 3, "rounds": 3}
@@ -204,7 +204,7 @@ class Broken:
     def __init__(self, at: str) -> None:
         self.at = at
 
-    def begin(self, run: Begin, known: str | None) -> None:
+    def begin(self, run: RunStart, known: str | None) -> None:
         self.call("begin")
 
     def row(self, round_: int, values: Any) -> None:
@@ -221,13 +221,13 @@ class Broken:
 def test_a_logger_that_cannot_begin_stops_the_run_before_it_has_begun() -> None:
     logging_ = Logging({"mine": Broken("begin")})
     with pytest.raises(EngineError, match=r"mine .*OSError: no route"):
-        logging_.begin(Begin("a run", {}, None))
+        logging_.begin(RunStart("a run", {}, None))
 
 
 @pytest.mark.parametrize("at", ["row", "end"])
 def test_a_logger_that_fails_later_is_left_out(at: str, caplog: pytest.LogCaptureFixture) -> None:
     logging_ = Logging({"mine": Broken(at)})
-    logging_.begin(Begin("a run", {}, None))
+    logging_.begin(RunStart("a run", {}, None))
     with caplog.at_level(logging.WARNING):
         logging_.row({"round": 1})
         logging_.row({"round": 2})

@@ -11,7 +11,7 @@ from fedraclora.errors import ShapeError
 from fedraclora.lowrank.algebra import (
     balanced_factors,
     fix_signs,
-    minus,
+    negated,
     product_norm,
     stack_products,
     sum_products,
@@ -130,7 +130,7 @@ def test_balanced_factors_share_the_singular_values(m: int, q: int, n: int, rank
 
 def test_a_sum_of_products_is_the_dense_sum() -> None:
     one, other = (normal(4, 2), normal(2, 5)), (normal(4, 3, seed=1), normal(3, 5, seed=1))
-    left, right = sum_products(one, minus(other))
+    left, right = sum_products(one, negated(other))
     torch.testing.assert_close(left @ right, one[0] @ one[1] - other[0] @ other[1])
 
 

@@ -13,7 +13,7 @@ from torch import nn
 from torch.func import functional_call
 
 import fedraclora
-from fedraclora.data.clients import Partitioned
+from fedraclora.data.clients import PartitionedData
 from fedraclora.data.samples import Samples
 from fedraclora.data.task import Task
 from fedraclora.protocol.factor import to_train
@@ -76,7 +76,7 @@ def test_a_chunk_of_clients_trains_as_plain_torch(kind: str) -> None:
     model, (x, target) = net(), samples(kind)
     whole = Samples({"x": x}, target)
     parts = np.split(np.arange(len(x)), np.cumsum(SIZES)[:-1])
-    task = Task(model, (), kind, ("loss",), Partitioned.of(whole, parts), whole)
+    task = Task(model, (), kind, ("loss",), PartitionedData.of(whole, parts), whole)
     base = {name: p.detach().clone() for name, p in model.named_parameters()}
     weights = ("fc1.weight", "fc2.weight")
     start = {n: 0.3 * normal(base[n].shape[0], 2, key=f"B {n}") for n in weights}

@@ -18,7 +18,7 @@ from fedraclora.commands.report.figures import figures_of
 from fedraclora.commands.report.page import page_of, read_shown
 from fedraclora.config import pretraining
 from fedraclora.data.client_split import hold_out_of_clients
-from fedraclora.data.clients import ChangedClients, Partitioned
+from fedraclora.data.clients import ChangedClients, PartitionedData
 from fedraclora.data.samples import Samples
 from fedraclora.errors import ConfigError, FedRacLoraError
 from fedraclora.evaluation.clients import spread
@@ -29,11 +29,11 @@ from tests.common import normal
 SIZES = (1, 3, 10, 40)
 
 
-def clients_of(sizes: tuple[int, ...] = SIZES) -> Partitioned:
+def clients_of(sizes: tuple[int, ...] = SIZES) -> PartitionedData:
     """Clients of unequal sizes, whose rows are told apart by their numbers."""
     rows = np.random.default_rng(0).permutation(sum(sizes))
     table = Samples({"x": torch.arange(sum(sizes)).double()[:, None]}, torch.arange(sum(sizes)))
-    return Partitioned.of(table, np.split(rows, np.cumsum(sizes)[:-1]))
+    return PartitionedData.of(table, np.split(rows, np.cumsum(sizes)[:-1]))
 
 
 def rows_of(data: Any, client: int) -> list[int]:

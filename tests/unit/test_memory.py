@@ -24,7 +24,7 @@ from typing_extensions import override
 
 from fedraclora.compose.overrides import composed
 from fedraclora.config.run_config import from_plain
-from fedraclora.data.clients import Partitioned
+from fedraclora.data.clients import PartitionedData
 from fedraclora.data.samples import Samples
 from fedraclora.data.task import Task
 from fedraclora.models.built import seeded
@@ -151,10 +151,10 @@ def normal(*shape: int) -> torch.Tensor:
     return torch_normal(generator(0, "memory", *shape), *shape).float()
 
 
-def divided(inputs: dict[str, torch.Tensor], classes: int) -> Partitioned:
+def divided(inputs: dict[str, torch.Tensor], classes: int) -> PartitionedData:
     target = torch.from_numpy(generator(0, "classes").integers(0, classes, sum(SIZES)))
     parts = list(np.split(np.arange(sum(SIZES)), np.cumsum(SIZES)[:-1]))
-    return Partitioned.of(Samples(inputs, target), parts)
+    return PartitionedData.of(Samples(inputs, target), parts)
 
 
 def mlp() -> Task:
@@ -321,13 +321,15 @@ def test_no_other_clients_take_more() -> None:
 def test_padding_is_looked_for_a_few_clients_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     data, clients = transformer(2).train, torch.arange(3)
     asked = []
-    lengths = Partitioned.lengths
+    lengths = PartitionedData.lengths
 
-    def watched(self: Partitioned, ids: torch.Tensor, places: torch.Tensor) -> torch.Tensor | None:
+    def watched(
+        self: PartitionedData, ids: torch.Tensor, places: torch.Tensor
+    ) -> torch.Tensor | None:
         asked.append(tuple(places.shape))
         return lengths(self, ids, places)
 
-    monkeypatch.setattr(Partitioned, "lengths", watched)
+    monkeypatch.setattr(PartitionedData, "lengths", watched)
     monkeypatch.setattr(memory, "TOGETHER", 2)
     assert longest(data, clients, data.sizes(clients)) == LENGTH
     assert asked == [(2, 64), (1, 33)]

@@ -17,7 +17,7 @@ from fedraclora.data.samples import Samples
 from fedraclora.data.task import LOSSES
 from fedraclora.errors import ConfigError, DataError, ShapeError
 from fedraclora.evaluation.evaluate import METRICS, evaluate, state_of
-from fedraclora.evaluation.metrics import Measure, Owners, higher_is_better
+from fedraclora.evaluation.metrics import Measure, RowOwners, higher_is_better
 from fedraclora.rng import generator, torch_normal
 
 torch.set_num_threads(1)
@@ -156,7 +156,7 @@ def test_one_pass_measures_each_owner_as_alone_and_all_as_pooled(loss: str) -> N
     samples = Samples({"x": torch.arange(30)}, target)
     measure = Measure.of(OWNED[loss], loss)
     given = Table(output), {"table": output}, samples, measure, 7
-    state = state_of(*given, Owners(4, of))
+    state = state_of(*given, RowOwners(4, of))
     values = measure.values(state, 4)
     for owner in (0, 2, 3):
         rows = of == owner
@@ -167,7 +167,7 @@ def test_one_pass_measures_each_owner_as_alone_and_all_as_pooled(loss: str) -> N
     whole = measure_rows(output, target, loss)
     assert measure.values(measure.pooled(state))[0] == pytest.approx(whole, rel=1e-12)
     halves = [
-        state_of(*given[:2], samples.take(rows), measure, 7, Owners(4, of[rows]))
+        state_of(*given[:2], samples.take(rows), measure, 7, RowOwners(4, of[rows]))
         for rows in torch.arange(30).split(11)
     ]
     assert measure.values(measure.join(halves), 4)[3] == pytest.approx(values[3], rel=1e-12)
@@ -181,7 +181,7 @@ def measure_rows(output: torch.Tensor, target: torch.Tensor, loss: str) -> dict[
 def test_a_loss_that_is_infinite_for_one_owner_spares_the_others() -> None:
     output = torch.tensor([[0.0, math.inf], [1.0, 0.0], [0.0, 2.0]]).double()
     state = Measure.of(("loss",), "cross_entropy").take(
-        output, torch.tensor([0, 0, 1]), Owners(2, torch.tensor([1, 0, 0]))
+        output, torch.tensor([0, 0, 1]), RowOwners(2, torch.tensor([1, 0, 0]))
     )
     assert torch.isfinite(state["loss"][0]).all()
     assert not torch.isfinite(state["loss"][1]).all()

@@ -115,8 +115,8 @@ def test_who_measures_is_drawn_by_other_coins_than_who_trains() -> None:
     trains = ClientLevel().settle(9, 7, rounds)
     coins = torch.zeros(2, rounds, 9, dtype=torch.float64)
     for round_ in range(rounds):
-        coins[0, round_, trains.drawn(secret, round_, 9)] = 1
-        coins[1, round_, means().drawn(secret, round_, 9)] = 1
+        coins[0, round_, trains.sample(secret, round_, 9)] = 1
+        coins[1, round_, means().sample(secret, round_, 9)] = 1
     for side in coins:
         assert float(side.mean()) == pytest.approx(7 / 9, abs=0.02)
     together = float(np.corrcoef(coins.reshape(2, -1).numpy())[0, 1])

@@ -16,7 +16,7 @@ from torchmetrics import AUROC, MeanSquaredError
 
 import fedraclora
 from fedraclora.commands.compare import table as comparing
-from fedraclora.commands.report.page import Shown, results
+from fedraclora.commands.report.page import ReportedRun, results
 from fedraclora.commands.run_files import read_files
 from fedraclora.commands.study.file import refuse_lower
 from fedraclora.data.own_loss import OwnLoss, check_loss
@@ -387,7 +387,7 @@ def test_who_chooses_by_a_metric_of_ones_own_knows_its_direction(
     assert means == sorted(means)
     assert means[0] < means[1]
     assert [record["rank"] for record in table.records] == [1, 2]
-    shown = [Shown(**vars(read_files(tmp_path / name))) for name in ("still", "moving")]
+    shown = [ReportedRun(**vars(read_files(tmp_path / name))) for name in ("still", "moving")]
     assert [best for *_, best in results(["still", "moving"], shown)] == [False, True]
     bad, data = {"metric": "wrongs", "patience": 2}, clients()
     with pytest.raises(ConfigError, match=r"unknown stop\.metric 'wrongs'"):

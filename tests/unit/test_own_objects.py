@@ -21,7 +21,7 @@ from fedraclora.commands.report.page import read_shown
 from fedraclora.commands.run_files import read_files
 from fedraclora.errors import ClientError, ConfigError
 from fedraclora.protocol.method import Traits
-from fedraclora.protocol.program import ClientProgram, When
+from fedraclora.protocol.program import ClientProgram, GradientStage
 from fedraclora.strategies.shared.layerwise import LayerMethod, LayerUpdate
 from tests.common import normal
 
@@ -71,7 +71,7 @@ class Raises(ClientProgram):
             self._maybe("hook")
             return gradients
 
-        return {When.LOSS: hook}
+        return {GradientStage.LOSS: hook}
 
     def optimizer(self, chunk: Any, rates: Any) -> Any:
         self._maybe("optimizer")
@@ -80,7 +80,7 @@ class Raises(ClientProgram):
         self._maybe("sent")
         return result
 
-    def columns(self, sent: Any, got: Any) -> Any:
+    def columns(self, sent: Any, uplinks: Any) -> Any:
         self._maybe("columns")
         return {"train_loss": 1.0} if self.part == "taken" else {}
 
@@ -117,14 +117,18 @@ class Row(ClientProgram):
                 n: (g.mT / long[n]).mT * noise for n, g in gradients.items() if g.dim() == 2
             } | {n: g / long[n][:, None, None] for n, g in gradients.items() if g.dim() == 3}
 
-        return {When.CLIP: hook}
+        return {GradientStage.CLIP: hook}
 
 
 class Means(ClientProgram):
     """Takes the mean over clients out of gradients."""
 
     def hooks(self, chunk: Any) -> Any:
-        return {When.LOSS: lambda gradients, _: {n: g - g.mean(0) for n, g in gradients.items()}}
+        return {
+            GradientStage.LOSS: lambda gradients, _: {
+                n: g - g.mean(0) for n, g in gradients.items()
+            }
+        }
 
 
 class Steps(ClientProgram):
@@ -160,7 +164,9 @@ class Draws(ClientProgram):
 
     def hooks(self, chunk: Any) -> Any:
         return {
-            When.LOSS: lambda gradients, _: {n: g * torch.rand(()) for n, g in gradients.items()}
+            GradientStage.LOSS: lambda gradients, _: {
+                n: g * torch.rand(()) for n, g in gradients.items()
+            }
         }
 
 

@@ -40,13 +40,13 @@ class Cosine(fedraclora.RoundStep):
         self.column, self.name, self.cosine = name, name, math.nan
 
     @override
-    def treat(self, got: Any, context: Any) -> Any:
-        units = torch.nn.functional.normalize(rows_of(got) - starts(context, got), dim=1)
+    def treat(self, uplinks: Any, context: Any) -> Any:
+        units = torch.nn.functional.normalize(rows_of(uplinks) - starts(context, uplinks), dim=1)
         self.cosine = float((units @ units.mT).triu(1).sum() / math.comb(len(units), 2))
-        return got
+        return uplinks
 
     @override
-    def columns(self, exchange: Any, got: Any) -> dict[str, object]:
+    def columns(self, exchange: Any, uplinks: Any) -> dict[str, object]:
         return {self.column: self.cosine}
 
 
@@ -131,14 +131,14 @@ class Raises(Cosine):
             raise ZeroDivisionError("mine")
 
     @override
-    def treat(self, got: Any, context: Any) -> Any:
+    def treat(self, uplinks: Any, context: Any) -> Any:
         self._fail("treat", context.round_)
-        return super().treat(got, context)
+        return super().treat(uplinks, context)
 
     @override
-    def columns(self, exchange: Any, got: Any) -> dict[str, object]:
+    def columns(self, exchange: Any, uplinks: Any) -> dict[str, object]:
         self._fail("columns", exchange.round_)
-        return super().columns(exchange, got)
+        return super().columns(exchange, uplinks)
 
 
 @pytest.mark.slow

@@ -13,7 +13,7 @@ from fedraclora.compatibility import Features
 from fedraclora.errors import ConfigError
 from fedraclora.protocol.factor import to_train
 from fedraclora.protocol.method import Adapter, Factor, RoundInstructions
-from fedraclora.protocol.program import GRADIENT, PLAIN, ClientChunk, ClientProgram, When
+from fedraclora.protocol.program import GRADIENT, PLAIN, ClientChunk, ClientProgram, GradientStage
 from fedraclora.rng import generator, torch_normal
 from fedraclora.training.extras.pairs import (
     Adjustment,
@@ -159,7 +159,7 @@ def chunk_of(downlink: RoundInstructions, frozen: Tree | None = None) -> ClientC
 
 
 def test_what_belongs_to_no_adapter_keeps_its_gradient() -> None:
-    adjust = Adjustment("riemannian", 1e-6).hooks(chunk_of(downlink_of(BOTH)))[When.BUDGET]
+    adjust = Adjustment("riemannian", 1e-6).hooks(chunk_of(downlink_of(BOTH)))[GradientStage.BUDGET]
     plain = gradients_of(VALUES) | {"head.bias": normal(K, 4)}
     found = adjust(plain, VALUES)
     assert list(found) == list(plain)
@@ -217,7 +217,7 @@ def test_a_preconditioner_needs_a_factor_that_is_frozen() -> None:
     """The gradients of two trained factors would silently stay as they are."""
     A = VALUES["w/A"]
     one = chunk_of(downlink_of({"B": to_train((M, R)), "A": A[0]}), {"w/A": A})
-    hook = Precondition().hooks(one)[When.PROGRAM]
+    hook = Precondition().hooks(one)[GradientStage.PROGRAM]
     kept = hook({"w/B": VALUES["w/B"]}, VALUES)["w/B"]
     torch.testing.assert_close(kept @ (A @ A.mT), VALUES["w/B"], **TIGHT)
     (said,) = Features([Precondition(), both := downlink_of(BOTH)], both).conflicts()

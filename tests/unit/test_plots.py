@@ -17,14 +17,14 @@ from fedraclora.commands.report.figures import lines_of
 from fedraclora.errors import ShapeError
 from fedraclora.plots import comparison, frontier, run
 from fedraclora.plots.comparison import (
-    Entrant,
+    BoardRow,
     clusters,
     compare_figure,
     leaderboard_figure,
     spanned,
 )
-from fedraclora.plots.frontier import frontier_figure, of_use
-from fedraclora.plots.palette import PALETTE, looks
+from fedraclora.plots.frontier import frontier_figure, useful_range
+from fedraclora.plots.palette import PALETTE, line_styles
 from fedraclora.plots.run import label_distribution, run_curves
 from fedraclora.rng import generator
 from fedraclora.run.ledger import Row
@@ -286,27 +286,27 @@ def test_counts_must_be_a_matrix(tmp_path: Path, shape: tuple[int, ...]) -> None
 def test_a_method_has_one_color_in_every_figure() -> None:
     """Whatever is beside it, in whichever order, as long as there are colors for all."""
     names = [*METHODS]
-    own = {name: looks([name])[0].color for name in names}
+    own = {name: line_styles([name])[0].color for name in names}
     for name, other in itertools.permutations(names, 2):
-        one, two = looks([name, other])
+        one, two = line_styles([name, other])
         assert one.color != two.color
         if own[name] != own[other]:
             assert (one.color, two.color) == (own[name], own[other])
         else:
             assert (one if name < other else two).color == own[name]
     few = names[: len(PALETTE)]
-    shown = dict(zip(few, looks(few), strict=True))
+    shown = dict(zip(few, line_styles(few), strict=True))
     assert len({look.color for look in shown.values()}) == len(few)
-    assert [*map(shown.get, few[::-1])] == looks(few[::-1])
-    assert len({*looks(names)}) == len(names)  # more than there are colors: dashes help
+    assert [*map(shown.get, few[::-1])] == line_styles(few[::-1])
+    assert len({*line_styles(names)}) == len(names)  # more than there are colors: dashes help
 
 
 def test_rows_of_one_method_are_told_apart() -> None:
-    color = looks(["ffa_lora"])[0].color
-    both = looks(["ffa_lora", "fedavg", "ffa_lora"])
+    color = line_styles(["ffa_lora"])[0].color
+    both = line_styles(["ffa_lora", "fedavg", "ffa_lora"])
     assert (both[0].color, both[2].color) == (color, color)
     assert both[0].dash != both[2].dash
-    alone = looks(["ffa_lora"] * 3)
+    alone = line_styles(["ffa_lora"] * 3)
     assert alone[0].color == color
     assert len({look.color for look in alone}) == 3
 
@@ -322,9 +322,9 @@ def test_every_figure_draws_a_method_in_its_color(
     drawn(means({name: [rows(6)] for name in names}), "accuracy", path)
     points = [(1.0, 0.5), (10.0, 0.9)]
     frontier_figure({name: ([points], points) for name in names}, ("MB", "accuracy"), path)
-    board = [Entrant(name, 0.9, 0.01, 10.0, exact=True, method=name) for name in names]
+    board = [BoardRow(name, 0.9, 0.01, 10.0, exact=True, method=name) for name in names]
     leaderboard_figure(board, "accuracy", path)
-    colors = {name: look.color for name, look in zip(names, looks(names), strict=True)}
+    colors = {name: look.color for name, look in zip(names, line_styles(names), strict=True)}
     assert {k: line["color"] for k, line in lines_of(names, names).items()} == colors
     for figure in figures:
         used = {line.get_color() for panel in figure.axes for line in panel.get_lines()}
@@ -335,14 +335,14 @@ def test_the_axis_of_a_frontier_is_that_of_the_rows_of_use(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One that is far below is a mark at the edge; a loss has it the other way round."""
-    low, high = of_use([0.9, 0.89, 0.88, 0.85, 0.1])
+    low, high = useful_range([0.9, 0.89, 0.88, 0.85, 0.1])
     assert 0.8 < low < 0.88
     assert 0.9 < high < 0.95
-    worse, better = of_use([0.2, 0.21, 0.22, 0.25, 5.0], higher=False)
+    worse, better = useful_range([0.2, 0.21, 0.22, 0.25, 5.0], higher=False)
     assert 0.22 < worse < 0.4
     assert 0.1 < better < 0.2
-    assert of_use([0.9, 0.89, 0.88, 0.1], [0.5])[0] < 0.5
-    assert of_use([0.5, 0.5]) == pytest.approx((0.45, 0.55))
+    assert useful_range([0.9, 0.89, 0.88, 0.1], [0.5])[0] < 0.5
+    assert useful_range([0.5, 0.5]) == pytest.approx((0.45, 0.55))
     figures: list[Figure] = []
     monkeypatch.setattr(frontier, "write_png", lambda figure, _: figures.append(figure))
     good = [[(1.0, 0.2), (10.0, 0.9 - 0.01 * i)] for i in range(4)]
@@ -361,7 +361,7 @@ def test_the_axis_of_a_leaderboard_has_ticks(
 ) -> None:
     figures: list[Figure] = []
     monkeypatch.setattr(comparison, "write_png", lambda figure, _: figures.append(figure))
-    board = [Entrant(f"m{u}", 0.9, 0.01, u, exact=True, method=f"m{u}") for u in uplinks]
+    board = [BoardRow(f"m{u}", 0.9, 0.01, u, exact=True, method=f"m{u}") for u in uplinks]
     leaderboard_figure(board, "accuracy", tmp_path / "a.png")
     lower = figures[0].axes[1]
     least, most = lower.get_xlim()
@@ -395,7 +395,7 @@ def test_points_of_a_leaderboard_that_touch_share_a_label() -> None:
     means = [0.95, 0.91, 0.909, 0.905, 0.902, 0.5]
     uplinks = [400.0, 34.0, 33.0, 35.0, 80.0, 34.0]
     board = [
-        Entrant(label=f"m{i}", mean=mean, spread=0.0, uplink=uplink, exact=True, method="m")
+        BoardRow(label=f"m{i}", mean=mean, spread=0.0, uplink=uplink, exact=True, method="m")
         for i, (mean, uplink) in enumerate(zip(means, uplinks, strict=True))
     ]
     found = [(first.label, places) for first, places in clusters(board, near=0.01)]
@@ -412,10 +412,10 @@ def test_a_method_that_broke_down_does_not_stretch_the_axes_of_a_leaderboard(
     tmp_path: Path,
 ) -> None:
     sound = [
-        Entrant(f"m{i}", 0.85 - 0.01 * i, 0.004, 10.0 * (i + 1), exact=True, method=f"m{i}")
+        BoardRow(f"m{i}", 0.85 - 0.01 * i, 0.004, 10.0 * (i + 1), exact=True, method=f"m{i}")
         for i in range(5)
     ]
-    wild = Entrant("wild", 0.45, 0.5, 30.0, exact=False, method="wild")
+    wild = BoardRow("wild", 0.45, 0.5, 30.0, exact=False, method="wild")
     low, high = spanned([*sound, wild])
     assert (low, high) == pytest.approx(spanned(sound))
     assert 0.8 < low < 0.81 - 0.004

@@ -117,17 +117,17 @@ def test_noise_is_a_function_of_key_round_and_sum() -> None:
 
 def test_every_client_has_its_own_coin() -> None:
     mechanism = Mechanism(0.2, 20, 1.0, 1.0, DELTA)
-    drawn = [mechanism.drawn(Secret(KEY), t, 100) for t in range(400)]
+    drawn = [mechanism.sample(Secret(KEY), t, 100) for t in range(400)]
     taken = torch.stack([torch.bincount(d, minlength=100) for d in drawn]).double()
     assert float(taken.mean()) == pytest.approx(0.2, abs=0.006)
     assert float(taken.mean(dim=0).min()) > 0.12
     assert float(taken.mean(dim=0).max()) < 0.28
     # The number of clients varies as it does for independent coins.
     assert float(taken.sum(dim=1).var()) == pytest.approx(100 * 0.2 * 0.8, rel=0.25)
-    assert torch.equal(drawn[7], mechanism.drawn(Secret(KEY), 7, 100))
-    assert not torch.equal(drawn[7], mechanism.drawn(Secret(bytes(32)), 7, 100))
-    assert mechanism.drawn(Secret(KEY), 1, 100).tolist() == sorted(set(drawn[1].tolist()))
-    assert torch.equal(Mechanism(1.0, 9, 1, 1, DELTA).drawn(Secret(KEY), 1, 9), torch.arange(9))
+    assert torch.equal(drawn[7], mechanism.sample(Secret(KEY), 7, 100))
+    assert not torch.equal(drawn[7], mechanism.sample(Secret(bytes(32)), 7, 100))
+    assert mechanism.sample(Secret(KEY), 1, 100).tolist() == sorted(set(drawn[1].tolist()))
+    assert torch.equal(Mechanism(1.0, 9, 1, 1, DELTA).sample(Secret(KEY), 1, 9), torch.arange(9))
 
 
 def test_the_stream_is_chacha20() -> None:

@@ -14,7 +14,7 @@ import pytest
 
 import fedraclora
 from fedraclora.errors import CheckpointError
-from fedraclora.run.folder import alone
+from fedraclora.run.folder import locked_folder
 from fedraclora.weights.files import is_private, write_text
 from tests.unit.test_measuring import moons, net
 
@@ -108,7 +108,7 @@ def test_another_user_can_neither_read_nor_hold_a_run(shared: bool, tmp_path: Pa
     try:
         for path in (tmp_path, *tmp_path.parents):
             path.chmod(path.stat().st_mode | 0o005)
-        with alone(tmp_path / "a", shared=shared):
+        with locked_folder(tmp_path / "a", shared=shared):
             write_text(tmp_path / "a" / "config.yaml", "data: mine")
         child = os.fork()
         if not child:
@@ -143,7 +143,7 @@ def test_a_lock_that_is_another_users_names_the_folder(
         raise PermissionError(13, "Permission denied")
 
     monkeypatch.setattr("fedraclora.run.folder.open_lock", refuse)
-    with pytest.raises(CheckpointError, match=r"another user"), alone(tmp_path / "a"):
+    with pytest.raises(CheckpointError, match=r"another user"), locked_folder(tmp_path / "a"):
         pass
 
 

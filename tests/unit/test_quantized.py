@@ -24,7 +24,7 @@ from fedraclora.protocol.quantized import ROUNDED, ROUNDINGS, decode, encode, pa
 from fedraclora.rng import generator, torch_normal
 from fedraclora.sketch import SketchSpec
 from fedraclora.weights.chain import LinkSizes, link_tensors, read_link, term_bytes
-from fedraclora.wire.changes import Changes, Coded, uploaded_bytes
+from fedraclora.wire.changes import ChangeCodec, CodedRows, uploaded_bytes
 
 SIZES = st.lists(st.integers(0, 140), max_size=4)
 LEVELS = {"int8": 127, "int4": 7}
@@ -92,10 +92,10 @@ def test_what_rounding_adds_to_a_mean_falls_with_the_cohort(kind: str) -> None:
     """ω / K of the theory: clients round alike only if they draw alike, and they do not."""
     K, rounds, weights = 5, 400, torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0]).double()
     clients, p = torch.arange(K), weights / weights.sum()
-    changes = Changes(kind, asked(), {"b": torch.zeros(7)}, clients)
+    changes = ChangeCodec(kind, asked(), {"b": torch.zeros(7)}, clients)
     start = changes._starts(clients)
     x = torch_normal(generator(4, "x"), 28).expand(K, 28)  # the same change at all
-    errors = torch.stack([changes.encode(start + x, 5, t, Coded()) for t in range(rounds)])
+    errors = torch.stack([changes.encode(start + x, 5, t, CodedRows()) for t in range(rounds)])
     errors -= start + x
     alone = errors.square().sum(-1).mean(0)  # [K]
     together = (p[:, None] * errors).sum(1).square().sum(-1).mean()
@@ -321,8 +321,8 @@ def asked(ranks: torch.Tensor | None = None, program: ClientProgram = PLAIN) -> 
 @kinds
 def test_the_server_reads_what_the_client_kept(kind: str, ranks: torch.Tensor | None) -> None:
     sent, base = asked(ranks), {"b": torch_normal(generator(0, "b"), 7).float()}
-    clients, coded = torch.tensor([2, 4, 9]), Coded()
-    changes = Changes(kind, sent, base, clients)
+    clients, coded = torch.tensor([2, 4, 9]), CodedRows()
+    changes = ChangeCodec(kind, sent, base, clients)
     rows = torch_normal(generator(0, "rows"), 3, 28)
     kept = changes.encode(rows, 5, 1, coded)
     assert [len(code) for code in coded.codes] == uploaded_bytes(sent, 3, kind).tolist()
@@ -335,14 +335,14 @@ def test_the_server_reads_what_the_client_kept(kind: str, ranks: torch.Tensor | 
         mask = torch.cat([place, torch.ones(3, 7, dtype=torch.bool)], dim=1)
         assert torch.equal(read, kept[some][mask[some]])
         assert torch.equal(kept[~mask], rows[~mask])
-    alone = Changes(kind, sent.select(torch.tensor([1])), base, clients[1:2])
-    assert torch.equal(alone.encode(rows[1:2], 5, 1, Coded())[0], kept[1])
+    alone = ChangeCodec(kind, sent.select(torch.tensor([1])), base, clients[1:2])
+    assert torch.equal(alone.encode(rows[1:2], 5, 1, CodedRows())[0], kept[1])
 
 
 def test_gradients_are_rounded_as_they_are() -> None:
-    clients, coded = torch.tensor([0]), Coded()
+    clients, coded = torch.tensor([0]), CodedRows()
     rows = torch_normal(generator(0, "rows"), 1, 28)
-    Changes("int8", asked(program=GRADIENT), {"b": torch.zeros(7)}, clients).encode(
+    ChangeCodec("int8", asked(program=GRADIENT), {"b": torch.zeros(7)}, clients).encode(
         rows, 5, 1, coded
     )
     assert (decode(coded.codes[0], [21, 7], "int8") - rows[0]).abs().max() < 0.1

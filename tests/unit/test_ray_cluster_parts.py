@@ -19,7 +19,7 @@ from fedraclora.config.settings import RayConfig
 from fedraclora.engines.ray import packages
 from fedraclora.engines.ray.cluster import (
     Cluster,
-    NoPaths,
+    ImportPathGuard,
     address_of,
     check_address,
     folder_digest,
@@ -196,11 +196,11 @@ def test_ray_is_given_an_ip_address(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_room_grows_with_hosts_that_join(monkeypatch: pytest.MonkeyPatch) -> None:
     made = cluster(monkeypatch, nodes := [{"CPU": 1}, {"CPU": 2}])
     assert made.room() == 3
-    assert made.newcomers() == []
+    assert made.new_machines() == []
     cluster(monkeypatch, [*nodes, {"CPU": 4}])
     assert made.room() == 7
-    assert [(host.address, host.room) for host in made.newcomers()] == [("10.0.0.2", 4)]
-    assert made.newcomers() == []
+    assert [(host.address, host.room) for host in made.new_machines()] == [("10.0.0.2", 4)]
+    assert made.new_machines() == []
 
 
 def test_what_others_use_is_left_to_them(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -228,7 +228,7 @@ def test_files_of_a_folder_are_told_apart_by_their_content(tmp_path: Path) -> No
 
 
 def test_no_folder_of_this_machine_is_put_first_on_paths_elsewhere() -> None:
-    job = JobConfig(_py_driver_sys_path=NoPaths([""]))
+    job = JobConfig(_py_driver_sys_path=ImportPathGuard([""]))
     job._py_driver_sys_path.extend(["/a", "/b"])  # as ray.init does
     assert job._py_driver_sys_path == []
 

@@ -384,7 +384,7 @@ def test_time_in_which_nobody_looks_is_no_silence(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(pulses, "time", world)
     monkeypatch.setattr(pulses, "Thread", lambda **_: world)
     monkeypatch.setattr(world, "start", lambda: None, raising=False)
-    pulse = pulses.Pulse(lambda: [("", 0)])
+    pulse = pulses.LivenessPoller(lambda: [("", 0)])
     world.now += 3600  # this process was stopped, or at other work
     assert pulse.look() < 1
     for _ in range(5):
@@ -418,7 +418,7 @@ def test_slow_answers_are_waited_for_longer_and_one_that_ends_a_fault_is_none(
     monkeypatch.setattr(pulses, "time", world)
     monkeypatch.setattr(pulses, "Thread", lambda **_: MagicMock())
     monkeypatch.setattr(pulses.socket, "create_connection", connect)
-    pulse = pulses.Pulse(lambda: [("", 0)])
+    pulse = pulses.LivenessPoller(lambda: [("", 0)])
     pulse._ask()
     pulse._ask()
     for _ in range(6):
@@ -433,9 +433,9 @@ def test_a_worker_is_as_silent_as_the_raylet_of_its_host(monkeypatch: pytest.Mon
             raise TimeoutError(patience)
         return 0.1
 
-    monkeypatch.setattr(pulses, "greet", greet)
+    monkeypatch.setattr(pulses, "check_response", greet)
     for places, quiet in ([("", 1), ("", 2)], 4.0), ([("", 1), ("", 3)], 0.0):
-        pulse = pulses.Pulse(lambda places=places: places)  # type: ignore[misc]
+        pulse = pulses.LivenessPoller(lambda places=places: places)  # type: ignore[misc]
         pulse.quiet = 4.0
         pulse._ask()
         assert pulse.quiet == quiet
@@ -444,7 +444,7 @@ def test_a_worker_is_as_silent_as_the_raylet_of_its_host(monkeypatch: pytest.Mon
 def test_a_process_that_is_gone_is_silent_at_once() -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         place = listener.getsockname()
-    pulse = pulses.Pulse(lambda: [place])
+    pulse = pulses.LivenessPoller(lambda: [place])
     pulse._ask()
     assert pulse.look() >= 1
 

@@ -21,7 +21,7 @@ from ray.exceptions import ObjectLostError
 from fedraclora.config.settings import RayConfig
 from fedraclora.engines.ray.cluster import Cluster, check_address
 from fedraclora.engines.ray.pool import WorkerPool, WorkerSlot
-from fedraclora.engines.ray.pulse import greet, places_of
+from fedraclora.engines.ray.pulse import check_response, places_of
 from fedraclora.errors import ConfigError, EngineError
 
 pytestmark = pytest.mark.long
@@ -91,7 +91,7 @@ def test_every_job_is_done_once(tmp_path: Path, cluster: Cluster) -> None:
     assert len({facts["pid"] for facts in pool.facts()}) == 2
     places = places_of(pool.slots[0].actor)
     assert len({*places}) == 2  # its own, and that of the raylet
-    assert all(greet(*place, 60.0) < 60 for place in places)
+    assert all(check_response(*place, 60.0) < 60 for place in places)
     answers = [job for job, _, _ in pool.run([f"ok {i}" for i in range(9)], submit)]
     assert sorted(answers) == [f"ok {i}" for i in range(9)]
     assert pool.incidents == []

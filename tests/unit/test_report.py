@@ -18,7 +18,7 @@ import fedraclora
 from fedraclora.commands import cli
 from fedraclora.commands.report.figures import last_measured, lines_of, spread_figures
 from fedraclora.commands.report.page import (
-    Shown,
+    ReportedRun,
     differences,
     page_of,
     read_shown,
@@ -47,7 +47,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, fedraclora.RunRe
 LINES = lines_of([""], ["fedavg"])
 
 
-def measured(shown: Shown, folder: Path, shift: float) -> Shown:
+def measured(shown: ReportedRun, folder: Path, shift: float) -> ReportedRun:
     """The same run, as if 30 clients had measured after rounds 0 and 4; written to a folder."""
     n = np.arange(30) * 7 % 30 + 1
     accuracy = 0.3 + n / 100 + shift

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from fedraclora.data.clients import Partitioned, count_labels
+from fedraclora.data.clients import PartitionedData, count_labels
 from fedraclora.data.samples import Samples
 from fedraclora.errors import DataError
 
@@ -34,34 +34,34 @@ def test_moving_to_a_precision_leaves_integers_alone() -> None:
 
 
 def test_a_partition_knows_its_sizes() -> None:
-    data = Partitioned.of(TABLE, PARTS)
+    data = PartitionedData.of(TABLE, PARTS)
     assert data.num_clients == 3
     assert data.sizes(torch.tensor([2, 0, 1])).tolist() == [3, 2, 0]
 
 
 def test_gather_takes_positions_in_the_client() -> None:
-    data = Partitioned.of(TABLE, PARTS)
+    data = PartitionedData.of(TABLE, PARTS)
     batch = data.gather(torch.tensor([2, 0]), torch.tensor([[2, 0], [1, 0]]))
     assert batch.target.tolist() == [10, 20, 0, 40]
     assert batch.inputs["x"][:, 0].tolist() == [2, 4, 0, 8]
 
 
 def test_gather_allows_padding_past_the_last_client() -> None:
-    data = Partitioned.of(TABLE, PARTS)
+    data = PartitionedData.of(TABLE, PARTS)
     batch = data.gather(torch.tensor([2]), torch.tensor([[0, 7]]))
     assert len(batch) == 2
     assert batch.target[0] == 20
 
 
 def test_a_client_is_its_rows_in_stored_order() -> None:
-    data = Partitioned.of(TABLE, PARTS)
+    data = PartitionedData.of(TABLE, PARTS)
     assert data.client(0).target.tolist() == [40, 0]
     assert data.client(2).target.tolist() == [20, 20, 10]
     assert len(data.client(1)) == 0
 
 
 def test_moving_a_partition_moves_its_samples() -> None:
-    data = Partitioned.of(TABLE, PARTS).to("cpu", torch.float64)
+    data = PartitionedData.of(TABLE, PARTS).to("cpu", torch.float64)
     assert data.samples.inputs["x"].dtype == torch.float64
     assert data.rows.dtype == torch.int64
     assert data.client(0).inputs["x"].tolist() == [[8, 9], [0, 1]]
@@ -70,12 +70,12 @@ def test_moving_a_partition_moves_its_samples() -> None:
 @pytest.mark.parametrize("rows", [[5], [-1], [0, 99]])
 def test_a_row_outside_the_table_is_refused(rows: list[int]) -> None:
     with pytest.raises(DataError, match=r"0\.\.4"):
-        Partitioned.of(TABLE, [np.array(rows)])
+        PartitionedData.of(TABLE, [np.array(rows)])
 
 
 def test_a_partition_needs_a_client() -> None:
     with pytest.raises(DataError, match="at least one client"):
-        Partitioned.of(TABLE, [])
+        PartitionedData.of(TABLE, [])
 
 
 def padded(target: torch.Tensor) -> Samples:
@@ -113,12 +113,12 @@ def test_trim_leaves_alone_what_cannot_be_cut(length: int) -> None:
 
 
 def test_a_partition_knows_the_lengths_of_its_samples() -> None:
-    data = Partitioned.of(padded(torch.zeros(3)), [np.array([2, 0]), np.array([1])])
+    data = PartitionedData.of(padded(torch.zeros(3)), [np.array([2, 0]), np.array([1])])
     clients, positions = torch.tensor([1, 0]), torch.tensor([[[0, 9]], [[1, 0]]])
     lengths = data.lengths(clients, positions)
     assert lengths is not None
     assert lengths.tolist() == [[[3, 3]], [[2, 0]]]
-    assert Partitioned.of(TABLE, PARTS).lengths(clients, positions) is None
+    assert PartitionedData.of(TABLE, PARTS).lengths(clients, positions) is None
 
 
 def test_labels_are_counted_for_the_clients_that_are_asked_for() -> None:
@@ -126,7 +126,7 @@ def test_labels_are_counted_for_the_clients_that_are_asked_for() -> None:
     labels = rng.integers(0, 3, 200)
     parts = [rng.integers(0, 200, n) for n in rng.integers(0, 9, 50)]
     assert any(not len(part) for part in parts)
-    data = Partitioned.of(Samples({"x": torch.zeros(200, 1)}, torch.from_numpy(labels)), parts)
+    data = PartitionedData.of(Samples({"x": torch.zeros(200, 1)}, torch.from_numpy(labels)), parts)
     asked = [49, 3, *range(10, 45), 3]
     counts = count_labels(data, torch.tensor(asked), 4)
     wanted = [np.bincount(labels[parts[k]], minlength=4) for k in asked]

@@ -14,7 +14,14 @@ from hydra.errors import ConfigCompositionException, MissingConfigException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from fedraclora.commands.status import at_once, composing, explained, in_order, reported, tell
+from fedraclora.commands.status import (
+    composing,
+    ending_on_signals,
+    exiting_on_signals,
+    explained,
+    report_error,
+    reported,
+)
 from fedraclora.errors import CheckpointError, ConfigError
 
 
@@ -59,7 +66,7 @@ FORESEEN: dict[str, tuple[Exception, list[str]]] = {
 @pytest.mark.parametrize("case", FORESEEN)
 def test_what_a_user_can_mend_is_one_line(case: str, capsys: pytest.CaptureFixture[str]) -> None:
     error, said = FORESEEN[case]
-    assert tell(error) == 1
+    assert report_error(error) == 1
     printed = capsys.readouterr().err
     assert printed.startswith("error: ")
     assert printed.count("\n") == 1
@@ -69,7 +76,7 @@ def test_what_a_user_can_mend_is_one_line(case: str, capsys: pytest.CaptureFixtu
 def test_a_text_in_a_message_moves_no_cursor_and_is_no_message_of_its_own(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    tell(ConfigError("no folder a\nerror: done\x1b[2J\r\x9b31m[/red]"))
+    report_error(ConfigError("no folder a\nerror: done\x1b[2J\r\x9b31m[/red]"))
     printed = capsys.readouterr().err
     assert printed == "error: no folder a\n  error: done\\x1b[2J\\r\\x9b31m[/red]\n"
 
@@ -135,7 +142,7 @@ def test_a_terminal_that_closes_does_not_end_what_ignores_it() -> None:
     """As ``nohup`` has it."""
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
-        for guard in (in_order(), at_once()):
+        for guard in (ending_on_signals(), exiting_on_signals()):
             with guard:
                 assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
     finally:

@@ -12,7 +12,7 @@ import pytest
 from fedraclora.commands.deploy import Record
 from fedraclora.config.titles import run_title
 from fedraclora.errors import ClientError, DivergenceError
-from fedraclora.protocol.uplinks import Refusal, too_many
+from fedraclora.protocol.uplinks import Refusal, failures_error
 from fedraclora.run.stopped import STOPPED, divergence
 from fedraclora.strategies import runner
 from fedraclora.strategies.runner import stopping_noted
@@ -96,8 +96,8 @@ def test_a_record_of_a_run_elsewhere_is_drawn_where_it_stops(tmp_path: Path) -> 
 def test_a_round_diverged_where_all_that_failed_have_numbers_that_are_not_finite() -> None:
     lost = Refusal(3, "its training loss is nan; lower local.lr or set local.clip")
     late = Refusal(4, "no reply in time")
-    assert type(too_many([lost, lost], 7, "max_failures=0")) is DivergenceError
-    assert type(too_many([lost, late], 7, "max_failures=0")) is ClientError
+    assert type(failures_error([lost, lost], 7, "max_failures=0")) is DivergenceError
+    assert type(failures_error([lost, late], 7, "max_failures=0")) is ClientError
 
 
 def test_the_title_names_data_division_step_size_and_seed() -> None:

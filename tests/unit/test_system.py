@@ -193,7 +193,7 @@ def test_what_a_client_is_does_not_depend_on_the_cohort(order: list[int], cut: i
     ids = torch.tensor([3, 14, 15, 92, 65, 35, 89, 79, 32, 38, 46, 10**9])
     places = torch.tensor(order[:cut])
     some = ids[places]
-    whole, own = FLEET.trips(1, 2, ids, load(ids)), FLEET.trips(1, 2, some, load(some))
+    whole, own = FLEET.draw_delays(1, 2, ids, load(ids)), FLEET.draw_delays(1, 2, some, load(some))
     assert all(torch.equal(few, all_[places]) for few, all_ in zip(own, whole, strict=True))
     ranks, few = FLEET.ranks(1, ids, 8), FLEET.ranks(1, some, 8)
     assert ranks is not None
@@ -241,7 +241,7 @@ def test_clients_vanish_as_often_as_asked_and_evenly_in_time() -> None:
     ids = torch.arange(20_000)
     work = Load(torch.full_like(ids, 10), torch.zeros_like(ids), torch.zeros_like(ids))
     system = SystemConfig(speed=Constant(1.0), drop_out=0.2)
-    seconds, gone = system.trips(0, 1, ids, work)
+    seconds, gone = system.draw_delays(0, 1, ids, work)
     assert torch.equal(seconds, torch.full_like(seconds, 10.0))
     lost = gone[gone.isfinite()]
     assert len(lost) == pytest.approx(4000, abs=5 * math.sqrt(20_000 * 0.2 * 0.8))

@@ -9,13 +9,13 @@ import pytest
 
 from fedraclora.config.table_rows import TableRow, selection_of
 from fedraclora.errors import ConfigError
-from fedraclora.models import Built
+from fedraclora.models import BuiltModel
 
 MLP: dict[str, object] = {"name": "mlp", "hidden": [3]}
 
 
 def test_a_row_is_called_with_what_only_a_run_knows() -> None:
-    row: TableRow[Built] = TableRow.checked("model", MLP)
+    row: TableRow[BuiltModel] = TableRow.checked("model", MLP)
     assert (row.name, row.get("hidden"), row.get("root")) == ("mlp", [3], None)
     built = pickle.loads(pickle.dumps(row))(shape=(5,), classes=2, seed=0)
     assert [tuple(p.shape) for p in built.model.parameters()] == [(3, 5), (3,), (2, 3), (2,)]

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.func import functional_call
 
-from fedraclora.data.clients import Partitioned
+from fedraclora.data.clients import PartitionedData
 from fedraclora.data.task import LOSSES
 from fedraclora.errors import ConfigError
 from fedraclora.experiments.theory import examples
@@ -35,7 +35,7 @@ FEDERATED = [name for name in PROBLEMS if "8 clients" in name]
 def sample_gradients(ground: Problem, weight: torch.Tensor) -> torch.Tensor:
     """Gradients of single samples by autograd, [M, S, m n]."""
     data = ground.task.train
-    assert isinstance(data, Partitioned)
+    assert isinstance(data, PartitionedData)
     x, y = data.samples.inputs["x"], data.samples.target
     loss = LOSSES[ground.task.loss]
 
@@ -215,7 +215,7 @@ def test_rounds_and_uplink_to_an_accuracy_are_read_off_the_curves() -> None:
 def test_the_regression_is_the_quadratic_of_the_paper() -> None:
     task = examples.quadratic()
     data = task.train
-    assert isinstance(data, Partitioned)
+    assert isinstance(data, PartitionedData)
     M = examples.M
     W = torch_normal(generator(4, "test"), 3, 3)
     output = functional_call(task.model, {WEIGHT: W}, (data.samples.inputs["x"],))
@@ -259,7 +259,7 @@ def test_a_basis_of_noisy_links_alone_ends_beside_the_optimum() -> None:
 def test_the_noise_of_the_example_has_mean_zero_and_no_loss() -> None:
     task = examples.noisy()
     data = task.train
-    assert isinstance(data, Partitioned)
+    assert isinstance(data, PartitionedData)
     W = torch_normal(generator(4, "test"), 3, 3)
     output = functional_call(task.model, {WEIGHT: W}, (data.samples.inputs["x"],))
     losses, _ = examples.loss(output, data.samples.target)

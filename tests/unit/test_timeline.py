@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedraclora.devices.timeline import Race, Timeline
+from fedraclora.devices.timeline import ArrivalOrder, Timeline
 from fedraclora.errors import ClientError
 
 INF = math.inf
@@ -21,9 +21,9 @@ def race(
     needed: int = 2,
     deadline: float = INF,
     ties: list[float] | None = None,
-) -> Race:
+) -> ArrivalOrder:
     K = len(seconds)
-    return Race(
+    return ArrivalOrder(
         round_=7,
         clients=torch.arange(K) * 10,
         seconds=torch.tensor(seconds, dtype=torch.float64),
@@ -107,7 +107,7 @@ def test_everybody_gone_is_told_as_that() -> None:
         race([9.0, 1.0], [5.0, 0.5]).run()
 
 
-def played(run: Race) -> tuple[list[int], float]:
+def played(run: ArrivalOrder) -> tuple[list[int], float]:
     """Play the events one after another: who is kept, and when the round ends."""
     events = []
     for place, (seconds, gone) in enumerate(
@@ -129,7 +129,7 @@ def played(run: Race) -> tuple[list[int], float]:
 
 
 @st.composite
-def races(draw: st.DrawFn) -> Race:
+def races(draw: st.DrawFn) -> ArrivalOrder:
     K = draw(st.integers(1, 9))
     seconds = [float(draw(st.integers(0, 12))) for _ in range(K)]
     shares = [draw(st.sampled_from([None, 0.0, 0.25, 0.75])) for _ in range(K)]
@@ -140,7 +140,7 @@ def races(draw: st.DrawFn) -> Race:
 
 
 @given(races())
-def test_the_round_is_what_its_events_make_it(run: Race) -> None:
+def test_the_round_is_what_its_events_make_it(run: ArrivalOrder) -> None:
     kept, end = played(run)
     if not kept:
         with pytest.raises(ClientError, match="round 7: no client answered"):

@@ -22,7 +22,7 @@ from fedraclora.imports import import_object
 from fedraclora.protocol.program import ClientProgram
 from fedraclora.run.digests import write_digests
 from fedraclora.strategies.weights import load_weights
-from fedraclora.trust import VARIABLE, foreign, names_in, only_said, trust, trusting
+from fedraclora.trust import VARIABLE, foreign, names_in, restricted_imports, trust, trusting
 
 SMALL = ("data=digits", "data.labels=null", "pretrain=none", "partition=iid", "model.hidden=[6]")
 SMALL += ("clients=4", "clients_per_round=4", "rounds=1", "output=study", "output.sync=false")
@@ -186,14 +186,14 @@ def test_what_is_trusted_are_names_of_modules(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_a_command_imports_what_its_words_name(canary: Callable[[], str]) -> None:
-    with only_said(["data.loss={name:trust_mine:loss,weight:2}"]):
+    with restricted_imports(["data.loss={name:trust_mine:loss,weight:2}"]):
         import_object("data.loss", "trust_mine:loss")
         for name in ("trust_mine:factory", "trust_other:loss"):
             with pytest.raises(ConfigError, match=name):
                 import_object("data.loss", name)
     assert canary() == "trust_mine "
     for word in ("resume=runs/trust_mine:loss", "a.trust_mine:loss", "trust_mine:loss/b"):
-        with only_said([word]), pytest.raises(ConfigError, match="trust=trust_mine"):
+        with restricted_imports([word]), pytest.raises(ConfigError, match="trust=trust_mine"):
             import_object("data.loss", "trust_mine:loss")
 
 

@@ -26,19 +26,19 @@ from pandas import DataFrame
 import fedraclora
 from fedraclora.binding import PlainDict, section
 from fedraclora.compose.overrides import composed, key_of
-from fedraclora.compose.resume import laid_over
+from fedraclora.compose.resume import with_changes
 from fedraclora.config.build import build_task
 from fedraclora.config.run_config import task_from_plain
 from fedraclora.errors import CheckpointError, ConfigError, DivergenceError
 from fedraclora.protocol.quantized import FULL, ROUNDED
-from fedraclora.run.folder import alone
+from fedraclora.run.folder import locked_folder
 from fedraclora.run.found_rate import FoundRate
 from fedraclora.run.statistics import frontier, ranks
 from fedraclora.tuning import rates, search, task
 from fedraclora.tuning.rates import RATE_KEY, TIMES, RateRange
 from fedraclora.tuning.result import (
     Point,
-    Tuned,
+    TuningResult,
     lacking,
     rounds_of_trials,
     taken_within,
@@ -51,7 +51,7 @@ TASK += ["clients_per_round=4", "rounds=2", "local.epochs=1", "output.progress=f
 SMALL = ["tune.rungs=[0.5]", "tune.sizes=[1]", "tune.test_seeds=[0]"]
 
 
-def tuned(folder: Path, *words: str) -> Tuned:
+def tuned(folder: Path, *words: str) -> TuningResult:
     rest = [*TASK, f"output.dir={folder}", *(w for w in words if not w.startswith("tune."))]
     own = [*SMALL, *(word for word in words if word.startswith("tune."))]
     return task.tune_task(composed(rest), {key_of(word) for word in rest}, own)
@@ -75,7 +75,7 @@ class Fed:
         self.curves, self.seconds, self.breaks = list(curves), seconds, breaks or {}
         self.now, self.begun, self.told = 0.0, 0, list[str]()
 
-    def run(self, plain: PlainDict, seed: int, watch: search.Watch) -> None:
+    def run(self, plain: PlainDict, seed: int, watch: search.TrialLogger) -> None:
         curve, breaks = self.curves[self.begun], self.breaks.get(self.begun)
         self.begun += 1
         for round_, (size, score) in enumerate(curve):
@@ -141,7 +141,7 @@ def test_the_frontier_is_what_no_other_point_beats(drawn: list[tuple[int, int]],
 
 
 @pytest.fixture(scope="module")
-def twice(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Any], Tuned]:
+def twice(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Any], TuningResult]:
     """A tuning that went on with the same command: its folder, what it knew, what it found."""
     folder = tmp_path_factory.mktemp("tune") / "twice"
     sizes = "tune.sizes=[0.001,1]"
@@ -152,7 +152,7 @@ def twice(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Any], Tu
 
 @pytest.mark.slow
 def test_it_goes_on_with_the_same_command(
-    twice: tuple[Path, list[Any], Tuned], monkeypatch: pytest.MonkeyPatch
+    twice: tuple[Path, list[Any], TuningResult], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder, known, found = twice
     assert len(known) == 3
@@ -173,7 +173,9 @@ def test_it_goes_on_with_the_same_command(
 
 
 @pytest.mark.slow
-def test_the_frontier_is_that_of_what_was_measured(twice: tuple[Path, list[Any], Tuned]) -> None:
+def test_the_frontier_is_that_of_what_was_measured(
+    twice: tuple[Path, list[Any], TuningResult],
+) -> None:
     folder, _, tuning = twice
     curves = [t.user_attrs["curve"] for t in ended(folder) if t.user_attrs["ended"] != "diverged"]
     all_ = {(p["traffic"], p["value"]) for curve in curves for p in curve}
@@ -183,8 +185,7 @@ def test_the_frontier_is_that_of_what_was_measured(twice: tuple[Path, list[Any],
     assert tuning.frontier["accuracy"].is_monotonic_increasing
 
 
-@pytest.mark.slow
-def test_what_is_found_runs_by_its_name_alone(twice: tuple[Path, list[Any], Tuned]) -> None:
+def test_what_is_found_runs_by_its_name_alone(twice: tuple[Path, list[Any], TuningResult]) -> None:
     folder, _, found = twice
     words = ["--config-dir", str(folder), "experiment=at_1MB"]
     one, other = flatten(composed(words)), flatten(found.configs[1.0])
@@ -397,11 +398,11 @@ def test_an_interruption_tells_what_was_found_and_how_to_go_on(
     made, _ = feeding(fed, "tune.runs=1")
     told = list[bool]()
 
-    def found(*, over: bool) -> Tuned:
+    def found(*, over: bool) -> TuningResult:
         told.append(over)
         if over:
             raise KeyboardInterrupt
-        return Tuned(made.folder, None, {}, {})
+        return TuningResult(made.folder, None, {}, {})
 
     with pytest.raises(KeyboardInterrupt) as raised:
         task.ended(made, found)
@@ -414,7 +415,7 @@ def test_a_run_whose_process_is_dead_is_tried_again(feeding: Feeding, tmp_path: 
     made, study = feeding(Fed([curve] * 5), "tune.runs=2")
     cut = study.ask()
     made.space.suggest(cut)
-    with alone(tmp_path / "processes" / str(cut.number)):  # it lives: its run counts
+    with locked_folder(tmp_path / "processes" / str(cut.number)):  # it lives: its run counts
         assert not made.run()
     assert [trial.state.name for trial in study.trials] == ["RUNNING", "COMPLETE"]
     assert made.run()
@@ -553,13 +554,13 @@ def test_the_rate_is_tuned_around_that_of_the_rule_for_each_run(
 def test_the_rate_of_a_preset_is_moved_to_the_rank_of_a_run(tmp_path: Path) -> None:
     plain = composed([*TASK, "method=ffa_lora", "local.lr=0.3", "method.rank=4", "method.alpha=4"])
     built = build_task(task_from_plain(plain))
-    at = {r: laid_over(plain, {"method.rank": r}) for r in (2, 4, 8)}
+    at = {r: with_changes(plain, {"method.rank": r}) for r in (2, 4, 8)}
     given_ = plain, built, {"ffa_lora": section(plain, "method")}
-    moved = RateRange.found(*given_, auto=False)
+    moved = RateRange.for_task(*given_, auto=False)
     assert [moved.around(at[r]) for r in (4, 8)] == pytest.approx([0.3, 1.2], rel=0.02)
-    ruled = RateRange.found(*given_, auto=True)
+    ruled = RateRange.for_task(*given_, auto=True)
     assert ruled.around(at[4]) == pytest.approx(1.1, rel=0.02)
-    clipped = laid_over(at[4], {"local.clip": 1.0, "local.clip_by": "layer"})
+    clipped = with_changes(at[4], {"local.clip": 1.0, "local.clip_by": "layer"})
     assert ruled.around(clipped) == ruled.around(at[4])
 
 
@@ -580,9 +581,9 @@ def test_where_there_is_no_rule_the_rate_is_tuned_around_one_that_is_found(
 def test_the_rate_of_a_preset_is_that_of_all_where_there_is_no_rule() -> None:
     plain = composed([*TASK, "method=fedavg", "local.lr=0.3"])
     given_ = plain, build_task(task_from_plain(plain)), {"fedavg": section(plain, "method")}
-    found = RateRange.found(*given_, auto=False)
+    found = RateRange.for_task(*given_, auto=False)
     assert found.around(plain) == 0.3
-    assert "for all" in found.told
+    assert "for all" in found.description
 
 
 def test_why_nothing_is_taken_at_a_size_is_said(feeding: Feeding) -> None:
@@ -639,10 +640,12 @@ def test_a_run_under_a_schedule_counts_as_a_whole(feeding: Feeding) -> None:
     made, _ = feeding(Fed([]), "tune.sizes=[0.9,1]")
     made.space.plain["local"] = {**section(made.space.plain, "local"), "schedule": "cosine"}
     rounds = trials_of(curve)
-    assert made.worth(rounds) == pytest.approx([0.0, 0.4])
-    assert made.worth(rounds[:3]) == pytest.approx([0.0, 0.2])  # at the bytes of all rounds
+    assert made.metric_by_size(rounds) == pytest.approx([0.0, 0.4])
+    assert made.metric_by_size(rounds[:3]) == pytest.approx(
+        [0.0, 0.2]
+    )  # at the bytes of all rounds
 
 
-def test_going_on_with_other_sizes_is_refused(twice: tuple[Path, list[Any], Tuned]) -> None:
+def test_going_on_with_other_sizes_is_refused(twice: tuple[Path, list[Any], TuningResult]) -> None:
     with pytest.raises(CheckpointError, match="sizes"):
         tuned(twice[0], "tune.runs=9", "tune.sizes=[2]")

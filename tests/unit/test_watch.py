@@ -17,7 +17,7 @@ import pytest
 
 import fedraclora
 from fedraclora.commands import cli
-from fedraclora.commands.watch import asked, watched
+from fedraclora.commands.watch import watch_options, watched
 from fedraclora.commands.watch.server import PageServer, serving
 from fedraclora.commands.watch.status import Watched
 from fedraclora.errors import ConfigError
@@ -288,7 +288,7 @@ def test_a_port_that_is_taken_is_named(page: PageServer, run: fedraclora.RunResu
 
 @pytest.mark.slow
 def test_a_command_serves_the_page_while_it_runs(tmp_path: Path, capsys: Any) -> None:
-    with asked(["rounds=3", "watch=true"]) as rest:
+    with watch_options(["rounds=3", "watch=true"]) as rest:
         assert rest == ["rounds=3"]
         with watched(tmp_path):
             url = capsys.readouterr().err.split()[-1]
@@ -297,9 +297,9 @@ def test_a_command_serves_the_page_while_it_runs(tmp_path: Path, capsys: Any) ->
             got(url, "status.json")
         with pytest.raises(ConfigError, match=r"watch=true.*sweep"), watched(tmp_path, sweep=True):
             pass
-    with asked(["rounds=3"]), watched(tmp_path):
+    with watch_options(["rounds=3"]), watched(tmp_path):
         assert capsys.readouterr().err == ""
-    with pytest.raises(ConfigError, match="watch=maybe"), asked(["watch=maybe"]):
+    with pytest.raises(ConfigError, match="watch=maybe"), watch_options(["watch=maybe"]):
         pass
 
 

@@ -28,9 +28,9 @@ from fedraclora.sketch import SketchSpec
 from fedraclora.training.localconfig import LocalConfig
 from fedraclora.training.results import join_results
 from fedraclora.tree import Layout, Tree
-from fedraclora.wire.answers import Staged, TrainedAnswer, answer_kind
+from fedraclora.wire.answers import StageAnswer, TrainedAnswer, answer_kind
 from fedraclora.wire.exchange import Ask, OwnPart, Stage, TrainRequest, payload_bytes, shared_of
-from fedraclora.wire.reply import Wanted, checked
+from fedraclora.wire.reply import ExpectedReply, checked
 from tests.common import normal
 from tests.example_program import Example
 from tests.messages import pack_downlink, unpack_downlink
@@ -264,7 +264,7 @@ def reply_of(*given: Any) -> RecordDict:
 def unpack_result(content: RecordDict, *given: Any) -> TrainedAnswer:
     """A reply as the server has it."""
     return checked(
-        read_answer(content, Ask(ORDER)), Ask(ORDER), TrainedAnswer, Wanted(9, 8, *given)
+        read_answer(content, Ask(ORDER)), Ask(ORDER), TrainedAnswer, ExpectedReply(9, 8, *given)
     )
 
 
@@ -306,7 +306,7 @@ def test_large_tensors_are_joined_where_a_reply_is_written(monkeypatch: pytest.M
     monkeypatch.setattr(tree, "LARGE", 3)
     sent = result(2)
     answer = answer_of(sent, ORDER, CLIENTS[:2], LAYOUT, {}, [])
-    kept = checked(answer, Ask(ORDER), TrainedAnswer, Wanted(9, 8, LAYOUT))
+    kept = checked(answer, Ask(ORDER), TrainedAnswer, ExpectedReply(9, 8, LAYOUT))
     assert [piece.data_ptr() for piece in kept.pieces] == [
         sent.trained[name].data_ptr() for name, _ in LAYOUT.shapes
     ]
@@ -315,7 +315,7 @@ def test_large_tensors_are_joined_where_a_reply_is_written(monkeypatch: pytest.M
     assert torch.equal(read.pieces[0], kept.numbers)
     answer = answer_of(sent, ORDER, CLIENTS[:1], LAYOUT, {}, [])
     with pytest.raises(WireError, match=r"rows of shape \(2, "):
-        checked(answer, Ask(ORDER), TrainedAnswer, Wanted(9, 8, LAYOUT))
+        checked(answer, Ask(ORDER), TrainedAnswer, ExpectedReply(9, 8, LAYOUT))
 
 
 def test_what_is_not_uploaded_does_not_travel() -> None:
@@ -448,7 +448,7 @@ def test_an_answer_goes_to_another_process_as_it_is(
 def test_a_stage_comes_back_with_its_words_and_no_others(stage: str) -> None:
     ask = Ask(ORDER, stage=Stage(stage, {}, {}))
     words = torch.arange(8).to(torch.uint32).reshape(2, 4) if stage == "masked" else None
-    sent = Staged(
+    sent = StageAnswer(
         round_=9,
         version=8,
         clients=CLIENTS[:2],
@@ -457,7 +457,7 @@ def test_a_stage_comes_back_with_its_words_and_no_others(stage: str) -> None:
     )
     records = write_answer(sent)
     assert ("arrays" in records) == (words is not None)
-    found = checked(read_answer(records, ask), ask, Staged, Wanted(9, 8))
+    found = checked(read_answer(records, ask), ask, StageAnswer, ExpectedReply(9, 8))
     assert found.stage == sent.stage
     assert (found.words is None) == (words is None)
     assert words is None or torch.equal(found.words, words)

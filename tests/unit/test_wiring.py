@@ -15,7 +15,7 @@ from fedraclora.compose.overrides import composed
 from fedraclora.config.builder import TaskBuilder
 from fedraclora.config.run_config import RunConfig, from_plain
 from fedraclora.config.settings import DeployConfig, EngineConfig, WaitPolicy
-from fedraclora.data.clients import Partitioned
+from fedraclora.data.clients import PartitionedData
 from fedraclora.data.samples import Samples
 from fedraclora.data.task import Task
 from fedraclora.devices.distributions import Constant
@@ -44,7 +44,7 @@ def config(*words: str) -> RunConfig:
 def trainer() -> CohortTrainer:
     model = nn.Sequential(nn.Linear(5, 3))
     samples = Samples({"x": torch.ones(6, 5)}, torch.tensor([0, 1, 2, 0, 1, 2]))
-    train = Partitioned.of(samples, list(np.arange(6).reshape(3, 2)))
+    train = PartitionedData.of(samples, list(np.arange(6).reshape(3, 2)))
     task = Task(model, ("0",), "cross_entropy", ("loss",), train, samples)
     plan = make_plan(model, ("0",), head_policy="lora", bias_policy="frozen")
     local = LocalConfig(lr=0.1, steps=1)

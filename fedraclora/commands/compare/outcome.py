@@ -14,7 +14,9 @@ LEVEL = 2  # standard errors within which a difference is none
 SAME = 0.02  # of the bytes, within which they are the same
 
 
-def won(records: Sequence[Mapping[str, object]], reference: str, groups: Sequence[Group]) -> str:
+def outcome_sentence(
+    records: Sequence[Mapping[str, object]], reference: str, groups: Sequence[Group]
+) -> str:
     """Write the sentence, from the numbers of the table.
 
     Args:

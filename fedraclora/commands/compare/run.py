@@ -17,12 +17,12 @@ from typing import TYPE_CHECKING, Any
 
 from fedraclora.api import asked_of, simulate
 from fedraclora.binding import PlainDict, section
-from fedraclora.commands.compare.outcome import won
+from fedraclora.commands.compare.outcome import outcome_sentence
 from fedraclora.commands.compare.table import compare_rows, refuse_others
 from fedraclora.commands.run_files import Group, read_files
 from fedraclora.compose.choices import groups
 from fedraclora.compose.overrides import key_of
-from fedraclora.compose.resume import laid_over
+from fedraclora.compose.resume import with_changes
 from fedraclora.config.build import resolved
 from fedraclora.config.run_config import from_plain
 from fedraclora.data.locate import user_path
@@ -45,7 +45,7 @@ Settings = tuple[tuple[str | Mapping[str, object], ...], dict[str, object]]
 
 
 @dataclass(frozen=True)
-class Compared:
+class ComparisonResult:
     """What a comparison found.
 
     Attributes:
@@ -70,7 +70,7 @@ def compare(
     folder: str | Path | None = None,
     trust: Sequence[str] = (),
     **given: Any,
-) -> Compared:
+) -> ComparisonResult:
     """Run methods alike, and compare what they reach and what they send.
 
     All that is said for all rows is the same: data, model, clients, rounds, seeds. Each method has
@@ -111,11 +111,11 @@ def compare(
     failed = run_all(found, out, seeds)
     if held in failed or len(failed) == len(found):
         raise FedRacLoraError(f"{held}: {failed[held]}")
-    return outcome(found, out, Asked(seeds, held, metric), failed)
+    return outcome(found, out, ComparisonSettings(seeds, held, metric), failed)
 
 
 @dataclass(frozen=True)
-class Asked:
+class ComparisonSettings:
     """How rows are compared: the number of seeds, the reference's name, and the metric or None."""
 
     seeds: int
@@ -167,7 +167,7 @@ class Row:
     def folders(self, out: Path, seeds: int) -> dict[int, Path]:
         """Give the folder of each run, by seed."""
         kept = {key: value for key, value in self.plain.items() if key not in NOT_IN_A_DIGEST}
-        text = json.dumps(laid_over(kept, {"data.root": None}), sort_keys=True, default=str)
+        text = json.dumps(with_changes(kept, {"data.root": None}), sort_keys=True, default=str)
         digest = sha256(text.encode()).hexdigest()[:8]
         folder = out / f"{UNSAFE.sub('_', self.name)}_{digest}"
         first = int(str(self.plain["seed"]))
@@ -191,7 +191,7 @@ def check(plain: PlainDict) -> None:
     """
     known = resolved(plain)
     if section(known, "local").get("lr") == "auto":
-        known = laid_over(known, {"local.lr": 1.0})
+        known = with_changes(known, {"local.lr": 1.0})
     from_plain(known, METHODS)
 
 
@@ -277,8 +277,8 @@ def run_all(rows: Mapping[str, Row], out: Path, seeds: int) -> dict[str, str]:
 
 
 def outcome(
-    rows: Mapping[str, Row], out: Path, asked: Asked, failed: Mapping[str, str]
-) -> Compared:
+    rows: Mapping[str, Row], out: Path, asked: ComparisonSettings, failed: Mapping[str, str]
+) -> ComparisonResult:
     """Write and print what the runs say.
 
     Raises:

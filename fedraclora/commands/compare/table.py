@@ -97,7 +97,7 @@ def compare_runs(
     _warn(runs, groups, notes)
     notes += _begun(groups)
     rounds = rounds_of({run.folder: run.rows for run in runs}, [metric])
-    wanted = Wanted.of(groups, rounds, metric, target)
+    wanted = ComparisonMetric.of(groups, rounds, metric, target)
     ranked = _ranked(groups, rounds, wanted)
     records = tuple(record for _, record in ranked)
     measured = {key for r in records for key in r if math.isfinite(number(r, key))}
@@ -131,7 +131,7 @@ def compare_rows(
     metric = _metric(runs, metric, notes)
     rounds = rounds_of({run.folder: run.rows for run in runs}, [metric])
     (held,) = (group for group in groups if group.name == reference)
-    wanted = Wanted.of(groups, rounds, metric, finals_of(held, metric).mean)
+    wanted = ComparisonMetric.of(groups, rounds, metric, finals_of(held, metric).mean)
     ranked = _ranked(groups, rounds, wanted)
     records = tuple(
         record | settings_of(group) | _difference(group, held, metric) for group, record in ranked
@@ -174,7 +174,7 @@ def draw(
 
 
 @dataclass(frozen=True)
-class Wanted:
+class ComparisonMetric:
     """What runs are compared in.
 
     Attributes:
@@ -192,7 +192,7 @@ class Wanted:
     @classmethod
     def of(
         cls, groups: Sequence[Group], rounds: DataFrame, metric: str, target: float | None
-    ) -> Wanted:
+    ) -> ComparisonMetric:
         """Take the budget and the direction of the metric from the runs."""
         runs = [run for group in groups for run in group.runs]
         whole = [run for run in runs if run.summary and run.diverged_at is None] or runs
@@ -247,7 +247,7 @@ def _of_group(rounds: DataFrame, group: Group) -> DataFrame:
     return rounds[rounds["run"].isin([run.folder for run in group.runs])]
 
 
-def _ranked(groups: Sequence[Group], rounds: DataFrame, wanted: Wanted) -> list[Ranked]:
+def _ranked(groups: Sequence[Group], rounds: DataFrame, wanted: ComparisonMetric) -> list[Ranked]:
     """Sort groups, the best first, and number them; behind them what has no rank."""
     sign = -1.0 if wanted.higher else 1.0
 
@@ -292,7 +292,7 @@ def _begun(groups: Sequence[Group]) -> Iterator[str]:
             yield f"{title}: {'; '.join(texts[:SHOWN])}" + ("; ..." if texts[SHOWN:] else "")
 
 
-def _record(group: Group, rounds: DataFrame, wanted: Wanted) -> dict[str, object]:
+def _record(group: Group, rounds: DataFrame, wanted: ComparisonMetric) -> dict[str, object]:
     """The numbers of one group: means over its runs, and the deviation of the metric.
 
     Args:
@@ -384,7 +384,7 @@ def _is_exact(run: RunFiles) -> bool:
 
 
 def _shown(
-    record: dict[str, object], runs: int, wanted: Wanted, measured: Collection[str]
+    record: dict[str, object], runs: int, wanted: ComparisonMetric, measured: Collection[str]
 ) -> dict[str, str]:
     """What the table shows of a record, by title.
 
@@ -454,7 +454,7 @@ def shown_number(record: Mapping[str, object], key: str) -> str:
 
 
 def _against(
-    record: dict[str, object], runs: int, wanted: Wanted, reference: str
+    record: dict[str, object], runs: int, wanted: ComparisonMetric, reference: str
 ) -> dict[str, str]:
     """What the table shows of a record that is held against a reference, by title.
 

@@ -12,7 +12,7 @@ import numpy as np
 import plotly.graph_objects as go
 
 from fedraclora.plots.axes import Values
-from fedraclora.plots.palette import looks
+from fedraclora.plots.palette import line_styles
 from fedraclora.run.ledger import Row, column, number
 from fedraclora.run.recorder import read_clients
 
@@ -26,12 +26,12 @@ QUARTERS = 4  # of clients, by how many samples they have
 
 
 def lines_of(labels: Iterable[str], methods: Sequence[str]) -> dict[str, dict[str, object]]:
-    """Give by label of a run how its curve is drawn: in the color of its method (`looks`)."""
-    found = zip(labels, looks(methods), strict=True)
+    """Give by label of a run how its curve is drawn: in the color of its method (`line_styles`)."""
+    found = zip(labels, line_styles(methods), strict=True)
     return {k: {"color": look.color, "width": 2, "dash": PLOTLY[look.dash]} for k, look in found}
 
 
-def laid_out(
+def with_layout(
     figure: go.Figure, x_name: str, y_name: str, *, legend: bool, log: bool = False
 ) -> go.Figure:
     """Lay out a figure for a page, whose script sets its colours, light or dark."""
@@ -91,7 +91,7 @@ def spread_figures(
         sized = f"{metric} of clients by their number of samples"
         drawn[sized] = sizes, "samples it measured on", True
     return {
-        title: laid_out(figure, x_name, metric, legend=True, log=log)
+        title: with_layout(figure, x_name, metric, legend=True, log=log)
         for title, (figure, x_name, log) in drawn.items()
     }
 

@@ -21,9 +21,9 @@ from fedraclora.binding import section
 from fedraclora.commands.report.figures import (
     as_html,
     figures_of,
-    laid_out,
     lines_of,
     spread_figures,
+    with_layout,
 )
 from fedraclora.commands.run_files import ROUNDING_ERRORS, RunFiles, read_files
 from fedraclora.config.titles import method_label, run_title
@@ -58,7 +58,7 @@ Lines = Mapping[str, tuple[Sequence[float], Sequence[float]]]
 
 
 @dataclass(frozen=True)
-class Shown(RunFiles):
+class ReportedRun(RunFiles):
     """A run as a report shows it.
 
     Attributes:
@@ -225,7 +225,7 @@ class Shown(RunFiles):
         return str(yaml.safe_dump(config, sort_keys=False))
 
 
-def read_shown(folder: Path) -> Shown:
+def read_shown(folder: Path) -> ReportedRun:
     """Read a run folder.
 
     Raises:
@@ -236,10 +236,10 @@ def read_shown(folder: Path) -> Shown:
             f"{folder} holds no run: give a folder with config.yaml and ledger.jsonl"
         )
     running = is_running(folder)  # it may end meanwhile, and then has a summary
-    return Shown(**vars(read_files(folder)), stopped=stop_reason(folder), running=running)
+    return ReportedRun(**vars(read_files(folder)), stopped=stop_reason(folder), running=running)
 
 
-def page_of(runs: Sequence[Shown], title: str | None = None) -> str:
+def page_of(runs: Sequence[ReportedRun], title: str | None = None) -> str:
     """Write the page.
 
     Args:
@@ -262,7 +262,9 @@ def page_of(runs: Sequence[Shown], title: str | None = None) -> str:
     )
 
 
-def figures_of_runs(runs: Sequence[Shown]) -> tuple[dict[str, go.Figure], dict[str, go.Figure]]:
+def figures_of_runs(
+    runs: Sequence[ReportedRun],
+) -> tuple[dict[str, go.Figure], dict[str, go.Figure]]:
     """Draw runs: their curves, and how their metric is spread over clients, each by title."""
     labels = labels_of(runs)
     lines, each = lines_of(labels, [run.method for run in runs]), [*zip(labels, runs, strict=True)]
@@ -283,7 +285,7 @@ def rendered(template: str, **values: object) -> str:
     return environment.get_template(template).render(values)
 
 
-def side_by_side(runs: Sequence[Shown]) -> dict[str, list[str]]:
+def side_by_side(runs: Sequence[ReportedRun]) -> dict[str, list[str]]:
     """Give the facts of all runs, those that some run has; one alone has its cards beside them."""
     rows = by_key([(run.cards if len(runs) > 1 else {}) | run.facts for run in runs])
     return {key: values for key, values in rows.items() if any(values)}
@@ -295,14 +297,16 @@ def by_key(each: Sequence[Mapping[str, str]]) -> dict[str, list[str]]:
     return {key: [found.get(key, "") for found in each] for key in keys}
 
 
-def labels_of(runs: Sequence[Shown]) -> list[str]:
+def labels_of(runs: Sequence[ReportedRun]) -> list[str]:
     """Name each run by the shortest of method, title and folder that tells all of them apart."""
     methods, titles = [method_label(run.config) for run in runs], [run.title for run in runs]
     folders = [str(run.folder) for run in runs]
     return next((x for x in (methods, titles) if len({*x}) == len(runs)), folders)
 
 
-def results(labels: Sequence[str], runs: Sequence[Shown]) -> list[tuple[str, Shown, str, bool]]:
+def results(
+    labels: Sequence[str], runs: Sequence[ReportedRun]
+) -> list[tuple[str, ReportedRun, str, bool]]:
     """Give label, run, headline metric and whether it is the best; one run alone is no best."""
     names = {run.headline[0] for run in runs if run.headline is not None}
     values = [math.nan if run.headline is None else run.headline[1] for run in runs]
@@ -315,7 +319,7 @@ def results(labels: Sequence[str], runs: Sequence[Shown]) -> list[tuple[str, Sho
     return [(label, run, figure(v), v == best and bool(run.summary)) for label, run, v in each]
 
 
-def differences(runs: Sequence[Shown]) -> dict[str, list[str]]:
+def differences(runs: Sequence[ReportedRun]) -> dict[str, list[str]]:
     """Give the settings in which runs differ: key -> the value of each run."""
     rows = by_key([{k: _word(v) for k, v in flatten(run.config).items()} for run in runs])
     return {key: row for key, row in rows.items() if len({*row}) > 1 and key not in ALONE}
@@ -388,7 +392,7 @@ def curves_of(
                 unit = MEGABYTE if y_name == "MB" else 1.0
                 lines[label] = x[kept].tolist(), (y[kept] / unit).tolist()
         if lines and not (metric == "loss" and title.startswith("loss")):
-            found[title] = drawn(lines, x_name, y_name, styles)
+            found[title] = line_figure(lines, x_name, y_name, styles)
     return found
 
 
@@ -397,7 +401,7 @@ def seconds(rows: Sequence[Row]) -> Values:
     return np.array([round_seconds(row) if "seconds" in row else np.nan for row in rows])
 
 
-def drawn(
+def line_figure(
     lines: Lines, x_name: str, y_name: str, styles: Mapping[str, dict[str, object]]
 ) -> go.Figure:
     """Draw lines."""
@@ -411,7 +415,7 @@ def drawn(
             mode="lines",
             line=styles[label],
         )
-    return laid_out(figure, x_name, y_name, legend=len(lines) > 1)
+    return with_layout(figure, x_name, y_name, legend=len(lines) > 1)
 
 
 def main(words: Sequence[str]) -> None:

@@ -250,7 +250,7 @@ def shown_error(exact: bool, measured: float) -> str:
 
 
 @dataclass(frozen=True)
-class Entry:
+class RowResult:
     """A row of a study with its final runs.
 
     Attributes:
@@ -324,23 +324,23 @@ class Entry:
         return Spread.of_known(number(line, key) for line in self.lines).mean
 
 
-def finals(study: Study, done: Done) -> list[Entry]:
+def finals(study: Study, done: Done) -> list[RowResult]:
     """List the rows whose final runs are all there, in the study's order."""
     return [
-        Entry(study, row, lines, tuned_value(study, row, done))
+        RowResult(study, row, lines, tuned_value(study, row, done))
         for row in study.rows
         if (lines := final_lines(study, row, done))
     ]
 
 
-def entries(study: Study, done: Done) -> list[Entry]:
+def entries(study: Study, done: Done) -> list[RowResult]:
     """List the rows whose final runs are all there and did not diverge, the best first."""
     stable = [entry for entry in finals(study, done) if math.isfinite(entry.spread.mean)]
     return sorted(stable, key=lambda entry: (entry.personal, -entry.spread.mean))
 
 
 def study_notes(
-    study: Study, shown: Sequence[Entry], done: Done, failed: Mapping[str, str]
+    study: Study, shown: Sequence[RowResult], done: Done, failed: Mapping[str, str]
 ) -> list[str]:
     """Say which rows of a study a table does not have, and what its runs took.
 

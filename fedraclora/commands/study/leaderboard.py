@@ -15,7 +15,7 @@ from fedraclora.commands import LABORATORY, require_laboratory
 from fedraclora.commands.study.entries import (
     DEVIATION,
     Done,
-    Entry,
+    RowResult,
     entries,
     is_unverified,
     of_all,
@@ -30,7 +30,7 @@ from fedraclora.compose.choices import groups
 from fedraclora.compose.words import key_values, part
 from fedraclora.errors import ConfigError, unknown
 from fedraclora.plots.axes import MEGABYTE
-from fedraclora.plots.comparison import Entrant, leaderboard_figure
+from fedraclora.plots.comparison import BoardRow, leaderboard_figure
 from fedraclora.run.ledger import Row, number
 from fedraclora.run.statistics import Spread, first_reaching, traffic
 from fedraclora.terminal.tables import TextTable
@@ -83,7 +83,7 @@ def write_leaderboard(
         return None
     made.write(out, "leaderboard")
     entrants = [
-        Entrant(
+        BoardRow(
             printable(_marked(record)),
             number(record, study.metric),
             number(record, "std"),
@@ -97,7 +97,7 @@ def write_leaderboard(
     return made
 
 
-def _record(entry: Entry) -> Row:
+def _record(entry: RowResult) -> Row:
     """The numbers of an entry; NaN where something is not known or was not reached."""
     study = entry.study
     target = math.inf if study.target is None else study.target

@@ -152,7 +152,7 @@ def run_job(job: Job) -> Line:
     try:
         run.start()
     except DivergenceError as error:  # a learning rate that diverges is a result, not a failure
-        return line | {"diverged": str(error), "metrics": {}, "cpu_seconds": since(used)}
+        return line | {"diverged": str(error), "metrics": {}, "cpu_seconds": cpu_since(used)}
     finally:
         run.close()
     rows = run.strategy.recorder.ledger.rows
@@ -161,7 +161,7 @@ def run_job(job: Job) -> Line:
     line["metrics"] = metrics_of(line | {"clients": line.get("by_clients")})
     if not line["metrics"]:
         raise ConfigError("nobody measured it (it has no test samples): a study has to know it")
-    line["cpu_seconds"] = since(used)
+    line["cpu_seconds"] = cpu_since(used)
     line["server_cpu_seconds"] = server_cpu_seconds(rows)
     line["curve"] = curve(rows)
     if math.isfinite(measured):
@@ -169,7 +169,7 @@ def run_job(job: Job) -> Line:
     return line
 
 
-def since(used: float) -> float:
+def cpu_since(used: float) -> float:
     """Processor seconds of this process since then: the cost of a run, on a busy machine too."""
     return round(time.process_time() - used, 3)
 

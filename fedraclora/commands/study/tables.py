@@ -11,7 +11,7 @@ from fedraclora.commands.study.entries import (
     DEVIATION,
     UNTRAINED,
     Done,
-    Entry,
+    RowResult,
     diverged,
     finals,
     of_all,
@@ -65,14 +65,14 @@ def write_tables(
     return written
 
 
-def results(found: Sequence[Entry], done: Done) -> list[dict[str, object]]:
+def results(found: Sequence[RowResult], done: Done) -> list[dict[str, object]]:
     """Make the records of a study's rows, of which `done` has all runs."""
     records = [_record(entry, done) for entry in found]
     some = [title for title in ROUNDING_ERRORS if any(title in record for record in records)]
     return [record | {title: record.get(title, "") for title in some} for record in records]
 
 
-def _record(entry: Entry, done: Done) -> dict[str, object]:
+def _record(entry: RowResult, done: Done) -> dict[str, object]:
     study, lines, value = entry.study, entry.lines, entry.value
     tried = tried_values(study, entry.row, done)
     unstable = [v for v in tried if diverged(study, entry.row, v, done)]
@@ -109,7 +109,7 @@ def _record(entry: Entry, done: Done) -> dict[str, object]:
     }
 
 
-def budgets(study: Study, found: Sequence[Entry]) -> TextTable | None:
+def budgets(study: Study, found: Sequence[RowResult]) -> TextTable | None:
     """Compare rows at equal uplink, equal traffic and equal local steps: what a byte buys.
 
     The budgets are what the run that used least used in all its rounds, of all runs or of the row
@@ -156,14 +156,14 @@ def budgets(study: Study, found: Sequence[Entry]) -> TextTable | None:
     return TextTable.of(records)
 
 
-def _within(entry: Entry, budget: float, way: str) -> str:
+def _within(entry: RowResult, budget: float, way: str) -> str:
     """The metric where runs were last measured within a budget, but before they began."""
     found = Spread.of(last_within(entry.rounds, budget, way)["value"])
     all_ = of_all(found.count, len(entry.lines))
     return found.text(4) + all_ if found.count else UNTRAINED
 
 
-def _difference(entry: Entry, other: Entry) -> str:
+def _difference(entry: RowResult, other: RowResult) -> str:
     """Mean difference of runs of the same seeds, and its standard error; the seeds stand alike."""
     if entry is other:
         return ""
@@ -172,7 +172,7 @@ def _difference(entry: Entry, other: Entry) -> str:
     return f"{found.mean:+.4f} ± {error}"
 
 
-def _share(entry: Entry, other: Entry, way: str) -> str:
+def _share(entry: RowResult, other: RowResult, way: str) -> str:
     """Bytes to the final score of the other run of its seed, over all of that run's bytes."""
     both = entry.scores.index.intersection(other.scores.index)
     reached = first_reaching(entry.rounds, other.scores)[way]
@@ -180,7 +180,7 @@ def _share(entry: Entry, other: Entry, way: str) -> str:
     return shares.text(3) + of_all(shares.count, len(both)) if shares.count else "not reached"
 
 
-def draw(study: Study, found: Sequence[Entry], out: Path) -> None:
+def draw(study: Study, found: Sequence[RowResult], out: Path) -> None:
     """Draw the final runs: metric against rounds and bytes, of the `DRAWN` best rows.
 
     The reference, which the others are held against, is always among them.

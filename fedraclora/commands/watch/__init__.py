@@ -1,6 +1,7 @@
 """``fedraclora watch``: a page on this machine that follows a run while it runs.
 
-Other commands open it beside them where they are asked to by ``watch=true`` (`asked`, `watched`).
+Other commands open it beside them if their arguments have ``watch=true`` (`watch_options`,
+`watched`).
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ def port_of(own: dict[str, object]) -> int:
 
 
 @contextmanager
-def asked(words: Sequence[str]) -> Iterator[list[str]]:
+def watch_options(words: Sequence[str]) -> Iterator[list[str]]:
     """Take ``watch=true`` and ``port=NUMBER`` from the arguments of a command, for `watched`.
 
     Raises:

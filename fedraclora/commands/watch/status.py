@@ -10,7 +10,13 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fedraclora.commands.report.page import Shown, figure, figures_of_runs, labels_of, read_shown
+from fedraclora.commands.report.page import (
+    ReportedRun,
+    figure,
+    figures_of_runs,
+    labels_of,
+    read_shown,
+)
 from fedraclora.commands.run_files import find_runs
 from fedraclora.commands.watch.studies import RUNS, holds_study, study_figures, study_status
 from fedraclora.commands.watch.tuning import DATABASE, tuning_figures, tuning_status
@@ -124,7 +130,7 @@ def _has_rows(folder: Path) -> bool:
     return ledger.is_file() and ledger.stat().st_size > 0
 
 
-def described(run: Shown) -> Status:
+def described(run: ReportedRun) -> Status:
     """Describe a run."""
     rounds = int(str(run.config.get("rounds")))
     seconds = [lap for row in run.rows if (lap := round_seconds(row))]
@@ -153,7 +159,7 @@ def described(run: Shown) -> Status:
     }
 
 
-def _events(run: Shown) -> Iterable[tuple[object, str]]:
+def _events(run: ReportedRun) -> Iterable[tuple[object, str]]:
     """List what happened besides, with its round: late nodes, messages sent again, notes."""
     for row in run.rows:
         for key in ("incidents", "notes"):
@@ -163,7 +169,7 @@ def _events(run: Shown) -> Iterable[tuple[object, str]]:
             )
 
 
-def left_out(run: Shown) -> list[dict[str, object]]:
+def left_out(run: ReportedRun) -> list[dict[str, object]]:
     """Count the rounds in which each client was asked, and its reply was not used.
 
     Those come first whose replies were missed most; with the last reason.
@@ -178,7 +184,7 @@ def left_out(run: Shown) -> list[dict[str, object]]:
     return ordered[:SHOWN_EVENTS]
 
 
-def _of_runs(runs: Sequence[Shown]) -> Status:
+def _of_runs(runs: Sequence[ReportedRun]) -> Status:
     """Describe several runs, one line each."""
     rows = []
     for label, run in zip(labels_of(runs), runs, strict=True):
@@ -204,6 +210,6 @@ def _of_runs(runs: Sequence[Shown]) -> Status:
     }
 
 
-def _figures(runs: Sequence[Shown]) -> dict[str, go.Figure]:
+def _figures(runs: Sequence[ReportedRun]) -> dict[str, go.Figure]:
     curves, spread = figures_of_runs(runs)
     return curves | spread

@@ -9,7 +9,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
-from fedraclora.commands.report.figures import laid_out, lines_of
+from fedraclora.commands.report.figures import lines_of, with_layout
 from fedraclora.commands.report.page import figure
 from fedraclora.commands.study.entries import Line, read_results
 from fedraclora.plots.axes import MEGABYTE
@@ -82,7 +82,7 @@ def study_figures(folder: Path) -> dict[str, go.Figure]:
             drawn.add_scatter(x=x, y=y, name=name, mode="lines", line=styles[row])
         if drawn.data:
             layout = {"legend": True, "log": x_name != "round"}
-            found[f"{study.metric} {title}"] = laid_out(drawn, x_name, study.metric, **layout)
+            found[f"{study.metric} {title}"] = with_layout(drawn, x_name, study.metric, **layout)
     return found
 
 

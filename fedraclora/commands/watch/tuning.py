@@ -14,7 +14,7 @@ from fedraclora.commands.report.page import figure
 from fedraclora.errors import CheckpointError
 from fedraclora.imports import import_extra
 from fedraclora.plots.axes import MEGABYTE
-from fedraclora.plots.palette import looks
+from fedraclora.plots.palette import line_styles
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
@@ -126,7 +126,7 @@ def tuning_figures(folder: Path) -> dict[str, go.Figure]:
 
     by_bytes, by_number = go.Figure(), go.Figure()
     methods = dict(_by_method(study))
-    for look, (method, trials) in zip(looks([*methods]), methods.items(), strict=True):
+    for look, (method, trials) in zip(line_styles([*methods]), methods.items(), strict=True):
         style = {"color": look.color}
         for first, trial in enumerate(trials):
             curve = trial.user_attrs["curve"]
@@ -147,7 +147,7 @@ def tuning_figures(folder: Path) -> dict[str, go.Figure]:
     axes = {"MB a client, both ways": (by_bytes, True), "run": (by_number, False)}
     titles = (f"{metric} by traffic, of every run", f"{metric} at the end of each run")
     return {
-        title: laid_out(drawn, x_name, metric, legend=True, log=log)
+        title: with_layout(drawn, x_name, metric, legend=True, log=log)
         for title, (x_name, (drawn, log)) in zip(titles, axes.items(), strict=True)
     }
 

@@ -289,7 +289,7 @@ def scale_of_bytes(samples: Samples) -> dict[str, object]:
     return {"subtract": 0.0, "divide_by": 255.0}
 
 
-def said_of_inputs(came: Samples, fitted: Samples) -> dict[str, object]:
+def describe_inputs(came: Samples, fitted: Samples) -> dict[str, object]:
     """Describe how ``x`` was converted to float32."""
     if set(came.inputs) != {"x"}:
         return {}

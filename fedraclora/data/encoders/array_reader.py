@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from fedraclora.data.dataset import Read
+from fedraclora.data.dataset import EncodedSamples
 from fedraclora.data.encoders.array import (
     SampleSpec,
     as_scaled,
@@ -50,7 +50,9 @@ class ArrayReader:
     numbered: bool
     column: str | None = None
 
-    def __call__(self, found: Any, reading: Mapping[str, Any], *, target: bool = True) -> Read:
+    def __call__(
+        self, found: Any, reading: Mapping[str, Any], *, target: bool = True
+    ) -> EncodedSamples:
         """Read a ``.npz`` file, ``(inputs, target)``, or a data set of torch or Hugging Face."""
         where = "data"
         if isinstance(found, Path):
@@ -66,7 +68,7 @@ class ArrayReader:
             form = replace(form, loss=":", classes=None)  # which accepts any target
         inputs = {n: self._raw(n, t, reading, where) for n, t in samples.inputs.items()}
         fitted = form.validate(Samples(inputs, samples.target), where)
-        return Read(fitted, np.arange(len(fitted)), len(fitted))
+        return EncodedSamples(fitted, np.arange(len(fitted)), len(fitted))
 
     def _numbered(self, target: Any, names: list[str]) -> Any:
         """Convert targets that are names of classes to indices."""

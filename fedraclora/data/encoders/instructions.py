@@ -10,16 +10,16 @@ from typing import Annotated, Any
 import numpy as np
 from annotated_types import Ge
 
-from fedraclora.data.dataset import DataSet, Read
+from fedraclora.data.dataset import DataSet, EncodedSamples
 from fedraclora.data.encoders.chat import Chat, Encoded, packed, padded
 from fedraclora.data.encoders.conversations import Conversation, RowForm, read_conversations
 from fedraclora.data.own_loss import IGNORED_TOKEN
 from fedraclora.errors import DataError
-from fedraclora.limits import Composed
+from fedraclora.limits import HydraDefault
 
 log = logging.getLogger(__name__)
 ANSWER_METRICS = ("perplexity", "token_accuracy", "loss")
-Tokenizer = Annotated[str | None, Composed("${model.path}")]
+Tokenizer = Annotated[str | None, HydraDefault("${model.path}")]
 SampleLength = Annotated[int, Ge(2)]  # a token to read and one to predict
 
 
@@ -41,14 +41,16 @@ class InstructionReader:
     max_length: int
     drop: bool
 
-    def __call__(self, found: Any, reading: Mapping[str, Any], *, target: bool = True) -> Read:
+    def __call__(
+        self, found: Any, reading: Mapping[str, Any], *, target: bool = True
+    ) -> EncodedSamples:
         """Read a file, a frame, a list of dicts, or a list of prompts."""
         del reading  # tokenizer and template are the run's
         form = replace(self.form, client=None, answered=target)
         conversations = read_conversations(found, form, header=self.header)
         rows, places, cut = self.fit(conversations)
         _say_cut(self.max_length, cut, len(conversations), len(conversations) - len(rows))
-        return Read(padded(rows, self.pad), np.array(places), len(conversations))
+        return EncodedSamples(padded(rows, self.pad), np.array(places), len(conversations))
 
     def data_set(
         self,

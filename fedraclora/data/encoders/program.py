@@ -18,7 +18,7 @@ from fedraclora.data.own_loss import is_own
 from fedraclora.data.samples import Samples
 from fedraclora.data.tables import Table
 from fedraclora.errors import ConfigError, DataError
-from fedraclora.imports import failure_of, told_as
+from fedraclora.imports import as_user_error, failure_of
 
 TARGET_NAMES = ("label", "labels", "target")  # if the caller names no column
 
@@ -54,7 +54,7 @@ def of_dataset(found: Any, where: str, target: str | None) -> Samples:
         raise DataError(f"{where} holds no samples")
     rows = []
     for row in range(count):
-        with told_as(DataError, f"{where}: ", f"reading sample {row}"):
+        with as_user_error(DataError, f"{where}: ", f"reading sample {row}"):
             rows.append(found[row])
         if is_masked(rows[-1]):
             raise DataError(f"{where}: sample {row} has masked values: fill them, or leave it out")
@@ -76,9 +76,9 @@ def of_dataset(found: Any, where: str, target: str | None) -> Samples:
     return gathered(samples, where)
 
 
-def found_target(names: Collection[str], said: str | None) -> str | None:
+def found_target(names: Collection[str], asked_for: str | None) -> str | None:
     """Find the column to predict: the one given, else one with a usual name."""
-    return said or next((name for name in TARGET_NAMES if name in names), None)
+    return asked_for or next((name for name in TARGET_NAMES if name in names), None)
 
 
 def is_clients(data: object) -> TypeGuard[Mapping[Any, Any] | list[Any]]:

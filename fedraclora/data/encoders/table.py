@@ -13,7 +13,7 @@ import torch
 from fedraclora.data.dataset import (
     MOST_NAMED,
     DataSet,
-    Read,
+    EncodedSamples,
     RowNumbers,
     take,
 )
@@ -38,7 +38,7 @@ MERGED = 10  # distinct values that become one
 
 
 @dataclass(frozen=True)
-class Mend:
+class RowAdvice:
     """Advice to the user about rows that cannot be read.
 
     Attributes:
@@ -50,13 +50,13 @@ class Mend:
     cell: str
 
 
-OF_RUN = Mend(
+OF_RUN = RowAdvice(
     "Set data.missing=drop to leave such rows out, data.features to leave columns out, or fill "
     "them in the file",
     "correct the cell (leave it empty if the value is missing), or list the columns to read in "
     "data.features",
 )
-LATER = Mend("Fill them in, or leave such rows out", "correct the cell, or leave the row out")
+LATER = RowAdvice("Fill them in, or leave such rows out", "correct the cell, or leave the row out")
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,9 @@ class TableForm:
     separator: str | None = None
     split: str | int | None = None
 
-    def __call__(self, found: Any, reading: Mapping[str, Any], *, target: bool = True) -> Read:
+    def __call__(
+        self, found: Any, reading: Mapping[str, Any], *, target: bool = True
+    ) -> EncodedSamples:
         """Read a file, a frame, or a table."""
         if isinstance(found, Path):
             table = Table.read(found, words=[str(self.label)], separator=self.separator)
@@ -93,7 +95,7 @@ class TableForm:
         if target:
             names = [*map(str, reading.get("classes", []))]
             wanted = target_of(labels, names, table.path, kept)
-        return Read(_scaled(Samples({"x": x}, wanted), reading), kept, len(table.frame))
+        return EncodedSamples(_scaled(Samples({"x": x}, wanted), reading), kept, len(table.frame))
 
 
 LEARNT = "which the run was trained on"
@@ -233,7 +235,7 @@ def _features(
     return used, [name for name in others if name not in used]
 
 
-def _refuse_spoilt(table: Table, name: str, share: float = 0.5, mend: Mend = OF_RUN) -> None:
+def _refuse_spoilt(table: Table, name: str, share: float = 0.5, mend: RowAdvice = OF_RUN) -> None:
     """Reject a numeric column with a cell that is no number: it would be ignored silently.
 
     Args:
@@ -268,7 +270,7 @@ def _rows(
     label: str | None,
     client: str | None,
     missing: str,
-    mend: Mend = OF_RUN,
+    mend: RowAdvice = OF_RUN,
 ) -> tuple[torch.Tensor, list[str], list[str] | None, RowNumbers]:
     """Select the used columns, and refuse or drop rows with missing values.
 

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from fedraclora.data.dataset import Read, RowNumbers
+from fedraclora.data.dataset import EncodedSamples, RowNumbers
 from fedraclora.data.encoders.labels import target_of
 from fedraclora.data.locate import load_tokenizer
 from fedraclora.data.samples import Samples
@@ -41,11 +41,13 @@ class TextReader:
     root: str | None
     max_length: int
 
-    def __call__(self, found: Any, reading: Mapping[str, Any], *, target: bool = True) -> Read:
+    def __call__(
+        self, found: Any, reading: Mapping[str, Any], *, target: bool = True
+    ) -> EncodedSamples:
         """Read a file, a frame with its columns, or a list of texts (or of pairs of them)."""
         table, kept, _ = self.rows(found, target=target)
         names = [*map(str, reading.get("classes", []))] if target else None
-        return Read(self.samples(table[kept], names), kept, len(table))
+        return EncodedSamples(self.samples(table[kept], names), kept, len(table))
 
     def rows(self, found: Any, *, owner: str | int | None = None, target: bool = True) -> Cleaned:
         """Return texts, labels if needed, and owners if they have a column.

@@ -11,9 +11,9 @@ import numpy as np
 from fedraclora.data.dataset import DataSet, take
 from fedraclora.data.encoders.array import (
     SampleSpec,
+    describe_inputs,
     found_shape,
     gathered,
-    said_of_inputs,
     scale_of_bytes,
 )
 from fedraclora.data.encoders.array_reader import channels_first
@@ -90,7 +90,7 @@ def load_arrays(
     form = SampleSpec(None, (OBJECTIVES | OF_ARRAYS)[task][0])
     raw = _samples(arrays["x"], arrays["target"], names, source)
     train = form.validate(raw, source)
-    info = {"source": str(file)} | said_of_inputs(raw, train)
+    info = {"source": str(file)} | describe_inputs(raw, train)
     everyone = owners = _owners(arrays, len(train), source)
     if held is None or "test_x" in arrays:
         where = source if test_file is None else f"data.test_file={test_file}"

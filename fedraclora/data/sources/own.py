@@ -21,10 +21,10 @@ from fedraclora.data.encoders.array import (
     read_npz,
     scale_of_bytes,
 )
-from fedraclora.data.entries import stand_in
-from fedraclora.data.fingerprint import called_twice
+from fedraclora.data.entries import index_table
+from fedraclora.data.fingerprint import call_twice
 from fedraclora.data.locate import user_path
-from fedraclora.data.objective import has_classes, said_like, usual_metrics
+from fedraclora.data.objective import has_classes, like_of_loss, usual_metrics
 from fedraclora.data.own_loss import IGNORED_TOKEN, named_loss
 from fedraclora.data.partition import SIZES_SEEN, spread_clients
 from fedraclora.data.per_client import PARAMETERS, PerClientSource, counted
@@ -105,7 +105,7 @@ def own_samples(
         DataError: If samples are missing, or not what they should be.
     """
     loss = named_loss(loss)
-    like = said_like(loss)
+    like = like_of_loss(loss)
     form = SampleSpec(None if shape is None else tuple(shape), like or loss, classes)
     named = {"test_file": test_file, "test_function": test_function}
     holdout, arguments = _holdout(named, test_fraction, split_seed, samples), parameters or {}
@@ -119,7 +119,7 @@ def own_samples(
             samples, count, form, served, parameters=arguments, objects=True
         )
         info: dict[str, object] = {"source": "each client's own", "loss_from": "nobody measures"}
-        nothing = stand_in(0)
+        nothing = index_table(0)
         return DataSet(nothing, nothing, 1, loss, (), {}, (), clients_data, info=info)
     clients_data = PerClientSource(samples, count, form, served, holdout, arguments)
     if served is None:
@@ -141,7 +141,7 @@ def own_samples(
         columns={"label": np.zeros(0, dtype=np.int64)} if labelled else {},
         sample_shape=form.shape if form.shape is not None else found_shape(measured),
         parts=clients_data,
-        info={"source": "each client's own", **clients_data.told}
+        info={"source": "each client's own", **clients_data.facts}
         | ({"held_out": holdout.fraction} if holdout.fraction else {}),
         reading=dict(clients_data.reading),
         like=like,
@@ -177,7 +177,7 @@ def _measured(
     elif function is not None:
         key, where = "data.test_function", f"data.test_function={function}"
         call = partial(call_function, key, function, parameters=brought.parameters, at=PARAMETERS)
-        named = gathered(called_twice(where, call), where)
+        named = gathered(call_twice(where, call), where)
     if named is not None:
         brought.reading.update(scale_of_bytes(named))
     if brought.spec.classes is None or brought.spec.shape is None:

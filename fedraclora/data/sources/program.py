@@ -25,9 +25,9 @@ from fedraclora.data.dataset import (
 )
 from fedraclora.data.encoders.array import (
     SampleSpec,
+    describe_inputs,
     found_shape,
     outputs_for,
-    said_of_inputs,
     scale_of_bytes,
 )
 from fedraclora.data.encoders.program import (
@@ -42,12 +42,12 @@ from fedraclora.data.encoders.program import (
     table_of,
 )
 from fedraclora.data.encoders.table import TableForm
-from fedraclora.data.entries import Entries, length, parts_of, stand_in
-from fedraclora.data.fingerprint import called_twice
+from fedraclora.data.entries import Entries, index_table, length, parts_of
+from fedraclora.data.fingerprint import call_twice
 from fedraclora.data.objective import (
     check_names,
+    like_of_loss,
     objective_of,
-    said_like,
     takes_whole,
     usual_metrics,
 )
@@ -126,7 +126,7 @@ def data_of(
     seen = [*tables, *([] if held_out is None else [held_out]), *own_tests.values()]
     whole = takes_whole(model, seen)
     shape = () if whole else found_shape(tables[0])
-    like = said_like(loss)
+    like = like_of_loss(loss)
     reads = like or loss
     form = SampleSpec(shape, reads, classes or outputs_for(seen, reads))
     names = names if len(tables) > 1 else ["data"]
@@ -146,7 +146,8 @@ def data_of(
         columns=columns | ({"label": table.target.numpy()} if reads == "cross_entropy" else {}),
         sample_shape=() if whole else found_shape(table),
         parts=parts_of_rows(data, sizes, partitioner),
-        info={"source": "a Python program", "loss_from": source} | said_of_inputs(tables[0], table),
+        info={"source": "a Python program", "loss_from": source}
+        | describe_inputs(tables[0], table),
         reading=({} if whole else scale_of_bytes(tables[0])) | named_classes(data, target),
         like=like,
         tests=[own_tests.get(k) for k in range(len(tables))] if own_tests else (),
@@ -285,8 +286,8 @@ def unread(
     else:
         metrics, source = metrics or usual_metrics(loss, held_out.target), "said"
     return DataSet(
-        train=stand_in(sum(sizes)),
-        test=stand_in(0) if held_out is None else held_out,
+        train=index_table(sum(sizes)),
+        test=index_table(0) if held_out is None else held_out,
         classes=int(classes or 1),
         loss=loss,
         metrics=tuple(metrics),
@@ -375,7 +376,7 @@ def load_function(
 
     def called(key: str, name: str) -> object:
         call = partial(call_function, key, name, parameters=parameters, at="data.parameters")
-        return called_twice(f"{key}={name}", call)
+        return call_twice(f"{key}={name}", call)
 
     held = holdout_of(test_fraction, 0, test_function=test_function)
     found = data_of(

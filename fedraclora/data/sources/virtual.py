@@ -27,7 +27,14 @@ from annotated_types import Ge
 from typing_extensions import override
 
 from fedraclora.compatibility import Feature
-from fedraclora.data.client_law import ClientLaw, OfLaw, SizeLaw, class_mixes, pick, size_quantiles
+from fedraclora.data.client_law import (
+    ClientLaw,
+    LawClientData,
+    SizeLaw,
+    class_mixes,
+    pick,
+    size_quantiles,
+)
 from fedraclora.data.dataset import (
     FLOAT_TYPES,
     FROM_CLIENTS,
@@ -46,7 +53,7 @@ POOL_NUMBERS = 1 << 21  # in the table of normals, over all features
 
 
 @dataclass(frozen=True)
-class Mixture(OfLaw):
+class Mixture(LawClientData):
     """Draw clients' samples from a mixture of Gaussian clouds.
 
     Attributes:

@@ -21,14 +21,14 @@ from fedraclora.engines.deploy.pulling import in_part, pulled
 from fedraclora.engines.replies import FORMAT, UNREADABLE, check_format
 from fedraclora.errors import ClientError, EngineError, WireError
 from fedraclora.flower_internals import message_bytes
-from fedraclora.wire.fields import printable, shown, whole
+from fedraclora.wire.fields import printable, shown, whole_number
 
 PARTS = 10.0  # seconds for the parts of a reply, which is small
 PATIENCE = 60.0  # seconds for further nodes to report their clients, once enough have
 AGAIN = 20.0  # seconds without a reply until a node is asked again, doubled each time
 
 
-class Post(Protocol):
+class RegistryContext(Protocol):
     """Define the part of a grid that a registry needs."""
 
     run_id: str
@@ -71,7 +71,7 @@ class NodeRegistry:
         versions: The version that a node reports; None: no weights.
     """
 
-    def __init__(self, post: Post) -> None:
+    def __init__(self, post: RegistryContext) -> None:
         self.post = post
         self.versions: dict[int, int | None] = {}
         self._registered: dict[int, str] = {}  # node -> when it was registered
@@ -87,7 +87,7 @@ class NodeRegistry:
         """Ask a node again if it is still connected."""
         self._serving.pop(node, None)
 
-    def ask_again(self, node: int) -> str | None:
+    def retry_request(self, node: int) -> str | None:
         """Ask a node again for its clients; return the request, or None if the node serves none."""
         now = time.monotonic()
         return self._ask(Question(node, now, now, AGAIN)) if self._serving.get(node) else None
@@ -239,8 +239,8 @@ def _read(reply: Message) -> tuple[list[int], int | None]:
     if not isinstance(answer, ConfigRecord):
         raise TypeError("its answer is not a config record")
     check_format(answer.get("format"), "it")
-    ids, version = answer["ids"], whole(answer["held"], "the version that it holds", -1)
+    ids, version = answer["ids"], whole_number(answer["held"], "the version that it holds", -1)
     if not isinstance(ids, list):
         raise TypeError(f"it reports {shown(ids)} as its clients, expected a list of ids")
-    mine = sorted({whole(c, "a client that it serves") for c in ids})
+    mine = sorted({whole_number(c, "a client that it serves") for c in ids})
     return mine, version if version >= 0 else None

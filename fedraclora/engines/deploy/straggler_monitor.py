@@ -28,7 +28,7 @@ class StragglerMonitor:
 
     def __init__(self, registry: NodeRegistry) -> None:
         self.registry = registry
-        self.began = time.monotonic()
+        self.started_at = time.monotonic()
         self.took: list[float] = []  # seconds until each reply
         self._since: dict[str, float] = {}
         self._asked: dict[int, tuple[str, float]] = {}  # node -> request, and when it was sent
@@ -44,7 +44,7 @@ class StragglerMonitor:
         for name, node in waiting.items():
             since = self._since.setdefault(name, now)
             if node not in self._asked:
-                if now > since + SILENT and (question := self.registry.ask_again(node)):
+                if now > since + SILENT and (question := self.registry.retry_request(node)):
                     self._asked[node] = question, now
             elif node not in self._answered:
                 if self.registry.has_answered(self._asked[node][0]):
@@ -59,7 +59,7 @@ class StragglerMonitor:
 
     def late(self, who: Sequence[str]) -> list[str]:
         """Record replies that arrived together; return a sentence if they were late."""
-        took = time.monotonic() - self.began
+        took = time.monotonic() - self.started_at
         self.took += [took] * len(who)
         if not who:
             return []

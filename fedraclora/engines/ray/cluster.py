@@ -24,9 +24,9 @@ from typing_extensions import override
 
 from fedraclora.config.settings import RayConfig
 from fedraclora.data.locate import file_digest
-from fedraclora.engines.private_ray import ENVIRONMENT, LastWord, cpus
+from fedraclora.engines.private_ray import ENVIRONMENT, ExitReporter, cpus
 from fedraclora.engines.ray.packages import CodePackages
-from fedraclora.engines.ray.pulse import PATIENCE, greet
+from fedraclora.engines.ray.pulse import PATIENCE, check_response
 from fedraclora.engines.ray.session import LOOPBACK, RaySession, own_sigterm, refuse_open_ray
 from fedraclora.errors import ConfigError, EngineError
 
@@ -38,7 +38,7 @@ SOME = 8  # most hosts in a message
 CLIENT = "ray://"
 
 
-class NoPaths(list[str]):
+class ImportPathGuard(list[str]):
     """Keep Ray from putting the script's and the working folder first on all hosts' paths."""
 
     @override
@@ -86,9 +86,9 @@ class Cluster:
         self.settings, self.device = settings, device
         self.gpus = float(device == "cuda") if settings.gpus is None else settings.gpus
         self.joined = ray.is_initialized()
-        self.told: dict[str, str] = {}
+        self.facts: dict[str, str] = {}
         self._session: RaySession | None = None  # processes of a Ray that is started here
-        self._last_word = LastWord()
+        self._last_word = ExitReporter()
         address, said_by = address_of(settings)
         if ray_client.ray.is_connected():  # type: ignore[no-untyped-call]
             address, said_by = f"{CLIENT}...", "the address that ray.init was given"
@@ -104,7 +104,7 @@ class Cluster:
             self.workers = self._count()
             if self._code is not None:
                 by = "joined by this program" if self.joined else said_by
-                self.told |= {"cluster": f"{at} ({by}), {self._size()}", "code": self._code.told}
+                self.facts |= {"cluster": f"{at} ({by}), {self._size()}", "code": self._code.facts}
         except BaseException:
             self.close()
             raise
@@ -128,7 +128,7 @@ class Cluster:
                 address=address or "local",
                 num_cpus=(self.settings.workers or cpus()) if alone else None,
                 include_dashboard=False if alone else None,
-                job_config=JobConfig(_py_driver_sys_path=None if alone else NoPaths([""])),
+                job_config=JobConfig(_py_driver_sys_path=None if alone else ImportPathGuard([""])),
                 logging_level=logging.ERROR,
                 log_to_driver=False,
                 configure_logging=False,
@@ -190,7 +190,7 @@ class Cluster:
         self.there = self._hosts()
         return sum(host.room for host in self.there)
 
-    def newcomers(self) -> list[RayHost]:
+    def new_machines(self) -> list[RayHost]:
         """List machines that are new since the last count; each is reported once."""
         known = {host.node for host in self.hosts}
         new = [host for host in self.there if host.node not in known]
@@ -285,7 +285,7 @@ def check_address(address: str, said_by: str = "engine.address") -> None:
             "this machine), host:port of a cluster's head, or local (start a private Ray)"
         )
     try:
-        greet(host.strip("[]"), int(port), PATIENCE)
+        check_response(host.strip("[]"), int(port), PATIENCE)
     except OSError as error:
         raise EngineError(
             f"{said_by}={address}: no Ray cluster answers there ({error}). Start one (ray "

@@ -40,7 +40,7 @@ class WorkerStateLike(Protocol):
 
 
 @dataclass(frozen=True)
-class Done:
+class WorkerResult:
     """Hold the result of a worker: the reply, or the reason why there is none.
 
     ``stale``: its base weights could not be updated to the requested version.
@@ -76,7 +76,9 @@ class Resident:
         own = {"node": platform.node(), "code": loaded_code(), "mark": self.state.replica.mark}
         return facts() | own
 
-    def train(self, update: list[Any], shared: list[Any], part: OwnPart, stored: Tree) -> Done:
+    def train(
+        self, update: list[Any], shared: list[Any], part: OwnPart, stored: Tree
+    ) -> WorkerResult:
         """Update the base weights and answer a request.
 
         Args:
@@ -86,15 +88,15 @@ class Resident:
             stored: The clients' state.
         """
         if not self.state.replica.follow(ray.get(update[0])):
-            return Done(stale=True)
+            return WorkerResult(stale=True)
         key = shared[0].hex()
         if self._shared is None or self._shared[0] != key:  # read once
             self._shared = key, ray.get(shared[0])
         try:
             answer, left = self.state.train(part.joined(self._shared[1]), stored)
         except Exception as error:
-            return Done(NoAnswer.of(error))
-        return Done(answer, left)
+            return WorkerResult(NoAnswer.of(error))
+        return WorkerResult(answer, left)
 
 
 class RayGrid(Grid):
@@ -153,7 +155,7 @@ class RayGrid(Grid):
             nonlocal room
             head.check()
             more, room = head.room - room, max(room, head.room)
-            for host in self.cluster.newcomers():
+            for host in self.cluster.new_machines():
                 text = f"host {host.address} joined, with room for {host.room} workers"
                 self.pool.say(text, logging.INFO)
             self.pool.add(max(0, more))
@@ -193,21 +195,21 @@ class RayGrid(Grid):
         places = Counter(there["address"] for there in found)
         text = ", ".join(f"{count} on {address}" for address, count in places.most_common(SOME))
         rest = f", and {len(places) - SOME} hosts more" if len(places) > SOME else ""
-        self.told = self.cluster.told and {
-            **self.cluster.told,
+        self.facts = self.cluster.facts and {
+            **self.cluster.facts,
             "workers": f"{len(found)}: {text}{rest}",
         }
         if len(kinds := {there["processor"] for there in [here, *found]}) > 1:
-            self.told["processors"] = (
+            self.facts["processors"] = (
                 f"{', '.join(sorted(kinds))}; they may round differently, so results may "
                 "depend on which host trains"
             )
 
     def _admit(self, late: list[dict[str, Any]]) -> None:
         """Check workers that join later like those of the start, and report new differences."""
-        known = self.told.get("processors")
+        known = self.facts.get("processors")
         self._check(late)
-        if (now := self.told.get("processors")) and now != known:
+        if (now := self.facts.get("processors")) and now != known:
             self.incidents.append(f"processors: {now}")
 
     @override

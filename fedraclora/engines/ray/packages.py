@@ -42,7 +42,7 @@ class CodePackages:
     """Package the code of this process for workers on other hosts.
 
     Attributes:
-        told: What is sent, for a reader.
+        facts: What is sent, for a reader.
 
     Raises:
         ConfigError: If a folder is too large to be sent.
@@ -51,13 +51,13 @@ class CodePackages:
     def __init__(self) -> None:
         folders = {Path(sys.modules[PROJECT].__file__ or "").parent: PROJECT} | _user_folders()
         self._content: dict[str, bytes] = {}
-        told = []
+        parts = []
         for folder, why in folders.items():
             content = _packed(folder, why)
             name = hashlib.sha256(content).hexdigest()[:40]
             self._content[f"gcs://_ray_pkg_{name}.zip"] = content
-            told.append(f"{folder if why != PROJECT else why} ({len(content) / 1e6:.2f} MB)")
-        self.told = ", ".join(told)
+            parts.append(f"{folder if why != PROJECT else why} ({len(content) / 1e6:.2f} MB)")
+        self.facts = ", ".join(parts)
 
     def uris(self) -> list[str]:
         """Upload missing packages, and return the names of all; this job's own come last.

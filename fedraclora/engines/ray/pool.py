@@ -14,7 +14,7 @@ import ray
 from ray.exceptions import ActorDiedError, ActorUnavailableError, RayError, RayTaskError
 from typing_extensions import override
 
-from fedraclora.engines.ray.pulse import QUIET, TICK, Pulse, places_of
+from fedraclora.engines.ray.pulse import QUIET, TICK, LivenessPoller, places_of
 from fedraclora.engines.ray.session import LOOPBACK
 from fedraclora.errors import ConfigError, EngineError
 
@@ -111,7 +111,7 @@ class WorkerPool:
         wait: float = 300.0,
         *,
         watch: Callable[[], object] = lambda: None,
-        pulse_of: Callable[[Any], Any] = lambda actor: Pulse(partial(places_of, actor)),
+        pulse_of: Callable[[Any], Any] = lambda actor: LivenessPoller(partial(places_of, actor)),
     ) -> None:
         self.start, self.retries, self.timeout, self.wait = start, retries, timeout, wait
         self.watch, self.pulse_of = watch, pulse_of

@@ -33,7 +33,7 @@ SLACK = 10  # like QUIET, as a multiple of the slowest response: on a busy machi
 Place = tuple[str, int]  # host and port
 
 
-def greet(host: str, port: int, patience: float) -> float:
+def check_response(host: str, port: int, patience: float) -> float:
     """Check that a Ray server responds, or, under TLS, that something listens; else raise OSError.
 
     Returns:
@@ -49,7 +49,7 @@ def greet(host: str, port: int, patience: float) -> float:
         return time.monotonic() - began
 
 
-class Pulse:
+class LivenessPoller:
     """Poll processes for a response, in a thread of its own.
 
     Args:
@@ -78,7 +78,7 @@ class Pulse:
 
     def _ask(self) -> None:
         try:
-            taken = max([greet(*place, PATIENCE) for place in self.find()])
+            taken = max([check_response(*place, PATIENCE) for place in self.find()])
         # its host reports that the process ended: there is none to wait for
         except ConnectionRefusedError:
             self.quiet = max(self.quiet, QUIET, SLACK * self._slowest)
@@ -113,7 +113,7 @@ def raylet_port(node: str) -> int:
     return next(int(n["NodeManagerPort"]) for n in nodes if n["NodeID"] == node)
 
 
-class Head(Pulse):
+class Head(LivenessPoller):
     """Watch the processes that a run needs: the cluster's head, and Ray on this machine.
 
     Ray ends this process if one of them is missing: the head after a while, the local ones as soon

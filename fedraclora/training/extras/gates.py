@@ -60,9 +60,9 @@ class Gates(FactorStep):
         return CohortGates(self.local, chunk.values, rates, self.pairs(chunk), self.penalty)
 
     @override
-    def columns(self, sent: RoundInstructions, got: Uplinks) -> dict[str, float]:
+    def columns(self, sent: RoundInstructions, uplinks: Uplinks) -> dict[str, float]:
         """Compute the share of components that no client kept, over all adapters: ``pruned``."""
-        mean = got.mean()  # one that no client closed is enough
+        mean = uplinks.mean()  # one that no client closed is enough
         closed = total = 0
         for weight in sent.adapters:
             name = next(n for n in (f"{weight}/B", f"{weight}/A") if n in sent.trained())

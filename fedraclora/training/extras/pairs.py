@@ -41,7 +41,7 @@ from typing_extensions import override
 
 from fedraclora.compatibility import Feature
 from fedraclora.lowrank.algebra import sylvester
-from fedraclora.protocol.program import ClientChunk, ClientProgram, Hook, When
+from fedraclora.protocol.program import ClientChunk, ClientProgram, GradientStage, Hook
 from fedraclora.protocol.rank_budgets import within
 from fedraclora.training.materialize import factor_of
 from fedraclora.tree import Tree
@@ -228,11 +228,11 @@ class Precondition(FactorStep):
         return True
 
     @override
-    def hooks(self, chunk: ClientChunk) -> dict[When, Hook]:
+    def hooks(self, chunk: ClientChunk) -> dict[GradientStage, Hook]:
         pairs = self.pairs(chunk)
         frozen = {n: f for pair in pairs for n, f in pair.frozen.items()}
         hook = projected(frozen, ranks=chunk.ranks)
-        return {When.PROGRAM: lambda gradients, _: hook(gradients)}
+        return {GradientStage.PROGRAM: lambda gradients, _: hook(gradients)}
 
     @override
     def step_in_weights(self, scale: float, gram: float) -> tuple[float, float]:
@@ -253,7 +253,7 @@ class Adjustment(FactorStep):
     form: ClassVar[str] = "local.adjust={rule}"
 
     @override
-    def hooks(self, chunk: ClientChunk) -> dict[When, Hook]:
+    def hooks(self, chunk: ClientChunk) -> dict[GradientStage, Hook]:
         pairs, rule = self.pairs(chunk), ADJUSTMENTS[self.rule]
 
         def adjust(gradients: Tree, values: Tree) -> Tree:
@@ -262,7 +262,7 @@ class Adjustment(FactorStep):
                 out |= rule(pair, gradients, values, self.damping)
             return out
 
-        return {When.BUDGET: adjust}
+        return {GradientStage.BUDGET: adjust}
 
     @override
     def step_in_weights(self, scale: float, gram: float) -> tuple[float, float]:

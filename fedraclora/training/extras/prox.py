@@ -14,7 +14,7 @@ from typing_extensions import override
 
 from fedraclora.compatibility import Feature
 from fedraclora.protocol.method import RoundInstructions
-from fedraclora.protocol.program import ClientChunk, ClientProgram, Hook, When
+from fedraclora.protocol.program import ClientChunk, ClientProgram, GradientStage, Hook
 from fedraclora.training.materialize import factor_of
 from fedraclora.tree import Tree
 
@@ -47,10 +47,10 @@ class Prox(ClientProgram):
         return self.setting
 
     @override
-    def hooks(self, chunk: ClientChunk) -> dict[When, Hook]:
+    def hooks(self, chunk: ClientChunk) -> dict[GradientStage, Hook]:
         starts, frozen, downlink = chunk.starts, chunk.frozen, chunk.downlink
         pull = partial(with_prox, starts=starts, frozen=frozen, downlink=downlink, mu=self.mu)
-        return {When.LOSS: pull}
+        return {GradientStage.LOSS: pull}
 
 
 def with_prox(

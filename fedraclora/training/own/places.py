@@ -95,7 +95,7 @@ ORIGINAL = ("parametrizations", "weight", "original")
 
 
 @dataclass(frozen=True)
-class Place:
+class TensorPlace:
     """A tensor in the user's model that holds one of ours.
 
     Attributes:
@@ -106,23 +106,23 @@ class Place:
     tensor: torch.Tensor
     turned: bool = False
 
-    def theirs(self, ours: torch.Tensor) -> torch.Tensor:
+    def to_model(self, ours: torch.Tensor) -> torch.Tensor:
         """Convert a value of ours to this tensor's form."""
         return (ours.mT if self.turned else ours).reshape(self.tensor.shape)
 
     def put(self, ours: torch.Tensor) -> None:
         """Copy a value of ours into this tensor."""
         with torch.no_grad():
-            self.tensor.copy_(self.theirs(ours))
+            self.tensor.copy_(self.to_model(ours))
 
-    def ours(self, like: torch.Tensor) -> torch.Tensor:
+    def from_model(self, like: torch.Tensor) -> torch.Tensor:
         """Return this tensor's value in our form, detached; copied only if needed."""
         value = unsharded(self.tensor.detach())
         return (value.mT if self.turned else value.reshape(like.shape)).to(like)
 
 
 @dataclass(frozen=True)
-class Found:
+class FoundTensors:
     """Hold the tensors that were found in a model.
 
     Attributes:
@@ -136,12 +136,12 @@ class Found:
 
     parameters: dict[str, nn.Parameter] = field(default_factory=dict)
     copies: list[tuple[str, nn.Parameter]] = field(default_factory=list)
-    factors: dict[str, Place] = field(default_factory=dict)
+    factors: dict[str, TensorPlace] = field(default_factory=dict)
     layers: dict[str, Any] = field(default_factory=dict)
     terms: dict[str, LowRankTerm] = field(default_factory=dict)
     others: dict[str, int] = field(default_factory=dict)
 
-    def place(self, name: str) -> Place:
+    def place(self, name: str) -> TensorPlace:
         """Return the place of a tensor of ours: a factor, or one that is trained in full.
 
         Raises:
@@ -154,7 +154,7 @@ class Found:
                 f"{name} is not in the model any more: read the model that was installed, before "
                 "merging, unloading or removing anything"
             )
-        return Place(self.parameters[name])
+        return TensorPlace(self.parameters[name])
 
 
 def inner(model: nn.Module) -> nn.Module:
@@ -225,7 +225,7 @@ def _is_left(key: str) -> bool:
     return "_hooks" in key or key in {"forward", "training", "p", "gradient_checkpointing"}
 
 
-def find(model: nn.Module, adapters: Mapping[str, Adapter], adapter: str) -> Found:
+def find(model: nn.Module, adapters: Mapping[str, Adapter], adapter: str) -> FoundTensors:
     """Find all tensors of a round in a model.
 
     Args:
@@ -236,7 +236,7 @@ def find(model: nn.Module, adapters: Mapping[str, Adapter], adapter: str) -> Fou
     Raises:
         ModelError: If it has LoRA layers that are not those of the method.
     """
-    root, found = inner(model), Found()
+    root, found = inner(model), FoundTensors()
     modules = dict(root.named_modules())
     found.layers.update(_lora_layers(modules, adapter))
     own = (part for layer in found.layers.values() for part in layer.named_children())
@@ -279,7 +279,7 @@ def saved_whole(model: nn.Module, adapter: str) -> Iterator[Any]:
 
 def _of_peft(
     layers: Mapping[str, Any], weight: str, asked: Adapter, adapter: str
-) -> dict[str, Place]:
+) -> dict[str, TensorPlace]:
     if weight not in layers:
         raise ModelError(
             f"the method adapts {weight}, but the model has LoRA layers of PEFT on "
@@ -298,13 +298,16 @@ def _of_peft(
         raise ModelError(f"the LoRA layer of {weight} is one of DoRA: set use_dora=False")
     if adapter in layer.lora_embedding_A:  # PEFT stores the factors of an embedding transposed
         left, right = layer.lora_embedding_A[adapter], layer.lora_embedding_B[adapter]
-        found = {"B": Place(left, turned=True), "A": Place(right, turned=True)}
+        found = {"B": TensorPlace(left, turned=True), "A": TensorPlace(right, turned=True)}
     else:
         if layer.lora_B[adapter].bias is not None:
             raise ModelError(f"the LoRA layer of {weight} has a bias: set lora_bias=False")
         if getattr(layer.base_layer, "groups", 1) != 1:
             raise ModelError(f"{weight} is a convolution in groups: leave it out of the targets")
-        found = {"B": Place(layer.lora_B[adapter].weight), "A": Place(layer.lora_A[adapter].weight)}
+        found = {
+            "B": TensorPlace(layer.lora_B[adapter].weight),
+            "A": TensorPlace(layer.lora_A[adapter].weight),
+        }
     rank = asked.factors["B"].shape[1]
     if layer.r[adapter] != rank:
         raise ModelError(
@@ -329,8 +332,8 @@ def _others(modules: Mapping[str, nn.Module], weight: str) -> int:
     return len(terms.weight) - 1
 
 
-def _of_term(weight: str, term: LowRankTerm) -> dict[str, Place]:
-    return {f"{weight}/{k}": Place(getattr(term, k)) for k in term.labels}
+def _of_term(weight: str, term: LowRankTerm) -> dict[str, TensorPlace]:
+    return {f"{weight}/{k}": TensorPlace(getattr(term, k)) for k in term.labels}
 
 
 def attach(
@@ -338,7 +341,7 @@ def attach(
     adapters: Mapping[str, Adapter],
     values: Tree,
     views: Mapping[str, LayerView],
-) -> dict[str, Place]:
+) -> dict[str, TensorPlace]:
     """Put low-rank terms on the weights of a plain model, replacing those of another round or form.
 
     Args:
@@ -351,7 +354,7 @@ def attach(
         Where the factors lie, by ``"<weight>/<label>"``.
     """
     modules = {plain_name(n, "")[0]: m for n, m in inner(model).named_modules()}
-    places = dict[str, Place]()
+    places = dict[str, TensorPlace]()
     forms = {
         n: {k: (f.shape, f.trained) for k, f in a.factors.items()} for n, a in adapters.items()
     }

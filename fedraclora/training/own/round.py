@@ -19,8 +19,8 @@ from fedraclora.protocol.uplinks import calmer, greatest_norm
 from fedraclora.rng import hash_key
 from fedraclora.training.materialize import materialize
 from fedraclora.training.own.places import (
-    Found,
-    Place,
+    FoundTensors,
+    TensorPlace,
     attach,
     bits_of,
     buffers_of,
@@ -58,7 +58,7 @@ class Round:
     data: Any
     rate_scale: float = 1.0
     state: dict[str, Any] = field(default_factory=dict)
-    _asked: Asked = field(kw_only=True, repr=False)
+    _asked: ClientTask = field(kw_only=True, repr=False)
     _adapter: str = field(default="default", init=False, repr=False)
     _installed: dict[str, int | None] | None = field(default=None, init=False, repr=False)
 
@@ -107,7 +107,7 @@ class Round:
         for name, value in (asked.values | asked.frozen).items():
             place = places.place(name)
             place.put(value)
-            if not torch.equal(place.ours(value), value):
+            if not torch.equal(place.from_model(value), value):
                 raise ModelError(
                     f"{name} would be rounded: the model holds it as {place.tensor.dtype}, and it "
                     f"comes as {value.dtype}. Keep what is trained in float32 (for PEFT "
@@ -162,7 +162,7 @@ class Round:
                 f"the buffer {moved[0]} has changed, which does not travel: put such layers "
                 "(BatchNorm) into evaluation mode with .eval()"
             )
-        found = {n: places.place(n).ours(value).clone() for n, value in asked.values.items()}
+        found = {n: places.place(n).from_model(value).clone() for n, value in asked.values.items()}
         asked.check(found)
         still = {n for n, value in found.items() if torch.equal(value, asked.values[n])}
         # Factors are created by install: an optimizer created before it trains only the other
@@ -201,7 +201,7 @@ class Round:
         return hash_key(self.seed, "read", self.client, self.number, numbers, *sums)
 
 
-def _use_peft(places: Found, downlink: RoundInstructions, adapter: str) -> None:
+def _use_peft(places: FoundTensors, downlink: RoundInstructions, adapter: str) -> None:
     """Set scales and frozen factors in LoRA layers of PEFT, and activate their adapter."""
     if more := sorted(places.layers.keys() - downlink.adapters.keys()):
         raise ModelError(
@@ -226,7 +226,7 @@ def _use_peft(places: Found, downlink: RoundInstructions, adapter: str) -> None:
 
 
 def _check_active(
-    model: nn.Module, places: Found, downlink: RoundInstructions, adapter: str
+    model: nn.Module, places: FoundTensors, downlink: RoundInstructions, adapter: str
 ) -> None:
     """Refuse an adapter of PEFT that was changed after install, or merged into W."""
     for weight, term in places.terms.items():
@@ -267,7 +267,7 @@ def _check_scale(weight: str, now: float, downlink: RoundInstructions) -> None:
         )
 
 
-class Asked:
+class ClientTask:
     """Hold the tensors of one client's task.
 
     Args:
@@ -297,7 +297,7 @@ class Asked:
         self.frozen = {n: f[0] if f.dim() > 2 else f for n, f in frozen.items()}
         self.masks = {n: mask[0].to(device) for n, mask in masks.items()}
 
-    def load(self, model: nn.Module, places: Found) -> dict[str, int | None]:
+    def load(self, model: nn.Module, places: FoundTensors) -> dict[str, int | None]:
         """Copy the weights of the round, and the buffers of the run's model, into a model.
 
         Returns:
@@ -348,10 +348,10 @@ class Asked:
         apart = type(parameter) is nn.Parameter and parameter.data_ptr() != weight.data_ptr()
         return None if apart and parameter.dtype == weight.dtype else int(bits_of(parameter))
 
-    def cut(self, name: str, place: Place) -> None:
+    def cut(self, name: str, place: TensorPlace) -> None:
         """Make gradients beyond the client's rank budget zero."""
         if name in self.masks:
-            mask = place.theirs(self.masks[name].expand(self.values[name].shape))
+            mask = place.to_model(self.masks[name].expand(self.values[name].shape))
             self.handles.append(place.tensor.register_hook(lambda g: g * mask.to(g)))
 
     def check(self, found: Tree) -> None:
@@ -376,11 +376,13 @@ class Asked:
             raise ClientError(f"its update is too long, of norm {length:.3g}: {calmer(own=True)}")
 
     def moved(
-        self, model: nn.Module, places: Found, installed: Mapping[str, int | None]
+        self, model: nn.Module, places: FoundTensors, installed: Mapping[str, int | None]
     ) -> list[str]:
         """List the frozen factors, untrained weights and buffers that have changed."""
         rest: Tree = {**places.parameters, **buffers_of(model)}
-        found = [n for n, v in self.frozen.items() if not torch.equal(places.place(n).ours(v), v)]
+        found = [
+            n for n, v in self.frozen.items() if not torch.equal(places.place(n).from_model(v), v)
+        ]
         for name, bits in installed.items():
             now = unsharded(rest[name].detach()) if name in rest else None
             if bits is None and now is not None:

@@ -20,7 +20,7 @@ from typing_extensions import override
 from fedraclora.data.fingerprint import USED_UP, Fingerprint, fingerprint_of, what_differs
 from fedraclora.errors import ClientError, FedRacLoraError
 from fedraclora.imports import failure_of
-from fedraclora.models.outputs import nothing_drawn
+from fedraclora.models.outputs import restored_generators
 from fedraclora.narrow_weight import dense
 from fedraclora.protocol.link import Link, apply_link
 from fedraclora.protocol.method import RoundInstructions
@@ -30,7 +30,7 @@ from fedraclora.rng import hash_key
 from fedraclora.training.cohort import CohortTrainer
 from fedraclora.training.memory import is_out_of_memory
 from fedraclora.training.own.deadline import OutOfTimeError, call_within
-from fedraclora.training.own.round import Asked, Round
+from fedraclora.training.own.round import ClientTask, Round
 from fedraclora.training.results import Trained
 from fedraclora.tree import Tree, widened
 
@@ -109,7 +109,7 @@ class OwnTrainer(CohortTrainer):
     ) -> tuple[Trained, bytes | None]:
         """Train one client; return its trained values and its state."""
         buffers = dict(self.task.model.named_buffers())
-        asked = Asked(base, downlink, self.plan.targets, buffers)
+        asked = ClientTask(base, downlink, self.plan.targets, buffers)
         seed = seed_of(self.seed, round_, client)
         kept = b"" if self.recall is None else self.recall(client, round_)
         data = self._data_of(client)
@@ -272,7 +272,7 @@ def seeded_everywhere(seed: int) -> Iterator[None]:
     devices = [*range(torch.cuda.device_count())] if torch.cuda.is_initialized() else []
     dtype, threads, folder = torch.get_default_dtype(), torch.get_num_threads(), Path.cwd()
     forked = torch.random.fork_rng(devices=devices) if devices else nullcontext()
-    with nothing_drawn(), forked:
+    with restored_generators(), forked:
         # `torch.manual_seed` keeps the stack trace of its call for each missing GPU library.
         seeding = torch.cuda.is_available()
         (torch.manual_seed if seeding else torch.default_generator.manual_seed)(seed)  # noqa: TID251
