@@ -31,7 +31,7 @@ NARROWEST = 96  # of the layers that c was fitted to: narrower ones would have h
 
 
 def rule_rate(config: RunConfig, built: PreparedTask) -> float | None:
-    """Compute the rate of the rule for a run of a task; None if it does not know such a run."""
+    """Compute the rate of the rule for a run of a task; None if the rule does not cover it."""
     local = config.local
     # SGD's rates follow the scale of gradients, which that of a cross-entropy bounds.
     unbounded = local.optimizer == "sgd" and built.task.loss == "squared_error"

@@ -83,7 +83,7 @@ def composed(words: Sequence[str], values: Plain = EMPTY) -> PlainDict:
 
 
 def apply_values(cfg: DictConfig, values: Plain) -> None:
-    """Set keys of a composed config, as overrides do: a mapping is merged into what is there.
+    """Set keys of a composed config, as overrides do; a mapping is merged into the existing one.
 
     Args:
         cfg: The config, which is changed.

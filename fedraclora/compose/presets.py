@@ -89,7 +89,7 @@ def readable(file: object) -> Iterator[None]:
 
 
 class CheckedSource:
-    """Of sources of Hydra's: judges what is read there."""
+    """Check each file that a config source of Hydra reads."""
 
     path: str
 

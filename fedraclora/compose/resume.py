@@ -240,7 +240,7 @@ def _output(
 
 
 def with_changes(config: PlainDict, changes: PlainDict) -> PlainDict:
-    """Replace values of a config: of whole keys, of dotted ones, or of some keys of a group.
+    """Replace values of a config: whole keys, dotted keys, or some keys of a group.
 
     Example:
         >>> with_changes({"seed": 0, "local": {"lr": 0.1}}, {"seed": 1, "local.lr": 0.2})

@@ -75,7 +75,7 @@ def is_whole(mapping: Mapping[str, object]) -> bool:
 
 
 def without_location(config: PlainDict) -> PlainDict:
-    """Drop from a config what says where its run was: the folder, and whether it went on."""
+    """Drop the folder of a run, and whether it resumed one, from a config."""
     return with_changes(config, {"output.dir": None, "resume": None})
 
 

@@ -80,7 +80,7 @@ FOLDER_FLAGS = ("--config-dir", "-cd")
 
 
 def completion_words(words: Sequence[str], commands: Collection[str]) -> list[str]:
-    """Print what may follow, where that is a subcommand; else give what Hydra is to be asked.
+    """Complete a subcommand and print it, or return the arguments with which to ask Hydra.
 
     Args:
         words: ``install=SHELL``, ``uninstall=SHELL``, or ``query=SHELL`` for the line in

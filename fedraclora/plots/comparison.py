@@ -216,7 +216,7 @@ def _draw(place: Axes, panel: Panel) -> None:
 
 @dataclass(frozen=True)
 class BoardRow:
-    """A method of a leaderboard.
+    """Hold the figures of one method of a leaderboard.
 
     Attributes:
         label: Its name.
@@ -235,7 +235,7 @@ class BoardRow:
 
 
 def leaderboard_figure(entrants: Sequence[BoardRow], metric: str, path: Path) -> None:
-    """Draw the metric of each method, and the metric against its uplink, by place on the board.
+    """Draw the metric of each method, and the metric against its uplink, by rank.
 
     A method with a failed seed does not stretch the axes: values outside are drawn at the lower
     end, with their numbers.
@@ -288,7 +288,7 @@ def leaderboard_figure(entrants: Sequence[BoardRow], metric: str, path: Path) ->
 
 
 def spanned(entrants: Sequence[BoardRow]) -> tuple[float, float]:
-    """Choose the range of the metric that is drawn, with a margin.
+    """Choose the range of the metric to draw, with a margin.
 
     It covers all means and spreads, except those whose spread is more than `WILD` times the
     usual one of the board.
@@ -302,7 +302,7 @@ def spanned(entrants: Sequence[BoardRow]) -> tuple[float, float]:
 
 
 def clusters(entrants: Sequence[BoardRow], near: float) -> list[tuple[BoardRow, str]]:
-    """Choose the points that want a label of their own, and the places near each of them.
+    """Choose the points with their own label, and the ranks near each of them.
 
     Args:
         entrants: The best first.

@@ -24,7 +24,7 @@ DASHES = ("-", "--", ":", "-.")
 
 
 class LineStyle(NamedTuple):
-    """How a curve is drawn.
+    """Hold how a curve is drawn.
 
     Attributes:
         color: As ``#RRGGBB``.

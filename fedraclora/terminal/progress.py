@@ -78,7 +78,7 @@ class RunProgress(Callback):
 
     @override
     def begin(self, run: RunStart) -> None:
-        """Say what a run begins with, and what is not as it was asked for."""
+        """Show the first lines of a run, and differences from its config."""
         self.open(run.facts, run.config, run.folder)
 
     def open(self, facts: Mapping[str, Any], plain: Mapping[str, Any], folder: Path | None) -> None:

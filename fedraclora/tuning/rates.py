@@ -30,8 +30,8 @@ class RateRange:
     Attributes:
         key: The tuned key, log-uniform: the rate itself, or its ratio to `around`.
         least, greatest: Its range.
-        around: Of the config of a run.
-        description: What they are, in words.
+        around: Computes the reference rate of a run's config.
+        description: The rates in words.
     """
 
     key: str = TIMES
@@ -42,7 +42,7 @@ class RateRange:
 
     @classmethod
     def between(cls, least: float, greatest: float) -> RateRange:
-        """The same rates for each run."""
+        """Return the same range for each run."""
         return cls(RATE_KEY, least, greatest, description=f"{least:.3g} to {greatest:.3g}")
 
     @classmethod

@@ -60,7 +60,7 @@ class Point(NamedTuple):
 
 @dataclass(frozen=True)
 class TuningResult:
-    """What a tuning found.
+    """Hold the result of a tuning.
 
     Attributes:
         folder: Where it is stored.
@@ -78,7 +78,7 @@ class TuningResult:
 
 
 def outcome(search: Search, *, over: bool, has_test: bool) -> TuningResult:
-    """Print and write what was found so far.
+    """Print and write the results so far.
 
     Args:
         search: The tuning.
@@ -274,7 +274,7 @@ def preset_path(folder: Path, size: float) -> Path:
 
 
 def add_to_preset(folder: Path, size: float, text: str) -> None:
-    """Write how a preset did on the test samples into its head."""
+    """Write the test results of a preset into its header."""
     path = preset_path(folder, size)
     package, found, keys = path.read_text(encoding="utf-8").split("\n", 2)
     path.write_text("\n".join([package, found, f"# {text}", keys]), encoding="utf-8")

@@ -72,7 +72,7 @@ KEPT = ["round", "traffic", "value"]  # of the mean curve of a trial
 
 
 class TrialLogger(Callback):
-    """Keeps what a run measures, and ends it.
+    """Record the measurements of a run, and stop it.
 
     Args:
         metric: Its name.
@@ -146,12 +146,12 @@ class Search:
         return plans_rounds(self.space.plain) is not None
 
     def curve(self, runs: Sequence[TrialLogger]) -> DataFrame:
-        """Average what runs of several seeds measured (`statistics.mean_curve`)."""
+        """Average the measurements of runs of several seeds (`statistics.mean_curve`)."""
         rows = {seed: run.rows for seed, run in enumerate(runs)}
         return mean_curve(rounds_of(rows, metric_names(self.metric)), "mean")
 
     def metric_by_size(self, curve: DataFrame) -> list[float]:
-        """Give the metric of a run at each of ``tune.sizes``: that of its last rounds there.
+        """Return the metric of a run at each of ``tune.sizes``: that of its last rounds there.
 
         If even the first round is larger, it is the metric of the untrained model. If only the end
         of a run counts, it is the metric so far, at the bytes of all rounds.
@@ -243,7 +243,7 @@ class Search:
         )
 
     def _runs_here(self, trial: int) -> AbstractContextManager[None]:
-        """Hold a trial for this process; the system lets it go when the process ends."""
+        """Lock a trial for this process; the operating system unlocks it when the process ends."""
         return locked_folder(
             self.folder / "processes" / str(trial), shared=not is_private(self.folder)
         )
@@ -306,7 +306,7 @@ class Search:
         return None
 
     def _runs(self, study: Study, trial: Trial, plain: PlainDict) -> tuple[list[TrialLogger], str]:
-        """Run a trial's seeds; say what ended it before its last round, if anything did."""
+        """Run a trial's seeds; return what stopped it before its last round, if anything did."""
         began, runs = time.process_time(), list[TrialLogger]()
         last, ended = self.rounds, ""
 
@@ -349,7 +349,7 @@ class Search:
         return execute(RunBuilder(config, callbacks=watching, steps=self.steps))
 
     def _goes_on(self, study: Study, trial: Trial, watch: TrialLogger) -> bool:
-        """Decide at a rung: by the Pareto rank among all runs that got there."""
+        """Decide at a rung by the Pareto rank among all runs that got there."""
         rung = sum(watch.round >= share * self.rounds for share in self.config.rungs)
         key, value = f"rung {rung - 1}", measured_value(watch.rows[-1], watch.names)
         if not rung or value is None or watch.lost or key in trial.user_attrs:

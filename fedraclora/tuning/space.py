@@ -153,7 +153,7 @@ class Space:
         return cls(plain, methods, tuned, rates)
 
     def of_task(self, plain: PlainDict, built: PreparedTask, *, auto: bool) -> Space:
-        """Give the same space for the whole config of a task, its rates as `RateRange.found`."""
+        """Return the space for the whole config of a task, with rates by `RateRange.for_task`."""
         rates = self.rates
         if rates and rates.key == TIMES:
             rates = RateRange.for_task(plain, built, self.methods, auto=auto)
@@ -206,7 +206,7 @@ class Space:
         return {**params, self.rates.key: rate} if rate >= self.rates.least else {}
 
     def description(self) -> dict[str, str]:
-        """Say what is tried, by key."""
+        """Describe the space by key."""
         rates = self.rates and {RATE_KEY: f"{self.rates.description}, log-uniform"}
         values = {key: ", ".join(map(str, values)) for key, values in self.tuned.items()}
         return {"method": ", ".join(self.methods)} | (rates or {}) | values

@@ -42,7 +42,7 @@ def tune_task(
     steps: Sequence[RoundStep] = (),
     callbacks: Sequence[Callback] = (),
 ) -> TuningResult:
-    """Tune a task until the budget is spent, and print and write what was found.
+    """Tune a task until the budget is spent, and print and write the results.
 
     Args:
         plain: The config of the task.
@@ -112,7 +112,7 @@ def open_with(search: Search, told: Mapping[str, str], *, verbose: bool) -> None
 
 
 def ended(search: Search, found: Callable[..., TuningResult]) -> TuningResult:
-    """Run what is left to run, and print and write what was found.
+    """Run the remaining trials, and print and write the results.
 
     Raises:
         KeyboardInterrupt: After the results so far are printed and written.

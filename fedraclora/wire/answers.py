@@ -87,7 +87,7 @@ def _from_arrays(arrays: Mapping[str, Any], plain: Mapping[str, Any]) -> Answer:
 
 @dataclass(frozen=True, kw_only=True)
 class NumericAnswer(Answer):
-    """Hold a reply with numbers from clients that used their samples.
+    """Hold a reply with numbers that clients computed from their samples.
 
     Attributes:
         first: Place in the cohort of the first client of the request.
@@ -145,7 +145,7 @@ class TrainingAnswer(NumericAnswer):
 
 @dataclass(frozen=True, kw_only=True)
 class TrainedAnswer(TrainingAnswer):
-    """What each client trained: rows [k, P]; under rank budgets what is left of them, end to end.
+    """Hold each client's trained values: rows [k, P], or with rank budgets their parts, end to end.
 
     Attributes:
         sizes: Bytes that each client sent, int64 [k]; None without coding.
@@ -158,7 +158,7 @@ class TrainedAnswer(TrainingAnswer):
 
 @dataclass(frozen=True, kw_only=True)
 class SummedAnswer(TrainingAnswer):
-    """Weighted sums of what clients trained: float64 [blocks, P], of the blocks of a chunk.
+    """Hold weighted sums of trained values: float64 [blocks, P], for the blocks of a chunk.
 
     Attributes:
         refused: Clients left out of the sums, because their numbers cannot be used.
@@ -171,14 +171,14 @@ class SummedAnswer(TrainingAnswer):
 
 @dataclass(frozen=True, kw_only=True)
 class MeasuredAnswer(NumericAnswer):
-    """What each client measured: float64 rows [k, P] of sums over its samples."""
+    """Hold the measurements of each client: float64 rows [k, P] of sums over its samples."""
 
     name = "measured"
 
 
 @dataclass(frozen=True, kw_only=True)
 class StageAnswer(Answer):
-    """Hold what clients send in a stage of secure aggregation.
+    """Hold the replies of clients in a stage of secure aggregation.
 
     Attributes:
         stage: The data of each client, by id.

@@ -98,7 +98,7 @@ def check_instructions(downlink: RoundInstructions, own: Collection[str]) -> Non
 
 
 def _check(downlink: RoundInstructions) -> None:
-    """Reject what types do not."""
+    """Reject instructions whose fields contradict each other."""
     whole_number(downlink.link, "its link")
     downlink.program.check(downlink)
     slots = downlink.trained()

@@ -29,7 +29,7 @@ AT_ONCE = 1 << 20  # numbers that are rounded together
 
 @dataclass
 class CodedRows:
-    """Rows as they are sent, in the order of the clients.
+    """Hold rows as they are sent, in the order of the clients.
 
     Attributes:
         codes: The bytes of each client, uint8.
@@ -42,7 +42,7 @@ class CodedRows:
 
 @dataclass(frozen=True)
 class ChangeCodec:
-    """Encode and decode the changes of clients.
+    """Encode and decode the updates of clients.
 
     Attributes:
         kind: Number format, one of `fedraclora.protocol.quantized.ROUNDED`.

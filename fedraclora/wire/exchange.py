@@ -91,7 +91,7 @@ class Stage:
 
     @property
     def through_json(self) -> Stage:
-        """Return a copy as the receiver gets it, through JSON."""
+        """Return a copy as the receiver reads it, converted to JSON and back."""
         return join(Stage, {}, json.loads(json.dumps(split(self)[1])))
 
 

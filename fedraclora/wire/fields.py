@@ -96,7 +96,7 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def whole_number(value: object, what: str, least: int = 0, most: int = LARGEST) -> int:
-    """Check a whole number.
+    """Check an integer; booleans are rejected.
 
     Raises:
         WireError: If it is no integer, or outside of ``least`` to ``most``.
@@ -107,7 +107,7 @@ def whole_number(value: object, what: str, least: int = 0, most: int = LARGEST) 
 
 
 def finite_number(value: object, what: str) -> float:
-    """Check a finite number; whole numbers stay whole.
+    """Check a finite number; integers stay integers.
 
     Raises:
         WireError: If it is not a finite number.

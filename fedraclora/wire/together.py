@@ -76,7 +76,7 @@ def chunks_of(ask: Ask, size: int) -> list[Ask]:
 
 
 def unanswered(ask: Ask, why: str) -> Answer:
-    """Build a reply that says why none of these clients has one."""
+    """Build a reply that records why all of these clients have none."""
     return failed_answer(ask, dict.fromkeys(ask.clients, printable(why)))
 
 
