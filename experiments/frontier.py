@@ -22,7 +22,7 @@ import yaml
 
 from fedraclora.commands import RESULTS
 from fedraclora.commands.status import reported
-from fedraclora.commands.study.entries import Entry, entries, read_results
+from fedraclora.commands.study.entries import RowResult, entries, read_results
 from fedraclora.commands.study.file import SHARED
 from fedraclora.errors import ConfigError
 from fedraclora.plots.axes import MEGABYTE

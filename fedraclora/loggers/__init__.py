@@ -20,7 +20,7 @@ from typing_extensions import override
 
 from fedraclora.errors import ConfigError, EngineError, unknown
 from fedraclora.imports import import_extra
-from fedraclora.run.callback import Begin, Callback
+from fedraclora.run.callback import Callback, RunStart
 from fedraclora.run.ledger import Row
 from fedraclora.weights.files import write_text
 

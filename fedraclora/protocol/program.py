@@ -208,7 +208,7 @@ class ClientProgram(RegisteredByName, Limited, group="local.extras"):
 
     # Hooks at the clients.
 
-    def held(self, downlink: RoundInstructions, plan: Plan) -> RoundInstructions:
+    def trained_model(self, downlink: RoundInstructions, plan: Plan) -> RoundInstructions:
         """Return what clients train, if it is not all that they send; see `upload`."""
         return downlink
 
@@ -253,7 +253,7 @@ class ClientProgram(RegisteredByName, Limited, group="local.extras"):
         """
         raise NotImplementedError
 
-    def hooks(self, chunk: ClientChunk) -> Mapping[When, Hook]:
+    def hooks(self, chunk: ClientChunk) -> Mapping[GradientStage, Hook]:
         """Return the hooks on the gradients of every step; called once for each chunk.
 
         A hook receives gradients and values of the clients that still train, [active, ...]: the
@@ -294,7 +294,7 @@ class ClientProgram(RegisteredByName, Limited, group="local.extras"):
     def upload(self, chunk: ClientChunk, before: Tree, after: Tree) -> Tree:
         """Return the tensors that clients send, by name, [K, ...]; for example with noise added.
 
-        Each tensor of the round's instructions must be among them, also those that `held` removes
+        Each tensor of the round's instructions must be among them, also those that `trained_model` removes
         from the clients' model.
 
         Args:

@@ -318,7 +318,7 @@ def _not_finite(row: torch.Tensor, layout: Layout | None) -> str:
     return f" in {name}" if (name := next(found, "")) else ""
 
 
-def mean_said(values: torch.Tensor, weights: torch.Tensor, unsaid: float) -> float:
+def mean_reported(values: torch.Tensor, weights: torch.Tensor, unsaid: float) -> float:
     """Return the weighted mean over the clients that report a number; NaN if none does."""
     values = values.to(weights.dtype)
     said = ~values.isnan() if math.isnan(unsaid) else values != unsaid

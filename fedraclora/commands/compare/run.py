@@ -291,7 +291,7 @@ def outcome(
     table = compare_rows(compared, asked.reference, out, asked.metric)
     report = write_report(kept, out)
     table.print()
-    said = won(table.records, asked.reference, compared)
+    said = outcome_sentence(table.records, asked.reference, compared)
     print(f"written to {out}: table.md, table.csv{report}")
     print(f"figure: {out / 'compare.png'}")
     print(said)
@@ -301,7 +301,7 @@ def outcome(
             f"{len(failed)} of {len(rows)} rows failed and are in no table; the same command tries "
             f"them again{lines}"
         )
-    return Compared(out, DataFrame(list(table.records)), kept, said)
+    return ComparisonResult(out, DataFrame(list(table.records)), kept, said)
 
 
 def write_report(folders: Mapping[str, Sequence[Path]], out: Path) -> str:

@@ -9,7 +9,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
-from fedraclora.commands.report.figures import laid_out
+from fedraclora.commands.report.figures import with_layout
 from fedraclora.commands.report.page import figure
 from fedraclora.errors import CheckpointError
 from fedraclora.imports import import_extra
