@@ -294,8 +294,8 @@ class ClientProgram(RegisteredByName, Limited, group="local.extras"):
     def upload(self, chunk: ClientChunk, before: Tree, after: Tree) -> Tree:
         """Return the tensors that clients send, by name, [K, ...]; for example with noise added.
 
-        Each tensor of the round's instructions must be among them, also those that `trained_model` removes
-        from the clients' model.
+        Each tensor of the round's instructions must be among them, also those that `trained_model`
+        removes from the clients' model.
 
         Args:
             chunk: The clients, with what hooks have left in ``chunk.measured``. Draw random numbers

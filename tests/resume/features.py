@@ -79,13 +79,13 @@ class Cosine(fedraclora.RoundStep):
     cosine = 0.0
 
     @override
-    def treat(self, got: Any, context: Any) -> Any:
-        units = nn.functional.normalize(rows_of(got) - starts(context, got), dim=1)
+    def treat(self, uplinks: Any, context: Any) -> Any:
+        units = nn.functional.normalize(rows_of(uplinks) - starts(context, uplinks), dim=1)
         self.cosine = float((units @ units.mT).mean())
-        return got
+        return uplinks
 
     @override
-    def columns(self, exchange: Any, got: Any) -> dict[str, object]:
+    def columns(self, exchange: Any, uplinks: Any) -> dict[str, object]:
         return {"cosine": self.cosine}
 
 
