@@ -185,6 +185,7 @@ def test_the_frontier_is_that_of_what_was_measured(
     assert tuning.frontier["accuracy"].is_monotonic_increasing
 
 
+@pytest.mark.slow
 def test_what_is_found_runs_by_its_name_alone(twice: tuple[Path, list[Any], TuningResult]) -> None:
     folder, _, found = twice
     words = ["--config-dir", str(folder), "experiment=at_1MB"]
