@@ -85,10 +85,11 @@ ONE_USER = {
     "strategies/shared/past.py": {"Change", "framed"},  # beside `factor`, which CONTRIBUTING shows
     # What one of a family of three may say.
     "strategies/shared/walking.py": {
-        "AlongDirections",
+        "DirectionProgram",
         "applied_moves",
         "by_direction",
         "check_walk",
+        "choose_directions",
     },
 }
 
