@@ -170,7 +170,24 @@ def simulate(
         "callbacks": callbacks,
         "on_round": on_round,
     }
-    plain, typed, watching, given = asked_of(choices, said | keys)
+    return run_asked(asked_of(choices, said | keys), folder, resume=resume)
+
+
+def run_asked(
+    asked: Asked, folder: str | Path | None, *, resume: bool, brief: bool = False
+) -> RunResult:
+    """Run what the arguments of `simulate` ask for.
+
+    Args:
+        asked: Of `asked_of`.
+        folder: As for `simulate`.
+        resume: As for `simulate`.
+        brief: Whether the terminal shows a bar alone, and the log of the run the rest.
+
+    Raises:
+        FedRacLoraError: As `simulate`.
+    """
+    plain, typed, watching, given = asked
     output = section(plain, "output")
     place = place_of(plain, output, folder)
     if place is None:
@@ -184,8 +201,13 @@ def simulate(
                 "leave it out."
             )
         plain = resolved_start(resolved(plain))
-        return run_shown(RunBuilder(from_plain(plain, METHODS), callbacks=watching, steps=given))
-    asked = {**plain, "output": {**output, "dir": str(place)}, "resume": "auto" if resume else None}
+        run = RunBuilder(from_plain(plain, METHODS), callbacks=watching, steps=given)
+        return run_shown(run, brief=brief)
+    wanted = {
+        **plain,
+        "output": {**output, "dir": str(place)},
+        "resume": "auto" if resume else None,
+    }
     with usable(place):
         if not resume and has_begun(place):
             raise CheckpointError(
@@ -193,12 +215,12 @@ def simulate(
                 "(run.config, or config.yaml in the folder, with rounds=... on top), or name "
                 "another folder."
             )
-        found, place, goes_on = choose(asked, typed, None)
+        found, place, goes_on = choose(wanted, typed, None)
         config = from_plain(found, METHODS, resuming=goes_on)
         if goes_on and is_done(place, found):
             return finished(config, place)
         run = RunBuilder(config, place, resume=goes_on, callbacks=watching, steps=given)
-        return run_shown(run)
+        return run_shown(run, brief=brief)
 
 
 def tune(

@@ -25,11 +25,17 @@ from fedraclora.terminal.progress import RunProgress
 STARTED = datetime.now()  # one stamp for all jobs of a sweep in this process
 
 
-def run_shown(run: RunBuilder) -> RunResult:
-    """Run to the end in this process with a progress bar; see `strategies.runner.execute`."""
+def run_shown(run: RunBuilder, *, brief: bool = False) -> RunResult:
+    """Run to the end in this process with a progress bar; see `strategies.runner.execute`.
+
+    Args:
+        run: What is run.
+        brief: Whether only the bar is shown, unless ``output.verbose`` asks for all.
+    """
     config = run.config
     output = config.output
     said = {"shown": output.progress, "verbose": output.verbose}
+    said["brief"] = brief and not output.verbose
     with RunProgress(config.rounds, label=config.label, **said) as progress:
         return execute(run, progress)
 

@@ -33,6 +33,7 @@ from fedraclora.limits import Count, OneOf, limited
 from fedraclora.object_registry import is_named
 
 log = logging.getLogger(__name__)
+SHOWN = 5  # clients that a warning names
 SIZES_SEEN = 1000  # most clients on demand whose sizes go into the summary
 
 
@@ -339,12 +340,13 @@ def _named(
     without_rows: list[str] = np.setdiff1d(data.clients, data.columns["client"]).tolist()
     if not without_rows:
         return found
+    more = len(without_rows) - SHOWN
     log.warning(
         "%d clients in the data have no training rows left (all were filtered or held out) and "
         "take no part: %s%s",
         len(without_rows),
-        ", ".join(map(str, without_rows[:MOST_NAMED])),
-        ", ..." if len(without_rows) > MOST_NAMED else "",
+        ", ".join(map(str, without_rows[:SHOWN])),
+        f" and {more} more" if more > 0 else "",
     )
     return found | {
         "clients_without_rows": len(without_rows),

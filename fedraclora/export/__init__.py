@@ -19,6 +19,7 @@ from fedraclora.errors import ConfigError, unknown
 from fedraclora.export.peft_adapter import write_peft
 from fedraclora.export.trained import ExportRecord, Order, TrainedModel, is_hugging_face
 from fedraclora.export.whole_weights import write_gguf, write_hf, write_state_dict
+from fedraclora.models.pretrained import quiet
 from fedraclora.run.folder import refuse_full, versions_of
 from fedraclora.run.trusted import refuse_linked
 from fedraclora.weights.files import make_folder
@@ -168,7 +169,9 @@ def export(
     shutil.rmtree(partial, ignore_errors=True)
     make_folder(partial)
     try:
-        record = FORMATS[form](trained, Order(partial, folder, rank, check)) | {"read_back": check}
+        with quiet():
+            record = FORMATS[form](trained, Order(partial, folder, rank, check))
+        record |= {"read_back": check}
         if form == "hf" and lacks_tokenizer(trained.model, partial):
             trained = replace(trained, warnings=(*trained.warnings, NO_TOKENIZER))
         write_card(trained, partial, form, record)

@@ -34,7 +34,6 @@ from fedraclora.export.trained import (
 from fedraclora.imports import import_extra
 from fedraclora.lowrank.algebra import padded_to
 from fedraclora.lowrank.layers import LayerView, layer_kind, layer_view
-from fedraclora.models.pretrained import quiet
 from fedraclora.tree import Tree
 from fedraclora.weights.files import save_tensors
 
@@ -348,7 +347,7 @@ def _record(
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Silence messages of PEFT and transformers on layouts and new heads, which are expected."""
-    with quiet(), warnings.catch_warnings():
+    """Silence warnings of PEFT and transformers on layouts and new heads, which are expected."""
+    with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield

@@ -21,7 +21,6 @@ from fedraclora.data.locate import from_pretrained
 from fedraclora.errors import ConfigError, DataError, ModelError
 from fedraclora.export.trained import ExportRecord, Order, TrainedModel, is_hugging_face
 from fedraclora.imports import import_extra
-from fedraclora.models.pretrained import quiet
 from fedraclora.weights.files import save_tensors
 
 
@@ -67,8 +66,7 @@ def save_model(model: nn.Module, folder: Path, trained: TrainedModel) -> None:
     from transformers import AutoTokenizer
 
     known: Any = model
-    with quiet():
-        known.save_pretrained(folder)
+    known.save_pretrained(folder)
     if trained.tokenizer is None:
         return
     try:

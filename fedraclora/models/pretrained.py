@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -314,15 +315,19 @@ def made_plain(model: Any) -> Any:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Silence expected output: reports of a new head, and the progress bar."""
+    """Silence expected output: reports of a new head, and progress bars."""
+    from transformers import modeling_gguf_pytorch_utils as gguf
     from transformers.utils import logging
 
     level, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
+    drawn: Any = gguf.tqdm  # the bar of GGUF files heeds no switch
+    gguf.tqdm = partial(drawn, disable=True)
     try:
         yield
     finally:
+        gguf.tqdm = drawn
         logging.set_verbosity(level)
         if bar:
             logging.enable_progress_bar()

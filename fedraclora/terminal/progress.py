@@ -42,10 +42,21 @@ class RunProgress(Callback):
         shown: False shows nothing.
         label: Name of the run.
         verbose: True shows all details of the start, which otherwise go only to the log.
+        brief: True, for one of many runs, shows neither the start nor the rounds: only the bar, and
+            where none can be drawn, now and then how far the run is.
     """
 
-    def __init__(self, rounds: int, *, shown: bool, label: str, verbose: bool = False) -> None:
-        self.rounds, self.shown, self.label, self.verbose = rounds, shown, label, verbose
+    def __init__(
+        self,
+        rounds: int,
+        *,
+        shown: bool,
+        label: str,
+        verbose: bool = False,
+        brief: bool = False,
+    ) -> None:
+        self.rounds, self.shown, self.label = rounds, shown, label
+        self.verbose, self.brief = verbose, brief
         self.console = plain_console(stderr=True)
         self.drawn = shown and self.console.is_interactive
         self._recent: deque[float] = deque(maxlen=AVERAGED)
@@ -55,10 +66,11 @@ class RunProgress(Callback):
             TextColumn("{task.fields[text]}", markup=False),
             console=self.console,
             disable=not self.drawn,
+            transient=brief,
             expand=True,
         )
         self.task = self.bar.add_task("", total=rounds, text=label)
-        self._news, self._doing = time.monotonic(), "starting"
+        self._news, self._doing, self._rest = time.monotonic(), "starting", ""
         self._ended, self._heard = threading.Event(), BufferingHandler(RECENT)
 
     def __enter__(self) -> RunProgress:
@@ -98,6 +110,8 @@ class RunProgress(Callback):
             log.info("%s", line)
         for note in notes:
             log.log(logging.INFO if self.shown else logging.WARNING, "%s", note)
+        if self.brief:
+            return
         room = len(notes) if self.verbose or folder is None else max(1, FIRST - len(lines))
         if len(notes) > room:
             rest = f"note: {len(notes) - room + 1} more notes are in {LOG}"
@@ -127,7 +141,8 @@ class RunProgress(Callback):
             if quiet < QUIET:
                 due = QUIET
             elif quiet >= due:
-                self._write(f"still {self._doing}, {duration(quiet)} without news")
+                told = self._rest or f"{duration(quiet)} without news"
+                self._write(f"still {self._doing}, {told}")
                 due *= 2
 
     @override
@@ -143,8 +158,11 @@ class RunProgress(Callback):
         if (why := withheld(row)) and not self._withheld:
             self._withheld = True
             self.say(f"round {round_:.0f}: {why}")
-        self._news = time.monotonic()
         last = round_ == self.rounds
+        if self.brief:
+            self._rest = "" if last else left
+        else:
+            self._news = time.monotonic()
         self._doing = "closing" if last else f"in round {round_ + 1:.0f} of {self.rounds}"
         measured = metric_of(row)
         self._metric = measured or self._metric
@@ -154,7 +172,8 @@ class RunProgress(Callback):
             loss = number(row, "train_loss")
             lost = f"training loss {loss:.4f}" if math.isfinite(loss) else ""
             parts = [part for part in (lost, measured, moved, left) if part]
-            self.say(f"round {round_:.0f} of {self.rounds}: {', '.join(parts)}")
+            if not self.brief:
+                self.say(f"round {round_:.0f} of {self.rounds}: {', '.join(parts)}")
             return
         parts = [f"{round_:.0f}/{self.rounds}", left, self.label, self._metric, moved]
         text = fitted(parts, self.console.width - LEAST_BAR - 1)

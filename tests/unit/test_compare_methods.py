@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import math
 import re
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from fedraclora.commands.run_files import Group, RunFiles, read_files
 from fedraclora.errors import ConfigError
 from fedraclora.rng import generator
 from fedraclora.strategies.methods.fed_rac_lora import FedRacLora
+from fedraclora.strategies.methods.fedavg import FedAvg
 from tests.common import summary_of
 
 TASK = ["data=digits", "pretrain=none", "model.hidden=[8]", "clients=6", "clients_per_round=3"]
@@ -113,7 +115,7 @@ def test_what_has_run_is_not_run_again(
     kept = (compared / "table.csv").read_bytes()
     capsys.readouterr()
     with monkeypatch.context() as patch:
-        patch.setattr("fedraclora.commands.compare.run.simulate", never)
+        patch.setattr("fedraclora.commands.compare.run.run_asked", never)
         assert run(compared, *WORDS[:-1], "seeds=1") == 0
         assert [*records(compared)["fed_rac_lora"]["seeds"]] == ["1"]
         assert run(compared, *WORDS, "seeds=2") == 0
@@ -123,6 +125,25 @@ def test_what_has_run_is_not_run_again(
     rows = records(compared)
     assert f"{float(rows['fed_rac_lora']['metric_mean']):.4f}" in said
     assert f"{float(rows['fedavg_lora']['metric_mean']):.4f}" in said
+
+
+def test_a_run_is_one_line_and_its_log_has_the_rest(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["method=fedavg,ffa_lora", "seeds=2", *TASK, "output=run", "output.plots=false"]
+    assert cli.run("compare", [*words, f"output.dir={tmp_path / 'brief'}"]) == 0
+    told = capsys.readouterr()
+    assert told.err == ""
+    lines = told.out.splitlines()
+    table = next(k for k, line in enumerate(lines) if not line.startswith("["))
+    assert table == 4  # two methods on two seeds
+    assert all("accuracy" in line and "learning rate 0.1" in line for line in lines[:table])
+    logs = [path.read_text() for path in (tmp_path / "brief").glob("*/*/run.log")]
+    assert len(logs) == 4
+    assert all("training samples" in text for text in logs)
+    whole = f"output.dir={tmp_path / 'whole'}"
+    assert cli.run("compare", [*words, whole, "output.verbose=true"]) == 0
+    assert "training samples" in capsys.readouterr().err
 
 
 def test_other_settings_are_other_runs(compared: Path) -> None:
@@ -179,6 +200,28 @@ def test_a_row_that_fails_leaves_the_others(
     assert run(tmp_path, *words) != 0
     assert "1 of 2 rows failed" in capsys.readouterr().err
     assert set(records(tmp_path)) == {"fedavg"}
+
+
+@dataclass(frozen=True)
+class Scaled(FedRacLora):
+    """A method of somebody's own."""
+
+
+def test_instances_of_methods_are_named_and_show_their_rank(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    methods = [FedRacLora(rank=3), Scaled(rank=2), FedAvg(), "ffa_lora"]
+    found = fedraclora.compare(*TASK, methods=methods, folder=tmp_path)
+    assert dict(zip(found.table["label"], found.table["rank"], strict=True)) == {
+        "fed_rac_lora r=3": "3",
+        "Scaled r=2": "2",
+        "fedavg": "-",
+        "ffa_lora": "8",
+    }
+    runs = [line for line in capsys.readouterr().out.splitlines() if line.startswith("[")]
+    assert [line.split("] ")[1].split(", seed")[0] for line in runs] == [*found.runs]
+    with pytest.raises(ConfigError, match="r=3 is named twice"):
+        fedraclora.compare(*TASK, methods=[FedRacLora(rank=3)] * 2, folder=tmp_path)
 
 
 @pytest.mark.slow

@@ -68,6 +68,18 @@ def test_a_client_of_whom_no_row_is_left_is_named(tmp_path: Path, how: str) -> N
         assert (facts["clients"], facts["without_rows"]) == (3, ["site 2"])
 
 
+def test_of_many_clients_without_rows_a_few_are_named(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    kept = FRAME[FRAME.outcome != "gone"]
+    lost = [kept[:1].assign(site=f"lost {k:02}", dose=np.nan) for k in range(30)]
+    file = written(tmp_path, ".csv", pd.concat([kept, *lost], ignore_index=True))
+    make_partition(load(file, client="site", missing="drop"), name="auto", clients=None, seed=0)
+    assert "30 clients" in caplog.text
+    assert caplog.text.count("lost ") == 5
+    assert "25 more" in caplog.text
+
+
 @pytest.mark.parametrize("kind", [".csv", ".tsv", ".csv.gz", ".parquet"])
 def test_every_kind_of_file_is_the_same_table(tmp_path: Path, kind: str) -> None:
     data, csv = load(written(tmp_path, kind)), load(written(tmp_path, ".csv"))

@@ -504,6 +504,14 @@ def test_the_same_export_has_the_same_bytes_and_modes_and_no_path(
 
 
 @pytest.mark.parametrize("form", ["peft", "hf", "gguf"])
+def test_an_export_draws_no_bar_of_a_library(form, llama_run, tmp_path, capfd):
+    transformers.utils.logging.enable_progress_bar()
+    llama_run.export(tmp_path / form, form)
+    told = capfd.readouterr()
+    assert told.out + told.err == ""
+
+
+@pytest.mark.parametrize("form", ["peft", "hf", "gguf"])
 def test_an_export_that_is_not_read_back_is_the_same(
     form, llama_run, llama_export, tmp_path, monkeypatch
 ):

@@ -72,6 +72,20 @@ def test_a_run_that_is_resumed_is_timed_by_its_own_rounds(
     assert capsys.readouterr().err.endswith(", 45 s left\n")
 
 
+def test_one_of_many_runs_says_how_far_it_is_only_now_and_then(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(progress, "QUIET", 0.02)
+    with RunProgress(100, shown=True, label="fedavg", brief=True) as bar:
+        bar.row(row(91, seconds=5.0))
+        waited = time.monotonic()
+        while time.monotonic() < waited + 0.2:
+            bar.row(row(91, seconds=5.0))
+    lines = capsys.readouterr().err.splitlines()
+    assert 0 < len(lines) < 6
+    assert all("92 of 100" in line and "45 s left" in line for line in lines)
+
+
 def test_a_run_that_has_no_news_says_what_it_is_at(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

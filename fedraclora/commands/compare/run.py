@@ -15,7 +15,7 @@ from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fedraclora.api import asked_of, simulate
+from fedraclora.api import asked_of, run_asked
 from fedraclora.binding import PlainDict, section
 from fedraclora.commands.compare.outcome import outcome_sentence
 from fedraclora.commands.compare.table import compare_rows, refuse_others
@@ -25,12 +25,15 @@ from fedraclora.compose.overrides import key_of
 from fedraclora.compose.resume import with_changes
 from fedraclora.config.build import resolved
 from fedraclora.config.run_config import from_plain
+from fedraclora.config.titles import method_label
 from fedraclora.data.locate import user_path
 from fedraclora.errors import ConfigError, DivergenceError, FedRacLoraError, unknown
 from fedraclora.imports import refuse_run
 from fedraclora.run.folder import is_finished
+from fedraclora.run.ledger import number
 from fedraclora.run.stopped import divergence
 from fedraclora.strategies.methods import METHODS
+from fedraclora.terminal.progress import metric_of, size
 from fedraclora.trust import is_function
 from fedraclora.trust import trust as trust_all
 from fedraclora.weights.files import keep_private
@@ -63,7 +66,7 @@ class ComparisonResult:
 
 def compare(
     *choices: str | Mapping[str, object],
-    methods: str | Sequence[str] | Mapping[str, object],
+    methods: str | Sequence[object] | Mapping[str, object],
     seeds: int = 1,
     reference: str | None = None,
     metric: str | None = None,
@@ -79,7 +82,8 @@ def compare(
 
     Args:
         choices: As for `simulate`, for all methods.
-        methods: Names of methods; or by a name of your choice the settings of a row: a list of
+        methods: Names of methods, or instances of their classes (``FedRacLora(rank=32)``, shown
+            as ``fed_rac_lora r=32``); or by a name of your choice the settings of a row: a list of
             words (``["method.rank=32"]``), a mapping of keys, an instance of a method's class, or
             None. A row of a name that is no method's says ``method`` among its settings.
         seeds: How many runs each row has: the seeds from ``seed`` on.
@@ -173,14 +177,19 @@ class Row:
         first = int(str(self.plain["seed"]))
         return {seed: folder / f"seed_{seed}" for seed in range(first, first + seeds)}
 
-    def run(self, seed: int, folder: Path) -> None:
-        """Run one seed, or resume it.
+    def run(self, seed: int, folder: Path) -> str:
+        """Run one seed, or resume it, and tell what it came to.
 
         Raises:
             FedRacLoraError: Whatever goes wrong, as for `simulate`.
         """
         given = {**self.given, "seed": seed}
-        simulate(*self.choices, {"output": {"dir": None}}, folder=folder, resume=True, **given)
+        asked = asked_of((*self.choices, {"output": {"dir": None}}), given)
+        run = run_asked(asked, folder, resume=True, brief=True)
+        row, rate = run.rows[-1], section(run.config, "local").get("lr")
+        sent = (f"{way} {size(number(row, f'{way}link_total'))}" for way in ("up", "down"))
+        parts = metric_of(row), *sent, "" if rate is None else f"learning rate {rate}"
+        return ", ".join(filter(None, parts))
 
 
 def check(plain: PlainDict) -> None:
@@ -195,7 +204,9 @@ def check(plain: PlainDict) -> None:
     from_plain(known, METHODS)
 
 
-def settings_of_rows(methods: str | Sequence[str] | Mapping[str, object]) -> dict[str, Settings]:
+def settings_of_rows(
+    methods: str | Sequence[object] | Mapping[str, object],
+) -> dict[str, Settings]:
     """Read which methods are compared, and the settings of each.
 
     Returns:
@@ -207,15 +218,24 @@ def settings_of_rows(methods: str | Sequence[str] | Mapping[str, object]) -> dic
     if isinstance(methods, str):
         methods = [name.strip() for name in methods.split(",")]
     if not isinstance(methods, Mapping):
-        if twice := sorted({name for name in methods if [*methods].count(name) > 1}):
+        names = [own if isinstance(own, str) else label_of(own) for own in methods]
+        if twice := sorted({name for name in names if names.count(name) > 1}):
             raise ConfigError(
                 f"{', '.join(twice)} is named twice; name a second row as you like, and give it "
                 f"NAME:method={twice[0]} and what it differs in."
             )
-        methods = dict.fromkeys(methods)
+        own = (None if isinstance(own, str) else own for own in methods)
+        methods = dict(zip(names, own, strict=True))
     if not methods:
         raise ConfigError("no method is named; give the names of two or more.")
     return {str(name): _settings(str(name), own) for name, own in methods.items()}
+
+
+def label_of(method: object) -> str:
+    """Name the row of an instance, as a run is named."""
+    own = type(method)
+    name = next((name for name, known in METHODS.items() if known is own), own.__name__)
+    return method_label({"method": {"name": name, **vars(method)}})
 
 
 def _settings(name: str, own: object) -> Settings:
@@ -262,9 +282,8 @@ def run_all(rows: Mapping[str, Row], out: Path, seeds: int) -> dict[str, str]:
         if is_finished(folder) or divergence(folder) is not None:
             print(f"{title}: has run, in {folder}")
             continue
-        print(title, flush=True)
         try:
-            row.run(seed, folder)
+            print(f"{title}: {row.run(seed, folder)}", flush=True)
         except DivergenceError as error:  # a result of the row
             print(f"{title}: {error}")
         except FedRacLoraError as error:

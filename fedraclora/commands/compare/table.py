@@ -11,7 +11,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from fedraclora.commands.run_files import (
     ABSENT,
@@ -371,8 +371,22 @@ def _difference(group: Group, held: Group, metric: str) -> dict[str, object]:
 
 def settings_of(group: Group) -> dict[str, object]:
     """Give what rows of a comparison are told apart by, besides the name; "-" where it has none."""
-    found = {title: values(group.runs, key) for title, key in SETTINGS.items()}
-    return {title: "-" if each == [ABSENT] else ", ".join(each) for title, each in found.items()}
+    each = {title: values(group.runs, key) for title, key in SETTINGS.items()}
+    found: dict[str, object] = {
+        title: "-" if texts == [ABSENT] else ", ".join(texts) for title, texts in each.items()
+    }
+    if found["rank"] == "-":  # the config of an object of a program has no settings of it
+        ranks = {rank for run in group.runs for rank in _trained_ranks(run)}
+        found["rank"] = " to ".join(map(str, sorted({min(ranks), max(ranks)}))) if ranks else "-"
+    return found
+
+
+def _trained_ranks(run: RunFiles) -> list[int]:
+    """Give the ranks that a run says it began with; none where it is unfinished, or has none."""
+    found: Any = run.summary
+    for key in ("begins", "trained", "ranks"):
+        found = found.get(key) if isinstance(found, Mapping) else None
+    return found if isinstance(found, list) else []
 
 
 def _is_exact(run: RunFiles) -> bool:
