@@ -101,7 +101,7 @@ def write_app(folder: Path) -> None:
     (folder / "digits").mkdir(parents=True)
     (folder / "digits" / "__init__.py").write_text("")
     for path, code in FILE.findall((PAGES / "flower-app.md").read_text()):
-        (folder / path).write_text(code)
+        (folder / path).write_text(f"# {path}\n{code}")  # as a reader copies it
 
 
 def last_round(folder: Path, rate: float) -> tuple[float, str]:
