@@ -118,6 +118,7 @@ def test_layers_narrower_than_any_that_was_tuned_have_no_higher_rate(
 
 TASK = ("data=digits", "model.hidden=[12]", "clients=8", "clients_per_round=4", "pretrain=none")
 LENGTH = ("rounds=160", "evaluate.every=160", "output.progress=false")
+FAST = ("output.sync=false", "output.plots=false")
 WORDS = (*TASK, *LENGTH)
 
 
@@ -129,7 +130,7 @@ def rates(folder: Path) -> dict[str, Any]:
 def test_a_run_finds_its_rate_and_is_that_of_the_number(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run = fedraclora.simulate(*WORDS[:-1], folder=tmp_path / "a")
+    run = fedraclora.simulate(*WORDS[:-1], *FAST, folder=tmp_path / "a")
     rate = run.config["local"]["lr"]  # type: ignore[index]
     assert f"earning rate {rate:g}, found in" in capsys.readouterr().err
     told = fedraclora.simulate(*WORDS, f"local.lr={rate}")
@@ -143,9 +144,9 @@ def test_a_run_finds_its_rate_and_is_that_of_the_number(
 
 
 def test_a_resumed_run_keeps_its_rate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    run = fedraclora.simulate(*WORDS, folder=tmp_path)
+    run = fedraclora.simulate(*WORDS, *FAST, folder=tmp_path)
     monkeypatch.setattr(runner, "find_rate", None)
-    again = fedraclora.simulate(*WORDS, "rounds=161", folder=tmp_path, resume=True)
+    again = fedraclora.simulate(*WORDS, *FAST, "rounds=161", folder=tmp_path, resume=True)
     assert again.config["local"] == run.config["local"]
 
 
@@ -256,7 +257,7 @@ def plain_steps(round_: Round, rate: float) -> Trained:
 
 def test_a_run_that_diverges_goes_on_from_its_last_good_round(tmp_path: Path) -> None:
     """It offers the words, and they work: the rate may change, which it may not otherwise."""
-    words = ("method=fedmomentum", "rounds=30", "output.progress=false", *TASK)
+    words = ("method=fedmomentum", "rounds=30", "output.progress=false", *TASK, *FAST)
     folder = tmp_path / "a"
     with pytest.raises(DivergenceError) as raised:
         fedraclora.simulate(*words, "local.lr=0.5", "evaluate.every=30", folder=folder)

@@ -1,0 +1,157 @@
+"""Hold the rate that each method finds by itself to the best rate of a ladder.
+
+    python -m fedraclora.experiments.found_rates TASK [METHOD ...] [KEY=VALUE ...]
+
+TASK is one of `TASKS`. Each method of ``conf/method`` runs once with its defaults alone
+(``local.lr=auto``), then at fixed rates a factor 3.2 apart around the one that was found, further
+up or down until the best of them has a worse one on either side. Runs are appended to
+``results/found_rates/TASK.jsonl`` as they come: the same command goes on where it was stopped, and
+writes ``TASK.md`` anew after each method. Test figures of seed 0; they choose nothing in the runs.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from fedraclora.commands import RESULTS
+from fedraclora.compose import CONF
+from fedraclora.compose.overrides import composed
+from fedraclora.config.build import resolved
+from fedraclora.config.run_config import from_plain
+from fedraclora.errors import ConfigError, FedRacLoraError, unknown
+from fedraclora.strategies.builder import RunBuilder
+from fedraclora.strategies.methods import METHODS
+from fedraclora.strategies.rate_search import STEP
+from fedraclora.strategies.runner import execute
+
+TASKS = {  # the words of each, and the metric that counts
+    "digits": (["evaluate.every=150"], "accuracy"),
+    "flights": (["experiment=flights", "local.clip=null", "local.clip_by=all"], "accuracy"),
+    "rotten_tomatoes": (["experiment=rotten_tomatoes", "local.full_lr=null"], "accuracy"),
+    "smollm2": (["experiment=smollm2_instructions", "evaluate.generate=null"], "loss"),
+}
+FURTHEST = 6  # steps from the rate that was found
+Result = dict[str, object]
+
+
+@dataclass
+class Ladder:
+    """The runs of one task.
+
+    Attributes:
+        task: Its name.
+        more: Words beside those of the task.
+        folder: Where results are kept.
+    """
+
+    task: str
+    more: Sequence[str] = ()
+    folder: Path = RESULTS / "found_rates"
+    runs: dict[tuple[str, str], Result] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Read what there is."""
+        self.words, self.metric = TASKS[self.task]
+        self.file = self.folder / f"{self.task}.jsonl"
+        lines = self.file.read_text().splitlines() if self.file.is_file() else []
+        for result in map(json.loads, lines):
+            self.runs[result["method"], result["lr"]] = result
+
+    def run(self, method: str, rate: str) -> Result:
+        """Run a method at a rate, unless it has been; one that fails says why."""
+        if (method, rate) not in self.runs:
+            result: Result = {"method": method, "lr": rate}
+            words = [*self.words, *self.more, f"method={method}", f"local.lr={rate}"]
+            words += ["output.progress=false", "output.dir=null"]
+            try:
+                run = RunBuilder(from_plain(resolved(composed(words)), METHODS))
+                summary = execute(run).summary
+                result |= {"metrics": summary["metrics"], "seconds": summary["seconds"]}
+                if run.found is not None:
+                    result |= {"found": run.found.rate, "share": run.found.share}
+                    result |= {"rates": len(run.found.ladder), "search": run.found.seconds}
+            except FedRacLoraError as error:
+                result["failed"] = f"{type(error).__name__}: {error}"[:300]
+            self.runs[method, rate] = result
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with self.file.open("a") as file:
+                file.write(json.dumps(result) + "\n")
+        return self.runs[method, rate]
+
+    def score(self, result: Result) -> float:
+        """Return its metric, greater is better; minus infinity where it failed."""
+        metrics = result.get("metrics")
+        value = metrics.get(self.metric) if isinstance(metrics, dict) else None
+        if value is None:
+            return -math.inf
+        return -float(value) if self.metric == "loss" else float(value)
+
+    def climb(self, method: str) -> None:
+        """Run a method with its defaults, and at rates around the one that it found."""
+        found = self.run(method, "auto").get("found")
+        middle = float(str(found)) if found is not None else 0.1
+        scores = {0: -math.inf}
+
+        def at(place: int) -> float:
+            if place not in scores or place == 0:
+                scores[place] = self.score(self.run(method, f"{middle * STEP**place:.2g}"))
+            return scores[place]
+
+        for place in (0, -1, 1):
+            at(place)
+        for way in (-1, 1):
+            while abs(end := max(scores, key=lambda p: way * p)) < FURTHEST:
+                if max(scores, key=lambda p: scores[p]) != end:
+                    break
+                at(end + way)
+
+    def table(self) -> str:
+        """Write the table: a row for each method that has run."""
+        head = ["method", "rate found", self.metric, "best of the ladder", self.metric, "behind"]
+        rows = [head, ["---"] * len(head)]
+        for method in sorted({method for method, _ in self.runs}):
+            own = self.runs[method, "auto"]
+            others = [r for (m, rate), r in self.runs.items() if m == method and rate != "auto"]
+            best = max(others, key=self.score, default=own)
+            values = [abs(self.score(result)) for result in (own, best)]
+            cells = [f"{value:.4f}" if math.isfinite(value) else "failed" for value in values]
+            behind = self.score(best) - self.score(own)
+            gap = f"{behind:+.4f}" if math.isfinite(behind) else ""
+            rate = own.get("found", "")
+            rows.append([f"`{method}`", f"{rate}", cells[0], str(best["lr"]), cells[1], gap])
+        return "".join(f"| {' | '.join(row)} |\n" for row in rows)
+
+    def write(self) -> None:
+        """Write the table beside the runs."""
+        (self.folder / f"{self.task}.md").write_text(self.table())
+
+
+def main(words: Sequence[str]) -> None:
+    """Run what is missing.
+
+    Raises:
+        ConfigError: If there is no such task or method.
+    """
+    if not words:
+        raise ConfigError(f"name a task: {', '.join(TASKS)}")
+    task, *rest = words
+    if task not in TASKS:
+        raise unknown("task", task, TASKS)
+    known = [path.stem for path in sorted((CONF / "method").glob("*.yaml"))]
+    named = [word for word in rest if "=" not in word]
+    for method in named:
+        if method not in known:
+            raise unknown("method", method, known)
+    ladder = Ladder(task, [word for word in rest if "=" in word])
+    for method in named or known:
+        ladder.climb(method)
+        ladder.write()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
