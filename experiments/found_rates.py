@@ -68,15 +68,15 @@ class Ladder:
             result: Result = {"method": method, "lr": rate}
             words = [*self.words, *self.more, f"method={method}", f"local.lr={rate}"]
             words += ["output.progress=false", "output.dir=null"]
+            run = RunBuilder(from_plain(resolved(composed(words)), METHODS))
             try:
-                run = RunBuilder(from_plain(resolved(composed(words)), METHODS))
                 summary = execute(run).summary
                 result |= {"metrics": summary["metrics"], "seconds": summary["seconds"]}
-                if run.found is not None:
-                    result |= {"found": run.found.rate, "share": run.found.share}
-                    result |= {"rates": len(run.found.ladder), "search": run.found.seconds}
             except FedRacLoraError as error:
                 result["failed"] = f"{type(error).__name__}: {error}"[:300]
+            if run.found is not None:
+                result |= {"found": run.found.rate, "how": run.found.how, "share": run.found.share}
+                result |= {"rates": len(run.found.ladder), "search": run.found.seconds}
             self.runs[method, rate] = result
             self.folder.mkdir(parents=True, exist_ok=True)
             with self.file.open("a") as file:
