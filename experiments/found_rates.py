@@ -29,11 +29,36 @@ from fedraclora.strategies.methods import METHODS
 from fedraclora.strategies.rate_search import STEP
 from fedraclora.strategies.runner import execute
 
+SHORT = ("clients_per_round=4", "local.steps=4")
 TASKS = {  # the words of each, and the metric that counts
-    "digits": (["evaluate.every=150"], "accuracy"),
-    "flights": (["experiment=flights", "local.clip=null", "local.clip_by=all"], "accuracy"),
-    "rotten_tomatoes": (["experiment=rotten_tomatoes", "local.full_lr=null"], "accuracy"),
-    "smollm2": (["experiment=smollm2_instructions", "evaluate.generate=null"], "loss"),
+    "digits": (("evaluate.every=150",), "accuracy"),
+    "flights": (
+        ("experiment=flights", "local.clip=null", "local.clip_by=all", "local.steps=40"),
+        "accuracy",
+    ),
+    "rotten_tomatoes": (
+        (
+            "experiment=rotten_tomatoes",
+            "local.full_lr=null",
+            "rounds=16",
+            "evaluate.every=16",
+            *SHORT,
+        ),
+        "accuracy",
+    ),
+    "smollm2": (
+        (
+            "experiment=smollm2_instructions",
+            "evaluate.generate=null",
+            "evaluate.answers=64",
+            "evaluate.new_tokens=32",
+            "evaluate.shown=4",
+            "evaluate.every=3",
+            "local.batch_size=2",
+            *SHORT,
+        ),
+        "loss",
+    ),
 }
 FURTHEST = 6  # steps from the rate that was found
 Result = dict[str, object]

@@ -44,9 +44,7 @@ from fedraclora.strategies.server.measuring import EvaluationPlan
 STEP = 10**0.5  # between neighbors of the ladder
 WIDTH = 8  # rates on either side of the first: four decades
 SHARE = 0.15  # of the run's local training, at most
-# Trainings of a client that a search has at least where no rule knows the run, and with which it
-# is of use where one does: else the rate of the rule is tried, and lower ones if it does not train.
-LEAST, ENOUGH = 12, 6
+LEAST = 12  # trainings of a client that a search has where no rule knows the run
 FIRST = 2  # rounds at a rate of the walk
 # The most rounds at a rate, and the least share of the run's clients of a round with which they
 # tell something: means of fewer clients are noisier, and bear smaller rates only. A search takes
@@ -54,6 +52,7 @@ FIRST = 2  # rounds at a rate of the walk
 LENGTHS = {32: 1.0, 16: 1.0, 8: 0.5, 4: 0.2, 2: 0.0}
 RUNS = 2.5
 HOPELESS = 4  # times the best loss: a rate is too large
+NOISE = 1.01  # times another loss: no difference
 RISEN = 2  # times its own first loss: a rate diverges
 LEVEL = 1.2  # times the best loss: a neighbor is as good, and what lies between at least so
 SAFE = 6  # rounds; after fewer, half a step below the best is taken
@@ -160,7 +159,6 @@ class RateSearch:
         cohort, rounds = run.built.cohort, run.config.rounds
         self.total = cohort * rounds
         self.budget = max(SHARE * self.total, 0 if known else LEAST)
-        self.rich = self.budget >= ENOUGH
         self.longest, self.clients = FIRST, 1
         for longest, least in LENGTHS.items():
             clients = min(cohort, int(self.budget // (RUNS * longest)))
@@ -169,6 +167,8 @@ class RateSearch:
                 break
         if not known:  # a wide ladder
             self.clients = min(self.clients, max(1, int(self.budget // (WIDTH * FIRST))))
+        # Few rounds of one client or two say less than a rule does.
+        self.rich = self.longest > FIRST or not known
         if not self.rich:
             self.clients = min(cohort, 2)
         self.rungs: dict[float, Rung] = {}
@@ -267,7 +267,7 @@ class RateSearch:
                 here, there = self.rung(place), self.rung(place + way)
                 if not self.affordable([there], FIRST):
                     return
-                better = self.advance(there, FIRST) < here.loss
+                better = self.advance(there, FIRST) < here.loss * NOISE**way
                 if not better and not (way < 0 and here.failed):
                     break
                 place += way
@@ -303,6 +303,7 @@ class RateSearch:
     def level(self) -> list[float]:
         """List the places of the rates that have come furthest, the best first.
 
+        Of rates whose losses do not differ, the largest is.
         None is above a rate that has failed: it would fail, too, if later.
         """
         failed = [place for place, rung in self.rungs.items() if rung.failed]
@@ -310,10 +311,9 @@ class RateSearch:
             p: r for p, r in self.rungs.items() if r.losses and p < min(failed, default=math.inf)
         }
         furthest = max((rung.rounds for rung in sound.values()), default=0)
-        return sorted(
-            (place for place, rung in sound.items() if rung.rounds == furthest),
-            key=lambda place: (sound[place].loss, abs(place), place),
-        )
+        losses = {place: rung.loss for place, rung in sound.items() if rung.rounds == furthest}
+        least = NOISE * min(losses.values(), default=0.0)
+        return sorted(losses, key=lambda place: (max(losses[place], least), -place))
 
     def place(self) -> float | None:
         """Return the place of the best rate; None if none trains."""
