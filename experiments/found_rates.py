@@ -142,7 +142,7 @@ class Ladder:
         """Write the table: a row for each method that has run."""
         head = ["method", "rate found", self.metric, "best of the ladder", self.metric, "behind"]
         rows = [head, ["---"] * len(head)]
-        for method in sorted({method for method, _ in self.runs}):
+        for method in sorted(m for m, rate in self.runs if rate == "auto"):
             own = self.runs[method, "auto"]
             others = [r for (m, rate), r in self.runs.items() if m == method and rate != "auto"]
             best = max(others, key=self.score, default=own)
@@ -154,9 +154,10 @@ class Ladder:
             rows.append([f"`{method}`", f"{rate}", cells[0], str(best["lr"]), cells[1], gap])
         return "".join(f"| {' | '.join(row)} |\n" for row in rows)
 
-    def write(self) -> None:
-        """Write the table beside the runs."""
-        (self.folder / f"{self.task}.md").write_text(self.table())
+    def write(self, out: Path | None = None) -> None:
+        """Write the table beside the runs, or into another folder; none without fixed rates."""
+        if any(rate != "auto" for _, rate in self.runs):
+            ((out or self.folder) / f"{self.task}.md").write_text(self.table())
 
 
 def main(words: Sequence[str]) -> None:

@@ -27,7 +27,7 @@ from fedraclora.commands.status import reported
 from fedraclora.commands.study import leaderboard, tables
 from fedraclora.commands.study.entries import read_results
 from fedraclora.errors import unknown
-from fedraclora.experiments import frontier
+from fedraclora.experiments import found_rates, frontier
 from fedraclora.experiments.faults.campaign import faults_table
 from fedraclora.experiments.faults.network_campaign import network_table
 from fedraclora.experiments.faults.trials import TrialOutcome
@@ -79,6 +79,12 @@ def table_of_wire(folder: Path, out: Path) -> None:
     (out / "table.md").write_text(wire_table(found), encoding="utf-8")
 
 
+def tables_of_found_rates(folder: Path, out: Path) -> None:
+    """Write the tables of learning rates that are found."""
+    for task in found_rates.TASKS:
+        found_rates.Ladder(task, folder=folder).write(out)
+
+
 def lines_of(path: Path) -> list[dict[str, Any]]:
     """Read a file of JSON lines."""
     return [json.loads(line) for line in packed.read_text(path).splitlines()]
@@ -94,6 +100,7 @@ MAKERS: dict[str, Callable[[Path, Path], None]] = {
     "theory": tables_of_theory,
     "faults": table_of_faults,
     "network_faults": table_of_network_faults,
+    "found_rates": tables_of_found_rates,
     "slow_links": lambda folder, out: write_slow_links(SlowLinks(folder), out),
     "wire": table_of_wire,
     **{path.parent.name: tables_of_study for path in sorted(RESULTS.glob("*/study.yaml"))},

@@ -174,7 +174,7 @@ def simulate(
 
 
 def run_asked(
-    asked: Asked, folder: str | Path | None, *, resume: bool, brief: bool = False
+    asked: SimulateArguments, folder: str | Path | None, *, resume: bool, brief: bool = False
 ) -> RunResult:
     """Run what the arguments of `simulate` ask for.
 

@@ -247,7 +247,9 @@ class RateSearch:
         a step below the best where rounds were few.
         """
         best, (place, *others) = self.best(), self.level()
-        if not self.rich or not self.differs:
+        if not self.differs:
+            return self.first
+        if not self.rich:
             return best.rate
         near = [
             p for p in others if abs(p - place) <= 1 and self.rungs[p].loss <= LEVEL * best.loss
@@ -268,6 +270,8 @@ class RateSearch:
                 if not self.affordable([there], FIRST):
                     return
                 better = self.advance(there, FIRST) < here.loss * NOISE**way
+                if not self.differs:
+                    return
                 if not better and not (way < 0 and here.failed):
                     break
                 place += way
