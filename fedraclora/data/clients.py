@@ -62,7 +62,7 @@ class ClientData(ABC):
         Example:
             >>> places = torch.tensor([[0, 1, 0], [0, 1, 2], [0, 0, 0]])
             >>> table = Samples({"position_ids": places}, places)
-            >>> data = Partitioned.of(table, [np.array([0]), np.array([1, 2])])
+            >>> data = PartitionedData.of(table, [np.array([0]), np.array([1, 2])])
             >>> data.sizes(torch.arange(2)), data.examples(torch.arange(2))
             (tensor([1, 2]), tensor([2, 4]))
         """

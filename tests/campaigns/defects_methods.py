@@ -265,7 +265,7 @@ def svd_without_the_singular_values(planting: Planting) -> None:
 
 @defect("frlora", "FRLoRA: B_0 A_0 added, not taken away")
 def residual_of_the_wrong_sign(planting: Planting) -> None:
-    planting.put(fedraclora.strategies.methods.frlora, "minus", lambda product: product)
+    planting.put(fedraclora.strategies.methods.frlora, "negated", lambda product: product)
 
 
 @defect(

@@ -37,7 +37,7 @@ def test_there_are_three_hundred_kinds_and_most_must_fail() -> None:
 @pytest.mark.parametrize(
     ("place", "other", "case"),
     [
-        ("round.Asked.moved", lambda *_: [], Case("W moved")),
+        ("round.ClientTask.moved", lambda *_: [], Case("W moved")),
         ("round.Round.check", lambda *_: None, Case(given="by hand, doubled")),
         ("round._check_scale", lambda *_: None, Case("scale times 100")),
         ("trainer.what_differs", lambda *_: None, Case("data by .data")),

@@ -13,7 +13,7 @@ import torchmetrics
 from torchmetrics.classification import BinaryAveragePrecision, MultilabelAUROC
 
 from fedraclora.errors import ConfigError
-from fedraclora.evaluation.metrics import Measure, Owners, higher_is_better
+from fedraclora.evaluation.metrics import Measure, RowOwners, higher_is_better
 from fedraclora.evaluation.own_metrics import Metric
 from fedraclora.object_registry import register_object
 from fedraclora.rng import generator, torch_normal
@@ -99,7 +99,7 @@ def test_metrics_of_torchmetrics_add_up_over_batches_and_owners(kind: str) -> No
     measure = Measure.of((name,), loss)
     assert all(count.sums for count in measure.counts) is sums
     batches = [
-        measure.take(output[rows], target[rows], Owners(3, OWNERS[rows]))
+        measure.take(output[rows], target[rows], RowOwners(3, OWNERS[rows]))
         for rows in torch.arange(40).split(9)
     ]
     state = measure.join(batches)
@@ -140,7 +140,7 @@ def test_functions_see_all_outputs_or_give_a_number_for_each_row() -> None:
     names = [register_object(whole, f"spread@{2:016x}"), register_object(each, f"off@{2:016x}")]
     measure = Measure.of(names, "squared_error")
     batches = [
-        measure.take(output[rows], target[rows], Owners(3, OWNERS[rows]))
+        measure.take(output[rows], target[rows], RowOwners(3, OWNERS[rows]))
         for rows in torch.arange(40).split(9)
     ]
     state = measure.join(batches)

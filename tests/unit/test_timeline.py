@@ -27,7 +27,7 @@ def race(
         round_=7,
         clients=torch.arange(K) * 10,
         seconds=torch.tensor(seconds, dtype=torch.float64),
-        gone=torch.tensor(gone or [INF] * K, dtype=torch.float64),
+        dropped=torch.tensor(gone or [INF] * K, dtype=torch.float64),
         ties=torch.tensor(ties or [0.0] * K, dtype=torch.float64),
         needed=needed,
         deadline=deadline,
@@ -111,7 +111,7 @@ def played(run: ArrivalOrder) -> tuple[list[int], float]:
     """Play the events one after another: who is kept, and when the round ends."""
     events = []
     for place, (seconds, gone) in enumerate(
-        zip(run.seconds.tolist(), run.gone.tolist(), strict=True)
+        zip(run.seconds.tolist(), run.dropped.tolist(), strict=True)
     ):
         tie = float(run.ties[place])
         events.append((gone, 1, tie, place) if gone < INF else (seconds, 0, tie, place))
@@ -152,7 +152,7 @@ def test_the_round_is_what_its_events_make_it(run: ArrivalOrder) -> None:
     left = [k for k in range(len(run.clients)) if k not in kept]
     assert [refusal.client for refusal in found.dropped] == [10 * k for k in left]
     for k, refusal in zip(left, found.dropped, strict=True):
-        gone, late = float(run.gone[k]) <= end, float(run.seconds[k]) > run.deadline
+        gone, late = float(run.dropped[k]) <= end, float(run.seconds[k]) > run.deadline
         start = "dropped out" if gone else "late" if late else "not among the first"
         assert refusal.reason.startswith(start)
         assert gone or late or len(kept) == run.needed

@@ -82,10 +82,10 @@ def compare(
 
     Args:
         choices: As for `simulate`, for all methods.
-        methods: Names of methods, or instances of their classes (``FedRacLora(rank=32)``, shown
-            as ``fed_rac_lora r=32``); or by a name of your choice the settings of a row: a list of
-            words (``["method.rank=32"]``), a mapping of keys, an instance of a method's class, or
-            None. A row of a name that is no method's says ``method`` among its settings.
+        methods: Names of methods, or instances of their classes, whose rank is shown; or by a name
+            of your choice the settings of a row: a list of words (``["method.rank=32"]``), a
+            mapping of keys, an instance of a method's class, or None. A row of a name that is no
+            method's says ``method`` among its settings.
         seeds: How many runs each row has: the seeds from ``seed`` on.
         reference: The row that the others are held against; None: the first.
         metric: By which they are compared; None: the first that the runs have.
