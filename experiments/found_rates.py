@@ -24,6 +24,7 @@ from fedraclora.compose.overrides import composed
 from fedraclora.config.build import resolved
 from fedraclora.config.run_config import from_plain
 from fedraclora.errors import ConfigError, FedRacLoraError, unknown
+from fedraclora.evaluation.metrics import PERSONAL
 from fedraclora.strategies.builder import RunBuilder
 from fedraclora.strategies.methods import METHODS
 from fedraclora.strategies.rate_search import STEP
@@ -111,7 +112,9 @@ class Ladder:
     def score(self, result: Result) -> float:
         """Return its metric, greater is better; minus infinity where it failed."""
         metrics = result.get("metrics")
-        value = metrics.get(self.metric) if isinstance(metrics, dict) else None
+        names = (self.metric, f"{PERSONAL}{self.metric}")  # of clients' own models, where they are
+        known = metrics if isinstance(metrics, dict) else {}
+        value = next((known[name] for name in names if name in known), None)
         if value is None:
             return -math.inf
         return -float(value) if self.metric == "loss" else float(value)

@@ -2,15 +2,14 @@
 
     walk      `FIRST` rounds at a rate, and at its neighbors, a factor `STEP` apart, up or down for
               as long as the training loss is lower: then the best has a worse one on either side
-    race      the best goes on for longer, and its upper neighbor: what a large rate loses in the
-              first rounds it often makes up for, and what diverges does so by then. The lower
-              neighbor, if there is room, and lower ones, as long as they are better
-    between   half a step above the best, if there is room
+    race      the best three go on for longer, then the best two for twice as long: a rate that
+              looks best after two rounds may diverge in the tenth
+    between   half a step above the best, and half a step below it
 
 The rounds are those of the run: its method, optimizer, model, precision and compression, and the
 clients that it samples, though fewer a round where more cannot be paid. They are in memory, and
 draws are functions of the seed, so that the run is the same as one whose rate was typed. The score
-of a rate is the mean training loss of the last third of its rounds, of the same clients at every
+of a rate is the median training loss of the second half of its rounds, of the same clients at every
 rate; test data are not looked at. Two rounds at least, for a method that trains factors in turns.
 
 The walk starts at the rate of the rule (`fedraclora.strategies.rate`) where it knows the run.
@@ -44,18 +43,14 @@ from fedraclora.strategies.server.measuring import EvaluationPlan
 STEP = 10**0.5  # between neighbors of the ladder
 WIDTH = 8  # rates on either side of the first: four decades
 SHARE = 0.15  # of the run's local training, at most
-LEAST = 12  # trainings of a client that a search has where no rule knows the run
+# Trainings of a client that a search has at least; in a shorter run one rate is tried that may do.
+LEAST = 50
 FIRST = 2  # rounds at a rate of the walk
-# The most rounds at a rate, and the least share of the run's clients of a round with which they
-# tell something: means of fewer clients are noisier, and bear smaller rates only. A search takes
+# The most rounds at a rate, and the fewest clients with which they tell something; a search takes
 # about `RUNS` times as many rounds in all.
-LENGTHS = {32: 1.0, 16: 1.0, 8: 0.5, 4: 0.2, 2: 0.0}
-RUNS = 2.5
-HOPELESS = 4  # times the best loss: a rate is too large
-NOISE = 1.01  # times another loss: no difference
-RISEN = 2  # times its own first loss: a rate diverges
-LEVEL = 1.2  # times the best loss: a neighbor is as good, and what lies between at least so
-SAFE = 6  # rounds; after fewer, half a step below the best is taken
+LENGTHS = {32: 8, 16: 6, 8: 3, 4: 2, 2: 1}
+RUNS = 3.75
+SAFE = 8  # rounds; after fewer, half a step below the best is taken
 # Where no rule knows the run: SGD; adaptive optimizers, whose steps have about the length of the
 # rate; a function of the user's, whose own rate is multiplied.
 FIRST_RATES = {"sgd": 0.1, "own": 1.0}
@@ -91,10 +86,6 @@ class Rung:
     def loss(self) -> float:
         """The last loss; infinite where there is none."""
         return math.inf if self.failed or not self.losses else self.losses[self.rounds]
-
-    def fail(self, why: str) -> None:
-        """Leave it out from now on."""
-        self.failed, self.probe = why, None
 
     def record(self) -> dict[str, object]:
         """Return what the run's folder keeps of it, as JSON values."""
@@ -141,8 +132,8 @@ class Probe(RunBuilder):
         # Neither a warm-up nor the end of a schedule tells how large steps may be.
         self.strategy.rate_scale = lambda _round, _rounds: 1.0
         self.strategy.run(self.grid, rounds)
-        last = self.recorder.ledger.rows[-max(1, rounds // 3) :]
-        return statistics.fmean(number(row, "train_loss") for row in last)
+        last = self.recorder.ledger.rows[-(rounds // 2) :]
+        return statistics.median(number(row, "train_loss") for row in last)
 
 
 class RateSearch:
@@ -151,38 +142,29 @@ class RateSearch:
     Args:
         run: Of which the task may be built, and nothing else.
         first: The rate to begin with.
-        known: Whether it is that of a rule, and so not far off.
     """
 
-    def __init__(self, run: RunBuilder, first: float, *, known: bool) -> None:
+    def __init__(self, run: RunBuilder, first: float) -> None:
         self.run, self.first, self.spent = run, first, 0
         cohort, rounds = run.built.cohort, run.config.rounds
         self.total = cohort * rounds
-        self.budget = max(SHARE * self.total, 0 if known else LEAST)
+        self.budget = max(SHARE * self.total, LEAST)
         self.longest, self.clients = FIRST, 1
-        for longest, least in LENGTHS.items():
+        for longest, fewest in LENGTHS.items():
             clients = min(cohort, int(self.budget // (RUNS * longest)))
-            if longest <= rounds and clients >= max(1, least * cohort):
+            if longest <= rounds and clients >= min(fewest, cohort):
                 self.longest, self.clients = longest, clients
                 break
-        if not known:  # a wide ladder
-            self.clients = min(self.clients, max(1, int(self.budget // (WIDTH * FIRST))))
-        # Few rounds of one client or two say less than a rule does.
-        self.rich = self.longest > FIRST or not known
-        if not self.rich:
+        if self.total < LEAST:
             self.clients = min(cohort, 2)
         self.rungs: dict[float, Rung] = {}
 
     def rung(self, place: float) -> Rung:
         """Return a rate of the ladder, made if it is new."""
         if place not in self.rungs:
-            rate = self.rate_at(place)
+            rate = float(f"{self.first * STEP**place:.2g}")
             self.rungs[place] = Rung(rate, Probe(self.run, rate, self.clients))
         return self.rungs[place]
-
-    def rate_at(self, place: float) -> float:
-        """Return the rate so many steps above the first."""
-        return float(f"{self.first * STEP**place:.2g}")
 
     def affordable(self, rungs: Sequence[Rung], rounds: int) -> bool:
         """Return whether all of some rates can go on to a round."""
@@ -198,13 +180,11 @@ class RateSearch:
             rung.losses[rounds] = rung.probe.advance(rounds)
         except FAILURES as error:
             ended = rung.probe.strategy.done + 1
-            rung.fail(f"round {ended}: {type(error).__name__}")
+            rung.failed, rung.probe = f"round {ended}: {type(error).__name__}", None
             rung.error = error
             if self.run.config.local.is_own and not isinstance(error, DivergenceError):
                 raise  # of the user's function, at whatever rate
         self.spent += (ended - before) * self.clients
-        if rung.loss > RISEN * next(iter(rung.losses.values()), math.inf):
-            rung.fail(f"round {ended}: its training loss has risen")
         return rung.loss
 
     @property
@@ -214,12 +194,13 @@ class RateSearch:
 
     def run_all(self) -> None:
         """Try what there is room for."""
-        if not self.rich:
+        if self.total < LEAST:
             self.settle()
             return
         self.walk()
-        if self.differs and not self.is_blind:  # else nothing reads the rate
+        if self.differs:  # else nothing reads the rate
             self.race()
+            self.between()
 
     def settle(self) -> None:
         """For a short run: try the first rate, and lower ones as long as it does not train."""
@@ -229,36 +210,21 @@ class RateSearch:
                 return
 
     @property
-    def tried(self) -> list[Rung]:
-        """The rates that were tried, from the lowest."""
-        return [rung for _, rung in sorted(self.rungs.items()) if rung.losses or rung.failed]
-
-    @property
     def differs(self) -> bool:
         """Return whether the rate changes anything."""
-        losses = [rung.loss for rung in self.tried]
+        losses = [rung.loss for rung in self.rungs.values()]
         return not all(math.isclose(loss, losses[0], rel_tol=1e-6) for loss in losses)
 
     def chosen(self) -> float:
-        """Return the rate to take: the best, or between it and a neighbor that is as good.
+        """Return the rate to take: a step below any that failed, or half a step below the best.
 
-        Lower than any that failed, since next to it another client or a later round may fail, too:
-        half a step where these were rounds of all clients that the run samples, else a step. Half
-        a step below the best where rounds were few.
+        A rate next to one that failed may fail, too, in a later round or at another client.
         """
-        best, (place, *others) = self.best(), self.level()
-        if not self.differs:
-            return self.first
-        if not self.rich:
-            return best.rate
-        near = [
-            p for p in others if abs(p - place) <= 1 and self.rungs[p].loss <= LEVEL * best.loss
-        ]
-        place = (place + near[0]) / 2 if near else place
-        place -= 0 if best.rounds >= SAFE else 0.5
-        whole = best.rounds >= SAFE and self.clients == self.run.built.cohort
-        failed = min((p for p, rung in self.rungs.items() if rung.failed), default=math.inf)
-        return self.rate_at(min(place, failed - (0.5 if whole else 1)))
+        best = self.best().rate
+        failed = min((place for place, rung in self.rungs.items() if rung.failed), default=math.inf)
+        apart = [self.rungs[place].rate for place in self.level() if place <= failed - 1]
+        safe = self.longest >= SAFE or self.total < LEAST or not self.differs
+        return apart[0] if safe and apart else float(f"{best / STEP**0.5:.2g}")
 
     def walk(self) -> None:
         """Try the first rate and its neighbors, until the best has a worse one on either side."""
@@ -269,45 +235,53 @@ class RateSearch:
                 here, there = self.rung(place), self.rung(place + way)
                 if not self.affordable([there], FIRST):
                     return
-                better = self.advance(there, FIRST) < here.loss * NOISE**way
-                if not self.differs:
-                    return
+                better = self.advance(there, FIRST) < here.loss
                 if not better and not (way < 0 and here.failed):
                     break
                 place += way
 
     def race(self) -> None:
-        """Have the best rate and its neighbors go on, as far as two of them can."""
+        """Have the best rates go on, longer and longer."""
+        kept, rounds = 3, max(self.longest // 2, 2 * FIRST)
+        while rounds <= self.longest and not self.is_blind:
+            leaders = [self.rungs[place] for place in self.level()[:kept]]
+            if not leaders or not self.affordable(leaders, rounds):
+                return
+            for rung in leaders:
+                self.advance(rung, rounds)
+            self.descend(rounds)
+            for rung in self.rungs.values():
+                rung.probe = rung.probe if rung.rate <= max(r.rate for r in leaders) else None
+            if any(not rung.failed for rung in leaders):
+                kept, rounds = 2, 2 * rounds
+
+    def between(self) -> None:
+        """Try half a step above the best rate and below it, for as many rounds."""
         if (place := self.place()) is None:
             return
-        rounds = self.common([place, place + 1], self.longest)
-        while self.advance(self.rung(place), rounds) == math.inf and place > -WIDTH:
-            place -= 1
-            rounds = self.common([place, place + 0.5], rounds, SAFE)
-            rounds = self.common([place], rounds)
-        above, first = self.rung(place + 1), self.rung(place).losses.get(FIRST, math.inf)
-        if above.loss <= HOPELESS * first:
-            self.go_on(place + 1, rounds)
-        if above.failed:
-            self.go_on(place + 0.5, rounds)
-        while self.go_on(place - 1, rounds) and self.place() == place - 1 > -WIDTH:
-            place -= 1
+        rounds = self.rungs[place].rounds
+        for half in (0.5, -0.5):
+            rung = self.rung(place + half)
+            if rounds < 2 * FIRST or not self.affordable([rung], rounds):
+                del self.rungs[place + half]
+                return
+            if self.advance(rung, rounds) < self.rungs[place].loss:
+                return
 
-    def common(self, places: Sequence[float], most: int, least: int = FIRST) -> int:
-        """Return how far some rates can go on."""
-        rungs = [self.rung(place) for place in places]
-        return next(n for n in range(most, 0, -1) if n <= least or self.affordable(rungs, n))
-
-    def go_on(self, place: float, rounds: int) -> bool:
-        """Have a rate go on to a round, if there is room; return whether there is."""
-        if room := self.affordable([self.rung(place)], rounds):
-            self.advance(self.rung(place), rounds)
-        return room
+    def descend(self, rounds: int) -> None:
+        """Let lower rates catch up, as long as the lowest that has come so far is the best."""
+        while (place := self.place()) is not None and self.rungs[place].rounds == rounds:
+            below = place - 1
+            reached = below in self.rungs and self.rungs[below].rounds == rounds
+            if below < -WIDTH or reached:
+                return
+            if not self.affordable([self.rung(below)], rounds):
+                return
+            self.advance(self.rung(below), rounds)
 
     def level(self) -> list[float]:
         """List the places of the rates that have come furthest, the best first.
 
-        Of rates whose losses do not differ, the largest is.
         None is above a rate that has failed: it would fail, too, if later.
         """
         failed = [place for place, rung in self.rungs.items() if rung.failed]
@@ -315,9 +289,10 @@ class RateSearch:
             p: r for p, r in self.rungs.items() if r.losses and p < min(failed, default=math.inf)
         }
         furthest = max((rung.rounds for rung in sound.values()), default=0)
-        losses = {place: rung.loss for place, rung in sound.items() if rung.rounds == furthest}
-        least = NOISE * min(losses.values(), default=0.0)
-        return sorted(losses, key=lambda place: (max(losses[place], least), -place))
+        return sorted(
+            (place for place, rung in sound.items() if rung.rounds == furthest),
+            key=lambda place: (sound[place].loss, abs(place), place),
+        )
 
     def place(self) -> float | None:
         """Return the place of the best rate; None if none trains."""
@@ -354,8 +329,7 @@ def find_rate(run: RunBuilder) -> FoundRate:
     config, rule = run.config, rule_rate(run.config, run.built)
     kind = "own" if config.local.is_own else config.local.optimizer
     rule = FIRST_RATES[kind] if config.local.is_own else rule  # which is that of the function
-    first = rule or FIRST_RATES.get(kind, FIRST_ADAPTIVE)
-    search = RateSearch(run, first, known=rule is not None)
+    search = RateSearch(run, rule or FIRST_RATES.get(kind, FIRST_ADAPTIVE))
     if not search.total:  # no round reads it
         return FoundRate(search.first, "rule")
     # Of sums from the same weights, the server could take differences.
@@ -371,7 +345,7 @@ def find_rate(run: RunBuilder) -> FoundRate:
             )
         return FoundRate(rule, "rule")
     seconds, share = time.perf_counter() - began, search.spent / search.total
-    ladder = tuple(rung.record() for rung in search.tried)
+    ladder = tuple(r.record() for _, r in sorted(search.rungs.items()))
     return FoundRate(search.chosen(), "search", seconds, search.spent, share, ladder)
 
 

@@ -117,7 +117,7 @@ def test_layers_narrower_than_any_that_was_tuned_have_no_higher_rate(
 
 
 TASK = ("data=digits", "model.hidden=[12]", "clients=8", "clients_per_round=4", "pretrain=none")
-LENGTH = ("rounds=80", "evaluate.every=80", "output.progress=false")
+LENGTH = ("rounds=160", "evaluate.every=160", "output.progress=false")
 FAST = ("output.sync=false", "output.plots=false")
 WORDS = (*TASK, *LENGTH)
 
@@ -146,7 +146,7 @@ def test_a_run_finds_its_rate_and_is_that_of_the_number(
 def test_a_resumed_run_keeps_its_rate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = fedraclora.simulate(*WORDS, *FAST, folder=tmp_path)
     monkeypatch.setattr(runner, "find_rate", None)
-    again = fedraclora.simulate(*WORDS, *FAST, "rounds=81", folder=tmp_path, resume=True)
+    again = fedraclora.simulate(*WORDS, *FAST, "rounds=161", folder=tmp_path, resume=True)
     assert again.config["local"] == run.config["local"]
 
 
@@ -155,7 +155,7 @@ def test_a_search_is_deterministic_and_stays_within_its_share() -> None:
     one, other = (find_rate(RunBuilder(config)) for _ in range(2))
     assert (one.rate, one.ladder) == (other.rate, other.ladder)
     assert 0 < one.share <= SHARE
-    assert one.trained == round(one.share * 320)
+    assert one.trained == round(one.share * 640)
 
 
 def test_a_number_of_the_users_stands(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -189,7 +189,7 @@ def own_run(train: Callable[[Round], Trained]) -> RunResult:
     """A run of three classes, trained by a function of the user's."""
     x = torch.randn(160, 6, generator=torch.Generator().manual_seed(0))
     data = [(part, part[:, :3].argmax(1)) for part in x.split(20)]
-    words = ("rounds=60", "evaluate.every=60", "output.progress=false", "clients_per_round=4")
+    words = (*LENGTH, "clients_per_round=4")
     return fedraclora.simulate(*words, model=network(), data=data, train=train)
 
 
@@ -214,7 +214,6 @@ def test_a_function_that_reads_no_rate_scale_is_left_alone() -> None:
 def test_under_privacy_the_rule_gives_it_or_a_number_is_asked_for() -> None:
     private = [
         *WORDS,
-        "rounds=1",
         "privacy=client_level",
         "privacy.noise_multiplier=1.0",
         "aggregation_weights=uniform",
