@@ -252,6 +252,8 @@ class Search:
         """Mark trials failed whose process has ended, and queue their settings again."""
         for trial in trials(study, "RUNNING"):
             with suppress(CheckpointError), self._runs_here(trial.number):
+                if trial.number not in {each.number for each in trials(study, "RUNNING")}:
+                    continue  # another process has ended it meanwhile
                 self.say(f"run {trial.number} was interrupted: its settings are tried again")
                 _fail(study, trial.number)
                 study.enqueue_trial(trial.params)

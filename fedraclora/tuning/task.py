@@ -69,7 +69,7 @@ def tune_task(
     if is_auto := section(plain, "local").get("lr") == "auto":  # is no rate
         typed = {*typed} - {RATE_KEY}
     space = Space.of(plain, typed, asked, own)
-    from_plain(plain, METHODS)  # what is wrong with the task, no run can mend
+    refuse_if_none_runs(plain, space)
     share = held_out(task_from_plain(plain), asked)
     final = {"evaluate.split": "test", "data.validation": section(plain, "data")["validation"]}
     plain = with_changes(plain, {"evaluate.split": "validation", "data.validation": share})
@@ -87,6 +87,23 @@ def tune_task(
         told = assumed(search, len(task.validation or ()), share)
         open_with(search, told, verbose=bool(output.get("verbose")))
         return ended(search, partial(outcome, search, has_test=len(task.test) > 0))
+
+
+def refuse_if_none_runs(plain: PlainDict, space: Space) -> None:
+    """Reject a task that none of the listed methods can run: no trial can mend it.
+
+    Raises:
+        ConfigError: What the first of them is refused for.
+    """
+    refused = list[ConfigError]()
+    for method in space.methods.values():
+        try:
+            from_plain({**plain, "method": method}, METHODS)
+        except ConfigError as error:
+            refused.append(error)
+        else:
+            return
+    raise refused[0]
 
 
 def tune_folder(plain: Mapping[str, object]) -> Path:

@@ -19,6 +19,8 @@ from fedraclora.protocol.method import Cohort, Draw
 @pytest.mark.parametrize("setting", SETTINGS)
 @pytest.mark.parametrize("name", KINDS)
 def test_every_local_setting(name: str, setting: str) -> None:
+    if name in {"fedkseed", "decomfl"} and "prox" in setting:
+        pytest.skip("without gradients there is no pull")
     local = replace(LOCAL, **SETTINGS[setting])  # type: ignore[arg-type]
     method = method_of(name, sketch="gaussian", blocks="independent")
     run(CASES["mlp"](), method, local, rounds=2, check={2})

@@ -234,7 +234,7 @@ KINDS: dict[str, tuple[Any, list[Any]]] = {
     ),
     "local.settings": (
         lambda m: {"local": m.LocalSettings(extras=[m.Decay(0.3)], lr=0.5)},
-        ["local.extras=[{name:brought_parts:Decay,rate:0.3}]"],
+        ["local.extras=[{name:brought_parts:Decay,rate:0.3}]", "local.lr=0.5"],
     ),
     "steps": (
         lambda m: {"steps": [m.Halved(4.0)]},
