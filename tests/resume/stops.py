@@ -17,7 +17,6 @@ from safetensors.torch import save_file
 from fedraclora.clients.worker import Worker
 from fedraclora.errors import ClientError, ConfigError
 from fedraclora.run.recorder import RunRecorder
-from fedraclora.training.cohort import CohortTrainer
 
 AT = 3  # the round in which a run stops: there is a checkpoint of round 2
 
@@ -115,14 +114,16 @@ def interrupted(go: Go, calls: int) -> None:
 def a_client_fails(go: Go, calls: int) -> None:
     """The training of all clients of a round raises."""
 
-    def fail(self: CohortTrainer, *rest: Any, round_: int, **more: Any) -> Any:
-        if round_ == AT:
-            raise RuntimeError("no such sample")
-        return train(self, *rest, round_=round_, **more)
+    def broken(*_: Any, **__: Any) -> None:
+        raise RuntimeError("no such sample")
 
-    train = CohortTrainer.train
-    raised = pytest.raises(ClientError, match="no such sample")
-    fails(go, (CohortTrainer, "train"), fail, raised)
+    def fail(self: Worker, ask: Any) -> Any:
+        if ask.request.round_ == AT:
+            self.trainer.train = broken  # type: ignore[method-assign,assignment]
+        return answer(self, ask)
+
+    answer = Worker.train
+    fails(go, (Worker, "train"), fail, pytest.raises(ClientError, match="no such sample"))
 
 
 def the_server_fails(go: Go, calls: int) -> None:

@@ -36,6 +36,9 @@ def one_key() -> Iterator[None]:
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Whole:
     """How a run ends that nothing stopped, and what it does to the disk."""
 
+    # The first run of a process makes folders of libraries besides.
+    FEATURES["carried"].run(tmp_path_factory.mktemp("first") / "run")
+
     @cache
     def give(name: str) -> tuple[tuple[object, ...], list[str]]:
         folder, reaper = tmp_path_factory.mktemp("whole") / "run", Reaper()
