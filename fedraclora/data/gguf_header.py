@@ -1,7 +1,8 @@
 """Read the header of a GGUF file, and check it against the file.
 
-Readers of GGUF trust the header: with a wrong number they read one tensor's bytes as another's,
-fill missing tensors at random, or build for minutes.
+It is read here, not by ``gguf.GGUFReader``, since readers of GGUF trust the header: with a wrong
+number they read one tensor's bytes as another's, fill missing tensors at random, or build for
+minutes.
 
 References:
     ggml, ``docs/gguf.md``: magic, version, counts; keys with their values; tensors with name,

@@ -1,4 +1,8 @@
-"""A study as its YAML file says: a preset, rows to compare, a grid to tune on, seeds."""
+"""A study as its YAML file says: a preset, rows to compare, a grid to tune on, seeds.
+
+Optuna tunes in `fedraclora.tuning`. A study has a fixed grid and its own lines instead: every row
+gets the same values, and a kept file gives its table without a database.
+"""
 
 from __future__ import annotations
 
