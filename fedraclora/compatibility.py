@@ -56,6 +56,7 @@ class Feature:
     def __post_init__(self) -> None:
         """Make the name known."""
         KNOWN[self.name] = self
+        _related.cache_clear()
 
     def __call__(self, part: Part) -> Part:
         """Declare it of a class, or of the objects for which a method returns something true."""
@@ -234,7 +235,7 @@ class Features:
         """
         declared = [each.feature for pairs in self.declared.values() for each, _ in pairs]
         for what in dict.fromkeys(declared):
-            avoided, required = _named(what, each_round, self.complete, len(KNOWN))
+            avoided, required = _related(what, each_round=each_round, complete=self.complete)
             for beside, why in avoided:
                 if (one := self.has(what.name)) and (other := self.has(beside.name)):
                     yield _conflict(what, beside, why, one, other)
@@ -246,28 +247,22 @@ class Features:
                     yield f"{what.name} needs {beside.name}: {why}. Take {take}, or {what.instead}"
 
 
-Named: TypeAlias = list[tuple[Feature, str]]
+Related: TypeAlias = list[tuple[Feature, str]]
 
 
 @cache  # asked in each round
-def _named(  # its arguments are keys of a cache
-    what: Feature,
-    each_round: bool,
-    complete: bool,
-    known: int,  # noqa: ARG001
-) -> tuple[Named, Named]:
+def _related(what: Feature, *, each_round: bool, complete: bool) -> tuple[Related, Related]:
     """List the features that one avoids, and those that it requires, and why.
 
     Args:
         what: The feature.
         each_round: Whether to list only those that may change from round to round.
         complete: Whether all modules of the run are imported.
-        known: How many features there are: more, once another module is imported.
 
     Raises:
         ConfigError: If there is none of a name, and the run is complete; it names the nearest.
     """
-    found: tuple[Named, Named] = ([], [])
+    found: tuple[Related, Related] = ([], [])
     for named, pairs in zip(found, (what.avoids, what.requires), strict=True):
         for name, why in pairs.items():
             if name not in KNOWN and not complete:

@@ -23,7 +23,7 @@ class FakeGrid(Grid):
     Attributes:
         nodes: By id.
         ids: Of messages.
-        waiting: Messages that nobody has pulled, by id.
+        waiting: Messages that are not pulled yet, by id.
     """
 
     nodes: dict[int, Any]

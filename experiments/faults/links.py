@@ -24,7 +24,7 @@ def nothing() -> None:
 
 
 def cut(host: Host) -> Undo:
-    """Cut the link, so that nobody is told."""
+    """Cut the link: packets are dropped, and neither end gets an error."""
     host.cut()
     return host.heal
 

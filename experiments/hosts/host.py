@@ -129,7 +129,7 @@ class Host:
         _limit(self.switch, self.name, down)
 
     def cut(self) -> None:
-        """Cut the link at its other end: nothing passes, and nobody is told."""
+        """Cut the link at its other end: packets are dropped without an error."""
         self.switch.run(["ip", "link", "set", "dev", self.name, "nomaster"])
 
     def heal(self) -> None:
@@ -165,7 +165,7 @@ class Host:
         self.inside.signal_all(signal.SIGKILL)
 
     def stop(self) -> None:
-        """Stop all processes: connections stay, and nobody answers."""
+        """Stop all processes: connections stay open without an answer."""
         self.inside.signal_all(signal.SIGSTOP)
 
     def cont(self) -> None:

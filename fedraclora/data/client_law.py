@@ -7,6 +7,7 @@ on the position in a vector would not.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from statistics import NormalDist
 from typing import Annotated
@@ -16,6 +17,7 @@ import numpy.typing as npt
 import torch
 from typing_extensions import override
 
+from fedraclora.compatibility import Feature, Part
 from fedraclora.data.clients import ClientData
 from fedraclora.data.samples import TensorContainer
 from fedraclora.limits import OneOf
@@ -25,6 +27,15 @@ SizeLaw = Annotated[str, OneOf(("constant", "lognormal", "pareto"))]
 OWN = (1 << 32) - 1  # the position whose random words belong to the client, not to a sample
 QUANTILES = 1024
 MIX_NUMBERS = 1 << 20  # entries in the table of class distributions, over all classes
+
+
+def uneven_sizes(group: str) -> Callable[[Part], Part]:
+    """Declare of a function that its clients may have sizes that are not equal, with a spread."""
+    return Feature(
+        f"{group}.sizes=lognormal or pareto",
+        take="sizes that are not constant (lognormal, pareto)",
+        reads=(f"{group}.spread",),
+    ).where(lambda it: it["sizes"] != "constant")
 
 
 def pick(words: torch.Tensor, count: int | torch.Tensor) -> torch.Tensor:

@@ -30,6 +30,7 @@ from fedraclora.data.client_law import (
     class_mixes,
     pick,
     size_quantiles,
+    uneven_sizes,
 )
 from fedraclora.data.clients import TableRows
 from fedraclora.data.dataset import Clients, Column, DataSet, RowNumbers
@@ -299,11 +300,7 @@ class Resampled(LawClientData, TableRows):
 
 
 @DIVIDES
-@Feature(
-    "partition.sizes=lognormal or pareto",
-    take="sizes that are not constant (lognormal, pareto)",
-    reads=("partition.spread",),
-).where(lambda it: it["sizes"] != "constant")
+@uneven_sizes("partition")
 @limited("partition")
 def bootstrap(
     data: DataSet,

@@ -46,9 +46,9 @@ def line_styles(methods: Sequence[str]) -> list[LineStyle]:
         methods: The name of the method of each curve; case and hyphens do not matter.
 
     Example:
-        >>> [look.dash for look in line_styles(["fedavg", "ffa_lora", "fedavg"])]
+        >>> [look.dash for look in line_styles(["one", "two", "one"])]
         ['-', '-', '--']
-        >>> line_styles(["FFA-LoRA"]) == line_styles(["ffa_lora"])
+        >>> line_styles(["My-Method"]) == line_styles(["my_method"])
         True
     """
     names = [method.lower().replace("-", "_") for method in methods]

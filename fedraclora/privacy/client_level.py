@@ -131,7 +131,7 @@ class ClientLevel(Privacy):
         instead="privacy.quantile=null",
         reads=("privacy.clip_rate", "privacy.count_noise"),
         avoids={
-            "secure=secagg": "it counts the clients with short updates, which a secure sum hides",
+            "secure=secagg": "it needs the number of updates below the clip, not only their sum",
         },
     )
     def _adapts(self) -> bool:

@@ -298,7 +298,7 @@ class Method(Protocol):
         instead="a method that docs/methods.md marks `linear`",
     )
     def _needs_updates(self) -> str:
-        return "" if self.traits.linear else f"method={_named(type(self))}"
+        return "" if self.traits.linear else f"method={config_name(type(self))}"
 
     @KEPT_BY_CLIENTS
     @Feature("a method that keeps a part of the model at each client")
@@ -332,7 +332,7 @@ class Method(Protocol):
         instead="a method that docs/methods.md marks `both`",
     )
     def _ends_components(self) -> str:
-        return f"method={_named(type(self))}"
+        return f"method={config_name(type(self))}"
 
     @Feature(
         "a method that sends a scalar for each of method.steps",
@@ -376,7 +376,7 @@ class Method(Protocol):
         return next(iter(sent.adapters), "") if changes else ""
 
 
-def _named(kind: type) -> str:
+def config_name(kind: type) -> str:
     """Return the config name of a method's class."""
     package, _, module = kind.__module__.rpartition(".")
     inside = package.endswith("strategies.methods")

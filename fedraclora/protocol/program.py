@@ -229,7 +229,7 @@ class ClientProgram(RegisteredByName, Limited, group="local.extras"):
         """Return the largest number of local steps; None: no limit."""
         return None
 
-    def former(self, chunk: ClientChunk, base: Tree, steps: int) -> GradientFunction:
+    def gradient_function(self, chunk: ClientChunk, base: Tree, steps: int) -> GradientFunction:
         """Return the object that computes the gradients of a chunk, if `forms_gradients`.
 
         Args:

@@ -99,7 +99,7 @@ class CohortTrainer:
         # Reads the clients' stored state.
         self.recall: Callable[[int, int], bytes] | None = None
         self.check(precision)
-        self.former = next((e for e in local.added if e.forms_gradients), None)
+        self.gradient_function = next((e for e in local.added if e.forms_gradients), None)
         self._programs: dict[tuple[str, ...], CohortProgram] = {}
         self._known: tuple[Tree, ClientProgram, tuple[Tree, Terms]] | None = None
 
@@ -220,7 +220,7 @@ class CohortTrainer:
         program.context.seed, program.context.round_ = self.seed, round_
         program.context.scales = {n: a.scale for n, a in downlink.adapters.items()}
         plain, network = program.plain, None
-        special = self.precision != FLOAT32 or self.former is not None or narrow
+        special = self.precision != FLOAT32 or self.gradient_function is not None or narrow
         if plain is not None and not special and not method.forms_gradients:
             network = FeedForward(plain, downlink, program.base, frozen)
         ranks = None if downlink.ranks is None else downlink.ranks.to(self.device)[order]
@@ -241,13 +241,15 @@ class CohortTrainer:
             order=order,
             back=back,
             network=network,
-            former=self.former,
+            gradient_function=self.gradient_function,
             local=self.local,
         )
         if not method.forms_gradients:
             return chunk
-        former = method.former(chunk, held | program.base, int(schedule.steps.max()))
-        return replace(chunk, former=former)
+        gradient_function = method.gradient_function(
+            chunk, held | program.base, int(schedule.steps.max())
+        )
+        return replace(chunk, gradient_function=gradient_function)
 
     def _hooks(self, chunk: OpenChunk) -> list[Hook]:
         """List the hooks that change the gradients of a step, in order; the core's come first."""
@@ -277,11 +279,13 @@ class CohortTrainer:
         """Take one local step of the active clients; return their losses, [active]."""
         network = chunk.network
         leaves = chunk.leaves(batch.active) if network is None else chunk.trained(batch.active)
-        if chunk.former is not None:
+        if chunk.gradient_function is not None:
             model = chunk.downlink.program.trained_model(chunk.downlink, self.plan)
             held = replace(chunk, downlink=model)
             run = partial(self._forward, held, step, batch)
-            loss, gradients = chunk.former.gradients(chunk, run, batch.active, batch.width, step)
+            loss, gradients = chunk.gradient_function.gradients(
+                chunk, run, batch.active, batch.width, step
+            )
         elif network is not None:
             loss, gradients = written_out_gradients(network, self.task, chunk, leaves, step, batch)
         else:

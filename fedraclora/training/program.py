@@ -146,7 +146,7 @@ class OpenChunk(ClientChunk):
         order: Positions among the asked clients, int64 [K]: active clients are a prefix.
         back: Positions of the asked clients in this order; None if it is the same.
         network: The network with its gradients written out, where it is plain enough.
-        former: Computes gradients in place of those of the loss; None: the loss does.
+        gradient_function: Computes gradients in place of those of the loss; None: the loss does.
     """
 
     program: CohortProgram
@@ -155,7 +155,7 @@ class OpenChunk(ClientChunk):
     order: torch.Tensor
     back: torch.Tensor | None
     network: FeedForward | None
-    former: GradientFunction | None = None
+    gradient_function: GradientFunction | None = None
 
     def trained(self, active: int) -> Tree:
         """Return the trained tensors of the first ``active`` clients, [active, ...], as views."""

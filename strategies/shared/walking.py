@@ -202,7 +202,7 @@ class FiniteDifferences(DirectionProgram, group="method"):
         return None if self.by_direction else downlink.layout.size // self.directions
 
     @override
-    def former(self, chunk: ClientChunk, base: Tree, steps: int) -> GradientFunction:
+    def gradient_function(self, chunk: ClientChunk, base: Tree, steps: int) -> GradientFunction:
         return FiniteDifferenceGradients(self, chunk, base, steps)
 
     def choose_directions(

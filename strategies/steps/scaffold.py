@@ -45,7 +45,7 @@ from fedraclora.tree import Tree
     avoids={
         "privacy=client_level": ("the noise would add up in the server's control variate"),
         "a robust rule that needs each client's update": (
-            "it changes or drops updates, and clients do not know which"
+            "control variates assume that every update is used unchanged"
         ),
         "local steps other than plain SGD": "the mean gradient cannot be computed from their sum",
         "a method that keeps a part of the model at each client": (

@@ -133,7 +133,6 @@ NAMED = {
     "fedraclora/client.py": (1, "an example that runs"),
     "fedraclora/commands/compare/command.py": (1, "an example in the help"),
     "fedraclora/flower/server.py": (1, "how an instance is made"),
-    "fedraclora/plots/palette.py": (2, "an example of names"),
 }
 # The same word for something else.
 OTHERS = {

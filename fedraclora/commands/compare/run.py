@@ -29,6 +29,7 @@ from fedraclora.config.titles import method_label
 from fedraclora.data.locate import user_path
 from fedraclora.errors import ConfigError, DivergenceError, FedRacLoraError, unknown
 from fedraclora.imports import refuse_run
+from fedraclora.protocol.method import config_name
 from fedraclora.run.folder import is_finished
 from fedraclora.run.ledger import number
 from fedraclora.run.stopped import divergence
@@ -55,13 +56,13 @@ class ComparisonResult:
         folder: Where table.md, table.csv, compare.png and, with plotly, report.html are.
         table: A row for each method, the best first, with plain numbers.
         runs: The folders of the runs, one for each seed, by row: `fedraclora.read_run` reads one.
-        said: In a sentence, what each row gains or loses beside the reference.
+        summary: In a sentence, what each row gains or loses beside the reference.
     """
 
     folder: Path
     table: DataFrame
     runs: Mapping[str, list[Path]]
-    said: str
+    summary: str
 
 
 def compare(
@@ -94,7 +95,7 @@ def compare(
         given: Model, data and further arguments of `simulate`, for all methods.
 
     Returns:
-        ``table`` (a pandas frame), ``runs`` (their folders), ``said`` (a sentence), ``folder``.
+        ``table`` (a pandas frame), ``runs`` (their folders), ``summary`` (a sentence), ``folder``.
 
     Raises:
         ConfigError: If a row cannot be composed, before any is run.
@@ -233,8 +234,7 @@ def settings_of_rows(
 
 def label_of(method: object) -> str:
     """Name the row of an instance, as a run is named."""
-    own = type(method)
-    name = next((name for name, known in METHODS.items() if known is own), own.__name__)
+    name = config_name(type(method)).rpartition(":")[2]
     return method_label({"method": {"name": name, **vars(method)}})
 
 

@@ -50,7 +50,7 @@ OF_A_NODE = Part("node")  # keys that a node sets, and no choice lists
 @Feature("data.objects=true", instead="data.objects=false").where(lambda it: it["objects"])
 @Feature(
     "samples that are tensors",
-    take="data.objects=false, since nobody measures on objects",
+    take="data.objects=false (objects are not evaluated)",
     reads=("data.test_file", "data.test_function", "data.test_fraction"),
 ).where(lambda it: not it["objects"])
 @Feature(

@@ -26,7 +26,6 @@ import torch
 from annotated_types import Ge
 from typing_extensions import override
 
-from fedraclora.compatibility import Feature
 from fedraclora.data.client_law import (
     ClientLaw,
     LawClientData,
@@ -34,6 +33,7 @@ from fedraclora.data.client_law import (
     class_mixes,
     pick,
     size_quantiles,
+    uneven_sizes,
 )
 from fedraclora.data.dataset import (
     FLOAT_TYPES,
@@ -95,11 +95,7 @@ class Mixture(LawClientData):
 
 @NUMERIC
 @FROM_CLIENTS
-@Feature(
-    "data.sizes=lognormal or pareto",
-    take="sizes that are not constant (lognormal, pareto)",
-    reads=("data.spread",),
-).where(lambda it: it["sizes"] != "constant")
+@uneven_sizes("data")
 @limited("data")
 def virtual(
     *,
