@@ -1,4 +1,4 @@
-"""Every command, one file or folder each; what the terminal and the report show of runs."""
+"""The commands of ``fedraclora``, one file or folder each, and how runs are displayed."""
 
 from pathlib import Path
 
@@ -7,18 +7,18 @@ from fedraclora.errors import ConfigError
 
 CODE = Path(errors.__file__).resolve().parent  # the package
 LABORATORY = CODE / "experiments"  # of a source checkout; a wheel has none
-# Where a study writes that is told no place: of record in a checkout, a folder each.
+# Default folder of study results: in a checkout, the results that are kept under version control.
 RESULTS = LABORATORY / "results" if LABORATORY.is_dir() else Path("runs") / "studies"
 
 
 def require_laboratory(what: str) -> None:
-    """Check that the laboratory is there.
+    """Check that the folder ``experiments`` exists.
 
     Args:
-        what: Who asks for it, for the message.
+        what: The command or study that needs it, for the error message.
 
     Raises:
-        ConfigError: If this is an installed package, which has none.
+        ConfigError: If this is an installed package, which does not contain it.
     """
     if not LABORATORY.is_dir():
         raise ConfigError(

@@ -1,4 +1,4 @@
-"""A run of ``simulate`` as a Flower app, for ``fedraclora deploy``."""
+"""Package a run of ``simulate`` as a Flower app, for ``fedraclora deploy``."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ PROJECT = Path(__file__).with_name("app.toml")  # pyproject.toml: a link to it, 
 
 
 class ServerRun(RunBuilder):
-    """A run that a server is to run, with a record of it in a local folder.
+    """A run on a Flower server, recorded in a local folder.
 
     Args:
-        plain: The config that the local folder keeps.
+        plain: The config, as saved in the local folder.
         folder: The local folder, absolute.
-        there: Where the server writes.
-        resume: Whether to go on with the run in the folder.
+        there: The output folder on the server.
+        resume: Whether to resume the run in the folder.
 
     Raises:
-        FedRacLoraError: Whatever is wrong with what is asked for.
+        FedRacLoraError: If the config cannot be built.
     """
 
     folder: Path
@@ -36,13 +36,13 @@ class ServerRun(RunBuilder):
         config = config_from_text(json.dumps({**plain, "output": output}), resuming=resume)
         super().__init__(config, folder, resume=resume, pretrain=False)
         self.plain = plain
-        _ = self.task  # reads nodes' data, too
+        _ = self.task  # also reads the nodes' data
 
 
 def write_app(run: ServerRun, folder: Path) -> tuple[Path, Path]:
-    """Write what Flower is given: the folder of the app, and the file of the run config."""
+    """Write the Flower app and its run config; return the app's folder and the config file."""
     run_config = folder / "run.toml"
-    # A JSON string is a TOML string, too.
+    # Every JSON string is a valid TOML string.
     text = json.dumps(json.dumps(run.config.plain))
     run_config.write_text(f"cfg-json = {text}\nresume = {json.dumps(run.resume)}\n")
     copy_app(folder / "app")
@@ -50,11 +50,11 @@ def write_app(run: ServerRun, folder: Path) -> tuple[Path, Path]:
 
 
 def copy_app(folder: Path) -> None:
-    """Copy the files that the app's bundle is made of.
+    """Copy the files of the app's bundle to a new folder.
 
-    To make it Flower looks at every file that it finds; beside them lie virtual environments. Here
-    the folders lie inside ``fedraclora``, as in a wheel: at the top of a bundle they would hide
-    packages of those names that a node has.
+    Flower bundles every file of a folder, and a checkout also contains virtual environments. The
+    packages are placed inside ``fedraclora``, as in a wheel: at the top level of a bundle they
+    would shadow a node's own packages of the same names.
     """
     shutil.copytree(CODE, folder / "fedraclora", ignore=shutil.ignore_patterns(*NOT_OF_THE_APP))
     shutil.copyfile(PROJECT, folder / "pyproject.toml")

@@ -1,7 +1,7 @@
 """``--check`` of `node` and `deploy`: find problems before a run. Nothing is started or sent.
 
-Each look is a line: a tick and what was found, a cross and what to do, or, with an exclamation
-mark, what may be wrong and cannot be known from here.
+Each check prints one line: a tick with its result, a cross with the remedy, or an exclamation mark
+with a possible problem that this machine cannot verify.
 """
 
 from __future__ import annotations
@@ -61,28 +61,28 @@ ADVICE: dict[type[BaseException], str] = {
 
 
 class Checklist:
-    """Prints a line for each look; ``failed`` is the status of the command."""
+    """Runs checks and prints a line for each; ``failed`` is the exit status of the command."""
 
     def __init__(self) -> None:
         self.failed = 0
 
     @contextmanager
     def __call__(self, name: str) -> Iterator[Callable[[object], None]]:
-        """Look at something inside, which calls what is given with what it found, or raises."""
-        told: list[object] = []
+        """Print the result of one check: of what its block passes to ``say``, or raises."""
+        results: list[object] = []
         mark = "\N{CHECK MARK}"
         try:
-            yield told.append
+            yield results.append
         except UserWarning as doubt:
-            mark, told = "!", [doubt]
+            mark, results = "!", [doubt]
         except Exception as error:
             if (why := explained(error)) is None:
                 raise
-            mark, told, self.failed = "\N{BALLOT X}", [why], 1
-        print(f"{mark} {name}: {in_one_piece('; '.join(map(str, told)))}", flush=True)
+            mark, results, self.failed = "\N{BALLOT X}", [why], 1
+        print(f"{mark} {name}: {in_one_piece('; '.join(map(str, results)))}", flush=True)
 
     def versions(self, wanted: Mapping[str, object]) -> dict[str, str]:
-        """Compare versions with those of a run; builds of torch are alike."""
+        """Compare installed versions with those of a run, ignoring the build of torch."""
         found = {"Python": platform.python_version().rpartition(".")[0]}
         found |= versions_of(("fedraclora", "flwr", "torch", "numpy"))
         with self("versions") as say:
@@ -96,7 +96,7 @@ class Checklist:
 
 
 def check_run(run: RunBuilder, connection: Connection | None, file: str | None) -> int:
-    """Check what an operator can: a run that is composed, and who is connected; write ``file``."""
+    """Check a run from the operator's side, and the connected nodes; write ``file``."""
     look, config = Checklist(), run.config
     versions = look.versions({})
     with look("run") as say:
@@ -110,8 +110,8 @@ def check_run(run: RunBuilder, connection: Connection | None, file: str | None) 
         if not len(known) and built.task.held is None:
             raise UserWarning(UNMEASURED + OR_CLIENTS)
         say(", ".join(built.task.measured))
-    at = "" if connection is None else str(connection.known().get(connection.name, ""))
-    if at.rpartition(":")[0].strip("[]") in LOOPBACK:
+    address = "" if connection is None else str(connection.known().get(connection.name, ""))
+    if address.rpartition(":")[0].strip("[]") in LOOPBACK:
         with look("folder") as say:
             folder = Path(str(run.config.output.dir)).expanduser()
             near = next(path for path in (folder, *folder.parents) if os.access(path, os.F_OK))
@@ -123,7 +123,7 @@ def check_run(run: RunBuilder, connection: Connection | None, file: str | None) 
             say(folder)
     if connection is not None:
         with look("nodes") as say:
-            states = connection.nodes()  # which clients they serve they tell a run alone
+            states = connection.nodes()  # only a running app learns which clients they serve
             say(", ".join(f"{states.count(each)} {each}" for each in sorted({*states})))
             if "online" not in states:
                 advice = "register the owners' keys, and have each run `fedraclora node --check`"
@@ -137,7 +137,7 @@ def check_run(run: RunBuilder, connection: Connection | None, file: str | None) 
 
 
 def check_node(words: Sequence[str], file: str | None) -> int:
-    """Check what an owner can, with the words of a node, and the file that `check_run` wrote."""
+    """Check a node from its owner's side, also against the ``file`` that `check_run` wrote."""
     args = flower_internals.node_arguments(words)
     wanted: dict[str, Any] = {"versions": {}, "config": {}}
     try:
@@ -160,7 +160,7 @@ def check_node(words: Sequence[str], file: str | None) -> int:
 
 
 def of_superlink(look: Checklist, args: Namespace) -> None:
-    """Look at the way to a SuperLink, with the words of a node."""
+    """Check the connection, key and clock of a node against its SuperLink."""
     key = found = None
     if args.auth_supernode_private_key is not None:
         with look("key") as say:
@@ -187,17 +187,17 @@ def of_superlink(look: Checklist, args: Namespace) -> None:
             raise EngineError(f"status {found.status_code} for /v1/fleet/: {why}")
         say("it may ask for a key" if key is None else "it knows the key")
     with look("clock") as say:
-        there = parsedate_to_datetime(found.headers["date"])
-        ahead = (datetime.now(UTC) - there).total_seconds()
-        told = f"{abs(ahead):.0f} s {'ahead of' if ahead > 0 else 'behind'} the SuperLink's"
+        server_time = parsedate_to_datetime(found.headers["date"])
+        ahead = (datetime.now(UTC) - server_time).total_seconds()
+        offset = f"{abs(ahead):.0f} s {'ahead of' if ahead > 0 else 'behind'} the SuperLink's"
         if not -OLDEST < ahead < EARLY:
             limits = f"{OLDEST} s behind to {EARLY} s ahead"
-            raise EngineError(f"{told}, but Flower accepts {limits}: set the clock")
-        say(told)
+            raise EngineError(f"{offset}, but Flower accepts {limits}: set the clock")
+        say(offset)
 
 
 def read_key(file: Path) -> ec.EllipticCurvePrivateKey:
-    """Read the private key of a node: one that Flower takes, and that nobody else may use."""
+    """Read the private key of a node; reject a kind or permissions that Flower does not accept."""
     make = 'make one: ssh-keygen -t ecdsa -b 384 -N "" -f FILE'
     try:
         key = serialization.load_ssh_private_key(file.read_bytes(), None)
@@ -206,27 +206,28 @@ def read_key(file: Path) -> ec.EllipticCurvePrivateKey:
     except (ValueError, TypeError, UnsupportedAlgorithm) as error:  # TypeError: a passphrase
         raise ConfigError(f"{file} is not a key that Flower accepts ({error}); {make}") from error
     found = file.stat()
-    mode, group = found.st_mode & 0o777, 0o070 * (found.st_uid == os.geteuid())  # else it is ours
+    # A file of another user (root) is readable here through its group.
+    mode, group = found.st_mode & 0o777, 0o070 * (found.st_uid == os.geteuid())
     if mode & (0o007 | group):
         raise ConfigError(f"{file} has mode {mode:o}, so that others may use it: chmod 600 {file}")
     return key
 
 
 def query_superlink(args: Namespace, key: ec.EllipticCurvePrivateKey) -> tuple[httpx.Response, Any]:
-    """Ask a SuperLink whether it knows a key; give its response and its certificate."""
+    """Ask a SuperLink whether it knows a key; return its response and its certificate."""
     patch(ANY)
     roots = None
     if args.root_certificates is not None and not args.insecure:
         roots = Path(args.root_certificates).read_bytes()
-    where, cause = args.superlink, BaseException()
-    ask = flower_internals.refused_activation
+    address, cause = args.superlink, BaseException()
+    activation = flower_internals.refused_activation
     try:
-        with ask(where, key, roots, insecure=args.insecure) as refusal:
+        with activation(address, key, roots, insecure=args.insecure) as refusal:
             if refusal is not None:
                 found, web = refusal
                 link = found.extensions["network_stream"].get_extra_info("ssl_object")
-                others = web.get(found.url.copy_with(path="/health")).is_success
-                if not others or found.url.host in LOOPBACK:
+                reachable = web.get(found.url.copy_with(path="/health")).is_success
+                if not reachable or found.url.host in LOOPBACK:
                     return found, link and link.getpeercert()
                 cause = PermissionError("more than /v1/fleet/ can be reached")
     except (httpx.TransportError, httpx.InvalidURL, ValueError, OSError) as error:
@@ -234,11 +235,11 @@ def query_superlink(args: Namespace, key: ec.EllipticCurvePrivateKey) -> tuple[h
         while deeper := cause.__cause__ or cause.__context__:
             cause = deeper
     advice = next(text for kind, text in ADVICE.items() if isinstance(cause, kind))
-    raise EngineError(f"{where}: {cause}: {advice}")
+    raise EngineError(f"{address}: {cause}: {advice}")
 
 
 def of_clients(look: Checklist, context: Context, plain: dict[str, Any]) -> None:
-    """Look at data and room of the clients of a node; ``plain`` is a run's config, or empty."""
+    """Check the data of a node's clients, and free disk and memory; ``plain``: config or {}."""
     own, weights, ids = context.node_config.get("data"), 0, list[int]()
     with look("data") as say:
         ids = served(context)
@@ -256,11 +257,11 @@ def of_clients(look: Checklist, context: Context, plain: dict[str, Any]) -> None
             shapes = ", ".join(f"{n} {list(t.shape[1:])}" for n, t in found.inputs.items())
             kinds = len(found.target.unique())
             say(f"client {client}: {len(found)} samples, {shapes}, {kinds} values of target")
-        if wrong:  # all of them at once
+        if wrong:  # one error names them all
             raise ConfigError("; ".join(dict.fromkeys(wrong)))
         if plain:
             trainer, _ = trainer_for(json.dumps(plain), source, tuple(ids))
-            trainer.data.sizes(torch.tensor(ids))  # reads them, as a round does
+            trainer.data.sizes(torch.tensor(ids))  # reads the samples, as a round does
             weights = sum(p.nbytes for p in trainer.task.model.parameters())
         say("as the run wants them" if plain else "not compared with a run (--check=FILE)")
     with look("cache") as say:
@@ -279,8 +280,8 @@ def of_clients(look: Checklist, context: Context, plain: dict[str, Any]) -> None
 
 
 def compare_free(free: int, need: int, of: str) -> str:
-    """Compare what is free with what a run needs."""
-    told = f"{free / 1e6:.0f} MB {of} are free, {need / 1e6:.0f} MB are needed"
+    """Describe free and needed bytes; raise an error if too few are free."""
+    text = f"{free / 1e6:.0f} MB {of} are free, {need / 1e6:.0f} MB are needed"
     if free < need:
-        raise ConfigError(f"{told}: make room")
-    return told
+        raise ConfigError(f"{text}: make room")
+    return text

@@ -1,4 +1,4 @@
-"""``fedraclora``: one console script, one subcommand per job."""
+"""The console script ``fedraclora`` and its subcommands."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from fedraclora.compose import words as typed
 from fedraclora.errors import unknown
 from fedraclora.trust import restricted_imports, trusting
 
-# Written by `experiments.pages`: what is printed first waits for no library.
+# Written by `experiments.pages`, so that the help text does not wait for imports.
 USAGE = Path(__file__).with_name("usage.txt")
-# What each is for stands in usage.tmpl.
+# usage.tmpl describes each of them.
 COMMANDS: tuple[str, ...] = ("simulate", "deploy", "node", "compare", "evaluate")
 COMMANDS += ("predict", "export")
 COMMANDS += ("compact", "report", "watch", "study", "tune", "theory", "init", "bench")
 HELP = {"-h", "--help"}
 VERBOSE = {"-v", "--verbose"}
-TOLD = ("compare", "deploy", "theory", "bench")  # whose help is the docstring of their module
-# Commands that no file here is called after, and the module that runs each.
+BY_DOCSTRING = ("compare", "deploy", "theory", "bench")  # their help is their module's docstring
+# Modules of the commands that are not `fedraclora.commands.<name>`.
 HOMES = {name: f"fedraclora.experiments.{name}.command" for name in ("bench", "theory")}
 HOMES |= {"study": "fedraclora.commands.study.run", "report": "fedraclora.commands.report.page"}
 HOMES |= {"watch": "fedraclora.commands.watch.command"}
@@ -35,7 +35,7 @@ HOMES["init"] = "fedraclora.commands.init.command"
 
 @printing()
 def main(words: Sequence[str] | None = None) -> None:
-    """Run a subcommand, and end with its status; `commands.status` says what went wrong."""
+    """Run a subcommand, and exit with its status."""
     words = sys.argv[1:] if words is None else list(words)
     if not words or words[0] in {*HELP, "help"}:
         print(USAGE.read_text(encoding="utf-8"), end="")
@@ -60,7 +60,7 @@ def main(words: Sequence[str] | None = None) -> None:
 
 @contextmanager
 def of_the_user(words: Sequence[str]) -> Iterator[list[str]]:
-    """Trust inside what ``trust=`` says, and import only that and what the words name."""
+    """Trust the modules of ``trust=`` inside, and allow imports of those and of named ones."""
     rest, modules = typed.trust_words(words)
     with restricted_imports(rest), trusting(modules):
         yield rest
@@ -68,7 +68,7 @@ def of_the_user(words: Sequence[str]) -> Iterator[list[str]]:
 
 @reported
 def explain(words: Sequence[str]) -> int:
-    """Print the keys of the choices and sections among some words; the help text if none is."""
+    """Print the keys of the groups and sections among the arguments, else the help text."""
     with of_the_user(words) as rest:
         return _explain(rest)
 
@@ -90,7 +90,7 @@ def _explain(words: Sequence[str]) -> int:
 
 @reported
 def run(command: str, words: Sequence[str]) -> int:
-    """Run a subcommand; give its status: that of its ``main``, or 0 where that gives none."""
+    """Run a subcommand; return its exit status."""
     if command not in COMMANDS:
         raise unknown("command", command, COMMANDS)
     with of_the_user(words) as rest:
@@ -98,7 +98,7 @@ def run(command: str, words: Sequence[str]) -> int:
 
 
 def spelled_out(words: Sequence[str]) -> list[str]:
-    """Write the key for which a flag stands."""
+    """Replace flags by the keys that they stand for."""
     return ["output.verbose=true" if word in VERBOSE else word for word in words]
 
 
@@ -112,7 +112,7 @@ def _run(command: str, words: Sequence[str]) -> int:
     with watch_options(words) if command in WATCHED else nullcontext(words) as rest:
         with exiting_on_signals():
             module = importlib.import_module(home)
-        if HELP & {*words} and command in TOLD:
+        if HELP & {*words} and command in BY_DOCSTRING:
             print(module.__doc__)
             return 0
         return int(module.main(rest) or 0)

@@ -1,12 +1,12 @@
-"""``fedraclora compact RUN``: fold links of a run's chain, for fewer files and bytes.
+"""``fedraclora compact RUN``: combine the stored updates of a run, for fewer files and bytes.
 
-The run goes on as before, and ends with the same weights to the bit. `export`, `load_weights` and
-`init_from=RUN` find the rounds that were kept; the others are gone.
+A compacted run can be resumed, and ends with bit-identical weights. `export`, `load_weights` and
+`init_from=RUN` work for the rounds that are kept; the weights of other rounds are no longer stored.
 
-A fold leads through several rounds at once. Of each weight it has the terms of their links, in
-order, or the weight as it was at the end with what stands beside it, whichever is smaller
-(`fedraclora.weights.chain.LinkSizes`); what the method carries it has as it was at the end. So
-whoever reads the chain comes to the same bits, at the rounds that were kept.
+A compacted update replaces those of several rounds. For each weight it stores the terms of all of
+them in order, or the final weight and its adapter, whichever is smaller
+(`fedraclora.weights.chain.LinkSizes`); of the tensors that the method carries it stores the final
+values. Every reader of the chain therefore gets the same bits at the rounds that are kept.
 """
 
 from __future__ import annotations
@@ -35,11 +35,11 @@ from fedraclora.weights.update import WeightHistory
 
 @dataclass(frozen=True)
 class Compacted:
-    """What compacting came to.
+    """The result of compacting a run.
 
     Attributes:
-        before, after: Of the chain, bytes and files.
-        rounds: After which the chain gives the weights, in words.
+        before, after: Bytes and number of files of the chain.
+        rounds: The rounds whose weights can still be rebuilt, as text.
     """
 
     before: tuple[int, int]
@@ -50,17 +50,17 @@ class Compacted:
 def compact(folder: Path, every: int) -> Compacted:
     """Compact the updates of a run up to its checkpoint.
 
-    Each fold takes the place of its links in one move, so that a process that is killed leaves a
-    folder that is whole; another call does the rest.
+    Each compacted update replaces its originals atomically: if the process is killed, the folder
+    stays valid, and another call finishes the work.
 
     Args:
         folder: The run folder.
-        every: Rounds that are kept: those that it divides, the initial state, and the last.
+        every: Keep every ``every``-th round, besides the initial state and the last round.
 
     Raises:
-        CheckpointError: If the run is running, keeps no chain, has no checkpoint yet, or if a file
-            is damaged or missing; and if this build computes other weights from the links than the
-            run did, so that folds would not be exact.
+        CheckpointError: If the run is running, stores no chain, or has no checkpoint yet; if a file
+            is damaged or missing; or if this build of torch rebuilds other weights than the run
+            had, so that compacting would not be exact.
     """
     with locked_folder(folder):
         chain, meta = folder / "chain", checkpoint_meta(folder)
@@ -92,7 +92,7 @@ def _size(chain: Path) -> tuple[int, int]:
 
 
 def _groups(chain: Path, every: int, done: int) -> Iterator[list[LinkFile]]:
-    """Divide the files of the chain after the initial weights into those that become one."""
+    """Yield the groups of update files that each become one file."""
     group: list[LinkFile] = []
     for file in link_files(chain):
         if 0 < file.last <= done:
@@ -103,7 +103,7 @@ def _groups(chain: Path, every: int, done: int) -> Iterator[list[LinkFile]]:
 
 
 def _fold(folder: Path, groups: Mapping[int, list[LinkFile]]) -> None:
-    """Fold groups of links, each by the round of its last one."""
+    """Compact groups of updates; a key is the round of the group's last update."""
     start, history, first = State({}, Plan({})), WeightHistory(), dict[str, Any]()
     for number, state, meta in read_states(folder, Counters):
         if number > max(groups, default=0):
@@ -121,15 +121,15 @@ def _fold(folder: Path, groups: Mapping[int, list[LinkFile]]) -> None:
 
 
 def _folded(start: State, end: State, history: WeightHistory) -> tuple[Tree, dict[str, object]]:
-    """Describe in one link how a state became a later one.
+    """Combine the updates between two states into one link: its tensors and metadata.
 
     Args:
         start: The first state.
-        end: The later one.
-        history: Of the weights in between, from version 0 on.
+        end: The later state.
+        history: The weight updates in between, from version 0 on.
 
     Raises:
-        CheckpointError: If that link does not give the same weights.
+        CheckpointError: If the link does not rebuild the later state's weights.
     """
     update = history.since(0)
     parts = [part for _, link in update.links for part in link.parts()]
@@ -142,24 +142,24 @@ def _folded(start: State, end: State, history: WeightHistory) -> tuple[Tree, dic
             "the compacted updates would give other weights, so they stay as they are. Please "
             "report this with the method of the run"
         )
-    changed, gone = carried_change(start.carried, end.carried)
-    return tensors | changed, meta | gone
+    changed, removed = carried_change(start.carried, end.carried)
+    return tensors | changed, meta | removed
 
 
 def main(words: Sequence[str]) -> None:
-    """Compact the run that is named."""
+    """Compact a run, and print the sizes before and after."""
     parser = argparse.ArgumentParser("fedraclora compact", description=__doc__)
     parser.add_argument("run", type=Path, help="the folder of a run that is not running")
     every = "keep each N-th round (100), beside the first and the last checkpoint"
     parser.add_argument("--every", type=int, default=100, metavar="N", help=every)
-    asked = parser.parse_args(words)
-    folder = asked.run.expanduser()
-    if asked.every < 1:
-        raise ConfigError(f"--every={asked.every}: give a number of rounds, 1 or more")
+    arguments = parser.parse_args(words)
+    folder = arguments.run.expanduser()
+    if arguments.every < 1:
+        raise ConfigError(f"--every={arguments.every}: give a number of rounds, 1 or more")
     if not folder.is_dir():
         raise CheckpointError(f"{folder} is not a run folder. Name the folder of a run")
     read_config(folder)
-    done = compact(folder, asked.every)
+    done = compact(folder, arguments.every)
     table = Table("chain", "bytes", "files", box=None)
     for when, (size, files) in (("before", done.before), ("after", done.after)):
         table.add_row(when, f"{size:,}", f"{files:,}")

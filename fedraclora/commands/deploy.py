@@ -1,11 +1,11 @@
-"""``fedraclora deploy``: the run of ``simulate`` on real SuperNodes.
+"""``fedraclora deploy``: run what ``simulate`` runs on real SuperNodes.
 
-``connection=NAME`` starts it at a SuperLink that Flower's configuration names, and follows it;
-``nodes=N`` makes a SuperLink and N SuperNodes on this machine for it. The other arguments are those
-of simulate. The status is that of the run. With ``deploy.patched=false`` beside ``nodes=N`` Flower
-runs as it is, slower (docs/deploy.md).
-``--cfg job`` prints the config, and starts nothing; ``--check`` says what would fail, and
-``--check=FILE`` writes what owners of data check against, by ``fedraclora node --check=FILE``.
+``connection=NAME`` submits the run to a SuperLink from Flower's configuration and follows it;
+``nodes=N`` starts a SuperLink and N SuperNodes on this machine. The other arguments are those of
+simulate. The exit status is that of the run. ``nodes=N deploy.patched=false`` runs Flower without
+our patches, slower (docs/deploy.md).
+``--cfg job`` prints the config and starts nothing. ``--check`` reports problems before a run;
+``--check=FILE`` also writes the file for data owners, for ``fedraclora node --check=FILE``.
 """
 
 from __future__ import annotations
@@ -46,42 +46,42 @@ from fedraclora.trust import is_function
 
 PATCHED = "deploy.patched"
 OWN_KEYS = ("connection", "nodes", PATCHED)
-KEPT = 40  # lines of a log that are shown where a run fails
+KEPT = 40  # lines of the log that are printed if a run fails
 
 
 def prepare(words: Sequence[str], nodes: int | None) -> ServerRun:
     """Compose and check a run.
 
     Args:
-        words: Those of simulate.
-        nodes: Nodes on this machine, or None.
+        words: Overrides, as for simulate.
+        nodes: Number of nodes on this machine, or None.
 
     Raises:
-        FedRacLoraError: Whatever is wrong with what is asked for.
+        FedRacLoraError: If the config is invalid, or cannot run on the nodes.
     """
     words = searched(words)
-    typed = [key_of(word) for word in words]
-    asked = composed(deployed(words, nodes))
-    check_preset(words, typed, nodes)
-    check_own(asked, typed, nodes)
-    plain, folder, resume = choose(asked, typed, None)
-    check_own(plain, [], nodes)  # of a run to go on with
+    keys = [key_of(word) for word in words]
+    config = composed(deployed(words, nodes))
+    check_preset(words, keys, nodes)
+    check_own(config, keys, nodes)
+    plain, folder, resume = choose(config, keys, None)
+    check_own(plain, [], nodes)  # the config of a resumed run
     if not resume:
         refuse_existing(folder)
-    folder, engine = folder.resolve(), section(asked, "engine")
-    told = section(plain, "engine").get("folder") or engine.get("folder")
-    there = folder if nodes else told or f"~/fedraclora/{folder.name}"
+    folder, engine = folder.resolve(), section(config, "engine")
+    configured = section(plain, "engine").get("folder") or engine.get("folder")
+    server_folder = folder if nodes else configured or f"~/fedraclora/{folder.name}"
     if section(plain, "engine").get("name") != DeployConfig.name:
-        plain = {**plain, "engine": engine}  # it began on another one
-    return ServerRun(plain, folder, there=there, resume=resume)
+        plain = {**plain, "engine": engine}  # the run began on another engine
+    return ServerRun(plain, folder, there=server_folder, resume=resume)
 
 
 def deployed(words: Sequence[str], nodes: object) -> list[str]:
-    """Add what this command takes where nothing else is typed: engine, and a client for each node.
+    """Add ``engine=deploy`` and, without other sizes, one client for each node of this machine.
 
     Args:
         words: The overrides.
-        nodes: Nodes on this machine, or None.
+        nodes: Number of nodes on this machine, or None.
     """
     typed = [key_of(word) for word in words if is_override(word)]
     sizes = []
@@ -91,17 +91,17 @@ def deployed(words: Sequence[str], nodes: object) -> list[str]:
 
 
 class Record:
-    """The local folder of a run; as a context it is held for this process.
+    """Records a remote run in a local folder; as a context manager it locks the folder.
 
-    Weights, chain and checkpoints stay where the server is.
+    Weights, chain and checkpoints stay on the server.
 
     Args:
         folder: The folder.
         plain: The config.
-        resume: Whether the run is there already.
+        resume: Whether the folder already has the run.
 
     Raises:
-        CheckpointError: If another process holds it.
+        CheckpointError: If another process has locked the folder.
     """
 
     def __init__(self, folder: Path, plain: PlainDict, *, resume: bool) -> None:
@@ -110,7 +110,7 @@ class Record:
         self._new: list[Path] = []
 
     def __enter__(self) -> Record:
-        """Take hold of the folder."""
+        """Lock the folder, and write the config."""
         inside = [
             self.folder / name for name in (".lock", "config.yaml", "digests.json", "ledger.jsonl")
         ]
@@ -128,21 +128,21 @@ class Record:
         return self
 
     def __exit__(self, kind: object, *_: object) -> None:
-        """Release the folder, with the curves of a run that did not come to its end."""
-        with self._stack, suppress(OSError):  # which must not hide the error
+        """Unlock the folder; draw the curves if the run did not finish."""
+        with self._stack, suppress(OSError):  # a failed drawing must not hide the error
             if kind is not None and self.ledger.rows:
                 self.draw()
 
     def withdraw(self) -> None:
-        """Remove what was not there before, for a run that was not taken: nothing is in the way."""
+        """Remove the files that this run created, after the server rejected it."""
         for path in self._new:
-            with suppress(OSError):  # a folder in which somebody has put something since
+            with suppress(OSError):  # a folder that has other files by now
                 path.rmdir() if path.is_dir() else path.unlink(missing_ok=True)
 
     def take(self, row: PlainDict) -> None:
-        """Keep a row; one that is known already changes nothing.
+        """Append a row to the ledger, once.
 
-        A server that went on from a checkpoint writes rounds anew: they replace what came before.
+        A server that resumed from a checkpoint repeats rounds: they replace the earlier rows.
         """
         if row in self.ledger.rows:
             return
@@ -150,7 +150,7 @@ class Record:
         self.ledger.append(row, sync=False)
 
     def draw(self) -> None:
-        """Draw the curves, where the run asks for pictures."""
+        """Draw the curves if ``output.plots`` is set."""
         if section(self.plain, "output").get("plots"):
             from fedraclora.plots.run import run_curves
 
@@ -160,24 +160,24 @@ class Record:
 
 
 def follow(run: ServerRun, connection: Connection, record: Record | None) -> None:
-    """Start a run, follow it to its end, and print the outcome.
+    """Submit a run, follow it to its end, and print the outcome.
 
     Args:
-        run: What is asked for.
-        connection: Where.
-        record: Keeps what the server tells, where its folder is on another machine.
+        run: The run.
+        connection: The SuperLink.
+        record: Records the rows here if the server writes on another machine.
 
     Raises:
-        EngineError: If it did not come to its end, with what Flower says.
+        EngineError: If the run did not finish; it quotes Flower's reason.
     """
     summary: dict[str, object] = {}
     tail: deque[str] = deque(maxlen=KEPT)
     opened = False
     number = submit(run, connection, record)
     config, output = run.config, run.config.output
-    said = {"shown": output.progress, "verbose": output.verbose}
+    shown = {"shown": output.progress, "verbose": output.verbose}
     with ExitStack() as stack:
-        progress = stack.enter_context(RunProgress(config.rounds, label=config.label, **said))
+        progress = stack.enter_context(RunProgress(config.rounds, label=config.label, **shown))
         progress.say(f"run {number} at connection {connection.name}")
         try:
             for line in lines_of(connection, number):
@@ -190,7 +190,7 @@ def follow(run: ServerRun, connection: Connection, record: Record | None) -> Non
                         record.take(event.value)
                 elif event.kind == SUMMARY:
                     summary = event.value
-                elif not opened:  # a stream that broke begins anew
+                elif not opened:  # a broken log stream starts again from its first line
                     opened = True
                     stack.enter_context(logged(run.folder))
                     progress.open(event.value, run.plain, run.folder)
@@ -204,12 +204,12 @@ def follow(run: ServerRun, connection: Connection, record: Record | None) -> Non
         raise EngineError(f"run {number} ended as {status.word}: {status.details}")
     if record is not None:
         record.draw()
-    write_summary(run.folder, summary)  # a bundle knows no revision: that of this checkout
+    write_summary(run.folder, summary)  # with the revision of this checkout: the app has none
     print_outcome(summary, run.folder, run.plain)
 
 
 def submit(run: ServerRun, connection: Connection, record: Record | None = None) -> int:
-    """Start a run; give Flower's number of it. Of one that is not taken no record stays."""
+    """Submit a run; return Flower's id of it. If that fails, remove its record."""
     try:
         with PrivateFolder() as made:
             return connection.submit(*write_app(run, Path(made)))
@@ -220,7 +220,7 @@ def submit(run: ServerRun, connection: Connection, record: Record | None = None)
 
 
 def lines_of(connection: Connection, number: int) -> Iterator[str]:
-    """Yield the lines of a run's log until the run has ended; a stream that breaks begins anew."""
+    """Yield the log of a run, line by line, until the run ends; a broken stream starts again."""
     while True:
         yield from connection.follow(number)
         if connection.status(number).ended:
@@ -232,15 +232,15 @@ def lines_of(connection: Connection, number: int) -> Iterator[str]:
 def place(
     run: ServerRun, nodes: int | None, name: str, *, patched: bool = True
 ) -> Iterator[tuple[Connection, Record | None]]:
-    """Open the connection to run at, and what keeps the record here."""
+    """Open the connection of a run, and its local record (None if the server writes here)."""
     if nodes is None:
         with Record(run.folder, run.plain, resume=run.resume) as record:
             yield Connection(name, command_line(os.environ)), record
         return
     if run.resume:
         with locked_folder(run.folder):
-            pass  # the server will hold it: better to know before all of it starts
-    ends = [run.built.clients * k // nodes for k in range(nodes + 1)]  # chunks stay whole
+            pass  # the server needs the lock: fail before starting everything
+    ends = [run.built.clients * k // nodes for k in range(nodes + 1)]  # consecutive client ids
     served = [list(range(*span)) for span in pairwise(ends)]
     data = own_data(run.config.data.group)
     local = LocalDeployment([ids for ids in served if ids], data=data, patched=patched)
@@ -251,20 +251,20 @@ def place(
 
 
 def own_data(data: Mapping[str, object]) -> str | None:
-    """Return what nodes of this machine are told of their data: None where the run brings them."""
+    """Return the ``data`` of the node-config of local nodes; None if the app brings the data."""
     if data["name"] != "own":
         return None
     samples = str(data["samples"])
     return samples if is_function(samples) else str(Path(samples).expanduser().resolve())
 
 
-def check_preset(words: Sequence[str], typed: Sequence[str], nodes: int | None) -> None:
-    """Check that a client for each node of this machine is as many as a preset has.
+def check_preset(words: Sequence[str], keys: Sequence[str], nodes: int | None) -> None:
+    """Check that a preset has as many clients as there are nodes on this machine.
 
     Raises:
-        ConfigError: If it has others, which would silently be another run.
+        ConfigError: If it has another number: the run would silently differ from the preset.
     """
-    if nodes and "experiment" in typed and not {"clients", "resume"} & {*typed}:
+    if nodes and "experiment" in keys and not {"clients", "resume"} & {*keys}:
         clients = composed(["engine=deploy", *words])["clients"]
         if isinstance(clients, int) and clients != nodes:
             raise ConfigError(
@@ -273,12 +273,12 @@ def check_preset(words: Sequence[str], typed: Sequence[str], nodes: int | None) 
             )
 
 
-def check_own(plain: Mapping[str, object], typed: Sequence[str], nodes: int | None) -> None:
-    """Check that it is said where the clients' own samples are, and once.
+def check_own(plain: Mapping[str, object], keys: Sequence[str], nodes: int | None) -> None:
+    """Check that exactly one setting locates the samples of each node.
 
     Raises:
-        ConfigError: If nodes of this machine are told nothing, or others twice, or what others need
-            too has a path that they cannot find.
+        ConfigError: If nodes on this machine have no ``data.samples``, if remote nodes have it
+            besides their own setting, or if remote hosts cannot resolve a path (`check_files`).
     """
     if not nodes:
         check_files(plain)
@@ -290,7 +290,7 @@ def check_own(plain: Mapping[str, object], typed: Sequence[str], nodes: int | No
             "data=own with nodes=: the nodes on this machine have no data. Set data.samples to "
             "a folder or module:function with the samples of every client."
         )
-    if not nodes and "data.samples" in typed:
+    if not nodes and "data.samples" in keys:
         raise ConfigError(
             f"data.samples={data['samples']} is for simulate and nodes=. Leave it out: at a "
             "connection each node sets data in its node-config."
@@ -298,13 +298,14 @@ def check_own(plain: Mapping[str, object], typed: Sequence[str], nodes: int | No
 
 
 def check_files(plain: Mapping[str, object]) -> None:
-    """Check that files of a run elsewhere are named as they are found from any folder.
+    """Check that the paths of a remote run are absolute.
 
     Raises:
-        ConfigError: If a path is relative to this folder, which the server does not start in.
+        ConfigError: If a path is relative: the server starts in another folder.
     """
     data, model = section(plain, "data"), section(plain, "model")
-    named = {f"data.{key}": data.get(key) for key in PATHS if key != "samples"}  # a node says those
+    # Nodes set the path of their own samples.
+    named = {f"data.{key}": data.get(key) for key in PATHS if key != "samples"}
     named["model.path"] = model.get("path")
     root = str(data.get("root") or "")
     for key, value in named.items():
@@ -355,7 +356,7 @@ def is_patched(own: Mapping[str, object], nodes: int | None) -> bool:
 
 
 def main(words: Sequence[str]) -> int:
-    """Do what the command line asks for; the status is that of the run."""
+    """Deploy a run as the command line says; return its exit status."""
     words, file = check_word(words)
     own, rest = part(words, OWN_KEYS)
     if shows_composed(deployed(rest, own.get("nodes"))):

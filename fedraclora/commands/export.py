@@ -1,4 +1,4 @@
-"""``fedraclora export RUN``: the trained model of a run, in a form that other libraries read."""
+"""``fedraclora export RUN``: export the trained model in a format of other libraries."""
 
 from __future__ import annotations
 
@@ -14,17 +14,19 @@ from fedraclora.terminal.progress import console_for_tables
 
 
 def main(words: Sequence[str]) -> None:
-    """Export what the command line asks for."""
+    """Export a run, and print the error of each layer."""
     parser = run_parser("export", __doc__)
     parser.add_argument("--format", choices=FORMATS, default="peft")
     parser.add_argument("--rank", type=int, help="peft: the largest rank of a layer")
-    quick = "do not read back what was written: twice as fast for a large model"
-    parser.add_argument("--no-check", dest="check", action="store_false", help=quick)
+    no_check = "do not read back what was written: twice as fast for a large model"
+    parser.add_argument("--no-check", dest="check", action="store_false", help=no_check)
     parser.add_argument("--out", type=Path, help="a new folder; else RUN/export/FORMAT")
-    asked = parser.parse_args(words)
-    run = stored_run(asked.run, asked.round)
-    out = asked.out or asked.run.expanduser() / "export" / asked.format
-    record = run.export(out, asked.format, rank=asked.rank, round=asked.round, check=asked.check)
+    arguments = parser.parse_args(words)
+    run = stored_run(arguments.run, arguments.round)
+    out = arguments.out or arguments.run.expanduser() / "export" / arguments.format
+    record = run.export(
+        out, arguments.format, rank=arguments.rank, round=arguments.round, check=arguments.check
+    )
     table = Table("layer", "rank", "rank of the change", "relative error", box=None)
     layers = record.get("layers")
     for name, layer in layers.items() if isinstance(layers, dict) else ():

@@ -1,9 +1,9 @@
-"""``fedraclora node``: a SuperNode that answers sooner than Flower's, with the words of that.
+"""``fedraclora node``: a SuperNode with lower latency than Flower's, and the same arguments.
 
-Its own API is a socket in a private folder: words that say where it listens and who may call it
-are refused. With ``FEDRACLORA_UNPATCHED=all`` in the environment it is Flower's. ``--check`` starts
-nothing, and says what would fail; ``--check=FILE`` compares with the run, too, of which the
-operator's ``fedraclora deploy --check=FILE`` wrote that file.
+Its internal API is a socket in a private folder, so arguments that set the address and security of
+that API are rejected. With ``FEDRACLORA_UNPATCHED=all`` in the environment, Flower runs unpatched.
+``--check`` starts nothing, and reports what would fail; ``--check=FILE`` also compares this machine
+with the run for which the operator's ``fedraclora deploy --check=FILE`` wrote that file.
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ from fedraclora.engines.flower_patches import AT_SOCKETS, NODE, why_without
 from fedraclora.engines.programs import RUNNER
 from fedraclora.errors import ConfigError
 
-# Flower takes an option by its first letters, too.
+# Flower also accepts abbreviated options.
 OF_THE_API = ["--host", "--port", "--isolation", "--superexec-auth-secret-file"]
 OF_THE_API += ["--ssl-certfile", "--ssl-keyfile", "--ssl-ca-certfile"]
 
 
 def main(words: Sequence[str]) -> int:
-    """Become the SuperNode of the command line, or check what it would fail at.
+    """Replace this process by a SuperNode, or check whether one could run here.
 
     Raises:
-        ConfigError: If it says where the node's own API listens.
+        ConfigError: If an argument sets the address or security of the node's internal API.
     """
     for word in words if why_without(AT_SOCKETS) is None else ():
         name = word.partition("=")[0]

@@ -22,32 +22,34 @@ KINDS = (".csv", ".jsonl")
 
 
 def main(words: Sequence[str]) -> None:
-    """Answer what the command line asks."""
+    """Predict the rows of a file, and print or write the predictions."""
     parser = run_parser("predict", __doc__)
     parser.add_argument("--data", required=True, help="a file, or test or validation of the run")
     parser.add_argument("--out", type=Path, help="a new .csv or .jsonl; else they are printed")
     parser.add_argument("--json", action="store_true", help="print JSON lines, not CSV")
-    asked = parser.parse_args(words)
-    out: Path | None = None if asked.out is None else asked.out.expanduser()
+    arguments = parser.parse_args(words)
+    out: Path | None = None if arguments.out is None else arguments.out.expanduser()
     if out is not None:
         _check_place(out)
-    frame = measuring_run(asked.run, asked.round).predict(asked.data, round=asked.round)
-    lines = asked.json if out is None else out.suffix == KINDS[1]
+    frame = measuring_run(arguments.run, arguments.round).predict(
+        arguments.data, round=arguments.round
+    )
+    lines = arguments.json if out is None else out.suffix == KINDS[1]
     text = _lines(frame) if lines else frame.map(_cell).to_csv(index=False)
     if out is None:
         print(text, end="")
     else:
         write_text(out, text)
-    if unanswered := int(frame.isna().all(axis=1).sum()):
+    if missing := int(frame.isna().all(axis=1).sum()):
         print(
-            f"note: {unanswered} of {len(frame)} rows have no answer: the run's data settings "
+            f"note: {missing} of {len(frame)} rows have no answer: the run's data settings "
             "leave such rows out",
             file=sys.stderr,
         )
 
 
 def _check_place(out: Path) -> None:
-    """Refuse a place before the work that could not be written to after it."""
+    """Check before the predictions are computed that they can be written."""
     if out.suffix not in KINDS:
         raise ConfigError(f"--out {out}: the name must end in {' or '.join(KINDS)}")
     if out.exists():
@@ -58,7 +60,7 @@ def _check_place(out: Path) -> None:
 
 
 def _lines(frame: DataFrame) -> str:
-    """Write a row a line, as JSON; null where there is no answer."""
+    """Write a frame as JSON lines, with null for missing predictions."""
     rows = [
         {k: None if isinstance(v, float) and math.isnan(v) else v for k, v in row.items()}
         for row in frame.to_dict("records")
@@ -67,7 +69,7 @@ def _lines(frame: DataFrame) -> str:
 
 
 def _cell(value: object) -> object:
-    """Give a list as JSON, for CSV; a whole number as text, since beside a gap it became 1.0."""
+    """Convert a cell for CSV: lists to JSON, integers to text (pandas would write 1.0 for 1)."""
     if isinstance(value, list):
         return json.dumps(value)
     return str(value) if isinstance(value, int) else value

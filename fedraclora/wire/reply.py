@@ -1,7 +1,7 @@
-"""Check a reply by its kind.
+"""Check a client's reply, by its kind.
 
-`received` checks the fields of a reply from another machine. `checked` compares any reply with its
-request, and reads its numbers. The other checks of an update are `check_reply`
+`received` validates the fields of a reply from another machine. `checked` compares a reply with its
+request and decodes its numbers. The other checks of an update are `check_reply`
 (`fedraclora.strategies.server.guard`), ``Exchange._check_ids``
 (`fedraclora.strategies.server.exchange`) and `check_rows` (`fedraclora.protocol.uplinks`);
 CONTRIBUTING.md lists all of them in order.
@@ -47,10 +47,10 @@ Decode = Callable[..., torch.Tensor]
 
 
 def received(answer: Answer, ask: Ask) -> Answer:
-    """Check the fields of a reply from another machine, and make its texts printable.
+    """Validate the fields of a reply from another machine; escape unprintable text in it.
 
     Raises:
-        WireError: Naming the field, its value and what was expected.
+        WireError: If a field is invalid; it names the field, its value and the expected one.
     """
     if type(answer) is not (kind := answer_kind(ask)):
         raise WireError(f"the reply is {answer.name!r}, expected one that is {kind.name!r}")
@@ -77,7 +77,7 @@ def received(answer: Answer, ask: Ask) -> Answer:
                 raise WireError(f"the reply has {len(answer.pieces)} arrays, expected one")
     if isinstance(answer, TrainingAnswer):
         _check_training(answer, ask)
-        changes["metrics"] = {printable(n): told for n, told in answer.metrics.items()}
+        changes["metrics"] = {printable(n): values for n, values in answer.metrics.items()}
     if isinstance(answer, SummedAnswer):
         changes["refused"] = [
             Refusal(whole_number(r.client, "a client that is refused"), printable(r.reason))
@@ -96,31 +96,33 @@ def _check_vector(name: str, vector: torch.Tensor) -> None:
 
 
 def _check_training(answer: TrainingAnswer, ask: Ask) -> None:
-    """Check the fields of a reply from training."""
+    """Check the fields of a training reply."""
     wanted = {"rounding": ask.request.uplink != FULL}
     if isinstance(answer, TrainedAnswer):
         wanted["sizes"] = ask.request.coding != NONE
     for name, is_wanted in wanted.items():
         if (getattr(answer, name) is not None) != is_wanted:
             raise WireError(f"the reply has {'no' if is_wanted else 'the'} vector {name}")
-    for name, told in answer.metrics.items():
+    for name, values in answer.metrics.items():
         checked_name(name, "a metric")
-        _check_vector("metrics", told)
-        if told.isinf().any():
-            raise WireError(f"the metric {shown(name)} is {shown(told.tolist())}; it is infinite")
+        _check_vector("metrics", values)
+        if values.isinf().any():
+            raise WireError(f"the metric {shown(name)} is {shown(values.tolist())}; it is infinite")
 
 
 @dataclass(frozen=True)
 class ExpectedReply:
-    """Hold what an exchange expects of a reply.
+    """The reply that an exchange expects.
 
     Attributes:
-        round_, version: Of the exchange.
-        layout: The tensors that each client sends, without budgets; None: that of the reply.
-        ranks: The cohort's rank budgets, if any. Rows then have their budget's length, which
-            `fedraclora.protocol.rank_budgets.widen` checks.
-        decode: Decodes the numbers of some clients from their bytes, their ids and ``lengths``,
-            the bytes of each if they are coded; None: numbers are not encoded.
+        round_: The current round.
+        version: The version of the weights that the request was sent with.
+        layout: The tensors that each client sends, without rank budgets; None accepts the layout
+            of the reply.
+        ranks: Rank budgets of the round's clients, or None. With budgets, a client's row is as long
+            as its budget says, which `fedraclora.protocol.rank_budgets.widen` checks.
+        decode: Decodes clients' numbers from their bytes, their ids and ``lengths`` (bytes of each
+            client, if entropy coded); None if numbers are not encoded.
     """
 
     round_: int
@@ -136,15 +138,15 @@ def checked(answer: Answer, ask: Ask, kind: type[A], wanted: ExpectedReply) -> A
     Args:
         answer: The reply.
         ask: The request.
-        kind: Class of the reply that the caller can use.
-        wanted: Further expectations.
+        kind: The class of replies that the caller can use.
+        wanted: Round, version, layout and ranks that the reply must match.
 
     Raises:
-        WireError: Naming the field, its value and what was expected.
+        WireError: If they do not match; it names the field, its value and the expected one.
     """
-    who, right = _who(answer), answer_kind(ask)
-    if type(answer) is not right or not isinstance(answer, kind):
-        raise WireError(f"{who} sent what is {answer.name!r}, expected {right.name!r}")
+    sender, expected = _who(answer), answer_kind(ask)
+    if type(answer) is not expected or not isinstance(answer, kind):
+        raise WireError(f"{sender} sent what is {answer.name!r}, expected {expected.name!r}")
     if (answer.round_, answer.version) != (wanted.round_, wanted.version):
         raise WireError(
             f"clients {answer.clients.tolist()} answered for round {answer.round_} from version "
@@ -183,17 +185,17 @@ def _decoded(answer: TrainedAnswer, decode: Decode) -> TrainedAnswer:
 
 
 def _who(answer: Answer) -> str:
-    """Name the clients of a reply, for messages."""
+    """Name the round and the clients of a reply, for error messages."""
     return f"round {answer.round_}: clients {answer.clients.tolist()}"
 
 
 def _check_sizes(answer: NumericAnswer, layout: Layout, *, cut: bool) -> None:
-    """Reject a reply whose rows, losses and sizes do not match its clients."""
+    """Check that a reply has one row, one loss and one size for each of its clients."""
     shape, count = answer.shape, len(answer.clients)
     rows = shape[0] if isinstance(answer, SummedAnswer) and shape else count
     fits = len(shape) == 1 if cut else shape == (rows, layout.size)
-    told: Mapping[str, torch.Tensor] = getattr(answer, "metrics", {})
-    lengths = [len(each) for each in (*answer.vectors.values(), *told.values())]
+    metrics: Mapping[str, torch.Tensor] = getattr(answer, "metrics", {})
+    lengths = [len(each) for each in (*answer.vectors.values(), *metrics.values())]
     if not fits or set(lengths) != {count}:
         raise WireError(
             f"round {answer.round_}: a reply has rows of shape {shape} and {lengths} "
