@@ -1,4 +1,4 @@
-"""Read run folders, one or in groups, from their files only."""
+"""Read finished and unfinished runs from the files of their folders, and group them."""
 
 from __future__ import annotations
 
@@ -22,24 +22,24 @@ from fedraclora.terminal.opening import introduction
 from fedraclora.weights.files import flatten
 
 RUN_FILES = ("config.yaml", "ledger.jsonl", "summary.json")
-# By which a folder is known that a comparison, a study or `fedraclora theory` has written.
+# Files by which the output of a comparison, a study or `fedraclora theory` is recognized.
 RESULT_FILES = ({"table.md", "table.csv"}, {"study.yaml"}, {"table.md", "theory.json"})
-# Of a ledger and a summary: what numbers in fewer bits were off by, relative to what was rounded.
+# Keys of quantization errors in a ledger and a summary, relative to the quantized values.
 ROUNDING_ERRORS = {"rounding error, up": "rounding_up", "rounding error, down": "rounding_down"}
-BEGINS = ("loss", "optimizer", "trained")  # of what a run says first, what it is shown with
-NOT_THE_RUN = ("seed", "output", "resume", "data.root")  # where and which draw, not what
+BEGINS = ("loss", "optimizer", "trained")  # facts of a run's opening that tables show
+NOT_THE_RUN = ("seed", "output", "resume", "data.root")  # keys that do not define the experiment
 
 
 @dataclass(frozen=True)
 class RunFiles:
-    """A run, finished or not.
+    """A finished or unfinished run, as its files describe it.
 
     Attributes:
-        folder: Its folder.
+        folder: The run folder.
         config: The resolved config, nested.
         rows: The ledger, in ascending order of rounds.
-        summary: The run's ``summary.json``; empty where it is unfinished.
-        diverged: The round in which a run diverged that stopped for it; None if it did not.
+        summary: The run's ``summary.json``; empty if the run is unfinished.
+        diverged: The round in which the run stopped because it diverged, or None.
     """
 
     folder: Path
@@ -50,53 +50,53 @@ class RunFiles:
 
     @cached_property
     def keys(self) -> dict[str, object]:
-        """The config as dotted keys, without `NOT_THE_RUN`."""
+        """The config as a flat mapping of dotted keys, without `NOT_THE_RUN`."""
         drop = tuple(f"{key}." for key in NOT_THE_RUN)
         flat = flatten(as_read(self.config))
         return {k: v for k, v in flat.items() if not f"{k}.".startswith(drop)}
 
     @property
     def method(self) -> str:
-        """Name of the method."""
+        """The name of the method."""
         return str(self.keys.get("method.name", "unnamed method"))
 
     @property
     def seed(self) -> object:
-        """Seed of the run."""
+        """The seed of the run."""
         return self.config.get("seed")
 
     @property
     def begins(self) -> dict[str, str]:
-        """Loss, optimizer and what is trained, in words."""
-        found = self.summary.get("begins")
-        said = introduction(found) if isinstance(found, dict) else {}
-        return {title: said[title] for title in BEGINS if title in said}
+        """Loss, optimizer and trained parameters, as text."""
+        stored = self.summary.get("begins")
+        texts = introduction(stored) if isinstance(stored, dict) else {}
+        return {title: texts[title] for title in BEGINS if title in texts}
 
     @cached_property
     def evaluated(self) -> list[dict[str, Any]]:
-        """The rows that have metrics."""
+        """The rows with metrics."""
         return [row for row in self.rows if row.get("metrics")]
 
     @property
     def metrics(self) -> list[str]:
-        """Names of the metrics of the run, the first one first."""
+        """The names of the metrics, the primary one first."""
         return list(dict.fromkeys(name for row in self.rows for name in metrics_of(row)))
 
     @property
     def lower(self) -> list[str]:
-        """Metrics of the user's own of which less is better, as the summary says."""
+        """The user's own metrics that are better if lower, according to the summary."""
         return lower_of(self.summary.get("task"))
 
     def final(self, metric: str) -> float:
-        """The metric where it was last measured; NaN where it was not, or is not finite."""
+        """The last measured value of a metric; NaN if there is none, or if it is not finite."""
         found = (measured_value(row, [metric]) for row in reversed(self.rows))
         return next((value for value in found if value is not None), math.nan)
 
     @cached_property
     def diverged_at(self) -> int | None:
-        """The round from which on the run has no finite loss, to its end; None if it has one.
+        """The round from which on the loss was never finite; None if the last loss is finite.
 
-        A metric can look sound with weights that are not: the classes of NaN are all the first.
+        Other metrics can look valid with NaN weights, which predict the first class throughout.
         """
         if self.diverged is not None:
             return self.diverged
@@ -110,23 +110,23 @@ class RunFiles:
 
     @property
     def unfinished(self) -> bool:
-        """Return whether the run goes on, or can."""
+        """Whether the run is running or can be resumed."""
         return not self.summary and self.diverged_at is None
 
     @property
     def last(self) -> int:
-        """The last round in the ledger."""
+        """The last round of the ledger."""
         return int(number(self.rows[-1], "round"))
 
 
 def find_runs(paths: Iterable[Path]) -> tuple[list[Path], list[Path]]:
-    """Find run folders: the paths themselves, or all below them; each once, sorted per path.
+    """Find the run folders at or below some paths, each once, sorted per path.
 
     Returns:
-        The runs; and the paths that have none: ``runs/*`` names those, too.
+        The run folders; and the paths without a run, which a pattern like ``runs/*`` may match.
 
     Raises:
-        CheckpointError: If a path does not exist, or if there is no run at all.
+        CheckpointError: If a path does not exist, or no path has a run.
     """
     found: dict[Path, None] = {}
     without = []
@@ -157,15 +157,15 @@ def _is_run(folder: Path) -> bool:
 
 
 def is_result(folder: Path) -> bool:
-    """Check whether a comparison, a study or `fedraclora theory` has written a folder."""
+    """Check whether a folder is the output of a comparison, a study or `fedraclora theory`."""
     return any(all(packed.exists(folder / name) for name in names) for names in RESULT_FILES)
 
 
 def refuse_overwriting(out: Path, names: Iterable[str]) -> None:
-    """Reject a folder for results that has a file of somebody else's under one of these names.
+    """Check that writing files of these names overwrites nothing.
 
     Raises:
-        ConfigError: Naming it.
+        ConfigError: If the folder has one of them.
     """
     if there := next((name for name in names if (out / name).exists()), None):
         raise ConfigError(
@@ -177,16 +177,16 @@ def refuse_overwriting(out: Path, names: Iterable[str]) -> None:
 def _below(folder: Path, wanted: Callable[[Path], bool]) -> list[Path]:
     if wanted(folder):
         return [folder]
-    # Hidden folders are Hydra's own: .hydra/config.yaml is not a run.
+    # Hydra writes hidden folders: .hydra/config.yaml is not a run.
     parts = sorted(p for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
     return [found for part in parts for found in _below(part, wanted)]
 
 
 def read_files(folder: Path) -> RunFiles:
-    """Read a run; that of a finished one is checked to have the ledger of its summary.
+    """Read a run folder, and check the ledger of a finished run against its summary.
 
     Raises:
-        CheckpointError: Naming the folder, if a file is damaged or no round has been written.
+        CheckpointError: If a file is damaged or no round was written; it names the folder.
     """
     rows = read_ledger(folder / "ledger.jsonl")
     if not rows:
@@ -204,39 +204,39 @@ _LONGEST = 40  # characters of settings that make a label
 
 @dataclass(frozen=True)
 class Group:
-    """Runs that differ in their seed: all at their end, or all on the way."""
+    """Runs that differ only in their seed, all finished or all unfinished."""
 
     name: str
     runs: list[RunFiles]
 
     @property
     def method(self) -> str:
-        """Name of their method."""
+        """The name of the method."""
         return self.runs[0].method
 
     @property
     def unfinished(self) -> bool:
-        """Return whether the runs go on, or can."""
+        """Whether the runs are running or can be resumed."""
         return self.runs[0].unfinished
 
     @property
     def label(self) -> str:
-        """The name, and where unfinished runs are."""
+        """The name; for unfinished runs also the rounds that they have reached."""
         return self.title if self.unfinished else self.name
 
     @property
     def title(self) -> str:
-        """The name, and how the runs ended if that is worth saying."""
+        """The name, and the state of runs that are unfinished or diverged."""
         return f"{self.name} ({self.state})" if self.state else self.name
 
     @property
     def seeds(self) -> list[str]:
-        """The different seeds."""
+        """The distinct seeds."""
         return list(dict.fromkeys(str(run.seed) for run in self.runs))
 
     @property
     def state(self) -> str:
-        """How the runs ended, in words; empty where nothing is to be said."""
+        """The state of unfinished or diverged runs as text; empty if all runs finished."""
         rounds = [run.diverged_at for run in self.runs if run.diverged_at is not None]
         if rounds:
             which = f"{len(rounds)} of {len(self.runs)} " if len(self.runs) > 1 else ""
@@ -249,29 +249,29 @@ class Group:
 
 
 def group_runs(runs: Sequence[RunFiles], by: Sequence[str], notes: list[str]) -> list[Group]:
-    """Part runs into groups, in order of appearance.
+    """Group runs that differ only in their seed, in order of appearance.
 
     Args:
-        runs: Runs; those that are unfinished have groups of their own.
-        by: Config keys (in full, or their last part) that part the groups besides the method's
-            name; none: all keys that differ, but seed and output.
-        notes: Takes a line for each group that pools different configs, or has a folder's name.
+        runs: The runs. Unfinished runs get groups of their own.
+        by: Config keys (in full, or their last part) to group by, besides the method's name; empty
+            for all keys that differ, except `NOT_THE_RUN`.
+        notes: Receives a line for each group that pools different configs or is named by a folder.
 
     Returns:
-        The groups; their labels are the method's name and the keys that differ, or, where that is
-        long, the name of the run's folder.
+        The groups. A label is the method's name with the keys that differ or, if that is too long,
+        the name of a run's folder.
 
     Raises:
-        ConfigError: If a key of ``by`` does not exist, or may mean several.
+        ConfigError: If a key of ``by`` does not exist, or is ambiguous.
     """
-    shown = [_resolve(key, runs) for key in by] if by else differing(runs)
+    displayed = [_resolve(key, runs) for key in by] if by else differing(runs)
     whole = sorted({key for run in runs for key in run.keys})
-    parted: dict[str, list[RunFiles]] = {}
+    members_by_key: dict[str, list[RunFiles]] = {}
     for run in runs:
-        keys = [_NAME, *shown] if by else whole
+        keys = [_NAME, *displayed] if by else whole
         texts = [*(_text(run, key) for key in keys), str(run.unfinished)]
-        parted.setdefault(json.dumps(texts), []).append(run)
-    groups = [Group(_label(members[0], shown), members) for members in parted.values()]
+        members_by_key.setdefault(json.dumps(texts), []).append(run)
+    groups = [Group(_label(members[0], displayed), members) for members in members_by_key.values()]
     for group in groups:
         pooled = [key for key in whole if len(values(group.runs, key)) > 1]
         if pooled:
@@ -280,7 +280,7 @@ def group_runs(runs: Sequence[RunFiles], by: Sequence[str], notes: list[str]) ->
 
 
 def _named_by_folders(groups: Sequence[Group], notes: list[str]) -> list[Group]:
-    """Give groups whose settings are too long for a label the name of their first run's folder."""
+    """Name groups with long labels by the folder of their first run."""
     taken = {group.name for group in groups}
     found = []
     for group in groups:
@@ -297,7 +297,7 @@ def _named_by_folders(groups: Sequence[Group], notes: list[str]) -> list[Group]:
 
 
 def _resolve(key: str, runs: Sequence[RunFiles]) -> str:
-    """Find the dotted key that ``key`` means: itself, or the one that ends in it."""
+    """Resolve an abbreviated config key to the full dotted key."""
     known = {name for run in runs for name in run.keys}
     found = [key] if key in known else sorted(n for n in known if n.endswith(f".{key}"))
     if not found:
@@ -313,14 +313,13 @@ def _resolve(key: str, runs: Sequence[RunFiles]) -> str:
 
 
 def differing(runs: Sequence[RunFiles]) -> list[str]:
-    """The keys that tell the groups apart, besides the method's name.
+    """List the config keys that distinguish the runs, besides the method's name.
 
-    A key of a named section (``method.rank``, ``data.labels``) that differs only because the
-    names differ says nothing that the name does not say; a hyperparameter that methods share
-    does.
+    A key of a named section (``data.labels``) is left out if it differs only because the names
+    differ; a hyperparameter that all methods have (``method.rank``) is listed.
     """
     keys = dict.fromkeys(key for run in runs for key in run.keys if key != _NAME)
-    shown = []
+    distinguishing = []
     for key in keys:
         name = f"{key.partition('.')[0]}.name"
         if key == name or not any(name in run.keys for run in runs):
@@ -330,12 +329,12 @@ def differing(runs: Sequence[RunFiles]) -> list[str]:
             shared = name == _NAME and all(key in run.keys for run in runs)
             differs = any(len(values(part, key)) > 1 for part in [*alike, *([runs] * shared)])
         if differs:
-            shown.append(key)
-    return sorted(shown, key=lambda key: not key.startswith("method."))
+            distinguishing.append(key)
+    return sorted(distinguishing, key=lambda key: not key.startswith("method."))
 
 
 def values(runs: Iterable[RunFiles], key: str) -> list[str]:
-    """List the different values of a config key as text, in order of appearance."""
+    """List the distinct values of a config key as text, in order of appearance."""
     return list(dict.fromkeys(_text(run, key) for run in runs))
 
 

@@ -1,4 +1,4 @@
-"""``fedraclora simulate``: one federated run in this process (or a sweep of them with -m)."""
+"""``fedraclora simulate``: run one federated training in this process, or a sweep (-m)."""
 
 from __future__ import annotations
 
@@ -38,17 +38,17 @@ from fedraclora.strategies.builder import RunBuilder
 from fedraclora.strategies.methods import METHODS
 from fedraclora.terminal.progress import console_for_tables, size
 
-LONGEST = 255  # bytes of a name that file systems take
+LONGEST = 255  # bytes of a file name that file systems allow
 
 FAILED: list[str] = []
-SHOWS = ("--cfg", "-c", "--info", "-i", "--hydra-help")  # flags of Hydra that print, and end
+SHOWS = ("--cfg", "-c", "--info", "-i", "--hydra-help")  # Hydra's flags that only print
 
 
 def print_outcome(summary: PlainDict, folder: Path, plain: Plain) -> None:
-    """Print the outcome of a run, whose config is ``plain``."""
+    """Print the results of a run as a table."""
     table = Table(show_header=False, box=None)
     table.add_column()
-    table.add_column(overflow="fold")  # the folder is to be copied
+    table.add_column(overflow="fold")  # so that the folder can be copied
     metrics = summary["metrics"]
     if isinstance(metrics, dict):
         for name, value in metrics.items():
@@ -56,40 +56,42 @@ def print_outcome(summary: PlainDict, folder: Path, plain: Plain) -> None:
         if metrics.get("loss", 0.0) is None:
             advice = calmer(own=section(plain, "local").get("train") is not None)
             table.add_row("diverged", f"{advice}; it cannot be resumed as it is")
-    for name, told in metrics_of({"clients": summary.get("by_clients")}).items():
+    for name, value_of_clients in metrics_of({"clients": summary.get("by_clients")}).items():
         if name.endswith((".mean", ".std", ".worst10")):
-            table.add_row(name, "not finite" if told is None else f"{told:.4f}")
+            table.add_row(
+                name, "not finite" if value_of_clients is None else f"{value_of_clients:.4f}"
+            )
     table.add_row("rounds", str(summary["rounds"]))
     table.add_row("clients", f"{summary['clients']}, {summary['cohort']} a round")
     table.add_row("uplink", f"{summary['uplink_floats']} numbers a client and round")
     table.add_row("uplink in all", size(number(summary, "uplink_total")))
-    caught = f", {size(number(summary, 'catchup_total'))} of it catch-up"
-    table.add_row("downlink in all", size(number(summary, "downlink_total")) + caught)
+    catchup = f", {size(number(summary, 'catchup_total'))} of it catch-up"
+    table.add_row("downlink in all", size(number(summary, "downlink_total")) + catchup)
     for title, key in ROUNDING_ERRORS.items():
         if key in summary:
             table.add_row(title, f"{number(summary, key):.3g} of what was rounded")
     if "asked" in summary:
         dropped = f"{summary['dropped']} of {summary['asked']} times that a client was asked"
         table.add_row("dropped", dropped)
-    for key, whose in (("privacy", "clients"), ("sample_privacy", "samples")):
+    for key, protected in (("privacy", "clients"), ("sample_privacy", "samples")):
         if key in summary:
-            cost, delta = (number(summary, key, part) for part in ("epsilon", "delta"))
-            text = f"epsilon {cost:.3f} at delta {delta:g}, of {whose}"
+            epsilon, delta = (number(summary, key, part) for part in ("epsilon", "delta"))
+            text = f"epsilon {epsilon:.3f} at delta {delta:g}, of {protected}"
             table.add_row(
                 "privacy",
-                text if math.isfinite(cost) else f"none: {whose} are clipped, without noise",
+                text if math.isfinite(epsilon) else f"none: {protected} are clipped, without noise",
             )
     if "virtual_seconds" in summary:
         table.add_row("virtual seconds", f"{number(summary, 'virtual_seconds'):.1f}")
     table.add_row("seconds in all", f"{summary['seconds']}")
     names = ("curves.png", "partition.png", "ledger.jsonl")
-    there = ", ".join(name for name in names if (folder / name).is_file())
-    table.add_row("written to", f"{folder} ({there})")
+    written = ", ".join(name for name in names if (folder / name).is_file())
+    table.add_row("written to", f"{folder} ({written})")
     console_for_tables().print(table)
 
 
 def sweep_name(overrides: Sequence[str]) -> str:
-    """Name the folder of a sweep's job by what was typed, in the order of the keys.
+    """Name the folder of a sweep's job by its overrides, sorted.
 
     Example:
         >>> sweep_name(["seed=1", "output.dir=out", "rounds=5"])
@@ -99,14 +101,14 @@ def sweep_name(overrides: Sequence[str]) -> str:
     name = ",".join(naming).replace("/", "_") or "run"
     if len(os.fsencode(name)) <= LONGEST:
         return name
-    # What is cut off is in the digest: the same overrides have the same name, others another.
+    # The digest keeps truncated names unique.
     digest = hashlib.sha256(os.fsencode(name)).hexdigest()[:16]
     room = LONGEST - len(digest) - 1
     return f"{os.fsencode(name)[:room].decode(errors='ignore')}_{digest}"
 
 
 def run_one(plain: PlainDict, typed: list[str], sweep_job: str | None) -> PlainDict:
-    """Run, go on with, or skip one run; print and give its summary."""
+    """Run, resume, or skip one run; print and return its summary."""
     plain, folder, resume = choose(plain, typed, sweep_job)
     if resume and is_done(folder, plain):
         print(f"{folder} is finished already")
@@ -120,7 +122,7 @@ def run_one(plain: PlainDict, typed: list[str], sweep_job: str | None) -> PlainD
 
 
 def main(words: Sequence[str]) -> int:
-    """Run what the command line asks for."""
+    """Run one run or a sweep; the exit status is 1 if any of them failed."""
     FAILED.clear()
     with composing():
         by_hydra(words)
@@ -128,7 +130,7 @@ def main(words: Sequence[str]) -> int:
 
 
 def by_hydra(words: Sequence[str]) -> None:
-    """Compose by Hydra what the words ask for, and run it."""
+    """Let Hydra compose the arguments, and run the result."""
     os.environ["HYDRA_FULL_ERROR"] = "1"  # else Hydra reports errors itself, in ways of its own
     sys.argv[1:] = flags_first(words)
     with in_plain_words(words):
@@ -136,7 +138,7 @@ def by_hydra(words: Sequence[str]) -> None:
 
 
 def shows_composed(words: Sequence[str]) -> bool:
-    """Print what a command would compose, if its words ask Hydra for that (``--cfg job``)."""
+    """Print the composed config if an argument asks for it (``--cfg job``)."""
     if not any(word.partition("=")[0] in SHOWS for word in words):
         return False
     by_hydra(words)
@@ -145,18 +147,18 @@ def shows_composed(words: Sequence[str]) -> bool:
 
 @hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")
 def compose_and_run(cfg: DictConfig) -> float | None:
-    """Run what Hydra composed; the headline metric is the value of a sweep's job."""
+    """Run the config that Hydra composed, and return its primary metric for Hydra's sweepers."""
     job = HydraConfig.get()
     words = list(map(str, OmegaConf.to_container(job.overrides.task, resolve=False) or ()))
     sweep = sweep_name(words) if job.mode == RunMode.MULTIRUN else None
 
-    def again(words: Sequence[str]) -> PlainDict:
+    def recompose(words: Sequence[str]) -> PlainDict:
         return plain_of(compose("config", [*job.overrides.hydra, *words]), job.runtime.choices)
 
     try:
-        plain = without_idle(plain_of(cfg, job.runtime.choices), words, again)
+        plain = without_idle(plain_of(cfg, job.runtime.choices), words, recompose)
         summary = run_one(plain, [key_of(word) for word in words], sweep)
-    except Exception as error:  # the other jobs of a sweep go on
+    except Exception as error:  # the other jobs of a sweep still run
         report_error(error)
         FAILED.append(sweep or "run")
         return None

@@ -1,7 +1,7 @@
-"""End a failed command with one message and an exit status.
+"""Turn errors and signals of a command into one message and an exit status.
 
-SIGTERM, SIGHUP and Ctrl-C end a command in order: with all it has started, without its folders.
-SIGHUP comes when a terminal closes. Where it is ignored, as ``nohup`` has it, it stays so.
+SIGTERM, SIGHUP and Ctrl-C end a command cleanly: it stops its processes and removes its temporary
+folders. A terminal sends SIGHUP when it closes. A SIGHUP that is ignored (``nohup``) stays ignored.
 """
 
 from __future__ import annotations
@@ -23,18 +23,18 @@ from fedraclora.errors import ConfigError, FedRacLoraError, of_system
 from fedraclora.imports import failure_of
 
 P = ParamSpec("P")
-IN_OWN = re.compile(r"in \w+ of ")  # of the notes that name the hook of a user's object
-UNREAD = 141  # of a command whose output is read by `head`, by the custom of shells
+IN_OWN = re.compile(r"in \w+ of ")  # in notes that name a hook of a user's object
+UNREAD = 141  # a shell's status of a command that SIGPIPE ended, as before `| head`
 
 
 def reported(command: Callable[P, int]) -> Callable[P, int]:
-    """Wrap a command: print what went wrong, and return the status: 0, its own, or 1."""
+    """Wrap a command: print its errors, and return its exit status, 1 after an error."""
 
     @wraps(command)
     def main(*args: P.args, **kwargs: P.kwargs) -> int:
         try:
             return command(*args, **kwargs)
-        except Exception as error:  # this is where all of them end
+        except Exception as error:  # every error of a command ends here
             if isinstance(error, BrokenPipeError) and is_unread():
                 raise
             return report_error(error)
@@ -44,10 +44,10 @@ def reported(command: Callable[P, int]) -> Callable[P, int]:
 
 @contextmanager
 def printing() -> Iterator[None]:
-    """End in silence where nobody reads the output to its end; show names that are no UTF-8.
+    """Handle a closed pipe at the output, and escape names that are not UTF-8.
 
     Raises:
-        SystemExit: With `UNREAD`, if the reader went away.
+        SystemExit: With `UNREAD`, if the reader closed the pipe (``| head``).
     """
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")
@@ -57,21 +57,21 @@ def printing() -> Iterator[None]:
         finally:
             sys.stdout.flush()
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for Python's last flush
         sys.exit(UNREAD)
 
 
 def is_unread() -> bool:
-    """Tell whether the reader of the output has gone away."""
+    """Check whether the reader of the output has closed the pipe."""
     watched = select.poll()
     watched.register(sys.stdout.fileno(), 0)
     return any(event & select.POLLERR for _, event in watched.poll(0))
 
 
 def report_error(error: Exception) -> int:
-    """Print an error, and give the status of a command that ends with it.
+    """Print an error, and return the exit status 1.
 
-    What a user can mend is one message. What nobody foresaw keeps its traceback.
+    An error that the user can correct is one message. An unexpected error keeps its traceback.
     """
     message = explained(error)
     if message is None:
@@ -85,7 +85,7 @@ def report_error(error: Exception) -> int:
 
 
 def in_one_piece(message: str) -> str:
-    r"""Indent all lines but the first, and write signs that a terminal would obey as they are.
+    r"""Indent all lines of a message but the first, and escape control characters.
 
     Example:
         >>> print(in_one_piece("no folder a\nerror: b\x1b[2J"))
@@ -99,7 +99,7 @@ def in_one_piece(message: str) -> str:
 
 
 def explained(error: Exception) -> str | None:
-    """Explain an error in the user's terms, with its notes; None for what nobody foresaw."""
+    """Explain an error in the user's terms, with its notes; None for an unexpected error."""
     if (message := _explained(error)) is None:
         return None
     return ". The run stopped ".join([message, *getattr(error, "__notes__", ())])
@@ -110,7 +110,7 @@ def _explained(error: Exception) -> str | None:
         return str(error)
     if any(map(IN_OWN.match, getattr(error, "__notes__", ()))):
         return failure_of(error, "your own code")
-    # Before OSError, which Hydra's are in part.
+    # Some errors of Hydra are OSErrors, too.
     if (message := _of_config(error)) is not None:
         return message
     if isinstance(error, OSError):
@@ -127,10 +127,10 @@ def _explained(error: Exception) -> str | None:
 
 @contextmanager
 def composing() -> Iterator[None]:
-    """Convert whatever Hydra raises over the words of a command to an error that says so.
+    """Convert an unexpected error of Hydra about a command's arguments.
 
     Raises:
-        ConfigError: For an error that is none of Hydra's own.
+        ConfigError: In place of any error that `explained` does not know.
     """
     try:
         yield
@@ -144,7 +144,7 @@ def composing() -> Iterator[None]:
 
 
 def _of_config(error: Exception) -> str | None:
-    """What Hydra and OmegaConf refuse; None for other errors."""
+    """Explain an error of Hydra or OmegaConf; None for other errors."""
     from hydra.errors import HydraException
     from omegaconf.errors import (
         InterpolationKeyError,
@@ -173,33 +173,33 @@ def _of_config(error: Exception) -> str | None:
 
 Handler = Callable[[int, FrameType | None], object]
 ENDS = (signal.SIGTERM, signal.SIGHUP)
-STATUS = 130  # of a command that was interrupted, by the custom of shells
+STATUS = 130  # a shell's status of an interrupted command
 
 
 @contextmanager
 def ending_on_signals() -> Iterator[None]:
-    """Let `ENDS` interrupt what is done inside as Ctrl-C does; each ends in a word and a status.
+    """Treat `ENDS` like Ctrl-C inside, and exit with a message after any of them.
 
     Raises:
-        SystemExit: With `STATUS`, if it was interrupted.
+        SystemExit: With `STATUS`, after an interrupt.
     """
 
     def interrupt(*_: object) -> None:
-        # Where Ray runs, its handler comes first and has set an alarm: in three seconds, abort.
+        # Ray's own handler runs first, and has set an alarm that aborts in three seconds.
         signal.alarm(0)
         raise KeyboardInterrupt
 
     try:
         with handled(ENDS, interrupt):
             yield
-    except KeyboardInterrupt as error:  # its notes say what is left, and how to go on
+    except KeyboardInterrupt as error:  # its notes say what was kept, and how to resume
         print(" ".join(["interrupted", *getattr(error, "__notes__", ())]), file=sys.stderr)
         sys.exit(STATUS)
 
 
 @contextmanager
 def handled(numbers: Sequence[int], handler: Handler) -> Iterator[None]:
-    """Handle signals inside, but a SIGHUP that is ignored."""
+    """Handle signals inside, except a SIGHUP that is ignored."""
     ignored = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
     taken = [n for n in numbers if n != signal.SIGHUP or not ignored]
     before = {number: signal.signal(number, handler) for number in taken}
@@ -212,15 +212,15 @@ def handled(numbers: Sequence[int], handler: Handler) -> Iterator[None]:
 
 @contextmanager
 def exiting_on_signals() -> Iterator[None]:
-    """End the process at the first of these signals, while libraries are being loaded.
+    """Exit at once on a signal while libraries are imported.
 
-    Nothing has been started yet. An exception would not do: modules that are half loaded turn it
-    into errors of their own.
+    Nothing needs a cleanup yet, and an exception would not work: a partly imported module turns it
+    into another error.
     """
 
-    def leave(*_: object) -> None:
+    def exit_now(*_: object) -> None:
         os.write(2, b"interrupted\n")
         os._exit(STATUS)
 
-    with handled((*ENDS, signal.SIGINT), leave):
+    with handled((*ENDS, signal.SIGINT), exit_now):
         yield

@@ -2,9 +2,9 @@
 
     fedraclora tune [tune.KEY=VALUE ...] [OVERRIDE ...]
 
-The other words are those of simulate: the task, and what is not to be tuned. What is tried, within
-which budget, and what never is stands in conf/tune.yaml. Everything is kept in output.dir
-(runs/tune where none is named): the same command goes on, and several at a time share the work.
+The overrides are those of simulate: the task, and the settings that stay fixed. conf/tune.yaml
+defines the search space and the budget. Everything is stored in output.dir (default: runs/tune):
+the same command resumes the search, and several processes can share it.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from fedraclora.tuning.task import tune_folder, tune_task
 
 
 def main(words: Sequence[str]) -> None:
-    """Tune what the words ask for."""
+    """Tune a task, or print the help text."""
     if {"-h", "--help"} & {*words}:
         print(__doc__, (CONF / "tune.yaml").read_text(encoding="utf-8"), sep="\n", end="")
         return

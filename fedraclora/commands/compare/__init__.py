@@ -1,1 +1,1 @@
-"""Comparisons: methods run alike, and runs that are there, in one table and one figure."""
+"""``fedraclora compare``: compare methods, runs or the rows of a study."""

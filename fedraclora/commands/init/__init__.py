@@ -1,1 +1,1 @@
-"""``fedraclora init``: folders to begin with, a project or the example of a tutorial."""
+"""``fedraclora init``: write a new project, or the example of a tutorial."""

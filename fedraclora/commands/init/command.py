@@ -1,7 +1,7 @@
 """``fedraclora init NAME``: write a small project that runs unchanged, as a start for your own.
 
-It has samples, a model, a preset, a script and a test; its README says how to run each. With
-``--example reviews`` it is the data of the tutorial *Five hospitals* instead.
+The project has samples, a model, a preset, a script and a test; its README explains how to run
+each. ``--example reviews`` writes the data of the tutorial *Five hospitals* instead.
 """
 
 from __future__ import annotations
@@ -18,28 +18,28 @@ from fedraclora.compose.choices import groups
 from fedraclora.errors import ConfigError
 from fedraclora.run.folder import refuse_full
 
-TEMPLATES = Path(__file__).parent / "project"  # as the project will be, NAME for its name
+TEMPLATES = Path(__file__).parent / "project"  # the project's files; NAME is replaced in paths
 EXAMPLES = Path(__file__).parent / "examples"
-TABLES = {"reviews": reviews}  # an example -> its tables, each a CSV file of its name
+TABLES = {"reviews": reviews}  # example -> function of its tables, by the name of the CSV file
 
 
 def write_project(name: str, where: Path, example: str | None = None) -> Path:
-    """Write the project.
+    """Write a project, or an example, to a new folder.
 
     Args:
-        name: Of the project, its folder and its preset.
-        where: The folder in which its own is made.
-        example: A key of `TABLES`; None: a project of one's own.
+        name: Name of the project, its folder and its preset.
+        where: Parent of the new folder.
+        example: A key of `TABLES`; None for a project.
 
     Returns:
-        Its folder.
+        The new folder.
 
     Raises:
-        ConfigError: If the name cannot be that of a preset and a Python module, or something lies
-            in the folder already.
-        DataError: If the package that the data of an example come from is missing.
+        ConfigError: If the name is not valid for a preset and a Python module, or the folder is not
+            empty.
+        DataError: If the package with the data of an example is missing.
     """
-    # `true` would be read as no name; a preset of ours would hide one of the same name.
+    # YAML reads `true` as a truth value; a built-in preset hides one of the same name.
     if not (name.isascii() and name.isidentifier() and yaml.safe_load(name) == name):
         raise ConfigError(
             f"{name!r} cannot name a project: use letters, digits and _, not a digit first"
@@ -69,10 +69,13 @@ def main(words: Sequence[str]) -> None:
     parser.add_argument(
         "--example", choices=sorted(TABLES), help="write the data of a tutorial instead"
     )
-    said = parser.parse_args(words)
-    write_project(said.name, Path(), said.example)
-    if said.example:
-        print(f"written: {said.name}. Its README.md says what each file is.")
+    arguments = parser.parse_args(words)
+    write_project(arguments.name, Path(), arguments.example)
+    if arguments.example:
+        print(f"written: {arguments.name}. Its README.md says what each file is.")
         return
-    print(f"written: {said.name}. To run it:")
-    print(f"  cd {said.name} && fedraclora simulate --config-dir conf experiment={said.name}")
+    print(f"written: {arguments.name}. To run it:")
+    print(
+        f"  cd {arguments.name} && "
+        f"fedraclora simulate --config-dir conf experiment={arguments.name}"
+    )

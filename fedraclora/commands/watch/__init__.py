@@ -1,6 +1,6 @@
-"""``fedraclora watch``: a page on this machine that follows a run while it runs.
+"""``fedraclora watch``: serve a live page of a run on this machine.
 
-Other commands open it beside them if their arguments have ``watch=true`` (`watch_options`,
+Other commands serve the page of their own run if they get ``watch=true`` (`watch_options`,
 `watched`).
 """
 
@@ -20,10 +20,10 @@ _PORT: ContextVar[int | None] = ContextVar("port", default=None)  # None: no pag
 
 
 def port_of(own: dict[str, object]) -> int:
-    """Return the port that is asked for.
+    """Return the port of the page; `ANY` if none is given.
 
     Raises:
-        ConfigError: If it is none.
+        ConfigError: If it is not a port number.
     """
     port = own.get("port", ANY)
     if not isinstance(port, int) or isinstance(port, bool) or not 0 <= port < 1 << 16:
@@ -33,10 +33,10 @@ def port_of(own: dict[str, object]) -> int:
 
 @contextmanager
 def watch_options(words: Sequence[str]) -> Iterator[list[str]]:
-    """Take ``watch=true`` and ``port=NUMBER`` from the arguments of a command, for `watched`.
+    """Remove ``watch=true`` and ``port=NUMBER`` from a command's arguments, for `watched`.
 
     Raises:
-        ConfigError: If they are something else.
+        ConfigError: If their values are invalid.
     """
     own, rest = part(words, ("watch", "port"))
     if not isinstance(wanted := own.get("watch", False), bool):
@@ -50,14 +50,14 @@ def watch_options(words: Sequence[str]) -> Iterator[list[str]]:
 
 @contextmanager
 def watched(folder: Path, *, sweep: bool = False) -> Iterator[None]:
-    """Serve the page of a folder inside, if the command was asked for it.
+    """Serve the page of a run while it runs, if the command has ``watch=true``.
 
     Args:
-        folder: Of the run, or what there will be of it.
-        sweep: Whether it is one of several.
+        folder: The run folder, which need not exist yet.
+        sweep: Whether the run is a job of a sweep.
 
     Raises:
-        ConfigError: If it is one of a sweep, or the port is taken.
+        ConfigError: If the run is a job of a sweep, or the port is in use.
     """
     if (port := _PORT.get()) is None:
         yield

@@ -1,4 +1,4 @@
-"""``fedraclora watch RUN``: the page of a run, of the runs below a folder, or of a tuning."""
+"""``fedraclora watch RUN``: serve the page of a run, several runs, a study or a tuning."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
-"""The server of the page: on this machine alone, and for whoever has its address.
+"""The HTTP server of the live page, for local users who know its address.
 
-It listens on the loopback interface, and answers nothing but GET of a few fixed paths, below one
-that is drawn at random: a run folder is private, and other users of this machine can reach the
-port. A request must name this machine as its host, so that no other site's page can read it by
-having its own name lead here (DNS rebinding). No path of a request reaches the file system.
+It listens on the loopback interface, and serves only GET requests of a few fixed paths below a
+random prefix: a run folder is private, but other users of this machine can reach the port. The Host
+header must name this machine, against DNS rebinding by other websites. No requested path is used as
+a file name.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ from fedraclora.errors import ConfigError
 
 log = logging.getLogger(__name__)
 HOST = "127.0.0.1"
-NAMES = (HOST, "localhost")  # of this machine, in a request
-FOLLOWED = 3.0  # seconds since a page has asked, within which somebody looks at it
-FETCHED = 0.5  # seconds until it has the figures, too
-LAST = 2.5  # seconds that such a page has to ask for the last time
+NAMES = (HOST, "localhost")  # accepted host names of a request
+FOLLOWED = 3.0  # seconds after a request in which a browser counts as connected
+FETCHED = 0.5  # seconds for the browser to fetch the figures
+LAST = 2.5  # seconds to wait for the last request of a connected browser
 HEADERS = {
     "Cache-Control": "no-store",
     "Content-Security-Policy": (
@@ -44,22 +44,22 @@ HEADERS = {
     "Referrer-Policy": "no-referrer",
     "X-Content-Type-Options": "nosniff",
 }
-Answer = tuple[str, Callable[[], str]]  # type of content, and what makes it
+Answer = tuple[str, Callable[[], str]]  # content type, and a function of the content
 
 
 class PageServer(ThreadingHTTPServer):
     """Serves the page of a folder.
 
     Args:
-        folder: Of a run, of several, or of a tuning.
-        port: On the loopback interface; 0: one that is free.
+        folder: The folder of a run, several runs, a study or a tuning.
+        port: A port of the loopback interface; 0 for a free one.
 
     Attributes:
         url: The address of the page.
-        asked: When its state was asked for last, by the monotonic clock.
+        asked: Time of the last status request, by the monotonic clock.
 
     Raises:
-        ConfigError: If the port is taken.
+        ConfigError: If the port is in use.
     """
 
     daemon_threads = True
@@ -100,25 +100,25 @@ class PageServer(ThreadingHTTPServer):
 
     @override
     def server_bind(self) -> None:
-        socketserver.TCPServer.server_bind(self)  # without a look-up of this machine's name
+        socketserver.TCPServer.server_bind(self)  # HTTPServer would look this machine up in DNS
         self.server_name, self.server_port = HOST, self.server_address[1]
 
     @override
     def handle_error(self, request: object, client_address: object) -> None:
-        """Log what went wrong with an answer, but that its reader went away."""
+        """Log an error of a request, unless the browser closed the connection."""
         if not isinstance(error := sys.exception(), ConnectionError | TimeoutError):
             log.warning("the page could not be served: %r", error, exc_info=error)
 
 
 class Handler(BaseHTTPRequestHandler):
-    """Answers GET alone; http.server refuses other methods."""
+    """Handles GET requests; http.server rejects other methods."""
 
     server: PageServer
     server_version, sys_version = "fedraclora", ""
     timeout = 10
 
     def do_GET(self) -> None:
-        """Answer one of the fixed paths."""
+        """Send the content of one of the fixed paths."""
         if self.headers.get_all("Host") not in [[host] for host in self.server.hosts]:
             self.send_error(HTTPStatus.FORBIDDEN, "This page is for this machine alone")
             return
@@ -137,12 +137,12 @@ class Handler(BaseHTTPRequestHandler):
 
     @override
     def log_message(self, format: str, *args: object) -> None:
-        """Print nothing: the terminal shows the run."""
+        """Print nothing: the terminal shows the run's progress."""
 
 
 @contextmanager
 def serving(folder: Path, port: int) -> Iterator[PageServer]:
-    """Serve a page in a thread, and say where. A page that is looked at sees the end, too."""
+    """Serve a page in a thread; at the end, let a connected browser fetch the final state."""
     with PageServer(folder, port) as server:
         threading.Thread(target=server.serve_forever, args=(0.1,), daemon=True).start()
         print(f"watch it at {server.url}", file=sys.stderr, flush=True)

@@ -1,4 +1,4 @@
-"""What the page shows of a folder, as values of JSON: of a run, of several, or of a tuning."""
+"""Collect the JSON values that the page shows of a run, several runs, a study or a tuning."""
 
 from __future__ import annotations
 
@@ -32,19 +32,19 @@ if TYPE_CHECKING:
 
 Status = dict[str, Any]
 
-SHOWN_RUNS = 12  # of several, those that have written last
+SHOWN_RUNS = 12  # the runs that have written last
 SHOWN_EVENTS = 20
-CLOSING = 60.0  # seconds from its last round in which a run draws its figures and sums it up
-SLOW = 3.0  # times the seconds of the last rounds, after which a round is slow
-SLOW_LEAST = 10.0  # seconds
+CLOSING = 60.0  # seconds after the last round in which a run may still write its results
+SLOW = 3.0  # a round is slow after this multiple of the usual seconds
+SLOW_LEAST = 10.0  # and after this many seconds
 FILES = ("ledger.jsonl", "summary.json", STOPPED, "config.yaml", "clients.parquet")
 
 
 class Watched:
-    """Reads a folder, and reads it again when a file in it has changed.
+    """Reads a folder, and reads it again after one of its files has changed.
 
     Args:
-        folder: Of a run, or of several, or of a tuning; it need not be there yet.
+        folder: The folder of a run, several runs, a study or a tuning; it need not exist yet.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -55,7 +55,7 @@ class Watched:
         self._version = 0
 
     def status(self) -> Status:
-        """Return what is shown beside the figures; ``version`` says whether these have changed."""
+        """Return everything but the figures; ``version`` changes if the figures do."""
         with self._lock:
             folders = self._folders()
             seen = [_stamp(folder) for folder in folders]
@@ -70,19 +70,19 @@ class Watched:
         return status
 
     def figures(self) -> str:
-        """Return the figures by title, as JSON of plotly."""
+        """Return the figures by title, as Plotly's JSON."""
         with self._lock:
             found = self._found[1]()
         return f"{{{', '.join(f'{json.dumps(k)}: {f.to_json()}' for k, f in found.items())}}}"
 
     def _folders(self) -> list[Path]:
-        """Find the runs to be shown: those that have written last, in the order of their names."""
+        """Return the run folders to display: the latest `SHOWN_RUNS`, sorted by name."""
         whole = (self.folder / DATABASE).is_file() or holds_study(self.folder)
         if whole or not self.folder.is_dir():
             return [self.folder]
         try:
             found, _ = find_runs([self.folder])
-        except CheckpointError:  # none has begun
+        except CheckpointError:  # no run has started
             return [self.folder]
         return sorted(sorted(found, key=_written)[-SHOWN_RUNS:])
 
@@ -97,7 +97,7 @@ class Watched:
             if not begun:
                 return {"state": "starting", "title": "No round has been written yet"}, dict
             runs = [read_shown(folder) for folder in begun]
-        except FedRacLoraError as error:  # damaged, or just being replaced
+        except FedRacLoraError as error:  # a file is damaged, or is being replaced right now
             return {
                 "state": "unreadable",
                 "title": "This folder cannot be read",
@@ -111,7 +111,7 @@ def _written(folder: Path) -> float:
 
 
 def _stamp(folder: Path) -> list[Any]:
-    """Describe the state of the files of a folder; it changes with each of them."""
+    """Return sizes and times of a folder's files, which differ after every change."""
     from fedraclora.run.folder import is_running
 
     found: list[Any] = [is_running(folder)]
@@ -131,7 +131,7 @@ def _has_rows(folder: Path) -> bool:
 
 
 def described(run: ReportedRun) -> Status:
-    """Describe a run."""
+    """Describe one run."""
     rounds = int(str(run.config.get("rounds")))
     seconds = [lap for row in run.rows if (lap := round_seconds(row))]
     left = seconds_left(seconds, rounds - run.last) if run.running else None
@@ -160,19 +160,20 @@ def described(run: ReportedRun) -> Status:
 
 
 def _events(run: ReportedRun) -> Iterable[tuple[object, str]]:
-    """List what happened besides, with its round: late nodes, messages sent again, notes."""
+    """List incidents and notes with their round: late nodes, repeated messages, warnings."""
     for row in run.rows:
         for key in ("incidents", "notes"):
-            told = row.get(key)
+            texts = row.get(key)
             yield from (
-                (row["round"], str(text)) for text in (told if isinstance(told, list) else ())
+                (row["round"], str(text)) for text in (texts if isinstance(texts, list) else ())
             )
 
 
 def left_out(run: ReportedRun) -> list[dict[str, object]]:
-    """Count the rounds in which each client was asked, and its reply was not used.
+    """Count the failed or dropped replies of each client, the most frequent first.
 
-    Those come first whose replies were missed most; with the last reason.
+    Returns:
+        Client, number of rounds, last round and last reason; at most `SHOWN_EVENTS` of them.
     """
     found: dict[object, dict[str, object]] = {}
     for round_, client, reason, kind in run.failures:
@@ -185,7 +186,7 @@ def left_out(run: ReportedRun) -> list[dict[str, object]]:
 
 
 def _of_runs(runs: Sequence[ReportedRun]) -> Status:
-    """Describe several runs, one line each."""
+    """Describe several runs, each by a row of a table."""
     rows = []
     for label, run in zip(labels_of(runs), runs, strict=True):
         name, value = run.headline or ("", math.nan)

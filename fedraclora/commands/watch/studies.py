@@ -1,4 +1,4 @@
-"""A study as the page shows it, from the lines of its ``runs.jsonl``."""
+"""Collect what the page shows of a study, from its ``runs.jsonl``."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ PHASES = {"tune": "runs to tune", "final": "final runs"}
 
 
 def holds_study(folder: Path) -> bool:
-    """Check whether a folder is that of a study, begun or ended."""
+    """Check whether a folder belongs to a started study."""
     return (folder / STUDY).is_file() and packed.exists(folder / RUNS)
 
 
 def study_status(folder: Path) -> dict[str, Any]:
-    """Describe a study: the runs that are done, of those that are planned, row by row.
+    """Describe a study: finished and planned runs of each row.
 
-    Rows that get no final runs, and values that are tried a second time, make them others.
+    The planned number is an estimate: some rows get no final runs, and some get a second value.
     """
     study, done = read_results(folder)
     lines = [*done.values()]
@@ -44,15 +44,15 @@ def study_status(folder: Path) -> dict[str, Any]:
         }
         planned += sum(jobs.values())
         own = {phase: _of(lines, row, phase) for phase in jobs}
-        ends = [_final(line, study.metric) for line in own["final"] or own["tune"]]
-        told = {PHASES[p]: f"{len(own[p])} of {count}" for p, count in jobs.items() if count}
-        known = [value for value in ends if math.isfinite(value)]
+        scores = [_final(line, study.metric) for line in own["final"] or own["tune"]]
+        counts = {PHASES[p]: f"{len(own[p])} of {count}" for p, count in jobs.items() if count}
+        known = [value for value in scores if math.isfinite(value)]
         mean = figure(fmean(known)) if known else ""
-        table.append({"row": row, **told, f"mean {study.metric}": mean})
-    over = len(lines) >= planned
+        table.append({"row": row, **counts, f"mean {study.metric}": mean})
+    finished = len(lines) >= planned
     return {
         "title": f"Study {folder.resolve().name}: {study.metric} of {len(study.rows)} rows",
-        "state": "finished" if over else "unfinished",
+        "state": "finished" if finished else "unfinished",
         "text": f"{len(lines)} runs of about {max(planned, len(lines))}",
         "done": len(lines),
         "of": max(planned, len(lines)),
@@ -61,7 +61,7 @@ def study_status(folder: Path) -> dict[str, Any]:
 
 
 def study_figures(folder: Path) -> dict[str, go.Figure]:
-    """Draw the first final run of each row, or where there is none its last run to tune."""
+    """Draw the first final run of each row, or its last tuning run if it has none."""
     import plotly.graph_objects as go
 
     study, done = read_results(folder)

@@ -1,4 +1,4 @@
-"""A tuning as the page shows it, from its trials in ``tune.db``, which is only read."""
+"""Collect what the page shows of a tuning, from ``tune.db``, which it only reads."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ ENDED = {"COMPLETE": "done", "FAIL": "left out", "RUNNING": "running", "WAITING"
 
 
 def read_study(folder: Path) -> Study:
-    """Open the trials of a tuning for reading.
+    """Open the trials of a tuning, read-only.
 
     Raises:
-        CheckpointError: If there are none, or they are being made.
+        CheckpointError: If the database has no trials yet.
     """
     optuna = import_extra("optuna", f"The page of {folder}, a tuning,")
     from sqlalchemy.exc import SQLAlchemyError
@@ -44,7 +44,7 @@ def read_study(folder: Path) -> Study:
 
 
 def tuning_status(folder: Path) -> dict[str, Any]:
-    """Describe a tuning: what of its budget is spent, its best metric, and its last trials."""
+    """Describe a tuning: the spent budget, the best metric, and the last trials."""
     study = read_study(folder)
     budget, of = study.user_attrs.get("budget", {}), study.user_attrs.get("of", {}).get("tune", {})
     trials = study.get_trials(deepcopy=False)
@@ -52,8 +52,8 @@ def tuning_status(folder: Path) -> dict[str, Any]:
     done = [trial for trial in trials if trial.state.name == "COMPLETE"]
     spent, most, unit = _spent(done, trials, budget)
     best = _best(study, done)
-    took = [(t.datetime_complete - t.datetime_start).total_seconds() for t in done]
-    left = (most - spent) * fmean(took) if took and unit == "runs" and running else None
+    durations = [(t.datetime_complete - t.datetime_start).total_seconds() for t in done]
+    left = (most - spent) * fmean(durations) if durations and unit == "runs" and running else None
     return {
         "title": f"Tuning of {of.get('metric', 'a task')}",
         "state": "running" if running else "finished" if most and spent >= most else "stopped",
@@ -61,7 +61,7 @@ def tuning_status(folder: Path) -> dict[str, Any]:
         "done": spent,
         "of": most or len(done),
         "left": left,
-        "seconds": fmean(took) if took else None,
+        "seconds": fmean(durations) if durations else None,
         "written": max((_time(trial) for trial in trials), default=time.time()),
         "headline": {
             "name": f"best {of.get('metric', '')}",
@@ -79,7 +79,7 @@ def tuning_status(folder: Path) -> dict[str, Any]:
 def _spent(
     done: list[FrozenTrial], trials: list[FrozenTrial], budget: dict[str, Any]
 ) -> tuple[float, float, str]:
-    """Say what is spent of which limit, that of which most is spent."""
+    """Return spent amount, limit and unit of the part of the budget that is used up most."""
     cores = sum(trial.user_attrs.get("core_seconds", 0.0) for trial in trials) / 3600
     size = sum(trial.user_attrs.get("bytes", 0.0) for trial in trials) / 1e6
     found = {"runs": float(len(done)), "core_hours": cores, "megabytes": size}
@@ -118,7 +118,7 @@ def _short(value: object) -> str:
 
 
 def tuning_figures(folder: Path) -> dict[str, go.Figure]:
-    """Draw the metric of each trial by its bytes, and at its end; one colour a method."""
+    """Draw the metric of each trial by traffic and by number, in the color of its method."""
     study = read_study(folder)
     clients = study.user_attrs.get("budget", {}).get("clients") or 1
     metric = str(study.user_attrs.get("of", {}).get("tune", {}).get("metric", "metric"))
@@ -153,7 +153,7 @@ def tuning_figures(folder: Path) -> dict[str, go.Figure]:
 
 
 def _by_method(study: Study) -> Iterator[tuple[str, list[FrozenTrial]]]:
-    """Part the trials that have measured something by their method."""
+    """Group the trials with a measured metric by their method."""
     found: dict[str, list[FrozenTrial]] = {}
     for trial in study.get_trials(deepcopy=False):
         if trial.user_attrs.get("curve"):
