@@ -171,7 +171,7 @@ class Campaign:
             longest = max((self.lasted.get(r, 0.0) for r in here), default=0.0)
             if longest > (3 + 1) * TIMEOUT + WAIT + SLACK:
                 verdict = f"a round took {longest:.0f} s"
-            if fault.seconds >= AWAY and fault.client >= 0 and not reasons and not notes:
+            if self.stands_out(fault, here) and not reasons and not notes:
                 verdict = "the ledger does not name it"
             said.append(
                 {
@@ -181,6 +181,22 @@ class Campaign:
                 }
             )  # fmt: skip
         return said
+
+    def stands_out(self, fault: HostFault, rounds: range) -> bool:
+        """Check whether the ledger must name the client of a fault, which was away for long.
+
+        A reply is late beside those of the other half, so if half of the other nodes were away in
+        these rounds, too, it need not be.
+        """
+        away = {
+            other.client
+            for other in self.came
+            if (other.seconds >= AWAY or other.kind.startswith("moves"))
+            and (other.round_ or 0) <= rounds.stop - 1
+            and (other.ended or self.rounds) >= rounds.start
+        }
+        others = away - {fault.client, -1}
+        return fault.seconds >= AWAY and fault.client >= 0 and 2 * len(others) < NODES
 
 
 def names(note: object, fault: HostFault) -> bool:
