@@ -1,25 +1,25 @@
-"""Compare methods, which are run alike first, or runs that are there.
+"""Run methods under equal conditions and compare them, or compare finished runs.
 
 Run methods and compare them:
 
     fedraclora compare method=A,B,... [KEY=VALUE ...] [NAME:KEY=VALUE ...] [seeds=N]
 
-KEY=VALUE, as of simulate, is for all methods; NAME:KEY=VALUE[,KEY=VALUE...] for one of them. A NAME
-that is no method's adds a row: big:method=fed_rac_lora big:method.rank=64. seeds=3 runs each on the
-seeds 0, 1, 2 (from seed=... on), reference=NAME says what the others are held against (the first),
-metric=NAME by what. A method finds its own learning rate where local.lr is auto. Everything is kept
-in output.dir (runs/compare): the same command resumes, and what has run is not run again. It ends
-with table.md, table.csv, compare.png and report.html; watch=true opens a page that follows it.
+KEY=VALUE, as for simulate, applies to all methods; NAME:KEY=VALUE[,KEY=VALUE...] to one of them. If
+NAME is not a method, it adds a row: big:method=fed_rac_lora big:method.rank=64. seeds=3 runs each
+method with the seeds 0, 1, 2 (starting at seed=...); reference=NAME is the method to compare with
+(default: the first), metric=NAME the metric. If local.lr is auto, each method gets its own learning
+rate. Results go to output.dir (runs/compare): the same command resumes and skips finished runs. It
+writes table.md, table.csv, compare.png and report.html; watch=true opens a live page.
 
-Compare runs that are there, each RUN the folder of a run or of a sweep, and rank them:
+Compare and rank existing runs, each RUN being the folder of a run or of a sweep:
 
     fedraclora compare RUN [RUN ...] [--out DIR] [--metric NAME] [--target X] [--by KEY[,KEY]]
 
---out is the folder of table.md, table.csv and compare.png (runs/compare), --metric the metric (the
-runs' first one), --target a value of it to be reached; --by names config keys to group runs by, in
-place of all in which they differ.
+--out is the folder for table.md, table.csv and compare.png (runs/compare), --metric the metric (the
+runs' first one), --target a value of it to reach; --by names the config keys to group runs by
+(default: all keys that differ).
 
-Tune the rows of a study alike, run them, and rank them:
+Tune all rows of a study on the same grid, run them, and rank them:
 
     fedraclora compare study=STUDY [KEY=VALUE ...]
 """
@@ -40,7 +40,7 @@ from fedraclora.compose.words import key_values
 from fedraclora.data.locate import user_path
 from fedraclora.errors import ConfigError
 
-# What stands for one row: its name, and one or more overrides with a comma between them.
+# Settings of one row: its name, and one or more overrides separated by commas.
 OF_ROW = re.compile(r"(?P<name>[^=]+):(?P<words>[~+]*[\w./@]+=.*)", re.DOTALL)
 NEXT = re.compile(r",(?=[~+]*[A-Za-z_][\w./@]*=)")
 SETTING = re.compile(r"[~+]*[A-Za-z_][\w.@/]*=.*", re.DOTALL)
@@ -48,7 +48,7 @@ OWN = ("seeds", "reference", "metric")
 
 
 def main(words: Sequence[str]) -> None:
-    """Run the command; see the module's docstring."""
+    """Compare methods, the rows of a study, or run folders."""
     if is_study(words):
         compare_study(words)
     elif names_methods(words):
@@ -58,16 +58,16 @@ def main(words: Sequence[str]) -> None:
 
 
 def names_methods(words: Sequence[str]) -> bool:
-    """Check whether words ask for methods, and not for folders, whose names may be like them."""
+    """Check whether the arguments name methods; an existing path is a run folder."""
     keys = [word for word in words if not Path(word).exists()]
     return any(word.startswith("method=") or OF_ROW.fullmatch(word) for word in keys)
 
 
 def compare_methods(words: Sequence[str]) -> None:
-    """Run the methods that the words name, and compare them.
+    """Run the methods of the command line, and compare them.
 
     Raises:
-        ConfigError: If a word is for no row, or a row has no method.
+        ConfigError: If an argument belongs to no row, or a row has no method.
     """
     rows: dict[str, list[str]] = {}
     of_rows = [found for word in words if (found := OF_ROW.fullmatch(word))]
@@ -93,10 +93,10 @@ def compare_methods(words: Sequence[str]) -> None:
 
 
 def compare_folders(words: Sequence[str]) -> None:
-    """Compare runs by their folders.
+    """Compare run folders.
 
     Raises:
-        ConfigError: If nothing is named, or settings of runs without a method.
+        ConfigError: If there are no arguments, or settings without methods.
     """
     settings = [word for word in words if SETTING.fullmatch(word) and not Path(word).exists()]
     if settings or not words:

@@ -1,7 +1,7 @@
-"""Run methods alike, on the same seeds, and compare them: `fedraclora.compare`.
+"""Run methods under equal conditions and compare them: `fedraclora.compare`.
 
-Each run is an ordinary one, in a folder of its own that is named by the row of the comparison and
-by a digest of its settings. So what has run is not run again, by the same comparison or another.
+Each run is an ordinary run, in a folder that is named by the row of the comparison and by a digest
+of its settings. No comparison repeats a run that another one has finished.
 """
 
 from __future__ import annotations
@@ -44,19 +44,19 @@ if TYPE_CHECKING:
 
 OUT = "runs/compare"
 NOT_IN_A_DIGEST = ("seed", "output", "resume")
-UNSAFE = re.compile(r"[^\w.+-]")  # in the name of a folder
+UNSAFE = re.compile(r"[^\w.+-]")  # characters that a folder's name must not have
 Settings = tuple[tuple[str | Mapping[str, object], ...], dict[str, object]]
 
 
 @dataclass(frozen=True)
 class ComparisonResult:
-    """What a comparison found.
+    """The result of a comparison.
 
     Attributes:
-        folder: Where table.md, table.csv, compare.png and, with plotly, report.html are.
+        folder: Folder of table.md, table.csv, compare.png and, with plotly, report.html.
         table: A row for each method, the best first, with plain numbers.
-        runs: The folders of the runs, one for each seed, by row: `fedraclora.read_run` reads one.
-        summary: In a sentence, what each row gains or loses beside the reference.
+        runs: The run folders by row, one for each seed; `fedraclora.read_run` reads one.
+        summary: A sentence with the difference of each row to the reference.
     """
 
     folder: Path
@@ -75,53 +75,52 @@ def compare(
     trust: Sequence[str] = (),
     **given: Any,
 ) -> ComparisonResult:
-    """Run methods alike, and compare what they reach and what they send.
+    """Run methods under equal conditions, and compare their metrics and traffic.
 
-    All that is said for all rows is the same: data, model, clients, rounds, seeds. Each method has
-    its own learning rate where you name none. The same call resumes what was interrupted, and
-    reads what has run.
+    All rows share data, model, clients, rounds and seeds. If you set no learning rate, each method
+    gets its own. The same call resumes an interrupted comparison, and reads finished runs.
 
     Args:
         choices: As for `simulate`, for all methods.
-        methods: Names of methods, or instances of their classes, whose rank is shown; or by a name
-            of your choice the settings of a row: a list of words (``["method.rank=32"]``), a
-            mapping of keys, an instance of a method's class, or None. A row of a name that is no
-            method's says ``method`` among its settings.
-        seeds: How many runs each row has: the seeds from ``seed`` on.
-        reference: The row that the others are held against; None: the first.
-        metric: By which they are compared; None: the first that the runs have.
-        folder: Where all is written, as ``output.dir``; None: ``runs/compare``.
+        methods: Names of methods, or instances of their classes; or settings by the name of a row:
+            a list of overrides (``["method.rank=32"]``), a mapping of keys, an instance of a
+            method's class, or None. If the row is not named like a method, its settings must
+            include ``method``.
+        seeds: Number of runs of each row, with consecutive seeds from ``seed`` on.
+        reference: The row to compare the others with; None for the first.
+        metric: The metric to compare; None for the first one of the runs.
+        folder: Output folder, like ``output.dir``; None for ``runs/compare``.
         trust: As for `simulate`.
         given: Model, data and further arguments of `simulate`, for all methods.
 
     Returns:
-        ``table`` (a pandas frame), ``runs`` (their folders), ``summary`` (a sentence), ``folder``.
+        ``table`` (a pandas frame), ``runs`` (run folders), ``summary`` (a sentence), ``folder``.
 
     Raises:
-        ConfigError: If a row cannot be composed, before any is run.
-        FedRacLoraError: If rows failed, once the others are compared; a row that diverged is
-            shown as that.
+        ConfigError: If a row is invalid; no method is run then.
+        FedRacLoraError: If rows failed, after the others were compared. A row that diverged did not
+            fail: the table shows it.
     """
     refuse_run()
     trust_all(trust)
     rows = {name: (choices, given, own) for name, own in settings_of_rows(methods).items()}
-    held = next(iter(rows)) if reference is None else reference
-    if held not in rows:
-        raise unknown("reference", held, rows)
+    base = next(iter(rows)) if reference is None else reference
+    if base not in rows:
+        raise unknown("reference", base, rows)
     if isinstance(seeds, bool) or not isinstance(seeds, int) or seeds < 1:
         raise ConfigError(f"seeds={seeds!r} is no number of runs; give 1 or more.")
     found = {name: Row.of(name, *row) for name, row in rows.items()}
     out = user_path("folder", folder or next(iter(found.values())).out or OUT)
     refuse_others(out)
     failed = run_all(found, out, seeds)
-    if held in failed or len(failed) == len(found):
-        raise FedRacLoraError(f"{held}: {failed[held]}")
-    return outcome(found, out, ComparisonSettings(seeds, held, metric), failed)
+    if base in failed or len(failed) == len(found):
+        raise FedRacLoraError(f"{base}: {failed[base]}")
+    return outcome(found, out, ComparisonSettings(seeds, base, metric), failed)
 
 
 @dataclass(frozen=True)
 class ComparisonSettings:
-    """How rows are compared: the number of seeds, the reference's name, and the metric or None."""
+    """Settings of a comparison: the number of seeds, the reference, the metric or None."""
 
     seeds: int
     reference: str
@@ -130,12 +129,12 @@ class ComparisonSettings:
 
 @dataclass(frozen=True)
 class Row:
-    """A method of a comparison, with its settings.
+    """A row of a comparison: a method with its settings.
 
     Attributes:
-        name: Of the row.
+        name: Name of the row.
         choices, given: Arguments of `simulate`.
-        plain: The config that they make.
+        plain: The composed config.
     """
 
     name: str
@@ -154,7 +153,7 @@ class Row:
         """Compose a row, and check its values.
 
         Raises:
-            ConfigError: Naming it.
+            ConfigError: If they are invalid; it names the row.
         """
         words, keys = own
         try:
@@ -166,11 +165,11 @@ class Row:
 
     @property
     def out(self) -> object:
-        """The folder that is asked for in the config; None where none is."""
+        """The configured output folder, or None."""
         return section(self.plain, "output").get("dir")
 
     def folders(self, out: Path, seeds: int) -> dict[int, Path]:
-        """Give the folder of each run, by seed."""
+        """Return the folder of each run, by seed."""
         kept = {key: value for key, value in self.plain.items() if key not in NOT_IN_A_DIGEST}
         text = json.dumps(with_changes(kept, {"data.root": None}), sort_keys=True, default=str)
         digest = sha256(text.encode()).hexdigest()[:8]
@@ -179,10 +178,10 @@ class Row:
         return {seed: folder / f"seed_{seed}" for seed in range(first, first + seeds)}
 
     def run(self, seed: int, folder: Path) -> str:
-        """Run one seed, or resume it, and tell what it came to.
+        """Run or resume one seed; return its metric, traffic and learning rate as text.
 
         Raises:
-            FedRacLoraError: Whatever goes wrong, as for `simulate`.
+            FedRacLoraError: As for `simulate`.
         """
         given = {**self.given, "seed": seed}
         asked = asked_of((*self.choices, {"output": {"dir": None}}), given)
@@ -194,10 +193,12 @@ class Row:
 
 
 def check(plain: PlainDict) -> None:
-    """Check the values of a config as a run does at its start, with any rate for one to be found.
+    """Check the values of a config as a run does at its start.
+
+    A learning rate that is still to be found (``local.lr=auto``) is checked as 1.0.
 
     Raises:
-        ConfigError: Naming the key.
+        ConfigError: If a value is invalid; it names the key.
     """
     known = resolved(plain)
     if section(known, "local").get("lr") == "auto":
@@ -208,13 +209,13 @@ def check(plain: PlainDict) -> None:
 def settings_of_rows(
     methods: str | Sequence[object] | Mapping[str, object],
 ) -> dict[str, Settings]:
-    """Read which methods are compared, and the settings of each.
+    """Return the settings of each row, from the argument ``methods`` of `compare`.
 
     Returns:
-        By row: choices and further arguments of `simulate`.
+        Choices and further arguments of `simulate`, by row.
 
     Raises:
-        ConfigError: If a method is not known or comes twice, or there is none.
+        ConfigError: If a method is unknown or named twice, or there is none.
     """
     if isinstance(methods, str):
         methods = [name.strip() for name in methods.split(",")]
@@ -233,7 +234,7 @@ def settings_of_rows(
 
 
 def label_of(method: object) -> str:
-    """Name the row of an instance, as a run is named."""
+    """Label the row of a method's instance as a run of it is labelled."""
     name = config_name(type(method)).rpartition(":")[2]
     return method_label({"method": {"name": name, **vars(method)}})
 
@@ -244,7 +245,7 @@ def _settings(name: str, own: object) -> Settings:
     if isinstance(own, str):
         words = (own,)
     elif isinstance(own, Mapping):
-        # An instance of a class is no value of a config.
+        # A config cannot hold an instance of a class.
         plain = isinstance(own.get("method"), str | Mapping | None)
         given = {} if plain else {"method": own["method"]}
         words = ({key: value for key, value in own.items() if key not in given},)
@@ -260,7 +261,7 @@ def _settings(name: str, own: object) -> Settings:
 
 
 def _chooses(settings: str | Mapping[str, object]) -> bool:
-    """Check whether some settings name a method; a mapping of its keys need not."""
+    """Check whether some settings choose a method; a mapping may set only a method's keys."""
     if isinstance(settings, str):
         return key_of(settings) == "method"
     method = settings.get("method")
@@ -268,10 +269,10 @@ def _chooses(settings: str | Mapping[str, object]) -> bool:
 
 
 def run_all(rows: Mapping[str, Row], out: Path, seeds: int) -> dict[str, str]:
-    """Run all seeds of all rows that have not run; a row that fails has no further runs.
+    """Run all seeds of all rows, except finished ones; a row that fails gets no further runs.
 
     Returns:
-        Why rows failed, by name; one that diverged is none of them.
+        The reasons of failed rows, by name. A row that diverged did not fail.
     """
     failed, total = dict[str, str](), seeds * len(rows)
     for place, (step, row) in enumerate(product(range(seeds), rows.values()), 1):
@@ -284,7 +285,7 @@ def run_all(rows: Mapping[str, Row], out: Path, seeds: int) -> dict[str, str]:
             continue
         try:
             print(f"{title}: {row.run(seed, folder)}", flush=True)
-        except DivergenceError as error:  # a result of the row
+        except DivergenceError as error:  # a result, not a failure
             print(f"{title}: {error}")
         except FedRacLoraError as error:
             failed[row.name] = str(error)
@@ -296,38 +297,40 @@ def run_all(rows: Mapping[str, Row], out: Path, seeds: int) -> dict[str, str]:
 
 
 def outcome(
-    rows: Mapping[str, Row], out: Path, asked: ComparisonSettings, failed: Mapping[str, str]
+    rows: Mapping[str, Row], out: Path, settings: ComparisonSettings, failed: Mapping[str, str]
 ) -> ComparisonResult:
-    """Write and print what the runs say.
+    """Write and print the comparison of the runs.
 
     Raises:
-        FedRacLoraError: At the end, if rows failed.
+        FedRacLoraError: If rows failed, after the others were compared.
     """
     from pandas import DataFrame
 
-    kept = {n: [*r.folders(out, asked.seeds).values()] for n, r in rows.items() if n not in failed}
+    kept = {
+        n: [*r.folders(out, settings.seeds).values()] for n, r in rows.items() if n not in failed
+    }
     compared = [Group(name, [read_files(f) for f in folders]) for name, folders in kept.items()]
-    table = compare_rows(compared, asked.reference, out, asked.metric)
+    table = compare_rows(compared, settings.reference, out, settings.metric)
     report = write_report(kept, out)
     table.print()
-    said = outcome_sentence(table.records, asked.reference, compared)
+    summary = outcome_sentence(table.records, settings.reference, compared)
     print(f"written to {out}: table.md, table.csv{report}")
     print(f"figure: {out / 'compare.png'}")
-    print(said)
+    print(summary)
     if failed:
         lines = "".join(f"\n  {name}: {why}" for name, why in failed.items())
         raise FedRacLoraError(
             f"{len(failed)} of {len(rows)} rows failed and are in no table; the same command tries "
             f"them again{lines}"
         )
-    return ComparisonResult(out, DataFrame(list(table.records)), kept, said)
+    return ComparisonResult(out, DataFrame(list(table.records)), kept, summary)
 
 
 def write_report(folders: Mapping[str, Sequence[Path]], out: Path) -> str:
-    """Write the report of all runs; return what to say of it after the other files."""
+    """Write the report of all runs; return its name for the list of files, or why it is missing."""
     try:
         from fedraclora.commands.report.page import FILE, page_of, read_shown
-    except ConfigError as error:  # it needs an extra
+    except ConfigError as error:  # plotly is not installed
         return f". No report: {error}"
     shown = [read_shown(folder) for row in folders.values() for folder in row]
     title = f"{', '.join(folders)}: compared"

@@ -1,7 +1,7 @@
-"""Compare groups of runs, from their folders: one table that ranks them, and one figure.
+"""Compare groups of runs in a table that ranks them and a figure.
 
-Runs that differ in nothing but seed and output folder are one group. Groups are ranked by the
-metric; runs that diverged, or are unfinished, are named and have no rank; broken ones are left out.
+Runs that differ only in seed and output folder are one group. Groups are ranked by the metric; runs
+that diverged or are unfinished are listed without a rank, and damaged ones are left out.
 """
 
 from __future__ import annotations
@@ -53,9 +53,9 @@ if TYPE_CHECKING:
     from pandas import DataFrame, Series
 
 Ranked = tuple[Group, dict[str, object]]  # a group, and its numbers
-SHOWN = 8  # ways to begin that are told apart
+SHOWN = 8  # most variants of an opening fact that are listed
 FILES = ("table.md", "table.csv", "compare.png")
-SETTINGS = {  # by title: keys that a reader looks for first in a row
+SETTINGS = {  # title -> key of the settings that each row shows
     "rank": "method.rank",
     "precision up": "compression.uplink",
     "precision down": "compression.downlink",
@@ -77,16 +77,16 @@ def compare_runs(
         paths: Folders of runs or sweeps.
         out: Folder of the three files.
         metric: Key of the ledger's metrics; None for the first metric of the first run.
-        target: Value of the metric to be reached; adds the rounds and uplink that it took.
-        by: Config keys that part the groups besides the method, instead of all that differ.
+        target: A value of the metric; adds columns with the rounds and bytes to reach it.
+        by: Config keys to group runs by, besides the method, instead of all that differ.
 
     Returns:
         The table, the best group first; its notes name the runs that were left out, and why.
 
     Raises:
         CheckpointError: If no path has a run with rounds.
-        ConfigError: If the metric or a key of ``by`` does not exist, the target is no number, or
-            ``out`` holds somebody else's files.
+        ConfigError: If the metric or a key of ``by`` does not exist, the target is not finite, or
+            ``out`` has other files of these names.
     """
     if target is not None and not math.isfinite(target):
         raise ConfigError(f"--target={target}: give a value of the metric")
@@ -112,12 +112,12 @@ def compare_runs(
 def compare_rows(
     groups: Sequence[Group], reference: str, out: Path, metric: str | None = None
 ) -> TextTable:
-    """Compare groups of runs of the same seeds with one of them; write the same three files.
+    """Compare groups of runs with a reference by seed; write the same three files.
 
     Args:
-        groups: By name; their runs have rounds.
-        reference: Name of the one that the others are held against: by paired differences, and by
-            what it takes them to reach its final metric.
+        groups: Groups with the same seeds; each run has rounds.
+        reference: Name of the group to compare the others with, by paired differences and by the
+            rounds and bytes to reach its final metric.
         out: Folder of the files.
         metric: Key of the ledger's metrics; None for the first metric of the first run.
 
@@ -130,11 +130,11 @@ def compare_rows(
     runs, notes = [run for group in groups for run in group.runs], list[str]()
     metric = _metric(runs, metric, notes)
     rounds = rounds_of({run.folder: run.rows for run in runs}, [metric])
-    (held,) = (group for group in groups if group.name == reference)
-    wanted = ComparisonMetric.of(groups, rounds, metric, finals_of(held, metric).mean)
+    (base,) = (group for group in groups if group.name == reference)
+    wanted = ComparisonMetric.of(groups, rounds, metric, finals_of(base, metric).mean)
     ranked = _ranked(groups, rounds, wanted)
     records = tuple(
-        record | settings_of(group) | _difference(group, held, metric) for group, record in ranked
+        record | settings_of(group) | _difference(group, base, metric) for group, record in ranked
     )
     shown = [
         _against(record, len(group.runs), wanted, reference)
@@ -150,10 +150,10 @@ def compare_rows(
 
 
 def refuse_others(out: Path) -> None:
-    """Refuse a folder for the files that has somebody else's of these names.
+    """Check that `FILES` would not overwrite files that a comparison or study did not write.
 
     Raises:
-        ConfigError: Naming one.
+        ConfigError: If one of them exists.
     """
     refuse_linked(out)
     if not is_result(out):
@@ -175,13 +175,13 @@ def draw(
 
 @dataclass(frozen=True)
 class ComparisonMetric:
-    """What runs are compared in.
+    """The metric, target and budget of a comparison.
 
     Attributes:
         metric: Key of the ledger's metrics.
-        target: A value of it to be reached, or None.
-        budget: Bytes both ways at which they are compared, too: of the run that took least.
-        higher: Whether more of the metric is better.
+        target: A value of the metric to reach, or None.
+        budget: Bytes both ways at which runs are also compared: those of the cheapest run.
+        higher: Whether higher values are better.
     """
 
     metric: str
@@ -193,7 +193,7 @@ class ComparisonMetric:
     def of(
         cls, groups: Sequence[Group], rounds: DataFrame, metric: str, target: float | None
     ) -> ComparisonMetric:
-        """Take the budget and the direction of the metric from the runs."""
+        """Derive the budget and the metric's direction from the runs."""
         runs = [run for group in groups for run in group.runs]
         whole = [run for run in runs if run.summary and run.diverged_at is None] or runs
         higher = higher_is_better(metric, [name for run in runs for name in run.lower])
@@ -204,7 +204,7 @@ class ComparisonMetric:
 def _read(paths: Sequence[Path]) -> tuple[list[RunFiles], list[str]]:
     runs, notes = [], []
     folders, without = find_runs(paths)
-    if without:  # no note: a table says the same, whether its own folder was named or not
+    if without:  # printed, not a note of the table: a pattern may match the table's own folder
         named = printable(", ".join(map(str, without)))
         print(f"skipped, since it contains no run: {named}")
     for folder in folders:
@@ -217,18 +217,18 @@ def _read(paths: Sequence[Path]) -> tuple[list[RunFiles], list[str]]:
     return runs, notes
 
 
-def _metric(runs: Sequence[RunFiles], asked: str | None, notes: list[str]) -> str:
-    """Choose the metric, and say which runs do not have it or have lost it."""
+def _metric(runs: Sequence[RunFiles], chosen: str | None, notes: list[str]) -> str:
+    """Choose the metric; note which runs have no final value of it."""
     known = list(dict.fromkeys(name for run in runs for name in run.metrics))
     if not known:
         raise CheckpointError("none of the runs was evaluated; there is no metric to compare")
-    metric = asked or known[0]
+    metric = chosen or known[0]
     if metric not in known:
         raise unknown("metric", metric, known)
     for run in runs:
         if run.diverged_at is not None:
-            own = run.keys.get("local.train") is not None
-            advice = f"it cannot be resumed as it is; {calmer(own=own)}"
+            own_code = run.keys.get("local.train") is not None
+            advice = f"it cannot be resumed as it is; {calmer(own=own_code)}"
             notes.append(f"warning: {run.folder}: diverged (round {run.diverged_at}), {advice}")
         elif run.unfinished:
             where = f"round {run.last} of {run.config.get('rounds')}"
@@ -248,7 +248,7 @@ def _of_group(rounds: DataFrame, group: Group) -> DataFrame:
 
 
 def _ranked(groups: Sequence[Group], rounds: DataFrame, wanted: ComparisonMetric) -> list[Ranked]:
-    """Sort groups, the best first, and number them; behind them what has no rank."""
+    """Sort and number the groups, the best first; those without a rank come last."""
     sign = -1.0 if wanted.higher else 1.0
 
     def place(ranked: Ranked) -> tuple[bool, bool, float]:
@@ -265,7 +265,7 @@ def _ranked(groups: Sequence[Group], rounds: DataFrame, wanted: ComparisonMetric
 
 
 def _warn(runs: Sequence[RunFiles], groups: Sequence[Group], notes: list[str]) -> None:
-    """Add what makes a comparison unfair."""
+    """Note what makes the comparison unfair."""
     keys = dict.fromkeys(key for run in runs for key in run.keys)
     task = [k for k in keys if k.startswith(_TASK) and len(values(runs, k)) > 1]
     if task:
@@ -280,7 +280,7 @@ def _warn(runs: Sequence[RunFiles], groups: Sequence[Group], notes: list[str]) -
 
 
 def _begun(groups: Sequence[Group]) -> Iterator[str]:
-    """Say what the runs learn, and how: once, where that is the same of all of them."""
+    """Describe what the runs train and how: once if it is the same for all runs."""
     for title in BEGINS:
         found: dict[str, str] = {}
         for group in groups:
@@ -293,12 +293,12 @@ def _begun(groups: Sequence[Group]) -> Iterator[str]:
 
 
 def _record(group: Group, rounds: DataFrame, wanted: ComparisonMetric) -> dict[str, object]:
-    """The numbers of one group: means over its runs, and the deviation of the metric.
+    """Compute the numbers of one group: means over its runs, and the metric's deviation.
 
     Args:
         group: The runs.
-        rounds: Of the runs (`statistics.rounds_of`).
-        wanted: What is compared.
+        rounds: Their rounds (`statistics.rounds_of`).
+        wanted: Metric, target and budget.
     """
     final = finals_of(group, wanted.metric)
     ends, by_run = last(rounds), rounds.groupby("run", sort=False)
@@ -349,7 +349,7 @@ def _record(group: Group, rounds: DataFrame, wanted: ComparisonMetric) -> dict[s
 
 
 def finals_of(group: Group, metric: str) -> Spread:
-    """Average what the runs came to; NaN where one diverged, since without it a method gains."""
+    """Average the final metric; NaN if a run diverged, since leaving it out favors its method."""
     return Spread.of(_by_seed(group, metric))
 
 
@@ -363,26 +363,26 @@ def _by_seed(group: Group, metric: str) -> Series:
     return Series(found, dtype=float)
 
 
-def _difference(group: Group, held: Group, metric: str) -> dict[str, object]:
-    """Give the mean difference of runs of the same seeds, and its standard error."""
-    found = paired(_by_seed(group, metric), _by_seed(held, metric))
+def _difference(group: Group, base: Group, metric: str) -> dict[str, object]:
+    """Compute the mean difference of runs of the same seeds, and its standard error."""
+    found = paired(_by_seed(group, metric), _by_seed(base, metric))
     return {"difference": found.mean, "difference_error": found.error}
 
 
 def settings_of(group: Group) -> dict[str, object]:
-    """Give what rows of a comparison are told apart by, besides the name; "-" where it has none."""
+    """Return the values of `SETTINGS` of a group as text; "-" if it has none."""
     each = {title: values(group.runs, key) for title, key in SETTINGS.items()}
     found: dict[str, object] = {
         title: "-" if texts == [ABSENT] else ", ".join(texts) for title, texts in each.items()
     }
-    if found["rank"] == "-":  # the config of an object of a program has no settings of it
+    if found["rank"] == "-":  # the config does not describe a method that a program passed
         ranks = {rank for run in group.runs for rank in _trained_ranks(run)}
         found["rank"] = " to ".join(map(str, sorted({min(ranks), max(ranks)}))) if ranks else "-"
     return found
 
 
 def _trained_ranks(run: RunFiles) -> list[int]:
-    """Give the ranks that a run says it began with; none where it is unfinished, or has none."""
+    """Return the trained ranks that a run recorded; empty if it is unfinished or has none."""
     found: Any = run.summary
     for key in ("begins", "trained", "ranks"):
         found = found.get(key) if isinstance(found, Mapping) else None
@@ -390,7 +390,7 @@ def _trained_ranks(run: RunFiles) -> list[int]:
 
 
 def _is_exact(run: RunFiles) -> bool:
-    """Check whether aggregates were means; False where the method is none of this version's."""
+    """Check whether the aggregation was exact; False if this version has no such method."""
     try:
         return is_exact(run.config)
     except FedRacLoraError:
@@ -400,14 +400,13 @@ def _is_exact(run: RunFiles) -> bool:
 def _shown(
     record: dict[str, object], runs: int, wanted: ComparisonMetric, measured: Collection[str]
 ) -> dict[str, str]:
-    """What the table shows of a record, by title.
+    """Return the cells of a record, by column title.
 
     Args:
-        record: Of `_record`.
-        runs: Of the group.
-        wanted: What is compared.
-        measured: Keys that some record has a number of; the others have no column, if they may
-            be absent.
+        record: From `_record`.
+        runs: Number of the group's runs.
+        wanted: Metric, target and budget.
+        measured: Keys for which some record has a number; optional columns need one.
     """
     text = partial(shown_number, record)
     mean, spread = text("metric_mean"), number(record, "metric_std")
@@ -421,8 +420,8 @@ def _shown(
         f"{record['metric']} (mean ± std)": mean,
     }
     if (target := wanted.target) is not None:
-        there = record["target_reached"]
-        missed = of_all(there, runs)
+        reached_runs = record["target_reached"]
+        missed = of_all(reached_runs, runs)
         keys = {
             "rounds": "rounds",
             "MB up": "uplink_mb",
@@ -431,7 +430,7 @@ def _shown(
         }
         for title, key in keys.items():
             if key in measured:
-                reached = text(f"target_{key}") + missed if there else "not reached"
+                reached = text(f"target_{key}") + missed if reached_runs else "not reached"
                 shown[f"{title} to {target:g}"] = reached
     shown |= {
         "seeds": text("seeds"),
@@ -460,7 +459,7 @@ def _shown(
 
 
 def shown_number(record: Mapping[str, object], key: str) -> str:
-    """Write a number of a record as a table shows it."""
+    """Format a number of a record for a table."""
     value = number(record, key)
     if not math.isfinite(value):
         return "-"
@@ -470,13 +469,13 @@ def shown_number(record: Mapping[str, object], key: str) -> str:
 def _against(
     record: dict[str, object], runs: int, wanted: ComparisonMetric, reference: str
 ) -> dict[str, str]:
-    """What the table shows of a record that is held against a reference, by title.
+    """Return the cells of a record that is compared with a reference, by column title.
 
     Args:
-        record: Of `_record`, with its settings and the difference to the reference.
-        runs: Of the group.
-        wanted: What is compared.
-        reference: Its label.
+        record: From `_record`, with its settings and the difference to the reference.
+        runs: Number of the group's runs.
+        wanted: Metric, target and budget.
+        reference: The label of the reference.
     """
     text = partial(shown_number, record)
 
@@ -486,7 +485,7 @@ def _against(
             return lost
         return f"{mean:{sign}.4f}" + (f" ± {around:.2g}" if math.isfinite(around) else "")
 
-    there = record.get("target_reached", 0)
+    reached_runs = record.get("target_reached", 0)
     own = record["label"] == reference
     shown = {
         "method": str(record["label"]),
@@ -499,8 +498,8 @@ def _against(
         "MB down": text("downlink_mb"),
     }
     if wanted.target is not None and math.isfinite(wanted.target):
-        missed = of_all(there, runs)
+        missed = of_all(reached_runs, runs)
         for title, key in {"rounds": "target_rounds", "MB": "target_traffic_mb"}.items():
-            reached = text(key) + missed if there else "not reached"
+            reached = text(key) + missed if reached_runs else "not reached"
             shown[f"{title} to {wanted.target:.4f}"] = reached
     return shown | {"seconds": text("round_seconds"), "seeds": text("seeds")}

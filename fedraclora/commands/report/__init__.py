@@ -1,5 +1,5 @@
-"""``fedraclora report``: what runs were and what came of them, in one HTML file."""
+"""``fedraclora report``: settings, results and figures of runs in one HTML file."""
 
 from fedraclora.imports import import_extra
 
-import_extra("plotly", "A report, or the page of fedraclora watch,")  # all modules here draw by it
+import_extra("plotly", "A report, or the page of fedraclora watch,")  # every module here needs it

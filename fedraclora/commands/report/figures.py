@@ -1,4 +1,4 @@
-"""Figures of a report: how they stand in the page, and how a metric is spread over clients."""
+"""Draw the figures of a report, among them a metric's distribution over clients."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from fedraclora.run.recorder import read_clients
 if TYPE_CHECKING:
     from pandas import DataFrame
 
-POINTS = 5000  # clients of a scatter; beyond, as many spread over the population
-PLOTLY = {"-": "solid", "--": "dash", ":": "dot", "-.": "dashdot"}  # its name of a dash
+POINTS = 5000  # most clients of a scatter plot; of more, evenly spaced ones are drawn
+PLOTLY = {"-": "solid", "--": "dash", ":": "dot", "-.": "dashdot"}  # Matplotlib's dash -> Plotly's
 OPTIONS = {"responsive": True, "displaylogo": False, "displayModeBar": False}
-QUARTERS = 4  # of clients, by how many samples they have
+QUARTERS = 4  # groups of clients, by number of samples
 
 
 def lines_of(labels: Iterable[str], methods: Sequence[str]) -> dict[str, dict[str, object]]:
-    """Give by label of a run how its curve is drawn: in the color of its method (`line_styles`)."""
+    """Return the line style of each run by its label, in the color of its method."""
     found = zip(labels, line_styles(methods), strict=True)
     return {k: {"color": look.color, "width": 2, "dash": PLOTLY[look.dash]} for k, look in found}
 
@@ -34,7 +34,7 @@ def lines_of(labels: Iterable[str], methods: Sequence[str]) -> dict[str, dict[st
 def with_layout(
     figure: go.Figure, x_name: str, y_name: str, *, legend: bool, log: bool = False
 ) -> go.Figure:
-    """Lay out a figure for a page, whose script sets its colours, light or dark."""
+    """Apply the layout of a page, whose script sets light or dark colors."""
     figure.update_layout(
         margin={"l": 56, "r": 12, "t": 8, "b": 44},
         height=300,
@@ -51,7 +51,7 @@ def with_layout(
 
 
 def as_html(figure: go.Figure) -> str:
-    """Write a figure as an element of a page that has the library."""
+    """Render a figure as an HTML element of a page that includes Plotly."""
     text: str = figure.to_html(full_html=False, include_plotlyjs=False, config=OPTIONS)
     return text
 
@@ -59,31 +59,32 @@ def as_html(figure: go.Figure) -> str:
 def spread_figures(
     runs: Mapping[str, tuple[Path, list[Row]]], lines: Mapping[str, dict[str, object]]
 ) -> dict[str, go.Figure]:
-    """Draw how a metric is spread over the clients that measured it on samples of their own.
+    """Draw the distribution of a metric that clients measured on their own samples.
 
     Args:
-        runs: Folder and rows of the ledger, by the label of the run.
-        lines: By the same label, of `lines_of`.
+        runs: Folder and ledger rows, by the label of the run.
+        lines: Line styles by the same label (`lines_of`).
 
     Returns:
-        Title -> a figure: by round; of each client in the last round, sorted, and against
-        the number of its samples. Of the latter nothing is known where clients sent sums alone.
+        Title -> a figure: percentiles by round; each client's value in the last round, sorted; and
+        each client's value by its number of samples. The last two are missing if clients sent only
+        sums.
     """
     names = [name for _, rows in runs.values() for row in rows for name in measured(row)]
     if not names:
         return {}
-    metric, several = names[0], len(runs) > 1
+    metric, many = names[0], len(runs) > 1
     by_round, places, sizes = go.Figure(), go.Figure(), go.Figure()
     for label, (folder, rows) in runs.items():
         color = str(lines[label]["color"])
-        name = f"{escape(label, quote=False)}, " if several else ""
+        name = f"{escape(label, quote=False)}, " if many else ""
         _add_band(by_round, rows, metric, name, color)
         if (frame := last_measured(folder, metric)) is not None:
             line = lines[label]
             own = np.sort(frame[metric].to_numpy(dtype=float))
             share = 100 * (np.arange(len(own)) + 0.5) / len(own)
-            said = f"{name}round {frame['round'].iloc[0]}"
-            places.add_scatter(x=share, y=own, name=said, mode="lines", line=line)
+            legend = f"{name}round {frame['round'].iloc[0]}"
+            places.add_scatter(x=share, y=own, name=legend, mode="lines", line=line)
             _add_sizes(sizes, frame, metric, name, color)
     drawn = {f"{metric} of the clients": (by_round, "round", False)}
     if places.data:
@@ -97,29 +98,31 @@ def spread_figures(
 
 
 def figures_of(folder: Path, rows: Sequence[Row]) -> dict[str, dict[str, float]]:
-    """Give the figures of a run over its clients where these measured last, by metric.
+    """Summarize each metric over the clients that measured it last.
 
-    The last ones say how much a metric has to do with the number of a client's samples: its mean
-    over each quarter of the clients, from those with the fewest, and Spearman's correlation. They
-    are missing where clients sent sums alone.
+    Besides the statistics of the ledger, this relates a metric to the number of a client's samples:
+    its mean over each quarter of the clients, from the smallest clients on, and Spearman's
+    correlation. These are missing if clients sent only sums.
     """
     last = next(filter(None, map(measured, reversed(rows))), {})
     found = {}
     for metric, figures in last.items():
-        told = {name: number(figures, name) for name in figures}
+        statistics = {name: number(figures, name) for name in figures}
         if (frame := last_measured(folder, metric)) is not None:
             means, correlation = by_size(frame, metric)
-            told |= {f"quarter {i}": mean[1] for i, mean in enumerate(means, 1)}
-            told["rank correlation with size"] = correlation
+            statistics |= {f"quarter {i}": mean[1] for i, mean in enumerate(means, 1)}
+            statistics["rank correlation with size"] = correlation
             values = frame.set_index("client")[metric]
             low = number(figures, "worst10") <= number(figures, "best10")
-            told["worst client (partition id)"] = int(values.idxmin() if low else values.idxmax())
-        found[metric] = told
+            statistics["worst client (partition id)"] = int(
+                values.idxmin() if low else values.idxmax()
+            )
+        found[metric] = statistics
     return found
 
 
 def by_size(frame: DataFrame, metric: str) -> tuple[list[Values], float]:
-    """Average samples and a metric over each quarter of clients, by size; and Spearman's rho."""
+    """Average size and metric over each quarter of the clients, by size; and Spearman's rho."""
     ordered = frame.sort_values("samples", kind="stable")[["samples", metric]]
     quarters: list[Values] = np.array_split(ordered.to_numpy(dtype=float), QUARTERS)
     differs = min(frame["samples"].nunique(), frame[metric].nunique()) > 1
@@ -128,14 +131,14 @@ def by_size(frame: DataFrame, metric: str) -> tuple[list[Values], float]:
 
 
 def measured(row: Row) -> dict[str, Mapping[str, object]]:
-    """Collect the figures of the metrics that clients measured in a row, the primary one first."""
+    """Collect a row's statistics of the metrics that clients measured, the primary one first."""
     clients = row.get("clients")
-    told = clients.items() if isinstance(clients, Mapping) else ()
-    return {str(n): each for n, each in told if isinstance(each, Mapping) and "median" in each}
+    items = clients.items() if isinstance(clients, Mapping) else ()
+    return {str(n): each for n, each in items if isinstance(each, Mapping) and "median" in each}
 
 
 def last_measured(folder: Path, metric: str) -> DataFrame | None:
-    """Read what each client measured last, before local training; None where nothing says it."""
+    """Read each client's last metrics before local training; None if there are none."""
     import pandas as pd
 
     frame = pd.DataFrame(read_clients(folder))
@@ -147,7 +150,7 @@ def last_measured(folder: Path, metric: str) -> DataFrame | None:
 
 
 def _add_band(figure: go.Figure, rows: list[Row], metric: str, name: str, color: str) -> None:
-    """Draw the tenth to the ninetieth percentile as a band, the median, and the worst tenth."""
+    """Draw the 10th to 90th percentile as a band, the median, and the worst tenth."""
     shown = [row for row in rows if math.isfinite(number(row, "clients", metric, "median"))]
     x = column(shown, "round").tolist()
     pale = f"rgba({','.join(str(int(color[i : i + 2], 16)) for i in (1, 3, 5))},0.22)"
@@ -165,16 +168,16 @@ def _add_band(figure: go.Figure, rows: list[Row], metric: str, name: str, color:
 
 
 def _add_sizes(figure: go.Figure, frame: DataFrame, metric: str, name: str, color: str) -> None:
-    """Draw each client by its number of samples, and the mean of each quarter of them."""
+    """Draw each client by its number of samples, and the mean of each quarter of the clients."""
     frame = frame.sort_values("samples", kind="stable")
-    some = np.unique(np.linspace(0, len(frame) - 1, min(len(frame), POINTS)).astype(int))
-    shown = frame.iloc[some]
+    drawn = np.unique(np.linspace(0, len(frame) - 1, min(len(frame), POINTS)).astype(int))
+    shown = frame.iloc[drawn]
     dots = {"color": color, "size": 6, "opacity": 0.55}
     words = [f"client {client}" for client in shown["client"]]
     figure.add_scatter(x=shown["samples"].tolist(), y=shown[metric].tolist(), mode="markers",
                        marker=dots, text=words, name=f"{name}a client")  # fmt: skip
     means, correlation = by_size(frame, metric)
-    told = f" (rank correlation {correlation:.2f})" if math.isfinite(correlation) else ""
-    said = f"{name}mean of a quarter{told}"
+    suffix = f" (rank correlation {correlation:.2f})" if math.isfinite(correlation) else ""
+    legend = f"{name}mean of a quarter{suffix}"
     figure.add_scatter(x=[m[0] for m in means], y=[m[1] for m in means], mode="lines+markers",
-                       line={"color": color}, name=said)  # fmt: skip
+                       line={"color": color}, name=legend)  # fmt: skip

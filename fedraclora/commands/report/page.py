@@ -1,4 +1,4 @@
-"""The page of a report, from the files of its runs."""
+"""Write the HTML page of a report from the files of its runs."""
 
 from __future__ import annotations
 
@@ -50,10 +50,10 @@ from fedraclora.terminal.opening import introduction
 from fedraclora.terminal.progress import size
 from fedraclora.weights.files import flatten, keep_private, make_folder
 
-ALONE = ("output.dir", "resume")  # keys in which runs of one table may differ unnoticed
+ALONE = ("output.dir", "resume")  # keys that a table of differences leaves out
 SHOWN_FAILURES = 50
 FILE = "report.html"
-DIGITS = 12  # of a digest in a table; the whole of it stands where it is checked
+DIGITS = 12  # hexadecimal digits of a checksum in a table
 Lines = Mapping[str, tuple[Sequence[float], Sequence[float]]]
 
 
@@ -62,8 +62,8 @@ class ReportedRun(RunFiles):
     """A run as a report shows it.
 
     Attributes:
-        stopped: Why it stopped before its end, in words; None if nothing says so.
-        running: Whether it is running now.
+        stopped: Why the run stopped early, as text, or None.
+        running: Whether the run is running now.
     """
 
     stopped: str | None = None
@@ -71,42 +71,42 @@ class ReportedRun(RunFiles):
 
     @property
     def state(self) -> str:
-        """Running, finished, how it stopped (interrupted, failed, diverged), or just stopped."""
+        """The state: running, finished, interrupted, failed, diverged or stopped."""
         if self.running:
             return "running"
         return "finished" if self.summary else stop_kind(self.folder) or "stopped"
 
     @cached_property
     def title(self) -> str:
-        """Method, data, step size and seed."""
+        """Method, data, learning rate and seed, as text."""
         return run_title(self.config)
 
     @property
     def measured(self) -> dict[str, object]:
-        """The metrics where they were last measured."""
+        """The last measured metrics."""
         return dict(self.evaluated[-1]["metrics"]) if self.evaluated else {}
 
     @property
     def headline(self) -> tuple[str, float] | None:
-        """The first metric, and its value where it was last measured; None where it has none."""
+        """The primary metric and its last value; None if nothing was measured."""
         name = headline(self.rows)
         return None if name is None else (name, self.final(name))
 
     @property
     def before(self) -> float:
-        """The headline metric before round 1; NaN where it was not measured there."""
+        """The primary metric before round 1; NaN if it was not measured."""
         first = self.rows[0]
         known = self.headline is not None and not first["round"]
         return number(first, "metrics", self.headline[0]) if known and self.headline else math.nan
 
     @property
     def deployed(self) -> bool:
-        """Whether clients were on nodes, so that the config alone runs nowhere."""
+        """Whether the clients ran on nodes, so that the config does not run on one machine."""
         return self._choice("engine") == "deploy"
 
     @property
     def elsewhere(self) -> bool:
-        """Whether the samples are with the nodes, and nowhere else."""
+        """Whether only the nodes have the samples."""
         data = section(self.config, "data")
         return self.deployed and data.get("name") == "own" and data.get("samples") is None
 
@@ -129,23 +129,23 @@ class ReportedRun(RunFiles):
 
     @cached_property
     def over_clients(self) -> dict[str, dict[str, float]]:
-        """The figures of each metric over the clients that measured it last."""
+        """Statistics of each metric over the clients that measured it last."""
         return figures_of(self.folder, self.rows)
 
     @property
     def generations(self) -> list[tuple[object, dict[str, object]]]:
-        """Round and texts of what a language model was asked and wrote."""
+        """Round and generated texts of a language model, by prompt."""
         lists = ((row["round"], row.get("generations")) for row in self.rows)
         return [(r, dict(g)) for r, texts in lists if isinstance(texts, list) for g in texts]
 
     @property
     def objects(self) -> list[str]:
-        """The groups of the config that stand for objects of a Python program."""
+        """The groups of the config that were objects of a Python program."""
         return [key for key in ("model", "data", "method") if self._choice(key) == NAME]
 
     @property
     def reached(self) -> str:
-        """How far it has come; of a run at its end the number of its rounds alone."""
+        """The number of rounds and, if the run did not finish, of how many."""
         if self.summary:
             return f"{self.last}"
         how = {"stopped": "not at its end"}.get(self.state, self.state)
@@ -153,7 +153,7 @@ class ReportedRun(RunFiles):
 
     @property
     def cards(self) -> dict[str, str]:
-        """What came of it, and what it cost."""
+        """The results and costs of the run, as text."""
         when = "final" if self.summary else "latest"
         return {
             **{f"{when} {key}": figure(value) for key, value in self.measured.items()},
@@ -165,7 +165,7 @@ class ReportedRun(RunFiles):
 
     @property
     def facts(self) -> dict[str, str]:
-        """What ran, in words."""
+        """The settings of the run, as text."""
         part = self.summary.get("task")
         task = part if isinstance(part, dict) else {}
         found, division = self.summary, task.get("partition")
@@ -197,7 +197,7 @@ class ReportedRun(RunFiles):
 
     @property
     def clients(self) -> str:
-        """How many there are, and how many take part; before the end the rows tell the latter."""
+        """The number of clients, and of those that take part in a round, as text."""
         every = (self.summary or self.config).get("clients")
         some = (self.summary or self.rows[-1]).get("cohort")
         part = "" if some is None else f"{some} take part in a round"
@@ -207,7 +207,7 @@ class ReportedRun(RunFiles):
 
     @property
     def unmeasured(self) -> str:
-        """Why there are no metrics, in words; empty where nothing says so."""
+        """Why there are no metrics, as text; empty if no reason is recorded."""
         begins = self.summary.get("begins")
         return introduction(begins)["metrics"] if isinstance(begins, dict) else ""
 
@@ -216,7 +216,7 @@ class ReportedRun(RunFiles):
 
     @property
     def yaml(self) -> str:
-        """The config as it is written; that of a deployed run for one machine, with its bits."""
+        """The config as YAML; of a deployed run one that gives the same weights on one machine."""
         config = as_read(self.config)
         if self.deployed:
             engine = section(config, "engine")
@@ -226,25 +226,25 @@ class ReportedRun(RunFiles):
 
 
 def read_shown(folder: Path) -> ReportedRun:
-    """Read a run folder.
+    """Read a run folder for a report.
 
     Raises:
-        CheckpointError: If there is no run, or a file of it is damaged.
+        CheckpointError: If the folder has no run, or a file is damaged.
     """
     if not (folder / "ledger.jsonl").is_file():
         raise CheckpointError(
             f"{folder} holds no run: give a folder with config.yaml and ledger.jsonl"
         )
-    running = is_running(folder)  # it may end meanwhile, and then has a summary
+    running = is_running(folder)  # read first: a run that ends meanwhile has a summary
     return ReportedRun(**vars(read_files(folder)), stopped=stop_reason(folder), running=running)
 
 
 def page_of(runs: Sequence[ReportedRun], title: str | None = None) -> str:
-    """Write the page.
+    """Render the page of one or more runs as HTML.
 
     Args:
-        runs: One or more.
-        title: Of the page; None: that of the run, or what the runs have in common.
+        runs: One or more runs.
+        title: Title of the page; None for that of the run, or the number of runs.
     """
     labels = labels_of(runs)
     curves, spread = figures_of_runs(runs)
@@ -265,7 +265,7 @@ def page_of(runs: Sequence[ReportedRun], title: str | None = None) -> str:
 def figures_of_runs(
     runs: Sequence[ReportedRun],
 ) -> tuple[dict[str, go.Figure], dict[str, go.Figure]]:
-    """Draw runs: their curves, and how their metric is spread over clients, each by title."""
+    """Draw the curves of runs, and their metric's distribution over clients, by title."""
     labels = labels_of(runs)
     lines, each = lines_of(labels, [run.method for run in runs]), [*zip(labels, runs, strict=True)]
     spread = spread_figures({label: (run.folder, run.rows) for label, run in each}, lines)
@@ -273,7 +273,7 @@ def figures_of_runs(
 
 
 def rendered(template: str, **values: object) -> str:
-    """Fill a template of ``fedraclora.commands``; values are escaped."""
+    """Render a template of ``fedraclora.commands``; values are escaped."""
     environment = Environment(
         loader=PackageLoader("fedraclora.commands", "."),
         autoescape=True,
@@ -286,19 +286,19 @@ def rendered(template: str, **values: object) -> str:
 
 
 def side_by_side(runs: Sequence[ReportedRun]) -> dict[str, list[str]]:
-    """Give the facts of all runs, those that some run has; one alone has its cards beside them."""
+    """Return the facts of all runs, row by row, with their results if there are several."""
     rows = by_key([(run.cards if len(runs) > 1 else {}) | run.facts for run in runs])
     return {key: values for key, values in rows.items() if any(values)}
 
 
 def by_key(each: Sequence[Mapping[str, str]]) -> dict[str, list[str]]:
-    """Give the value of each run for every key that some run has; empty where it has none."""
+    """List the values of all runs for each key that any run has; empty if a run has none."""
     keys = dict.fromkeys(key for found in each for key in found)
     return {key: [found.get(key, "") for found in each] for key in keys}
 
 
 def labels_of(runs: Sequence[ReportedRun]) -> list[str]:
-    """Name each run by the shortest of method, title and folder that tells all of them apart."""
+    """Label runs by the shortest of method, title and folder that is unique."""
     methods, titles = [method_label(run.config) for run in runs], [run.title for run in runs]
     folders = [str(run.folder) for run in runs]
     return next((x for x in (methods, titles) if len({*x}) == len(runs)), folders)
@@ -307,7 +307,7 @@ def labels_of(runs: Sequence[ReportedRun]) -> list[str]:
 def results(
     labels: Sequence[str], runs: Sequence[ReportedRun]
 ) -> list[tuple[str, ReportedRun, str, bool]]:
-    """Give label, run, headline metric and whether it is the best; one run alone is no best."""
+    """List label, run, primary metric and whether it is the best of several runs."""
     names = {run.headline[0] for run in runs if run.headline is not None}
     values = [math.nan if run.headline is None else run.headline[1] for run in runs]
     each = [*zip(labels, runs, values, strict=True)]
@@ -320,23 +320,23 @@ def results(
 
 
 def differences(runs: Sequence[ReportedRun]) -> dict[str, list[str]]:
-    """Give the settings in which runs differ: key -> the value of each run."""
+    """Return the settings in which runs differ: key -> the value of each run."""
     rows = by_key([{k: _word(v) for k, v in flatten(run.config).items()} for run in runs])
     return {key: row for key, row in rows.items() if len({*row}) > 1 and key not in ALONE}
 
 
 def _word(value: object) -> str:
-    """Write a value of a config as it is typed there."""
+    """Write a value of a config as in a command."""
     return value if isinstance(value, str) else json.dumps(value, default=str)
 
 
 def _share(error: float) -> str:
-    """Write a rounding error; empty where nothing was rounded."""
+    """Write a quantization error; empty if nothing was quantized."""
     return f"{error:.3g} of what was rounded" if math.isfinite(error) else ""
 
 
 def figure(value: object) -> str:
-    """Write a number as a table shows it.
+    """Format a number for a table.
 
     Example:
         >>> figure(0.123456), figure(12), figure(None)
@@ -353,11 +353,11 @@ def curves_of(
     """Draw the curves of some runs.
 
     Args:
-        runs: Rows of the ledger, by the label of the run.
-        styles: By the same label, how its curve is drawn (`lines_of`).
+        runs: Ledger rows, by the label of the run.
+        styles: Line styles by the same label (`lines_of`).
 
     Returns:
-        Title -> a figure with the curve; only what was recorded of at least one run.
+        Title -> a figure, for each quantity that at least one run recorded.
     """
     names = [name for rows in runs.values() if (name := headline(rows)) is not None]
     metric = names[0] if names else "metric"
@@ -397,17 +397,17 @@ def curves_of(
 
 
 def seconds(rows: Sequence[Row]) -> Values:
-    """Wall-clock seconds of each round, all phases together; NaN where none are told."""
+    """Return the wall-clock seconds of each round over all phases; NaN if not recorded."""
     return np.array([round_seconds(row) if "seconds" in row else np.nan for row in rows])
 
 
 def line_figure(
     lines: Lines, x_name: str, y_name: str, styles: Mapping[str, dict[str, object]]
 ) -> go.Figure:
-    """Draw lines."""
+    """Draw labelled lines in one figure."""
     figure = go.Figure()
     for label, (x, y) in lines.items():
-        # Plotly takes tags in a name for markup.
+        # Plotly interprets tags in a name as markup.
         figure.add_scatter(
             x=x,
             y=y,
@@ -419,7 +419,7 @@ def line_figure(
 
 
 def main(words: Sequence[str]) -> None:
-    """Write the report of the runs that are named."""
+    """Write the report of some runs."""
     parser = argparse.ArgumentParser(prog="fedraclora report", description="One HTML file of runs.")
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a run folder")
     parser.add_argument("--out", type=Path, help=f"default: {FILE} in the first run folder")

@@ -1,1 +1,1 @@
-"""Studies: rows of a table tuned alike, run over seeds, and ranked."""
+"""``fedraclora study``: tune the rows of a table equally, run them over seeds, and rank them."""

@@ -1,4 +1,4 @@
-"""What the runs of a study say of its rows: tuned values, and the final runs with all seeds."""
+"""Read a study's runs row by row: tuned values, and final runs over all seeds."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ from fedraclora.strategies.methods import METHODS
 if TYPE_CHECKING:
     from pandas import DataFrame, Series
 
-Line = dict[str, Any]  # of runs.jsonl
-Done = Mapping[str, Line]  # by key
+Line = dict[str, Any]  # a line of runs.jsonl
+Done = Mapping[str, Line]  # the lines of finished runs, by key
 
 
 def read_lines(path: Path) -> dict[str, Line]:
-    """Read what has run, by key, also from a packed file; a torn last line is left out."""
+    """Read the lines of finished runs by key, also from a packed file; skip a truncated line."""
     done: dict[str, Line] = {}
     if packed.exists(path):
         for text in packed.read_text(path).splitlines():
@@ -50,19 +50,19 @@ def read_lines(path: Path) -> dict[str, Line]:
 
 
 def read_results(folder: Path) -> tuple[Study, dict[str, Line]]:
-    """Read the study of a folder, and what has run, by key.
+    """Read the study of a folder, and the lines of its finished runs, by key.
 
     Raises:
-        ConfigError: If the folder has no study, or none that can be read.
+        ConfigError: If the folder has no valid study.
     """
     return Study.read(folder / "study.yaml"), read_lines(folder / "runs.jsonl")
 
 
 def score(line: Mapping[str, Any], metric: str) -> float:
-    """Final metric of a run, or that of its clients' own models; minus infinity if it diverged.
+    """Return a run's final metric, or that of its clients' own models; -inf if it diverged.
 
     Raises:
-        ConfigError: If the run was not measured by it.
+        ConfigError: If the run did not measure the metric.
     """
     metrics = line["metrics"]
     if not metrics:
@@ -76,35 +76,35 @@ def score(line: Mapping[str, Any], metric: str) -> float:
 
 
 def mean_score(study: Study, row: str, value: float, done: Done) -> float:
-    """How good one grid value is on the validation split; 0 where nothing is tuned.
+    """Score a grid value on the validation split; 0 if the study tunes nothing.
 
-    That is the mean over the tuning seeds of what the study chooses by, negative for a loss.
+    The score is the mean of ``Study.chosen_by`` over the tuning seeds, negated for a loss.
     """
     lines = [done[job.key] for job in study.jobs("tune", row, [value])]
     lower = [name for line in lines for name in lower_of(line.get("task"))]
     sign = 1 if higher_is_better(study.chosen_by, lower) else -1
     found = [score(line, study.chosen_by) for line in lines]
-    # A diverged run ranks last by every metric.
+    # A diverged run ranks last, also for losses.
     scores = [sign * s if math.isfinite(s) else -math.inf for s in found]
     return Spread.of(scores).mean if scores else 0.0
 
 
 def best_value(study: Study, row: str, values: list[float], done: Done) -> float:
-    """Choose the value that is best on the validation split (the smaller one in a tie)."""
+    """Choose the value with the best score on the validation split (the smallest in a tie)."""
     return max(values, key=lambda v: (mean_score(study, row, v, done), -v))
 
 
 def tried_values(study: Study, row: str, done: Done) -> list[float]:
-    """List the values of the coarse grid, and those around the best of them."""
+    """List the values of the coarse grid, and the refined ones around the best of them."""
     coarse = study.values(row)
     return [*coarse, *study.refined(best_value(study, row, coarse, done))]
 
 
 def tuned_value(study: Study, row: str, done: Done) -> float:
-    """Return the value that the coarse grid and its refinement chose.
+    """Return the best value of the coarse grid and its refinement.
 
-    A value at which a final run diverged is passed over for the next best one: validation seeds
-    cannot see every instability, and a mean with a diverged run in it says nothing.
+    If a final run diverged at a value, the next best one is chosen: the tuning seeds do not show
+    every instability, and a mean over diverged runs is meaningless.
     """
     tried = tried_values(study, row, done)
     stable = [v for v in tried if not diverged(study, row, v, done)]
@@ -112,14 +112,14 @@ def tuned_value(study: Study, row: str, done: Done) -> float:
 
 
 def tuned_by(study: Study, folder: Path) -> Study:
-    """Take the tuned values of another study of the same rows.
+    """Fix the values that another study has tuned for the same rows.
 
     Args:
         study: The study to run.
-        folder: The results of the study that was tuned.
+        folder: The results of the other study.
 
     Raises:
-        ConfigError: If it has not tuned a row, or not on a validation split.
+        ConfigError: If the other study has not tuned every row on a validation split.
     """
     other, done = read_results(folder)
     missing = [r for r in study.rows if r not in other.rows or not is_tuned(other, r, done)]
@@ -133,15 +133,15 @@ def tuned_by(study: Study, folder: Path) -> Study:
 
 
 def diverged(study: Study, row: str, value: float, done: Done) -> bool:
-    """Check whether a final run of this value diverged."""
+    """Check whether a final run with this value diverged."""
     return any("diverged" in done.get(j.key, {}) for j in study.jobs("final", row, [value]))
 
 
 def shown_value(study: Study, row: str, value: float, done: Done) -> str:
-    """Write a tuned value, marked where tuning could not tell that it is the best.
+    """Write a tuned value, marked if it may not be the best.
 
-    Where the grid ends there, a better one may lie beyond it; where others are as good (all are
-    where nothing was learnt), it was taken for being the smallest.
+    At an edge of the grid, a better value may lie outside. In a tie the smallest value is chosen;
+    if nothing was learned, all values tie.
     """
     if study.tune is None:
         return f"{value:g}"
@@ -154,7 +154,7 @@ def shown_value(study: Study, row: str, value: float, done: Done) -> str:
 
 
 def is_tuned(study: Study, row: str, done: Done) -> bool:
-    """Check whether all tuning runs of a row are there."""
+    """Check whether all tuning runs of a row have finished."""
 
     def ran(values: list[float]) -> bool:
         return all(job.key in done for job in study.jobs("tune", row, values))
@@ -163,33 +163,33 @@ def is_tuned(study: Study, row: str, done: Done) -> bool:
 
 
 def dropped(study: Study, done: Done) -> list[str]:
-    """List the rows that get no final runs: others of their method beat them in the tuning runs.
+    """List the rows that get no final runs, since rows of the same method dominate them.
 
-    Beaten is a row outside of the first ``final.ranks`` Pareto ranks, by the bytes both ways and
-    what the study chooses by, at the tuned value. The reference is never dropped.
+    These are the rows beyond the first ``final.ranks`` Pareto ranks by traffic and
+    ``Study.chosen_by`` at the tuned value. The reference is always kept.
     """
-    kept = study.final.get("ranks")
-    if kept is None or study.tune is None:
+    most = study.final.get("ranks")
+    if most is None or study.tune is None:
         return []
     rows = [row for row in study.rows if is_tuned(study, row, done)]
     groups: dict[str, dict[str, tuple[float, float]]] = {}
     for row in rows:
         value = tuned_value(study, row, done)
         lines = [done[job.key] for job in study.jobs("tune", row, [value])]
-        good = mean_score(study, row, value, done)
-        if math.isfinite(good):
-            sent = Spread.of(map(traffic, lines))
-            groups.setdefault(row_method(study, row), {})[row] = good, -sent.mean
+        score_of_row = mean_score(study, row, value, done)
+        if math.isfinite(score_of_row):
+            traffic_of_row = Spread.of(map(traffic, lines))
+            groups.setdefault(row_method(study, row), {})[row] = score_of_row, -traffic_of_row.mean
     return [
         row
         for found in groups.values()
         for row, rank in zip(found, ranks([*found.values()]), strict=True)
-        if rank >= kept and row != study.reference
+        if rank >= most and row != study.reference
     ]
 
 
 def final_lines(study: Study, row: str, done: Done) -> list[Line]:
-    """Read the final runs of a row at its tuned value; none where some have not run yet."""
+    """Return the final runs of a row at its tuned value; empty until all have finished."""
     if not is_tuned(study, row, done):
         return []
     jobs = study.jobs("final", row, [tuned_value(study, row, done)])
@@ -197,33 +197,33 @@ def final_lines(study: Study, row: str, done: Done) -> list[Line]:
     return lines if len(lines) == len(jobs) and "uplink_floats" in lines[0] else []
 
 
-UNTRAINED = "before its first evaluation"  # in the place of a figure that only training gives
-DEVIATION = "± deviation"  # behind the title of a column: standard deviation over seeds
+UNTRAINED = "before its first evaluation"  # the cell of a run with no evaluation in the budget
+DEVIATION = "± deviation"  # suffix of a column's title: standard deviation over seeds
 
 
 def docstring(kind: type[Method]) -> str:
-    """Return the docstring of a method's module, where its formulas and its sources stand."""
+    """Return the docstring of a method's module, with its formulas and sources."""
     return sys.modules[kind.__module__].__doc__ or ""
 
 
 def is_unverified(kind: type[Method]) -> bool:
-    """Check whether a method's docstring names what was not verified."""
+    """Check whether a method's docstring has a list of unverified details."""
     return "- Unverified:" in docstring(kind)
 
 
 def of_all(there: object, all_: object, what: str = "runs") -> str:
-    """Say how many of all have a figure, where not all have."""
+    """Write how many of all runs have a value, unless all have."""
     return "" if there == all_ else f" ({there} of {all_} {what})"
 
 
 def is_exact(config: Plain) -> bool:
-    """Check that a run's method is exact, and that nothing else stands before the new weights.
+    """Check whether the new weights of a run's rounds are exactly the clients' weighted mean.
 
     Args:
-        config: Of the run; what it lacks beside the method is plain.
+        config: The run's config. Missing keys have their defaults, which are exact.
 
     Raises:
-        ConfigError: If the method is none of this version's.
+        ConfigError: If this version has no such method.
     """
     method: Method = bind("method", METHODS, section(config, "method"))()
     plain = {"aggregator": "mean", "server_optimizer": "none", "privacy": "none"}
@@ -232,15 +232,15 @@ def is_exact(config: Plain) -> bool:
     return method.traits.exact and named.items() <= plain.items()
 
 
-ROUND_OFF = 1e-12  # relative, of float64: the error of one client that is averaged with no other
+ROUND_OFF = 1e-12  # relative round-off of float64, such as the mean of one client's weights has
 
 
 def shown_error(exact: bool, measured: float) -> str:
-    """Say how far aggregates were from the mean of the clients' weights, relative to their change.
+    """Format the aggregation error: the distance to the clients' mean, relative to its change.
 
     Args:
-        exact: The method's trait, to which the contract suite holds it.
-        measured: The error; NaN where the run did not measure it.
+        exact: Whether the aggregation is exact, as the contract tests verify.
+        measured: The measured error; NaN if the run did not measure it.
     """
     if exact:
         return "exact"
@@ -255,8 +255,8 @@ class RowResult:
 
     Attributes:
         study: The study.
-        row: Its name.
-        lines: Of its final runs, one per seed.
+        row: The row's name.
+        lines: Lines of the final runs, one per seed.
         value: The tuned value.
     """
 
@@ -267,18 +267,18 @@ class RowResult:
 
     @property
     def title(self) -> str:
-        """The row, which says so where the metric is that of clients' own models."""
+        """The row's name, marked if its metric is that of clients' own models."""
         return f"{self.row} (clients' own models)" if self.personal else self.row
 
     @cached_property
     def rounds(self) -> DataFrame:
-        """The rounds at which the metric was measured, by seed (`statistics.rounds_of`)."""
+        """The rounds with a metric, by seed (`statistics.rounds_of`)."""
         curves = {int(line["seed"]): line.get("curve", ()) for line in self.lines}
         return measured(rounds_of(curves, metric_names(self.study.metric)))
 
     @cached_property
     def scores(self) -> Series:
-        """The metric at the end, by seed."""
+        """The final metric, by seed."""
         from pandas import Series
 
         found = {int(line["seed"]): score(line, self.study.metric) for line in self.lines}
@@ -286,22 +286,22 @@ class RowResult:
 
     @cached_property
     def spread(self) -> Spread:
-        """Its mean and deviation over the seeds; a mean of minus infinity if one diverged."""
+        """Mean and deviation of the final metric over seeds; the mean is -inf if a run diverged."""
         return Spread.of(self.scores)
 
     def scores_after(self, round_: int) -> Series:
-        """Give the metric after a round, by seed."""
+        """Return the metric after a round, by seed."""
         return self.rounds[self.rounds["round"] == round_].set_index("run")["value"]
 
     @property
     def personal(self) -> bool:
-        """Return whether the clients have models of their own, which were measured."""
+        """Whether the clients have personal models, whose metric is used."""
         metrics = self.lines[0]["metrics"]
         return bool(metrics) and self.study.metric not in metrics
 
     @cached_property
     def method(self) -> Method:
-        """The method, as the runs had it."""
+        """The method, as configured in the runs."""
         return bind("method", METHODS, self.lines[0]["config"]["method"])()
 
     @property
@@ -311,21 +311,21 @@ class RowResult:
 
     @cached_property
     def exact(self) -> bool:
-        """Return whether the new weights are the mean of the clients'; see `is_exact`."""
+        """Whether the aggregation is exact (`is_exact`)."""
         return is_exact(self.lines[0]["config"])
 
     @property
     def aggregation_error(self) -> str:
-        """The error of aggregation over rounds and seeds, in words where it is none or unknown."""
+        """The mean aggregation error as text; "exact" or "not measured" without one."""
         return shown_error(self.exact, self.average("aggregation_error"))
 
     def average(self, key: str) -> float:
-        """Mean of a number of the lines over the seeds that have it; NaN if none has."""
+        """Average a number of the lines over the seeds that have it; NaN if none has."""
         return Spread.of_known(number(line, key) for line in self.lines).mean
 
 
 def finals(study: Study, done: Done) -> list[RowResult]:
-    """List the rows whose final runs are all there, in the study's order."""
+    """List the rows whose final runs have all finished, in the study's order."""
     return [
         RowResult(study, row, lines, tuned_value(study, row, done))
         for row in study.rows
@@ -334,7 +334,7 @@ def finals(study: Study, done: Done) -> list[RowResult]:
 
 
 def entries(study: Study, done: Done) -> list[RowResult]:
-    """List the rows whose final runs are all there and did not diverge, the best first."""
+    """List the rows whose final runs have all finished without divergence, the best first."""
     stable = [entry for entry in finals(study, done) if math.isfinite(entry.spread.mean)]
     return sorted(stable, key=lambda entry: (entry.personal, -entry.spread.mean))
 
@@ -342,17 +342,17 @@ def entries(study: Study, done: Done) -> list[RowResult]:
 def study_notes(
     study: Study, shown: Sequence[RowResult], done: Done, failed: Mapping[str, str]
 ) -> list[str]:
-    """Say which rows of a study a table does not have, and what its runs took.
+    """Write notes about the rows that a table lacks, and about the cost of the study.
 
     Args:
         study: The study.
         shown: The rows of the table.
-        done: Lines of its runs, by key.
-        failed: Why rows failed just now, by row.
+        done: Lines of finished runs, by key.
+        failed: Reasons of rows that just failed, by row.
     """
-    there = {entry.row for entry in shown}
-    beaten = [row for row in dropped(study, done) if row not in there]
-    missing = [row for row in study.rows if row not in {*there, *failed, *beaten}]
+    shown_rows = {entry.row for entry in shown}
+    beaten = [row for row in dropped(study, done) if row not in shown_rows]
+    missing = [row for row in study.rows if row not in {*shown_rows, *failed, *beaten}]
     notes = [f"Failed: {why}." for why in failed.values()]
     if beaten:
         notes.append(
@@ -365,11 +365,11 @@ def study_notes(
 
 
 def cost(done: Done) -> str:
-    """Sum the processor time of a study's runs, tuning included, where lines say it."""
+    """Sum the recorded processor time of a study's runs, tuning included, as text."""
     known = [line["cpu_seconds"] for line in done.values() if "cpu_seconds" in line]
     if not known:
         return ""
     rest = f"; {len(done) - len(known)} more did not count it" if len(known) < len(done) else ""
     spent = sum(known)
-    took = f"{spent / 3600:.2f} core-hours" if spent >= 360 else f"{spent:.0f} seconds of a core"
-    return f"{len(known)} runs, tuning included, took {took}{rest}."
+    amount = f"{spent / 3600:.2f} core-hours" if spent >= 360 else f"{spent:.0f} seconds of a core"
+    return f"{len(known)} runs, tuning included, took {amount}{rest}."

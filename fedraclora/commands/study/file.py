@@ -1,7 +1,7 @@
-"""A study as its YAML file says: a preset, rows to compare, a grid to tune on, seeds.
+"""Read and check the YAML file of a study: a preset, rows to compare, a tuning grid, seeds.
 
-Optuna tunes in `fedraclora.tuning`. A study has a fixed grid and its own lines instead: every row
-gets the same values, and a kept file gives its table without a database.
+`fedraclora.tuning` searches with Optuna. A study has a fixed grid instead, so that every row is
+tuned on the same values, and its results are a text file rather than a database.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from fedraclora.weights.files import flatten
 KEYS = {"experiment", "metric", "grid", "final", "rows"}
 OPTIONAL = {"tune", "reference", "overrides", "reported"}
 OPTIONAL |= {"target", "varied", "budget", "fixed", "more", "only"}
-SECTIONS = {  # by name: the keys that each must have, and those that it may have
+SECTIONS = {  # name -> required and optional keys
     "grid": ({"key", "values"}, {"refine", "scale"}),
     "tune": ({"seeds"}, {"overrides", "by"}),
     "final": ({"seeds"}, {"overrides", "more", "ranks"}),
@@ -46,34 +46,34 @@ class Job:
 
     @property
     def key(self) -> str:
-        """Names the run in runs.jsonl."""
+        """The identifier of the run in runs.jsonl."""
         return f"{self.phase}|{self.row}|{self.value}|{self.seed}"
 
 
 @dataclass(frozen=True)
 class Study:
-    """A study as its YAML file says.
+    """The contents of a study's YAML file.
 
     Attributes:
-        experiment: Preset that all runs start from.
-        metric: What is tuned and reported.
-        grid: The tuned key and its values; ``refine``, multiples of the best; ``scale``, by row.
+        experiment: Preset of all runs.
+        metric: The metric that is tuned and reported.
+        grid: The tuned key and its values; ``refine``, factors of the best value to try next;
+            ``scale``, a factor of all values, by row.
         final: Seeds and overrides of the final runs; ``more``, further seeds of some rows;
-            ``ranks``, how many Pareto ranks of each method's rows, by bytes and metric where they
-            were tuned, get final runs (None: all do).
-        rows: What is compared: overrides, by name.
-        text: The file.
-        tune: Seeds and overrides of the tuning runs, and ``by``, what values are chosen by, for
-            one ``loss``, where it is not the metric; None: the grid has one value, that of all.
-        reference: The row whose final metric and uplink the others are held against.
-        overrides: Of all runs.
-        reported: The metric that a paper reports for a row, to be shown beside ours.
-        target: A value of the metric; a leaderboard says what it takes to reach it.
-        budget: The row at whose uplink and traffic others are compared; None: at those of the row
-            that used least.
-        varied: Config keys that rows differ in although all rows of a comparison share them
-            (`fedraclora.commands.study.file`).
-        fixed: Values that another study has tuned, by row, in place of the grid's.
+            ``ranks``, the number of Pareto ranks of each method's rows, by traffic and tuning
+            metric, that get final runs (None: all).
+        rows: The overrides of each row, by name.
+        text: The text of the file.
+        tune: Seeds and overrides of the tuning runs, and ``by``, the metric to tune by, such as
+            ``loss``, if it is not ``metric``; None if the grid has one value for all rows.
+        reference: The row to compare the others with, by final metric and traffic.
+        overrides: Overrides of all runs.
+        reported: Metrics that a paper reports, by row, to be shown next to ours.
+        target: A value of the metric; a leaderboard shows the rounds and bytes to reach it.
+        budget: The row whose uplink and traffic are the budgets of comparisons at equal bytes;
+            None for the cheapest row.
+        varied: Keys of `SHARED` that rows may differ in, since the study is about them.
+        fixed: Tuned values of another study, by row, in place of the grid's.
     """
 
     experiment: str | None
@@ -99,17 +99,17 @@ class Study:
         metric: str | None = None,
         tuning: Sequence[str] = (),
     ) -> Study:
-        """Read a study; what is given beside its file becomes part of `text`.
+        """Read a study, and apply changes, which become part of `text`.
 
         Args:
             path: The YAML file.
-            overrides: Of all runs, after the file's own.
-            metric: In place of the file's own.
-            tuning: Overrides of the tuning runs, after the file's own.
+            overrides: Further overrides of all runs.
+            metric: A metric in place of the file's.
+            tuning: Further overrides of the tuning runs.
 
         Raises:
-            ConfigError: If it is no YAML mapping, or keys are missing or unknown; or there are
-                overrides of tuning runs, and it tunes nothing.
+            ConfigError: If the file is not a YAML mapping, or keys are missing or unknown; or if
+                there are overrides of tuning runs in a study without tuning.
         """
         if not path.is_file():
             raise ConfigError(f"there is no study {path}: see experiments/studies")
@@ -125,24 +125,23 @@ class Study:
         return study if metric is None else study.changed(metric=metric)
 
     def changed(self, **keys: object) -> Study:
-        """Replace keys of the study's file in a copy; they become part of `text`.
+        """Return a copy with other values of some keys, which become part of `text`.
 
-        Beside those of a file there are ``more``, rows to add, and ``only``, names of the rows to
-        keep.
+        Two keys are not in files: ``more`` adds rows, and ``only`` names the rows to keep.
 
         Raises:
-            ConfigError: If that is no study.
+            ConfigError: If the result is not a valid study.
         """
         return self.parse(self.text, Path("the study"), keys)
 
     @classmethod
     def parse(cls, text: str, path: Path, more: Mapping[str, object]) -> Study:
-        """Read the text of a study, and keys that replace its own; see `read`.
+        """Parse the text of a study, and replace the values of some keys.
 
         Args:
             text: YAML.
-            path: Where it is from, for errors.
-            more: By key.
+            path: The file, for error messages.
+            more: New values, by key.
 
         Raises:
             ConfigError: See `read`.
@@ -169,11 +168,11 @@ class Study:
 
     @property
     def chosen_by(self) -> str:
-        """What the tuned value is best in, on the validation split."""
+        """The metric by which values are tuned on the validation split."""
         return self.metric if self.tune is None else str(self.tune.get("by", self.metric))
 
     def jobs(self, phase: str, row: str, values: Sequence[float]) -> list[Job]:
-        """List the runs of one row in one phase."""
+        """List the runs of a row in a phase."""
         section = self.tune if phase == "tune" else self.final
         if section is None:
             return []
@@ -189,20 +188,20 @@ class Study:
         ]
 
     def values(self, row: str) -> list[float]:
-        """Compute the coarse grid of a row: the values of the grid, times the row's own scale."""
+        """Compute the coarse grid of a row: the grid's values times the row's scale."""
         if row in self.fixed:
             return [self.fixed[row]]
         factor = float(self.grid.get("scale", {}).get(row, 1))
         return [round(factor * float(str(v)), 9) for v in _list(self.grid["values"])]
 
     def refined(self, best: float) -> list[float]:
-        """The values around the best of the coarse grid that are tried next."""
+        """Return the values to try around the best one of the coarse grid."""
         factors = [] if self.fixed else _list(self.grid.get("refine", []))
         return [round(best * float(str(f)), 9) for f in factors]
 
 
 def _sections(path: Path, loaded: dict[str, Any]) -> None:
-    """Check the form of a study's sections; overrides that it leaves out are none."""
+    """Check the sections of a study's file, and add missing overrides as empty lists."""
     for name, (needed, more) in SECTIONS.items():
         if loaded.get(name) is None and name == "tune":
             continue
@@ -237,7 +236,7 @@ def _sections(path: Path, loaded: dict[str, Any]) -> None:
 
 
 def refuse_lower(where: object, metric: str, lower: Collection[str]) -> None:
-    """Reject a study by a metric of which less is better (`fedraclora.evaluation.metrics`)."""
+    """Check that higher values of a study's metric are better."""
     if not higher_is_better(metric, lower):
         raise ConfigError(
             f"{where} has the metric {metric}, of which less is better, but studies choose the "
@@ -246,11 +245,11 @@ def refuse_lower(where: object, metric: str, lower: Collection[str]) -> None:
 
 
 def _check(path: Path, loaded: Mapping[str, Any]) -> None:
-    """Check the keys and values of a study's file."""
+    """Check the row names, seeds and values in a study's file."""
     refuse_lower(path, str(loaded["metric"]), ())
-    named = {"grid.scale": loaded["grid"].get("scale"), "reported": loaded.get("reported")}
-    named |= {"final.more": loaded["final"].get("more"), "fixed": loaded["fixed"]}
-    for key, group in named.items():
+    by_row = {"grid.scale": loaded["grid"].get("scale"), "reported": loaded.get("reported")}
+    by_row |= {"final.more": loaded["final"].get("more"), "fixed": loaded["fixed"]}
+    for key, group in by_row.items():
         for row in group or ():
             if row not in loaded["rows"]:
                 raise unknown(f"row of {key}", row, loaded["rows"])
@@ -263,16 +262,16 @@ def _check(path: Path, loaded: Mapping[str, Any]) -> None:
     for key in ("reference", "budget"):
         if loaded.get(key) not in {None, *loaded["rows"]}:
             raise unknown(f"row as {key}", loaded[key], loaded["rows"])
-    untold = [row for row in loaded["rows"] if row not in loaded["fixed"]]
-    if untold and loaded.get("tune") is None and len(loaded["grid"]["values"]) != 1:
+    without_value = [row for row in loaded["rows"] if row not in loaded["fixed"]]
+    if without_value and loaded.get("tune") is None and len(loaded["grid"]["values"]) != 1:
         raise ConfigError(
             f"{path} has no tune, but grid.values is {loaded['grid']['values']}. Give one value "
-            f"for all rows, name that of {untold[0]} under fixed, or add tune."
+            f"for all rows, name that of {without_value[0]} under fixed, or add tune."
         )
 
 
 def _keep(loaded: dict[str, Any], only: Sequence[str] | None) -> None:
-    """Drop the rows that are not asked for, and what else names one of them."""
+    """Remove the rows that ``only`` does not name, and references to them."""
     if only is None:
         return
     for row in only:
@@ -291,7 +290,7 @@ def _list(value: object, where: str = "a key of a study") -> list[object]:
 
 
 def _numbers(value: object, where: str, kind: Callable[[str], float]) -> None:
-    """Check that all of a list are numbers; YAML reads 1e-3 as text, which is taken for one."""
+    """Check that all elements are finite numbers (YAML reads 1e-3 as text, which is accepted)."""
     wanted = "whole numbers" if kind is int else "numbers"
     try:
         right = all(math.isfinite(kind(str(number))) for number in _list(value, where))
@@ -307,13 +306,13 @@ SHARED: list[str] = yaml.safe_load(
 
 
 def check_same(study: Study) -> None:
-    """Compose a final run of every row, and refuse rows that would not be compared alike.
+    """Compose a final run of every row, and check that the conditions of all rows are equal.
 
     Args:
-        study: Its ``varied`` names keys that may differ, since the study is about them.
+        study: A study; keys of its ``varied`` may differ.
 
     Raises:
-        ConfigError: A row does not compose, or differs from the first one in a key of `SHARED`.
+        ConfigError: If a row is invalid, or differs from the first one in a key of `SHARED`.
     """
     shared = tuple(f"{key}." for key in SHARED)
     free = tuple(f"{key}." for key in study.varied)
@@ -332,24 +331,24 @@ def check_same(study: Study) -> None:
         }
         first = first or (row, found)
         for key in sorted({*first[1], *found}):
-            mine, other = found.get(key), first[1].get(key)
-            if mine != other:
+            actual, expected = found.get(key), first[1].get(key)
+            if actual != expected:
                 raise ConfigError(
-                    f"row {row!r} has {key}={mine}, row {first[0]!r} has {key}={other}; all rows "
-                    f"of a comparison share it: move it to overrides, or name it under varied"
+                    f"row {row!r} has {key}={actual}, row {first[0]!r} has {key}={expected}; all "
+                    f"rows of a comparison share it: move it to overrides, or name it under varied"
                 )
 
 
 def check_split(study: Study, phase: str, config: RunConfig) -> None:
-    """Check that a row is tuned on the validation split, and not measured on it at the end.
+    """Check that a row is tuned on the validation split, and that its final runs are not.
 
     Args:
         study: The study.
-        phase: tune or final.
-        config: Of a run of the row in this phase.
+        phase: ``tune`` or ``final``.
+        config: The config of one of the row's runs in this phase.
 
     Raises:
-        ConfigError: If it is not so.
+        ConfigError: If the run evaluates the wrong split.
     """
     if study.tune is None:
         return
@@ -367,13 +366,13 @@ def check_split(study: Study, phase: str, config: RunConfig) -> None:
 
 
 def row_config(study: Study, row: str, phase: str) -> RunConfig | None:
-    """Compose the first run of a row in a phase; None where it has none."""
+    """Compose the first run of a row in a phase; None if it has none."""
     jobs = study.jobs(phase, row, study.values(row)[:1])
     return composed_run(jobs[0]) if jobs else None
 
 
 def row_method(study: Study, row: str) -> str:
-    """Return the name of a row's method: that of its overrides, or else of its preset."""
+    """Return the name of a row's method, from its overrides or its preset."""
     preset = [f"experiment={study.experiment}"] if study.experiment else []
     words = [*preset, *study.overrides, *study.rows[row]]
     named = [word for word in words if word.startswith("method=")]

@@ -1,7 +1,7 @@
-"""The leaderboard of a study: what each method reaches, what it costs, and how far to trust it.
+"""Make the leaderboard of a study: metric, cost and reliability of each method.
 
-From the lines of ``runs.jsonl`` alone. Methods with models of the clients' own stand last, since
-their metric is another one: each model is measured under its client's own mix of classes.
+It is computed from the lines of ``runs.jsonl`` only. Methods with personal models come last, since
+their metric is a different one: each model is measured on its own client's class distribution.
 """
 
 from __future__ import annotations
@@ -47,17 +47,17 @@ NOTES = {
 def leaderboard(
     study: Study, done: Done, failed: Mapping[str, str] | None = None
 ) -> TextTable | None:
-    """Make the table; None as long as no row has run to its end.
+    """Make the table of a leaderboard; None until a row has finished.
 
-    Its columns are the metric with its spread over the seeds, rounds and bytes until the study's
-    ``target`` is reached, bytes in all, the error of aggregation (of methods that are not exact:
-    the mean over the rounds), processor seconds of the server a round, tensors that live while one
-    client trains, and the tuned value.
+    Its columns are the metric with its deviation over seeds, rounds and bytes to the study's
+    ``target``, total bytes, aggregation error (mean over rounds, for methods that are not exact),
+    the server's processor seconds per round, memory of the tensors while one client trains, and the
+    tuned value.
 
     Args:
         study: The study.
-        done: Lines of its runs, by key.
-        failed: Why rows failed just now, by row.
+        done: Lines of finished runs, by key.
+        failed: Reasons of rows that just failed, by row.
     """
     ranked = entries(study, done)
     if not ranked:
@@ -67,17 +67,17 @@ def leaderboard(
     notes = [f"{sign} {text}" for sign, text in NOTES.items() if sign in marked]
     notes += study_notes(study, ranked, done, failed or {})
     key = str(study.grid["key"])
-    shown = [
+    cells = [
         _shown(study, record) | {key: shown_value(study, entry.row, entry.value, done)}
         for entry, record in zip(ranked, records, strict=True)
     ]
-    return replace(TextTable.of(shown, notes), records=records)
+    return replace(TextTable.of(cells, notes), records=records)
 
 
 def write_leaderboard(
     study: Study, done: Done, out: Path, failed: Mapping[str, str]
 ) -> TextTable | None:
-    """Write leaderboard.md, leaderboard.csv and leaderboard.png; give the table."""
+    """Write leaderboard.md, leaderboard.csv and leaderboard.png; return the table."""
     made = leaderboard(study, done, failed)
     if made is None:
         return None
@@ -98,7 +98,7 @@ def write_leaderboard(
 
 
 def _record(entry: RowResult) -> Row:
-    """The numbers of an entry; NaN where something is not known or was not reached."""
+    """Compute the numbers of a row; NaN for unknown numbers and a target that was not reached."""
     study = entry.study
     target = math.inf if study.target is None else study.target
     reached = first_reaching(entry.rounds, target)
@@ -128,9 +128,9 @@ def _record(entry: RowResult) -> Row:
 
 
 def _shown(study: Study, record: Row) -> dict[str, str]:
-    """What the table shows of a record, by title; the tuned value comes behind it."""
-    there, seeds = record["seeds_at_target"], record["seeds"]
-    missed = of_all(there, seeds, "seeds")
+    """Return the cells of a record, by column title."""
+    reached, seeds = record["seeds_at_target"], record["seeds"]
+    missed = of_all(reached, seeds, "seeds")
     spread = number(record, "std")
 
     def text(key: str, unit: float = 1.0) -> str:
@@ -149,7 +149,7 @@ def _shown(study: Study, record: Row) -> dict[str, str]:
             "MB up to it": text("uplink_to_target", MEGABYTE),
             "MB both ways to it": text("traffic_to_target", MEGABYTE),
         }
-        found |= {title: shown + missed if there else "-" for title, shown in titles.items()}
+        found |= {title: shown + missed if reached else "-" for title, shown in titles.items()}
     return found | {
         "MB up in all": text("uplink", MEGABYTE),
         "aggregation error": shown_error(
@@ -161,7 +161,7 @@ def _shown(study: Study, record: Row) -> dict[str, str]:
 
 
 def _marked(record: Mapping[str, object]) -> str:
-    """The method, with the signs of `NOTES` that it needs."""
+    """Return the method's name with the marks of `NOTES` that apply."""
     signs = "" if record["verified"] else UNVERIFIED
     return f"{record['method']} {signs}{PERSONAL if record['personal'] else ''}".rstrip()
 
@@ -171,18 +171,18 @@ KEYS = ("study", "methods", "experiment", "metric", "target", "tuned_by", "jobs"
 
 
 def is_study(words: Sequence[str]) -> bool:
-    """Check whether the words of ``compare`` ask for a study, not for folders of runs."""
+    """Check whether the arguments of ``compare`` name a study."""
     return any(word.startswith("study=") for word in words)
 
 
 def compare_study(words: Sequence[str]) -> None:
-    """Run what the words ask for; see the module's docstring.
+    """Run the study of a command line, and write its leaderboard.
 
     Args:
-        words: KEY=VALUE.
+        words: KEY=VALUE arguments.
 
     Raises:
-        ConfigError: For a word, a study or a row that is not known.
+        ConfigError: If an argument, the study or a row is unknown.
     """
     options, overrides = part(words, KEYS)
     key_values(overrides)  # each is KEY=VALUE
@@ -191,22 +191,22 @@ def compare_study(words: Sequence[str]) -> None:
     out = Path(str(options.get("out", Path("runs/compare") / Path(name).stem)))
     only = options.get("table") is True
     done, failed = run_study(study, out, options.get("jobs", 1), table_only=only)
-    made = write_leaderboard(study, done, out, failed)
-    if made is None:
+    table = write_leaderboard(study, done, out, failed)
+    if table is None:
         refuse_failed(failed)
         raise ConfigError(f"{out} has no method whose final runs are all there and did not diverge")
-    made.print()
+    table.print()
     names = ("leaderboard.md", "leaderboard.csv", "leaderboard.png", "budgets.md", "compare.png")
-    there = [name for name in names if (out / name).is_file()]  # one row alone has no budgets
-    print(f"written: {out}/{', '.join(there)} and more")
+    written = [name for name in names if (out / name).is_file()]  # a single row has no budgets
+    print(f"written: {out}/{', '.join(written)} and more")
     refuse_failed(failed)
 
 
 def find(name: str) -> Path:
-    """Find a study: by its name in experiments/studies, or its file.
+    """Return the file of a study, from its path or its name in experiments/studies.
 
     Raises:
-        ConfigError: If there is none, or no laboratory.
+        ConfigError: If there is no such study, or this package has no studies.
     """
     if name.endswith((".yaml", ".yml")):
         return Path(name)
@@ -218,7 +218,7 @@ def find(name: str) -> Path:
 
 
 def chosen(path: Path, options: dict[str, object], overrides: Sequence[str]) -> Study:
-    """Read a study, and change it as the words say."""
+    """Read a study, and apply the options of the command line."""
     study = Study.read(path, overrides)
     changes = {k: value for k, value in options.items() if k in {"metric", "experiment"}}
     if "target" in options:

@@ -1,14 +1,13 @@
-"""Tune every row of a study alike, and run its seeds.
+"""Tune every row of a study on the same grid, and run it with several seeds.
 
     fedraclora study STUDY.yaml [KEY=VALUE ...]
 
-A study names a preset, the rows to compare, one grid that every row is tuned on (on a validation
-split), and the seeds of the final runs; without ``tune`` all rows have the grid's one value, and
-``--tuned-by`` takes what another study has tuned, of the same rows on a like task. ``--tuning``
-gives overrides to the tuning runs alone, and ``--row`` runs some of the rows; what is written shows
-all that have run. Every run that ends adds one line to ``runs.jsonl``;
-started again, the study goes on where it stopped. ``fedraclora compare study=STUDY`` does the
-same and makes a leaderboard of it.
+A study names a preset, the rows to compare, one grid on which every row is tuned (on a validation
+split), and the seeds of the final runs. Without ``tune``, the grid has one value for all rows;
+``--tuned-by`` uses the values that another study has tuned for the same rows. ``--tuning`` adds
+overrides to the tuning runs only. ``--row`` runs only some rows; the tables contain all finished
+ones. Every finished run adds a line to ``runs.jsonl``, and the same command resumes the study.
+``fedraclora compare study=STUDY`` does the same and also writes a leaderboard.
 """
 
 from __future__ import annotations
@@ -71,23 +70,23 @@ def run_study(
     rows: Sequence[str] = (),
     table_only: bool = False,
 ) -> tuple[dict[str, Line], dict[str, str]]:
-    """Run what has not run, and write study.yaml, table, budgets and figure.
+    """Run or resume a study, and write study.yaml, table, budgets and figure.
 
-    A row of which a run fails is left out from there on, and the others go on.
+    If a run fails, its row gets no further runs; the other rows continue.
 
     Args:
-        study: What to run.
-        out: Folder of the results; what has run there is not run again.
-        workers: Runs at a time, each in a process of its own, as they were said.
-        rows: Those to run; none: all of them. What is written shows every row that has run.
-        table_only: Write table, budgets and figure of what has run, and run nothing.
+        study: The study.
+        out: Folder of the results. Runs that have finished there are not repeated.
+        workers: Number of parallel runs, each in its own process, as given in a command.
+        rows: The rows to run; empty for all. The tables contain every finished row.
+        table_only: Run nothing; write table, budgets and figure of the finished runs.
 
     Returns:
-        The lines of all runs, by key; and why rows failed, by row (`refuse_failed`).
+        The lines of all finished runs, by key; and the reasons of failed rows (`refuse_failed`).
 
     Raises:
-        ConfigError: Rows would not be compared alike, a row cannot begin, or the folder has runs of
-            another study, or somebody else's files; or there is no row of a name, or no process.
+        ConfigError: If rows run under different conditions, a row cannot start, a row or the
+            number of workers is invalid, or the folder has other files or another study's runs.
     """
     if not isinstance(workers, int) or workers < 1:
         raise ConfigError(f"jobs={workers!r}: give the number of runs at a time, 1 or more")
@@ -105,8 +104,8 @@ def run_study(
 
     def run(phase: str, values: Callable[[str], list[float]]) -> bool:
         out_of_it = {*failed, *(dropped(study, done) if phase == "final" else ())}
-        left = [row for row in rows or study.rows if row not in out_of_it]
-        jobs = [job for row in left for job in study.jobs(phase, row, values(row))]
+        running = [row for row in rows or study.rows if row not in out_of_it]
+        jobs = [job for row in running for job in study.jobs(phase, row, values(row))]
         return run_jobs(jobs, done, path, workers, study.metric, failed)
 
     if not table_only:
@@ -117,16 +116,16 @@ def run_study(
         run("tune", study.values)
         run("tune", lambda row: tried_values(study, row, done))
         while run("final", lambda row: [tuned_value(study, row, done)]):
-            pass  # once more for each value that turned out to be unstable
+            pass  # repeat while a value diverges in its final runs and the next best one is tried
     write_results(study, done, out, failed)
     return done, failed
 
 
 def refuse_failed(failed: Mapping[str, str]) -> None:
-    """End a study of which rows failed, once everything else is written.
+    """Raise the errors of failed rows, after all results were written.
 
     Raises:
-        FedRacLoraError: If there are any.
+        FedRacLoraError: If a row failed.
     """
     if failed:
         lines = "".join(f"\n  row {row!r}: {why}" for row, why in failed.items())
@@ -137,7 +136,7 @@ def refuse_failed(failed: Mapping[str, str]) -> None:
 
 
 def run_job(job: Job) -> Line:
-    """Run one job in memory and give its line for runs.jsonl."""
+    """Run one job in memory, and return its line for runs.jsonl."""
     from fedraclora.run.folder import provenance
     from fedraclora.strategies.runner import summarize
 
@@ -170,16 +169,16 @@ def run_job(job: Job) -> Line:
 
 
 def cpu_since(used: float) -> float:
-    """Processor seconds of this process since then: the cost of a run, on a busy machine too."""
+    """Return the processor seconds of this process since ``used``, whatever else is running."""
     return round(time.process_time() - used, 3)
 
 
 def client_bytes(run: RunBuilder) -> int | None:
     """Count the bytes of the tensors that live while one client trains in round 1.
 
-    Weights, frozen factors, what is trained with its gradients and moments, and a batch with what
-    its backward pass needs (`fedraclora.training.memory`). None for a cohort of one, which is not
-    measured.
+    This includes weights, frozen factors, trained parameters with their gradients and optimizer
+    state, and the activations of a batch (`fedraclora.training.memory`). None for a single client
+    per round, which is not measured.
     """
     from fedraclora.protocol.method import first_instructions
     from fedraclora.training.memory import LOOKED_AT, measure_memory
@@ -196,13 +195,13 @@ def client_bytes(run: RunBuilder) -> int | None:
 
 
 def server_cpu_seconds(rows: list[Row]) -> float:
-    """Processor seconds of the server to open and to close a round: the median over the rounds."""
+    """Return the server's processor seconds per round, to open and close it: the median."""
     laps = column(rows, "cpu_seconds", "open") + column(rows, "cpu_seconds", "close")
     return round(float(np.median(laps[1:])), 6)
 
 
 def curve(rows: list[Row]) -> list[Line]:
-    """Keep of a ledger what a figure needs: one point per measured round, with the time it took."""
+    """Extract the points of a figure from a ledger: metrics, time and bytes of measured rounds."""
     points: list[Line] = []
     seconds = 0.0
     for row in rows:
@@ -223,25 +222,25 @@ def run_jobs(
     metric: str,
     failed: dict[str, str],
 ) -> bool:
-    """Run the jobs that have not run, ``workers`` at a time; append each line, say how it ended.
+    """Run the unfinished jobs, ``workers`` at a time; append and print the result of each.
 
-    A job that fails has no line, and its row no further runs: ``failed`` gets it, and why.
+    A job that fails adds no line; its row and the reason are added to ``failed``.
 
     Returns:
-        Whether there was anything to run.
+        Whether any job was unfinished.
 
     Raises:
-        ConfigError: If one has run under other settings, or the first has no such metric.
+        ConfigError: If a finished job had other settings, or the metric is not measured.
     """
     for job in jobs:
-        was = _decisive(done.get(job.key, {}).get("overrides", job.overrides))
-        if was != _decisive(job.overrides):
+        earlier = _decisive(done.get(job.key, {}).get("overrides", job.overrides))
+        if earlier != _decisive(job.overrides):
             raise ConfigError(
-                f"{path} has {job.key} run with {' '.join(was)}; this study would run it with "
+                f"{path} has {job.key} run with {' '.join(earlier)}; this study would run it with "
                 f"{' '.join(_decisive(job.overrides))}. Use another folder, or remove those lines"
             )
-    left, told = [job for job in jobs if job.key not in done], set[str]()
-    for job, line_of in endings(left, workers):
+    unfinished, introduced = [job for job in jobs if job.key not in done], set[str]()
+    for job, line_of in endings(unfinished, workers):
         if job.row in failed:
             continue
         try:
@@ -256,21 +255,22 @@ def run_jobs(
         with path.open("a") as file:
             file.write(json.dumps(line, default=str) + "\n")
         done[line["key"]] = line
-        if (begins := line.get("begins")) and job.row not in told:
-            told.add(job.row)
-            said = introduction(begins).items()
-            print(f"{job.row}: {'; '.join(f'{key} {text}' for key, text in said)}")
-        ended = f"diverged: {line['diverged']}" if "diverged" in line else line["metrics"]
-        print(f"{printable(line['key'])} {ended}", flush=True)
-        score(line, metric)  # that it was not measured is said after the first run, not the last
-    return bool(left)
+        if (begins := line.get("begins")) and job.row not in introduced:
+            introduced.add(job.row)
+            facts = introduction(begins).items()
+            print(f"{job.row}: {'; '.join(f'{key} {text}' for key, text in facts)}")
+        result = f"diverged: {line['diverged']}" if "diverged" in line else line["metrics"]
+        print(f"{printable(line['key'])} {result}", flush=True)
+        score(line, metric)  # fails after the first run if the metric is not measured
+    return bool(unfinished)
 
 
 def endings(jobs: list[Job], workers: int) -> Iterator[tuple[Job, Callable[[], Line]]]:
-    """Run jobs, one after another here or side by side in processes.
+    """Run jobs one after another in this process, or in parallel processes.
 
     Yields:
-        A job, and what gives its line or raises what ended it; here it runs only then.
+        A job, and a function that returns its line or raises its error. In this process the
+        function runs the job.
     """
     if workers == 1:
         yield from ((job, partial(run_job, job)) for job in jobs)
@@ -281,25 +281,25 @@ def endings(jobs: list[Job], workers: int) -> Iterator[tuple[Job, Callable[[], L
             running = {pool.submit(run_job, job): job for job in jobs}
             for future in as_completed(running):
                 yield running[future], future.result
-        finally:  # whoever stops reading waits for no run that has not begun
+        finally:  # if the caller stops early, the waiting jobs are cancelled
             pool.shutdown(wait=False, cancel_futures=True)
 
 
 def _decisive(overrides: Sequence[str]) -> list[str]:
-    """What was asked for, without where data lie and what is written."""
+    """Return the overrides without those of data and output folders."""
     return [word for word in overrides if not word.startswith(("data.root=", "output"))]
 
 
 def check_first_runs(study: Study, rows: Sequence[str], done: Done) -> None:
-    """Put together the first run of each row, in either phase, as far as its first round.
+    """Build the first run of each row in each phase, up to its first round.
 
     Args:
         study: The study.
-        rows: Those that are to be run.
-        done: Lines of what has run: a row that has begun can.
+        rows: The rows to run.
+        done: Lines of finished runs; rows that have some are not checked again.
 
     Raises:
-        ConfigError: If a row cannot begin, or is measured on the wrong split; all are named.
+        ConfigError: If rows cannot start, or evaluate the wrong split; it names all of them.
     """
     begun = {(line.get("row"), line.get("phase")) for line in done.values()}
     wrong: dict[str, str] = {}
@@ -337,13 +337,13 @@ def _check_start(study: Study, phase: str, config: RunConfig) -> None:
 
 
 def check_same_data(study: Study, done: Mapping[str, Line], path: object) -> None:
-    """Check that what has run was run on the files that the study would read now.
+    """Check that finished runs used the data files that the study would read now.
 
     Raises:
-        DataError: If a file has changed, or is another one.
+        DataError: If a file has changed or was replaced.
     """
     known = {line["row"] for line in done.values() if "data_files" in line}.intersection(study.rows)
-    configs = {row: row_config(study, row, "final") for row in known}  # it may be about data
+    configs = {row: row_config(study, row, "final") for row in known}  # rows may differ in data
     now = {row: data_files(c.data.group) for row, c in configs.items() if c is not None}
     for line in done.values():
         found = now.get(line["row"])
@@ -355,7 +355,7 @@ def check_same_data(study: Study, done: Mapping[str, Line], path: object) -> Non
 
 
 def _changed(line: Line, found: Mapping[str, Mapping[str, str]]) -> list[str]:
-    """Name the files whose digests are not those of a line."""
+    """Name the data files whose digests differ from those of a line."""
     then = {(key, n): d for key, files in line["data_files"].items() for n, d in files.items()}
     now = {(key, name): d for key, files in found.items() for name, d in files.items()}
     pairs = [pair for pair in dict.fromkeys([*then, *now]) if then.get(pair) != now.get(pair)]
@@ -363,7 +363,7 @@ def _changed(line: Line, found: Mapping[str, Mapping[str, str]]) -> list[str]:
 
 
 def main(words: Sequence[str]) -> None:
-    """Run a study to its end."""
+    """Run a study."""
     parser = argparse.ArgumentParser(prog="fedraclora study", description=__doc__)
     parser.add_argument("study", type=Path)
     parser.add_argument("overrides", nargs="*", help="KEY=VALUE of all runs")

@@ -1,4 +1,4 @@
-"""Tables and figures of a study, always from the lines of its runs.jsonl."""
+"""Make the tables and figures of a study from the lines of its runs.jsonl."""
 
 from __future__ import annotations
 
@@ -34,11 +34,11 @@ from fedraclora.run.statistics import (
 from fedraclora.terminal.tables import TextTable
 from fedraclora.wire.fields import printable
 
-DRAWN = 12  # curves that can be told apart
+DRAWN = 12  # most curves of a figure, so that they can be distinguished
 
 
 def write_results(study: Study, done: Done, out: Path, failed: Mapping[str, str]) -> None:
-    """Write table, budgets and figure of the rows whose final runs are all there."""
+    """Write and print table, budgets and figure of the rows whose final runs have finished."""
     for table in write_tables(study, done, out, failed):
         table.print()
     draw(study, finals(study, done), out)
@@ -47,13 +47,13 @@ def write_results(study: Study, done: Done, out: Path, failed: Mapping[str, str]
 def write_tables(
     study: Study, done: Done, out: Path, failed: Mapping[str, str] | None = None
 ) -> list[TextTable]:
-    """Write table and budgets, and return those that there are.
+    """Write table and budgets, and return those that have rows.
 
     Args:
         study: The study.
-        done: Lines of its runs, by key.
-        out: The folder.
-        failed: Why rows failed just now, by row.
+        done: Lines of finished runs, by key.
+        out: The output folder.
+        failed: Reasons of rows that just failed, by row.
     """
     found, written = finals(study, done), []
     if records := results(found, done):
@@ -66,7 +66,7 @@ def write_tables(
 
 
 def results(found: Sequence[RowResult], done: Done) -> list[dict[str, object]]:
-    """Make the records of a study's rows, of which `done` has all runs."""
+    """Make the records of rows; ``done`` has all runs of the study."""
     records = [_record(entry, done) for entry in found]
     some = [title for title in ROUNDING_ERRORS if any(title in record for record in records)]
     return [record | {title: record.get(title, "") for title in some} for record in records]
@@ -110,25 +110,23 @@ def _record(entry: RowResult, done: Done) -> dict[str, object]:
 
 
 def budgets(study: Study, found: Sequence[RowResult]) -> TextTable | None:
-    """Compare rows at equal uplink, equal traffic and equal local steps: what a byte buys.
+    """Compare rows at equal uplink, equal traffic and equal local steps.
 
-    The budgets are what the run that used least used in all its rounds, of all runs or of the row
-    that the study names as ``budget``. A run counts with its last measured round that is within the
-    budget: nothing is interpolated, a run that used less counts with its end, and the untrained
-    model does not count.
+    The budgets are the total bytes of the cheapest run, of all runs or of the row that the study
+    names as ``budget``. A run counts with its last measured round within the budget: nothing is
+    interpolated, a cheaper run counts with its last round, and the untrained model does not count.
 
-    With a ``reference`` in the study, three more columns hold the rows against it, seed by seed, of
-    the seeds that both have: the mean difference of final runs, with its standard error; and, for
-    uplink and for traffic, the bytes at which a run first was as good as the reference's run of the
-    same seed at its end, over all bytes of that run, as mean and standard deviation over the seeds
-    that got there.
+    If the study has a ``reference``, three more columns compare each row with it over their common
+    seeds: the mean difference of the final metric with its standard error; and, for uplink and
+    traffic, the bytes until a run reaches the final metric of the reference's run of the same seed,
+    divided by all bytes of that run (mean and standard deviation over the seeds that reach it).
 
     Args:
         study: The study.
-        found: Its rows whose final runs are all there.
+        found: The rows whose final runs have finished.
 
     Returns:
-        The table; None where there are no two of them.
+        The table; None if there are fewer than two rows.
     """
     if len(found) < 2:
         return None
@@ -157,14 +155,14 @@ def budgets(study: Study, found: Sequence[RowResult]) -> TextTable | None:
 
 
 def _within(entry: RowResult, budget: float, way: str) -> str:
-    """The metric where runs were last measured within a budget, but before they began."""
+    """Write the metric of the last measured round within a budget, without round 0."""
     found = Spread.of(last_within(entry.rounds, budget, way)["value"])
     all_ = of_all(found.count, len(entry.lines))
     return found.text(4) + all_ if found.count else UNTRAINED
 
 
 def _difference(entry: RowResult, other: RowResult) -> str:
-    """Mean difference of runs of the same seeds, and its standard error; the seeds stand alike."""
+    """Write the mean difference of runs of the same seeds, and its standard error."""
     if entry is other:
         return ""
     found = paired(entry.scores, other.scores)
@@ -173,7 +171,7 @@ def _difference(entry: RowResult, other: RowResult) -> str:
 
 
 def _share(entry: RowResult, other: RowResult, way: str) -> str:
-    """Bytes to the final score of the other run of its seed, over all of that run's bytes."""
+    """Write the bytes to the other row's final score, divided by all bytes of the other run."""
     both = entry.scores.index.intersection(other.scores.index)
     reached = first_reaching(entry.rounds, other.scores)[way]
     shares = Spread.of((reached / last(other.rounds)[way]).dropna())
@@ -181,9 +179,9 @@ def _share(entry: RowResult, other: RowResult, way: str) -> str:
 
 
 def draw(study: Study, found: Sequence[RowResult], out: Path) -> None:
-    """Draw the final runs: metric against rounds and bytes, of the `DRAWN` best rows.
+    """Draw the metric of final runs over rounds and bytes, for the `DRAWN` best rows.
 
-    The reference, which the others are held against, is always among them.
+    The reference is always one of them.
     """
     from fedraclora.plots.comparison import compare_figure
 
@@ -195,9 +193,9 @@ def draw(study: Study, found: Sequence[RowResult], out: Path) -> None:
         if entry.row in best
     }
     if len(best) < len(found):
-        beside = " and the reference" if study.reference in {e.row for e in found} else ""
-        shown = len(best) - bool(beside)
-        print(f"compare.png shows the {shown} best of {len(found)} rows{beside}")
+        and_reference = " and the reference" if study.reference in {e.row for e in found} else ""
+        shown = len(best) - bool(and_reference)
+        print(f"compare.png shows the {shown} best of {len(found)} rows{and_reference}")
     if curves:
         methods = {printable(entry.row): entry.method_name for entry in found}
         compare_figure(curves, study.metric, out / "compare.png", methods=methods)
