@@ -15,11 +15,12 @@ import argparse
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from rich.table import Table
 
-from fedraclora.errors import CheckpointError, ConfigError
+from fedraclora.errors import CheckpointError
+from fedraclora.limits import ConfigKey, Count, limited
 from fedraclora.protocol.link import Link, Plan, apply_link
 from fedraclora.protocol.method import Counters, State
 from fedraclora.run.folder import locked_folder, read_config, resume_word
@@ -47,7 +48,8 @@ class Compacted:
     rounds: str
 
 
-def compact(folder: Path, every: int) -> Compacted:
+@limited("")
+def compact(folder: Path, every: Annotated[Count, ConfigKey("--every")]) -> Compacted:
     """Compact the updates of a run up to its checkpoint.
 
     Each compacted update replaces its originals atomically: if the process is killed, the folder
@@ -154,8 +156,6 @@ def main(words: Sequence[str]) -> None:
     parser.add_argument("--every", type=int, default=100, metavar="N", help=every)
     arguments = parser.parse_args(words)
     folder = arguments.run.expanduser()
-    if arguments.every < 1:
-        raise ConfigError(f"--every={arguments.every}: give a number of rounds, 1 or more")
     if not folder.is_dir():
         raise CheckpointError(f"{folder} is not a run folder. Name the folder of a run")
     read_config(folder)

@@ -19,7 +19,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from itertools import pairwise
 from pathlib import Path
 
-from fedraclora.binding import PlainDict, section
+from fedraclora.binding import PlainDict, section, without
 from fedraclora.commands.app import ServerRun, write_app
 from fedraclora.commands.simulate import print_outcome, shows_composed
 from fedraclora.commands.watch import watched
@@ -36,11 +36,13 @@ from fedraclora.engines.flower_patches import ALL, UNPATCHED
 from fedraclora.engines.programs import command_line
 from fedraclora.errors import ConfigError, EngineError
 from fedraclora.launch import choose
+from fedraclora.limits import Count
 from fedraclora.private_folder import PrivateFolder
 from fedraclora.run.events import ROW, SUMMARY, Event
 from fedraclora.run.folder import amend, begin_folder, locked_folder, refuse_existing, write_summary
 from fedraclora.run.ledger import Ledger
 from fedraclora.run.log import logged
+from fedraclora.schema import bound
 from fedraclora.terminal.progress import RunProgress
 from fedraclora.trust import is_function
 
@@ -318,34 +320,37 @@ def check_files(plain: Mapping[str, object]) -> None:
             )
 
 
-def connection_or_nodes(own: Mapping[str, object]) -> tuple[str, int | None]:
-    """Return the name of the connection, or the number of nodes on this machine.
+def own_settings(own: Mapping[str, object]) -> tuple[str, int | None, bool]:
+    """Check `OWN_KEYS`: return the connection, the number of nodes here, and whether to patch."""
+    flags = {"patched": own[PATCHED]} if PATCHED in own else {}
+    nodes = bound("", connection_or_nodes, without(own, PATCHED))()
+    return (
+        str(own.get("connection", "")),
+        nodes,
+        bound("deploy", is_patched, flags, {"nodes": nodes})(),
+    )
+
+
+def connection_or_nodes(*, connection: object = "", nodes: Count | None = None) -> int | None:
+    """Return the number of nodes on this machine; None at a connection.
 
     Raises:
-        ConfigError: If it is not one of ``connection=NAME`` and ``nodes=N``.
+        ConfigError: If not exactly one of them is given.
     """
-    nodes, name = own.get("nodes"), str(own.get("connection", ""))
-    if (nodes is None) == (not name):
+    if (nodes is None) == (not connection):
         raise ConfigError(
             "give connection=NAME for a SuperLink in Flower's config.toml, or nodes=3 to start "
             "one on this machine with 3 SuperNodes"
         )
-    if nodes is None:
-        return name, None
-    if not isinstance(nodes, int) or isinstance(nodes, bool) or nodes < 1:
-        raise ConfigError(f"nodes={nodes!r}: give a number of SuperNodes")
-    return name, nodes
+    return nodes
 
 
-def is_patched(own: Mapping[str, object], nodes: int | None) -> bool:
-    """Tell whether Flower is patched, in programs that are started here.
+def is_patched(*, nodes: int | None, patched: bool = True) -> bool:
+    """Check whether to patch the Flower programs that this command starts.
 
     Raises:
-        ConfigError: If that is no truth value, or others start the programs.
+        ConfigError: If they are not to be patched, but run elsewhere.
     """
-    patched = own.get(PATCHED, True)
-    if not isinstance(patched, bool):
-        raise ConfigError(f"{PATCHED}={patched}: use true or false")
     if not patched and nodes is None:
         raise ConfigError(
             f"{PATCHED}=false works with nodes=N, which starts Flower's programs here. At a "
@@ -361,8 +366,7 @@ def main(words: Sequence[str]) -> int:
     own, rest = part(words, OWN_KEYS)
     if shows_composed(deployed(rest, own.get("nodes"))):
         return 0
-    name, nodes = connection_or_nodes(own)
-    patched = is_patched(own, nodes)
+    name, nodes, patched = own_settings(own)
     run = prepare(rest, nodes)
     if file is not None:
         from fedraclora.commands.check import check_run

@@ -19,6 +19,7 @@ from fedraclora.errors import ConfigError, unknown
 from fedraclora.export.peft_adapter import write_peft
 from fedraclora.export.trained import ExportRecord, Order, TrainedModel, is_hugging_face
 from fedraclora.export.whole_weights import write_gguf, write_hf, write_state_dict
+from fedraclora.limits import Count, limited
 from fedraclora.models.pretrained import quiet
 from fedraclora.run.folder import refuse_full, versions_of
 from fedraclora.run.trusted import refuse_linked
@@ -128,8 +129,9 @@ def _spelt(group: object) -> str:
 __all__ = ["FORMATS", "TrainedModel", "export"]
 
 
+@limited("")
 def export(
-    trained: TrainedModel, folder: Path, form: str, rank: int | None = None, *, check: bool = True
+    trained: TrainedModel, folder: Path, form: str, rank: Count | None = None, *, check: bool = True
 ) -> dict[str, object]:
     """Write a trained model into a new folder, with a model card; on failure nothing remains.
 
@@ -153,8 +155,6 @@ def export(
     """
     if form not in FORMATS:
         raise unknown("format", form, FORMATS)
-    if rank is not None and (isinstance(rank, bool) or rank < 1):
-        raise ConfigError(f"rank={rank}: expected a whole number of at least 1")
     if rank is not None and form != "peft":
         raise ConfigError(f"--rank {rank} is of --format peft; with {form} the weights are whole")
     refuse_linked(folder)

@@ -52,10 +52,10 @@ def nothing_starts(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         ([], "connection=NAME"),
         (["nodes=3", "connection=x"], "connection=NAME"),
-        (["nodes=0"], "nodes=0: give a number of SuperNodes"),
+        (["nodes=0"], "nodes=0: expected 1 or more"),
         (["nodes=-1"], "nodes='-1'"),
         (["nodes=1.5"], "nodes='1.5'"),
-        (["nodes=three"], "nodes='three': give a number of SuperNodes"),
+        (["nodes=three"], "nodes='three': expected int"),
         (["nodes=3", "local=three"], "unknown local 'three'"),
         (["nodes=3", "engine=ray"], "engine=ray"),
         (["nodes=3", "engine=inlne"], "did you mean 'inline'?"),
@@ -113,7 +113,7 @@ def test_clients_are_as_many_as_nodes_unless_typed(
 @pytest.mark.parametrize("words", [["local=adamw", "nodes=3"], ["nodes=3", "local=adamw"]])
 def test_how_clients_train_is_chosen_beside_the_number_of_nodes(words: list[str]) -> None:
     own, rest = part([*SMALL, "clients_per_round=2", *words], deploy.OWN_KEYS)
-    assert deploy.connection_or_nodes(own) == ("", 3)
+    assert deploy.own_settings(own) == ("", 3, True)
     assert deploy.prepare(rest, 3).config.local.optimizer == "adamw"
 
 

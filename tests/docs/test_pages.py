@@ -68,7 +68,7 @@ def test_each_simulation_composes(line: str) -> None:
 @pytest.mark.parametrize("line", DEPLOYMENTS)
 def test_each_deployment_composes(line: str) -> None:
     own, words = part(check_word(shlex.split(line)[2:])[0], deploy.OWN_KEYS)
-    deploy.prepare(words, deploy.connection_or_nodes(own)[1])
+    deploy.prepare(words, deploy.own_settings(own)[1])
 
 
 @pytest.mark.parametrize("line", COMPARISONS)

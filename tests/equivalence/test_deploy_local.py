@@ -104,7 +104,7 @@ def test_without_patches_of_flower_a_deployment_has_the_bits_of_simulate(
 
 
 @pytest.mark.parametrize(
-    ("word", "said"), [("deploy.patched=false", "nodes=N"), ("deploy.patched=no", "true or false")]
+    ("word", "said"), [("deploy.patched=false", "nodes=N"), ("deploy.patched=no", "expected bool")]
 )
 def test_patches_are_left_out_of_what_is_started_here_alone(
     word: str, said: str, capsys: pytest.CaptureFixture[str]

@@ -10,7 +10,7 @@ import torch
 
 from fedraclora.commands import cli
 from fedraclora.commands.compact import compact
-from fedraclora.errors import CheckpointError
+from fedraclora.errors import CheckpointError, ConfigError
 from fedraclora.lowrank.layers import LayerView
 from fedraclora.protocol.link import Link, Plan, Term, apply_link
 from fedraclora.protocol.method import Counters, State
@@ -172,9 +172,10 @@ def test_a_folder_that_cannot_be_compacted_says_why(
     shutil.rmtree(early / "checkpoint")
     with pytest.raises(CheckpointError, match="has no checkpoint yet"):
         compact(early, 4)
+    with pytest.raises(ConfigError, match="--every=0"):
+        compact(folder, 0)
     for words, said in (
         ([str(tmp_path / "nowhere")], "is not a run folder"),
-        ([str(folder), "--every", "0"], "--every=0"),
         ([str(folder)], "has no config.yaml"),
     ):
         assert cli.run("compact", words) == 1

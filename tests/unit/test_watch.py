@@ -266,7 +266,7 @@ def test_the_command_ends_with_an_interruption(
     [
         (["nowhere"], "nowhere"),
         ([".", "port=80000"], "port=80000"),
-        ([".", "port=x"], "port=x"),
+        ([".", "port=x"], "port='x'"),
     ],
 )
 def test_what_cannot_be_watched_is_refused(
@@ -299,7 +299,7 @@ def test_a_command_serves_the_page_while_it_runs(tmp_path: Path, capsys: Any) ->
             pass
     with watch_options(["rounds=3"]), watched(tmp_path):
         assert capsys.readouterr().err == ""
-    with pytest.raises(ConfigError, match="watch=maybe"), watch_options(["watch=maybe"]):
+    with pytest.raises(ConfigError, match="watch='maybe'"), watch_options(["watch=maybe"]):
         pass
 
 

@@ -29,6 +29,7 @@ from fedraclora.config.titles import method_label
 from fedraclora.data.locate import user_path
 from fedraclora.errors import ConfigError, DivergenceError, FedRacLoraError, unknown
 from fedraclora.imports import refuse_run
+from fedraclora.limits import Count, limited
 from fedraclora.protocol.method import config_name
 from fedraclora.run.folder import is_finished
 from fedraclora.run.ledger import number
@@ -65,10 +66,11 @@ class ComparisonResult:
     summary: str
 
 
+@limited("")
 def compare(
     *choices: str | Mapping[str, object],
     methods: str | Sequence[object] | Mapping[str, object],
-    seeds: int = 1,
+    seeds: Count = 1,
     reference: str | None = None,
     metric: str | None = None,
     folder: str | Path | None = None,
@@ -107,8 +109,7 @@ def compare(
     base = next(iter(rows)) if reference is None else reference
     if base not in rows:
         raise unknown("reference", base, rows)
-    if isinstance(seeds, bool) or not isinstance(seeds, int) or seeds < 1:
-        raise ConfigError(f"seeds={seeds!r} is no number of runs; give 1 or more.")
+
     found = {name: Row.of(name, *row) for name, row in rows.items()}
     out = user_path("folder", folder or next(iter(found.values())).out or OUT)
     refuse_others(out)

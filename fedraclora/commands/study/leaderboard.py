@@ -10,6 +10,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import cast
 
 from fedraclora.commands import LABORATORY, require_laboratory
 from fedraclora.commands.study.entries import (
@@ -190,7 +191,8 @@ def compare_study(words: Sequence[str]) -> None:
     study = chosen(find(name), options, overrides)
     out = Path(str(options.get("out", Path("runs/compare") / Path(name).stem)))
     only = options.get("table") is True
-    done, failed = run_study(study, out, options.get("jobs", 1), table_only=only)
+    jobs = cast("int", options.get("jobs", 1))  # `run_study` checks it
+    done, failed = run_study(study, out, jobs, table_only=only)
     table = write_leaderboard(study, done, out, failed)
     if table is None:
         refuse_failed(failed)

@@ -52,6 +52,7 @@ from fedraclora.commands.study.tables import write_results
 from fedraclora.config.run_config import RunConfig
 from fedraclora.errors import ConfigError, DataError, DivergenceError, FedRacLoraError, unknown
 from fedraclora.evaluation.metrics import lower_of
+from fedraclora.limits import Count, limited
 from fedraclora.run import packed
 from fedraclora.run.digests import data_files
 from fedraclora.run.ledger import Row, column, known_mean, metrics_of, round_seconds
@@ -62,10 +63,11 @@ from fedraclora.wire.fields import printable
 PHASES = ("tune", "final")
 
 
+@limited("")
 def run_study(
     study: Study,
     out: Path,
-    workers: object = 1,
+    jobs: Count = 1,
     *,
     rows: Sequence[str] = (),
     table_only: bool = False,
@@ -77,7 +79,7 @@ def run_study(
     Args:
         study: The study.
         out: Folder of the results. Runs that have finished there are not repeated.
-        workers: Number of parallel runs, each in its own process, as given in a command.
+        jobs: Number of parallel runs, each in its own process.
         rows: The rows to run; empty for all. The tables contain every finished row.
         table_only: Run nothing; write table, budgets and figure of the finished runs.
 
@@ -88,8 +90,6 @@ def run_study(
         ConfigError: If rows run under different conditions, a row cannot start, a row or the
             number of workers is invalid, or the folder has other files or another study's runs.
     """
-    if not isinstance(workers, int) or workers < 1:
-        raise ConfigError(f"jobs={workers!r}: give the number of runs at a time, 1 or more")
     for row in rows:
         if row not in study.rows:
             raise unknown("row", row, study.rows)
@@ -105,8 +105,8 @@ def run_study(
     def run(phase: str, values: Callable[[str], list[float]]) -> bool:
         out_of_it = {*failed, *(dropped(study, done) if phase == "final" else ())}
         running = [row for row in rows or study.rows if row not in out_of_it]
-        jobs = [job for row in running for job in study.jobs(phase, row, values(row))]
-        return run_jobs(jobs, done, path, workers, study.metric, failed)
+        planned = [job for row in running for job in study.jobs(phase, row, values(row))]
+        return run_jobs(planned, done, path, jobs, study.metric, failed)
 
     if not table_only:
         out.mkdir(parents=True, exist_ok=True)

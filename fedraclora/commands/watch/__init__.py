@@ -14,21 +14,8 @@ from pathlib import Path
 from fedraclora.compose.words import part
 from fedraclora.errors import ConfigError
 
-ANY = 0  # a free port
 WATCHED = ("simulate", "deploy", "tune", "compare")  # the commands that take `watch=true`
 _PORT: ContextVar[int | None] = ContextVar("port", default=None)  # None: no page
-
-
-def port_of(own: dict[str, object]) -> int:
-    """Return the port of the page; `ANY` if none is given.
-
-    Raises:
-        ConfigError: If it is not a port number.
-    """
-    port = own.get("port", ANY)
-    if not isinstance(port, int) or isinstance(port, bool) or not 0 <= port < 1 << 16:
-        raise ConfigError(f"port={port}: a number from 1024 to 65535 is wanted; leave it out")
-    return port
 
 
 @contextmanager
@@ -39,9 +26,12 @@ def watch_options(words: Sequence[str]) -> Iterator[list[str]]:
         ConfigError: If their values are invalid.
     """
     own, rest = part(words, ("watch", "port"))
-    if not isinstance(wanted := own.get("watch", False), bool):
-        raise ConfigError(f"watch={wanted}: use true or false")
-    token = _PORT.set(port_of(own) if wanted else None)
+    port = None
+    if own:
+        from fedraclora.commands.watch.server import port_of
+
+        port = port_of({"watch": False, **own})
+    token = _PORT.set(port)
     try:
         yield rest
     finally:

@@ -7,8 +7,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from fedraclora.commands.watch import port_of
-from fedraclora.commands.watch.server import PageServer
+from fedraclora.commands.watch.server import FREE_PORT, PageServer, port_of
 from fedraclora.compose.words import part
 from fedraclora.errors import CheckpointError
 
@@ -26,6 +25,7 @@ def main(words: Sequence[str]) -> None:
     folder = parser.parse_args(rest).run.expanduser()
     if not folder.is_dir():
         raise CheckpointError(f"there is no run folder {folder}; give the output.dir of a run")
-    with PageServer(folder, port_of(own)) as server, suppress(KeyboardInterrupt):
+    port = port_of(own)
+    with PageServer(folder, port or FREE_PORT) as server, suppress(KeyboardInterrupt):
         print(f"{folder} is shown at {server.url} (Ctrl-C ends that)", flush=True)
         server.serve_forever(0.1)

@@ -21,14 +21,18 @@ from functools import partial
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Annotated
 
+from annotated_types import Ge, Le
 from typing_extensions import override
 
 from fedraclora.commands.watch.status import Watched
 from fedraclora.errors import ConfigError
+from fedraclora.schema import bound
 
 log = logging.getLogger(__name__)
 HOST = "127.0.0.1"
+FREE_PORT = 0
 NAMES = (HOST, "localhost")  # accepted host names of a request
 FOLLOWED = 3.0  # seconds after a request in which a browser counts as connected
 FETCHED = 0.5  # seconds for the browser to fetch the figures
@@ -45,6 +49,15 @@ HEADERS = {
     "X-Content-Type-Options": "nosniff",
 }
 Answer = tuple[str, Callable[[], str]]  # content type, and a function of the content
+
+
+def _port(*, port: Annotated[int, Ge(0), Le(65535)] = FREE_PORT, watch: bool = True) -> int | None:
+    return port if watch else None
+
+
+def port_of(own: Mapping[str, object]) -> int | None:
+    """Check the keys ``watch`` and ``port``; return the port of the page, or None for no page."""
+    return bound("", _port, own)()
 
 
 class PageServer(ThreadingHTTPServer):
