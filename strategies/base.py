@@ -261,7 +261,8 @@ class FedStrategy:
                     f"{raw.clients.tolist()}; {calmer(own=self.local.is_own)}"
                 )
             client, norm = found
-            reason = f"{what}, and its update is the largest, of norm {norm:.3g}"
+            advice = calmer(own=self.local.is_own)
+            reason = f"{what}, and its update is the largest, of norm {norm:.3g}; {advice}"
             raw = exchange.without(raw, client, reason)
             after = self._next(exchange, self._treated(raw, exchange))
         return after

@@ -72,6 +72,7 @@ class RunBuilder(TaskBuilder, RoundsBuilder):  # type: ignore[override]
     Attributes:
         probed: Names of probe runs so far.
         found: The learning rate of ``local.lr=auto``; None if it is a number or not found yet.
+        restartable: Whether the run can begin anew, since it makes its engine itself.
     """
 
     config: RunConfig
@@ -93,8 +94,22 @@ class RunBuilder(TaskBuilder, RoundsBuilder):  # type: ignore[override]
         self.watching, self.given_steps = tuple(callbacks), steps
         self.found: FoundRate | None = None
         self.probing, self.probed = probing, list[str]()
+        self.restartable = engine is None
         if engine is not None:
             self.engine = engine
+
+    def begin_anew(self, config: RunConfig, steps: Sequence[RoundStep]) -> None:
+        """Close the run and forget its parts, so that they are built for another config.
+
+        Args:
+            config: The config.
+            steps: The program's own round steps, as new.
+        """
+        self.close()
+        for name in [*vars(self)]:
+            if isinstance(getattr(type(self), name, None), cached_property):
+                del vars(self)[name]
+        self.config, self.given_steps, self.resume = config, steps, False
 
     @override
     def build(self) -> None:

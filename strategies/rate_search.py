@@ -2,9 +2,8 @@
 
     walk      `FIRST` rounds at a rate, and at its neighbors, a factor `STEP` apart, up or down for
               as long as the training loss is lower: then the best has a worse one on either side
-    race      the best three go on for longer, then the best two for twice as long: a rate that
-              looks best after two rounds may diverge in the tenth
-    between   half a step above the best, and half a step below it
+    refine    up to `LONGEST` rounds at the best rate, and at rates half a step above or below it
+              in the same way
 
 The rounds are those of the run: its method, optimizer, model, precision and compression, and the
 clients that it samples, though fewer a round where more cannot be paid. They are in memory, and
@@ -13,6 +12,9 @@ of a rate is the median training loss of the second half of its rounds, of the s
 rate; test data are not looked at. Two rounds at least, for a method that trains factors in turns.
 
 The walk starts at the rate of the rule (`fedraclora.strategies.rate`) where it knows the run.
+
+A rate that looks best after a few rounds may still diverge later. The run then begins anew at a
+lower one (`lower`).
 """
 
 from __future__ import annotations
@@ -45,12 +47,11 @@ WIDTH = 8  # rates on either side of the first: four decades
 SHARE = 0.15  # of the run's local training, at most
 # Trainings of a client that a search has at least; in a shorter run one rate is tried that may do.
 LEAST = 50
-FIRST = 2  # rounds at a rate of the walk
-# The most rounds at a rate, and the fewest clients with which they tell something; a search takes
-# about `RUNS` times as many rounds in all.
-LENGTHS = {32: 8, 16: 6, 8: 3, 4: 2, 2: 1}
-RUNS = 3.75
-SAFE = 8  # rounds; after fewer, half a step below the best is taken
+ROUNDS = 12  # of all clients that the run samples, which a search needs; else fewer clients train
+FIRST, LONGEST = 2, 5  # rounds at a rate
+NOISE = 0.005  # a smaller relative difference of losses tells nothing
+SAFE = 4  # rounds; after fewer, half a step below the best is taken
+RESTARTS = 4  # of a run that diverges at the rate that was found
 # Where no rule knows the run: SGD; adaptive optimizers, whose steps have about the length of the
 # rate; a function of the user's, whose own rate is multiplied.
 FIRST_RATES = {"sgd": 0.1, "own": 1.0}
@@ -149,12 +150,7 @@ class RateSearch:
         cohort, rounds = run.built.cohort, run.config.rounds
         self.total = cohort * rounds
         self.budget = max(SHARE * self.total, LEAST)
-        self.longest, self.clients = FIRST, 1
-        for longest, fewest in LENGTHS.items():
-            clients = min(cohort, int(self.budget // (RUNS * longest)))
-            if longest <= rounds and clients >= min(fewest, cohort):
-                self.longest, self.clients = longest, clients
-                break
+        self.clients = max(1, min(cohort, int(self.budget // ROUNDS)))
         if self.total < LEAST:
             self.clients = min(cohort, 2)
         self.rungs: dict[float, Rung] = {}
@@ -166,10 +162,10 @@ class RateSearch:
             self.rungs[place] = Rung(rate, Probe(self.run, rate, self.clients))
         return self.rungs[place]
 
-    def affordable(self, rungs: Sequence[Rung], rounds: int) -> bool:
-        """Return whether all of some rates can go on to a round."""
-        more = sum(rounds - rung.rounds for rung in rungs if not rung.failed)
-        return self.spent + more * self.clients <= self.budget
+    def affordable(self, place: float, rounds: int) -> bool:
+        """Return whether a rate can go on to a round."""
+        done = self.rungs[place].rounds if place in self.rungs else 0
+        return rounds - done <= self.left
 
     def advance(self, rung: Rung, rounds: int) -> float:
         """Have a rate go on to a round; return its loss there, infinite if it fails before."""
@@ -199,8 +195,7 @@ class RateSearch:
             return
         self.walk()
         if self.differs:  # else nothing reads the rate
-            self.race()
-            self.between()
+            self.refine()
 
     def settle(self) -> None:
         """For a short run: try the first rate, and lower ones as long as it does not train."""
@@ -213,18 +208,21 @@ class RateSearch:
     def differs(self) -> bool:
         """Return whether the rate changes anything."""
         losses = [rung.loss for rung in self.rungs.values()]
-        return not all(math.isclose(loss, losses[0], rel_tol=1e-6) for loss in losses)
+        return not all(math.isclose(loss, losses[0], rel_tol=NOISE) for loss in losses)
 
     def chosen(self) -> float:
-        """Return the rate to take: a step below any that failed, or half a step below the best.
+        """Return the rate to take: the best, or half a step below it after few rounds.
 
-        A rate next to one that failed may fail, too, in a later round or at another client.
+        Half a step below it, too, where the run cannot begin anew if it diverges later. The first
+        rate if the losses do not differ.
         """
-        best = self.best().rate
-        failed = min((place for place, rung in self.rungs.items() if rung.failed), default=math.inf)
-        apart = [self.rungs[place].rate for place in self.level() if place <= failed - 1]
-        safe = self.longest >= SAFE or self.total < LEAST or not self.differs
-        return apart[0] if safe and apart else float(f"{best / STEP**0.5:.2g}")
+        best = self.best()
+        if self.total < LEAST:
+            return best.rate
+        if not self.differs:
+            return self.rung(0).rate
+        safe = best.rounds >= SAFE and self.run.restartable
+        return best.rate if safe else float(f"{best.rate / STEP**0.5:.2g}")
 
     def walk(self) -> None:
         """Try the first rate and its neighbors, until the best has a worse one on either side."""
@@ -232,52 +230,37 @@ class RateSearch:
         for way in (1, -1):
             place = 0
             while abs(place + way) <= WIDTH and not self.is_blind:
-                here, there = self.rung(place), self.rung(place + way)
-                if not self.affordable([there], FIRST):
+                if not self.affordable(place + way, FIRST):
                     return
+                here, there = self.rung(place), self.rung(place + way)
                 better = self.advance(there, FIRST) < here.loss
-                if not better and not (way < 0 and here.failed):
+                if not better and not (way < 0 and (here.failed or there.failed)):
                     break
                 place += way
 
-    def race(self) -> None:
-        """Have the best rates go on, longer and longer."""
-        kept, rounds = 3, max(self.longest // 2, 2 * FIRST)
-        while rounds <= self.longest and not self.is_blind:
-            leaders = [self.rungs[place] for place in self.level()[:kept]]
-            if not leaders or not self.affordable(leaders, rounds):
-                return
-            for rung in leaders:
-                self.advance(rung, rounds)
-            self.descend(rounds)
-            for rung in self.rungs.values():
-                rung.probe = rung.probe if rung.rate <= max(r.rate for r in leaders) else None
-            if any(not rung.failed for rung in leaders):
-                kept, rounds = 2, 2 * rounds
-
-    def between(self) -> None:
-        """Try half a step above the best rate and below it, for as many rounds."""
-        if (place := self.place()) is None:
+    def refine(self) -> None:
+        """Have the best rate go on, and rates half a step apart from it."""
+        if (place := self.place()) is None or self.is_blind:
             return
-        rounds = self.rungs[place].rounds
+        for rung in self.rungs.values():  # those above it release their memory
+            rung.probe = rung.probe if rung.rate <= self.rungs[place].rate else None
+        rounds = min(LONGEST, (self.left + FIRST) // 3)  # which three rates can come to
+        while rounds > FIRST and self.advance(self.rung(place), rounds) == math.inf:
+            place -= 1
+            rounds = min(rounds, self.left + self.rung(place).rounds)
         for half in (0.5, -0.5):
-            rung = self.rung(place + half)
-            if rounds < 2 * FIRST or not self.affordable([rung], rounds):
-                del self.rungs[place + half]
-                return
-            if self.advance(rung, rounds) < self.rungs[place].loss:
+            start = place
+            while rounds > FIRST and self.affordable(place + half, rounds):
+                if self.advance(self.rung(place + half), rounds) >= self.rungs[place].loss:
+                    break
+                place += half
+            if place != start:
                 return
 
-    def descend(self, rounds: int) -> None:
-        """Let lower rates catch up, as long as the lowest that has come so far is the best."""
-        while (place := self.place()) is not None and self.rungs[place].rounds == rounds:
-            below = place - 1
-            reached = below in self.rungs and self.rungs[below].rounds == rounds
-            if below < -WIDTH or reached:
-                return
-            if not self.affordable([self.rung(below)], rounds):
-                return
-            self.advance(self.rung(below), rounds)
+    @property
+    def left(self) -> int:
+        """How many rounds can still be paid."""
+        return int((self.budget - self.spent) // self.clients)
 
     def level(self) -> list[float]:
         """List the places of the rates that have come furthest, the best first.
@@ -347,6 +330,18 @@ def find_rate(run: RunBuilder) -> FoundRate:
     seconds, share = time.perf_counter() - began, search.spent / search.total
     ladder = tuple(r.record() for _, r in sorted(search.rungs.items()))
     return FoundRate(search.chosen(), "search", seconds, search.spent, share, ladder)
+
+
+def lower(found: FoundRate) -> FoundRate:
+    """Return the rate at which a run begins anew that has diverged: half a step lower, then whole.
+
+    Args:
+        found: The rate at which it diverged.
+    """
+    step = STEP if found.diverged else STEP**0.5
+    return replace(
+        found, rate=float(f"{found.rate / step:.2g}"), diverged=(*found.diverged, found.rate)
+    )
 
 
 @contextmanager

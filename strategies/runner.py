@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import cached_property, partial
@@ -13,7 +14,7 @@ from pathlib import Path
 
 from typing_extensions import override
 
-from fedraclora.binding import section
+from fedraclora.binding import Plain, section
 from fedraclora.config.build import PreparedTask
 from fedraclora.config.builder import TaskBuilder
 from fedraclora.config.run_config import RunConfig
@@ -26,6 +27,7 @@ from fedraclora.run.digests import check_data, located
 from fedraclora.run.folder import (
     amend,
     begin_folder,
+    clear_folder,
     has_checkpoint,
     is_finished,
     locked_folder,
@@ -42,9 +44,10 @@ from fedraclora.run.recorder import checkpoint_meta, read_clients, together
 from fedraclora.run.stopped import forget_stop, note_stop
 from fedraclora.strategies.builder import RunBuilder
 from fedraclora.strategies.facts import facts_of, learning_facts, mean_floats
-from fedraclora.strategies.rate_search import STEP, find_rate
+from fedraclora.strategies.rate_search import RESTARTS, STEP, find_rate, lower
 from fedraclora.strategies.result import RunResult
 from fedraclora.strategies.server.callbacks import Stopping
+from fedraclora.strategies.server.round_step import RoundStep
 from fedraclora.strategies.weights import load_weights
 from fedraclora.training.localconfig import AUTO
 from fedraclora.tree import digest
@@ -102,45 +105,107 @@ def execute(run: RunBuilder, *watching: Callback) -> RunResult:
         FedRacLoraError: If config, data, folder or clients are wrong.
     """
     began = time.perf_counter()
-    config, folder, resume = run.config, run.folder, run.resume
-    plain = config.plain  # to be written
-    run.watching = (logging_to(config.output.loggers), *watching, *run.watching)
+    folder, resume = run.folder, run.resume
+    plain = run.config.plain  # as callbacks are given it
+    run.watching = (logging_to(run.config.output.loggers), *watching, *run.watching)
     with ExitStack() as stack:
         reached = 0
         if folder is not None:
             held = locked_folder if resume else new_folder
-            stack.enter_context(held(folder, shared=config.output.shared))
+            stack.enter_context(held(folder, shared=run.config.output.shared))
         stack.enter_context(logged(folder))
         if resume and folder is not None:
             stored = section(read_config(folder), "output")
-            check_data(folder, config.data.group)
+            check_data(folder, run.config.data.group)
             reached = reached_round(folder)
             run.resume = has_checkpoint(folder, int(str(stored["checkpoint_every"])))
-        config = run.config = with_rate(run)
-        run.ready()
+        run.config = with_rate(run)
         stack.callback(run.close)
-        if folder is not None:
-            if resume:
-                run.recorder.incidents += amend(folder, config.plain)
-            else:
-                begin_folder(folder, config.plain, run.found)
-        if (done := run.strategy.done) < reached:
-            again = f"resumed after round {done}: rounds {done + 1} to {reached} were run again"
-            run.recorder.incidents.append(f"the run {again}")
-        before = math.fsum(map(round_seconds, run.recorder.ledger.rows))
-        stack.enter_context(stopping_noted(run, folder))
-        begin = RunStart(config.title, plain, folder, done, facts_of(run))
-        run.strategy.callbacks.begin(begin)
-        run.start()
+        steps = copy.deepcopy([*run.given_steps]) if can_restart(run) else ()
+        while True:
+            try:
+                before = run_rounds(run, plain, reached, resumes=resume)
+                break
+            except DivergenceError:
+                if not can_restart(run):
+                    raise
+                restart(run, copy.deepcopy(steps))
     summary = summarize(run, before + time.perf_counter() - began)
     if folder is not None:
-        if config.output.plots:
+        if run.config.output.plots:
             draw(run, folder)
         write_summary(folder, summary)
     run.strategy.callbacks.end(summary)
     rows = list(run.recorder.ledger.rows)
     columns = together(run.recorder.by_clients)
-    return RunResult(summary, rows, folder, config, run.weights, run, lambda: columns)
+    return RunResult(summary, rows, folder, run.config, run.weights, run, lambda: columns)
+
+
+def run_rounds(run: RunBuilder, plain: Plain, reached: int, *, resumes: bool) -> float:
+    """Build a run and run its rounds, in its folder if it has one.
+
+    Args:
+        run: The run, whose learning rate is known.
+        plain: Its config for callbacks.
+        reached: The last round of its folder's ledger.
+        resumes: Whether it goes on in its folder.
+
+    Returns:
+        The seconds of the rounds that a resumed run had already.
+
+    Raises:
+        FedRacLoraError: If config, data or clients are wrong.
+    """
+    config, folder = run.config, run.folder
+    run.ready()
+    if folder is not None:
+        if resumes:
+            run.recorder.incidents += amend(folder, config.plain)
+        else:
+            begin_folder(folder, config.plain, run.found)
+    if (done := run.strategy.done) < reached:
+        again = f"resumed after round {done}: rounds {done + 1} to {reached} were run again"
+        run.recorder.incidents.append(f"the run {again}")
+    before = math.fsum(map(round_seconds, run.recorder.ledger.rows))
+    with stopping_noted(run, folder):
+        begin = RunStart(config.title, plain, folder, done, facts_of(run))
+        run.strategy.callbacks.begin(begin)
+        run.start()
+    return before
+
+
+def can_restart(run: RunBuilder) -> bool:
+    """Return whether a run that diverges can begin anew at a lower learning rate.
+
+    It can if it has searched for its rate, in this process, and makes its own engine. Under privacy
+    and secure aggregation there is no search: a second run would tell more about the clients.
+    """
+    found = run.found
+    return (
+        run.restartable
+        and found is not None
+        and found.how == "search"
+        and len(found.diverged) < RESTARTS
+    )
+
+
+def restart(run: RunBuilder, steps: Sequence[RoundStep]) -> None:
+    """Have a run that has diverged begin anew at a lower learning rate.
+
+    Args:
+        run: The run.
+        steps: The program's own round steps, as new.
+    """
+    assert run.found is not None  # noqa: S101
+    round_ = run.strategy.done + 1
+    before, run.found = run.found.rate, lower(run.found)
+    log.warning(
+        "training diverged in round %d at learning rate %g: the run begins anew at %g",
+        *(round_, before, run.found.rate),
+    )
+    if run.folder is not None:
+        clear_folder(run.folder)
+    run.begin_anew(run.config.at_rate(run.found.rate), steps)
 
 
 def with_rate(run: RunBuilder) -> RunConfig:

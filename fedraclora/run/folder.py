@@ -22,7 +22,7 @@ from fedraclora.run.digests import check_config, data_files, read_sealed, sealed
 from fedraclora.run.found_rate import RATES_FILE, FoundRate
 from fedraclora.run.ledger import reached_round, read_ledger, seals
 from fedraclora.run.log import LOG
-from fedraclora.run.recorder import RESUMED_FROM
+from fedraclora.run.recorder import CLIENTS_FILE, RESUMED_FROM
 from fedraclora.weights.files import (
     config_difference,
     is_private,
@@ -157,6 +157,11 @@ def _remove(folder: Path, names: Iterable[str]) -> None:
             shutil.rmtree(path)
         else:
             path.unlink(missing_ok=True)
+
+
+def clear_folder(folder: Path) -> None:
+    """Remove what a run has written into its folder, so that it can begin anew there."""
+    _remove(folder, ("ledger.jsonl", "chain", "private", RATES_FILE, "checkpoint", CLIENTS_FILE))
 
 
 def begin_folder(folder: Path, plain: Plain, found: FoundRate | None = None) -> None:

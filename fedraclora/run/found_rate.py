@@ -24,6 +24,7 @@ class FoundRate:
         share: The same as a share of the whole run.
         ladder: Each rate that was tried: ``rate``, ``losses`` by the number of rounds, and
             ``failed``, where it did.
+        diverged: Higher rates at which the run diverged, after which it began anew.
     """
 
     rate: float
@@ -32,12 +33,16 @@ class FoundRate:
     trained: int = 0
     share: float = 0.0
     ladder: tuple[dict[str, object], ...] = ()
+    diverged: tuple[float, ...] = ()
 
     @property
     def description(self) -> str:
         """One line about it."""
         if self.how == "kept":
             return f"learning rate {self.rate:g}, found when the run began"
+        if self.diverged:
+            higher = " and ".join(f"{rate:g}" for rate in self.diverged)
+            return f"learning rate {self.rate:g}, since the run diverged at {higher}"
         if self.how == "rule":
             return f"learning rate {self.rate:g}, by a rule: no rate was tried (docs/local.md)"
         return (
@@ -47,4 +52,7 @@ class FoundRate:
 
     def write(self, folder: Path) -> None:
         """Write it into a run folder."""
-        write_text(folder / RATES_FILE, sealed({**vars(self), "ladder": [*self.ladder]}))
+        write_text(
+            folder / RATES_FILE,
+            sealed({**vars(self), "ladder": [*self.ladder], "diverged": [*self.diverged]}),
+        )

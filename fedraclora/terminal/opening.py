@@ -26,6 +26,12 @@ SAID = ("inputs", "weights", "precision", "new_head")  # what the task says of i
 Facts = Mapping[str, Any]
 
 
+def rate_lines(facts: Facts) -> list[str]:
+    """Write how the learning rate was found, in a line; none if it was set."""
+    found = facts.get("found_rate")
+    return [f"{found[0].upper()}{found[1:]}."] if found else []
+
+
 def opening_lines(facts: Facts, plain: Mapping[str, Any], folder: Path | None) -> list[str]:
     """Write model, data, bytes and output folder of a run, in at most five lines.
 
@@ -47,8 +53,7 @@ def opening_lines(facts: Facts, plain: Mapping[str, Any], folder: Path | None) -
     lines += [f"Data: {samples}{_learnt(facts)}.", f"{_each_client(facts)}."]
     if facts["pretrained"]:
         lines.append(f"Before round 1, {_pretrained(facts['pretrained'])}.")
-    if facts.get("found_rate"):
-        lines.append(f"{facts['found_rate'][0].upper()}{facts['found_rate'][1:]}.")
+    lines += rate_lines(facts)
     if folder is not None:
         lines.append(
             f"Results go to {folder}; {LOG} there has details (output.verbose=true shows them)."

@@ -21,7 +21,7 @@ from typing_extensions import override
 from fedraclora.run.callback import Callback, RunStart
 from fedraclora.run.ledger import headline, number, round_seconds, withheld
 from fedraclora.run.log import LOG
-from fedraclora.terminal.opening import details_of, notes_of, opening_lines
+from fedraclora.terminal.opening import details_of, notes_of, opening_lines, rate_lines
 
 log = logging.getLogger(__name__)
 PROJECT = logging.getLogger("fedraclora")
@@ -60,7 +60,7 @@ class RunProgress(Callback):
         self.console = plain_console(stderr=True)
         self.drawn = shown and self.console.is_interactive
         self._recent: deque[float] = deque(maxlen=AVERAGED)
-        self._metric, self._withheld = "", False
+        self._metric, self._withheld, self._opened = "", False, False
         self.bar = Progress(
             BarColumn(bar_width=None),
             TextColumn("{task.fields[text]}", markup=False),
@@ -106,6 +106,9 @@ class RunProgress(Callback):
         """
         lines, details = opening_lines(facts, plain, folder), details_of(facts)
         notes = [f"note: {note}" for note in notes_of(facts)]
+        if self._opened:  # the run begins anew, at another learning rate
+            lines, details, notes = rate_lines(facts), [], []
+        self._opened = True
         for line in [*lines, *details]:
             log.info("%s", line)
         for note in notes:

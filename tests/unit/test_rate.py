@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from typing_extensions import override
 
 import fedraclora
 from fedraclora.api import RunResult
@@ -21,18 +22,20 @@ from fedraclora.commands.study.entries import is_tuned, read_results, tried_valu
 from fedraclora.compose.overrides import composed
 from fedraclora.config.run_config import from_plain
 from fedraclora.errors import CheckpointError, ClientError, ConfigError, DivergenceError
-from fedraclora.protocol.method import Cohort, Draw, Method
+from fedraclora.protocol.method import Cohort, Draw, Method, RoundInstructions, State
 from fedraclora.protocol.plan import make_plan
+from fedraclora.run.callback import Callback, RunStart
 from fedraclora.run.digests import read_sealed
 from fedraclora.run.folder import read_summary
-from fedraclora.run.found_rate import RATES_FILE
+from fedraclora.run.found_rate import RATES_FILE, FoundRate
 from fedraclora.run.ledger import read_ledger
 from fedraclora.run.recorder import checkpoint_meta
 from fedraclora.strategies import rate_search, runner
 from fedraclora.strategies.builder import RunBuilder
 from fedraclora.strategies.methods import METHODS
 from fedraclora.strategies.rate import FITTED, rate_of
-from fedraclora.strategies.rate_search import SHARE, find_rate
+from fedraclora.strategies.rate_search import RESTARTS, SHARE, find_rate
+from fedraclora.strategies.server.round_step import RoundStep
 from fedraclora.tree import weights_of
 
 RESULTS = Path(__file__).parents[2] / "experiments" / "results"
@@ -253,6 +256,78 @@ def plain_steps(round_: Round, rate: float) -> Trained:
         optimizer.step()
         losses.append(float(loss.detach()))
     return round_.read(model, samples=len(target), steps=3, loss=sum(losses) / 3)
+
+
+LATE = (*TASK, "method=fedavg_lora", "rounds=14", "evaluate.every=14")
+
+
+def diverging(rate: float) -> Callable[[RunBuilder], FoundRate]:
+    """A search that finds a rate at which training diverges, at 0.56 in round 10."""
+    return lambda _: FoundRate(rate, "search")
+
+
+@pytest.mark.parametrize("where", ["folder", "memory"])
+def test_a_run_that_diverges_at_the_rate_it_found_begins_anew_lower(
+    where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(runner, "find_rate", diverging(0.56))
+    begun, folder = list[dict[str, Any]](), tmp_path / "a" if where == "folder" else None
+
+    class Begun(Callback):
+        def begin(self, run: RunStart) -> None:
+            begun.append(dict(run.facts))
+
+    run = fedraclora.simulate(*LATE, folder=folder, callbacks=[Begun()])
+    assert len(begun) == 2
+    shown = capsys.readouterr().err
+    assert "at 0.56" in shown
+    assert shown.count("Federated learning of") == 1
+    told = fedraclora.simulate(*LATE, "local.lr=0.31", "output.progress=false")
+    assert run.config["local"]["lr"] == 0.31  # type: ignore[index]
+    assert told.summary["weights_digest"] == run.summary["weights_digest"]
+    assert [row["round"] for row in run.rows] == [*range(15)]
+    if folder is not None:
+        assert rates(folder)["diverged"] == [0.56]
+        stored = read_ledger(folder / "ledger.jsonl")
+        assert [row["round"] for row in stored] == [*range(15)]
+        again = fedraclora.simulate(*LATE, "rounds=15", folder=folder, resume=True)
+        assert again.config["local"]["lr"] == 0.31  # type: ignore[index]
+
+
+def test_a_run_that_diverges_at_every_rate_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runner, "find_rate", diverging(1e12))
+    begun = list[RunStart]()
+
+    class Begun(Callback):
+        def begin(self, run: RunStart) -> None:
+            begun.append(run)
+
+    with pytest.raises(DivergenceError, match=r"local\.lr"):
+        fedraclora.simulate(*LATE, "output.progress=false", callbacks=[Begun()])
+    assert len(begun) == 1 + RESTARTS
+
+
+def test_a_run_begins_anew_with_the_users_steps_as_new(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runner, "find_rate", diverging(0.56))
+
+    class Counting(RoundStep):
+        rounds = 0
+
+        @override
+        def send(self, sent: RoundInstructions, state: State) -> RoundInstructions:
+            self.rounds += 1
+            assert self.rounds <= 14  # of 24, if it went on counting
+            return sent
+
+    run = fedraclora.simulate(*LATE, "output.progress=false", steps=[Counting()])
+    assert run.config["local"]["lr"] == 0.31  # type: ignore[index]
+
+
+def test_rates_that_do_not_differ_leave_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A method that hardly moves in a few rounds took the smallest rate, and learnt nothing."""
+    config = from_plain(composed([*WORDS, "method=decomfl", "output.dir=null"]), METHODS)
+    monkeypatch.setattr(rate_search, "rule_rate", lambda *_: 1e-4)
+    assert find_rate(RunBuilder(config)).rate == 1e-4
 
 
 def test_a_run_that_diverges_goes_on_from_its_last_good_round(tmp_path: Path) -> None:
