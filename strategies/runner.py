@@ -122,10 +122,10 @@ def execute(run: RunBuilder, *watching: Callback) -> RunResult:
         run.config = with_rate(run)
         stack.callback(run.close)
         steps = copy.deepcopy([*run.given_steps]) if can_restart(run) else ()
-        while True:
+        before = None
+        while before is None:
             try:
                 before = run_rounds(run, plain, reached, resumes=resume)
-                break
             except DivergenceError:
                 if not can_restart(run):
                     raise
