@@ -36,7 +36,7 @@ from typing_extensions import override
 from fedraclora.errors import ClientError, ConfigError, DivergenceError
 from fedraclora.run.callback import Callback
 from fedraclora.run.found_rate import FoundRate
-from fedraclora.run.ledger import number
+from fedraclora.run.ledger import Row, number
 from fedraclora.run.recorder import RunRecorder
 from fedraclora.strategies.builder import RunBuilder
 from fedraclora.strategies.rate import rule_rate
@@ -51,6 +51,7 @@ ROUNDS = 12  # of all clients that the run samples, which a search needs; else f
 FIRST, LONGEST = 2, 5  # rounds at a rate
 NOISE = 0.005  # a smaller relative difference of losses tells nothing
 SAFE = 4  # rounds; after fewer, half a step below the best is taken
+RISEN = 10  # times the training loss of the first round: the run counts as diverged
 RESTARTS = 4  # of a run that diverges at the rate that was found
 # Where no rule knows the run: SGD; adaptive optimizers, whose steps have about the length of the
 # rate; a function of the user's, whose own rate is multiplied.
@@ -330,6 +331,30 @@ def find_rate(run: RunBuilder) -> FoundRate:
     seconds, share = time.perf_counter() - began, search.spent / search.total
     ladder = tuple(r.record() for _, r in sorted(search.rungs.items()))
     return FoundRate(search.chosen(), "search", seconds, search.spent, share, ladder)
+
+
+class RisenLoss(Callback):
+    """Count a run as diverged if its training loss rises far above that of its first round."""
+
+    def __init__(self) -> None:
+        self.first = math.nan
+
+    @override
+    def row(self, row: Row) -> None:
+        """Compare the loss of a round.
+
+        Raises:
+            DivergenceError: If it is more than `RISEN` times that of the first.
+        """
+        if "train_loss" not in row:
+            return
+        loss = number(row, "train_loss")
+        self.first = loss if math.isnan(self.first) else self.first
+        if loss > RISEN * self.first:
+            raise DivergenceError(
+                f"round {row['round']}: the training loss has risen from {self.first:.3g} to "
+                f"{loss:.3g}; lower local.lr"
+            )
 
 
 def lower(found: FoundRate) -> FoundRate:

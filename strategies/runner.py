@@ -44,7 +44,7 @@ from fedraclora.run.recorder import checkpoint_meta, read_clients, together
 from fedraclora.run.stopped import forget_stop, note_stop
 from fedraclora.strategies.builder import RunBuilder
 from fedraclora.strategies.facts import facts_of, learning_facts, mean_floats
-from fedraclora.strategies.rate_search import RESTARTS, STEP, find_rate, lower
+from fedraclora.strategies.rate_search import RESTARTS, STEP, RisenLoss, find_rate, lower
 from fedraclora.strategies.result import RunResult
 from fedraclora.strategies.server.callbacks import Stopping
 from fedraclora.strategies.server.round_step import RoundStep
@@ -170,6 +170,8 @@ def run_rounds(run: RunBuilder, plain: Plain, reached: int, *, resumes: bool) ->
     with stopping_noted(run, folder):
         begin = RunStart(config.title, plain, folder, done, facts_of(run))
         run.strategy.callbacks.begin(begin)
+        if can_restart(run):
+            run.strategy.callbacks.list.append(RisenLoss())
         run.start()
     return before
 

@@ -28,7 +28,7 @@ from fedraclora.run.callback import Callback, RunStart
 from fedraclora.run.digests import read_sealed
 from fedraclora.run.folder import read_summary
 from fedraclora.run.found_rate import RATES_FILE, FoundRate
-from fedraclora.run.ledger import read_ledger
+from fedraclora.run.ledger import number, read_ledger
 from fedraclora.run.recorder import checkpoint_meta
 from fedraclora.strategies import rate_search, runner
 from fedraclora.strategies.builder import RunBuilder
@@ -292,6 +292,17 @@ def test_a_run_that_diverges_at_the_rate_it_found_begins_anew_lower(
         assert [row["round"] for row in stored] == [*range(15)]
         again = fedraclora.simulate(*LATE, "rounds=15", folder=folder, resume=True)
         assert again.config["local"]["lr"] == 0.31  # type: ignore[index]
+
+
+def test_a_run_whose_loss_rises_far_above_its_first_begins_anew(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """DeComFL ended with a loss of 5e23, and no number that was not finite."""
+    monkeypatch.setattr(runner, "find_rate", diverging(1.0))
+    words = (*TASK, "method=decomfl", "rounds=12", "evaluate.every=12", "output.progress=false")
+    run = fedraclora.simulate(*words)
+    assert run.config["local"]["lr"] < 1  # type: ignore[index,operator]
+    assert all(number(row, "train_loss") < 25 for row in run.rows[1:])
 
 
 def test_a_run_that_diverges_at_every_rate_ends(monkeypatch: pytest.MonkeyPatch) -> None:
