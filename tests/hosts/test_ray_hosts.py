@@ -21,6 +21,7 @@ pytestmark = pytest.mark.long
 SOURCES = ("fedraclora", "strategies", "clients", "experiments", "conf", "tests")
 CORES = (1, 3, 1, 2)
 PORT = 6379
+VERBOSE = "output.verbose=true"  # shows hosts and workers
 TOKEN = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "7d" * 32, "PYTHONPATH": ""}
 TOKEN |= {"RAY_prestart_worker_first_driver": "0"}
 PROJECT = "/tmp/home/project"
@@ -106,7 +107,7 @@ def simulate(
 ) -> tuple[dict[str, object], str]:
     """Run a simulation on a host, from the user's folder; give its summary and what it said."""
     env = {**TOKEN, "PYTHONPATH": str(Path(fedraclora.__file__).parents[1])}
-    words = (*of, *words, f"output.dir=/tmp/home/{name}", "output.progress=true")
+    words = (*of, *words, f"output.dir=/tmp/home/{name}", "output.progress=true", VERBOSE)
     command = [sys.executable, "-m", "fedraclora.commands.cli", "simulate", *words]
     pipe = subprocess.PIPE
     with host.popen(command, env=env, cwd=PROJECT, stdout=pipe, stderr=pipe) as process:
