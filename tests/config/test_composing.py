@@ -15,7 +15,7 @@ WORDS = (
     ["local=adamw", "method=fedavg_lora", "compression.uplink=int8"],
     ["method=fedavg_lora", "local=momentum", "++local.clip=1"],
     ["experiment=rotten_tomatoes", "clients_per_round=4"],
-    ["experiment=rotten_tomatoes", "model.path=here", "method=ravan"],
+    ["experiment=rotten_tomatoes", "model.path=here", "method=ffa_lora"],
 )
 
 

@@ -138,10 +138,10 @@ def tiny(tmp_path: Path, text: str = TINY) -> Path:
 
 def test_methods_choose_rows_and_add_what_has_none(tmp_path: Path) -> None:
     path = tiny(tmp_path)
-    said: dict[str, object] = {"methods": "rolora, fedkrso", "target": "0.5", "metric": "f1"}
+    said: dict[str, object] = {"methods": "ffa_lora, fedkrso", "target": "0.5", "metric": "f1"}
     study = chosen(path, said, ["seed=3"])
     assert study.rows == {
-        "rolora": ["method=rolora"],
+        "ffa_lora": ["method=ffa_lora"],
         "fedkrso": ["method=fedkrso", "method.rank=2"],
     }
     assert (study.target, study.metric) == (0.5, "f1")
@@ -206,10 +206,10 @@ def plain(study: Study, row: str, scores: list[float | None], up: int) -> dict[s
 def test_the_board_ranks_and_counts_what_reached_the_target(tmp_path: Path) -> None:
     text = TINY.replace("values: [0.1, 0.4], refine: [0.5]", "values: [0.1]")
     text = text[: text.index("tune:")] + text[text.index("final:") :]
-    study = Study.read(tiny(tmp_path, text.replace("fedsa_lora", "rolora"))).changed(target=0.4)
+    study = Study.read(tiny(tmp_path, text.replace("fedsa_lora", "ffa_lora"))).changed(target=0.4)
     done = plain(study, "fedavg_lora", [0.5, 0.9], 1_000_000)
     done |= plain(study, "fedkrso", [0.8, 0.3], 2_000_000)
-    done |= plain(study, "rolora", [0.3, None], 1_000_000)
+    done |= plain(study, "ffa_lora", [0.3, None], 1_000_000)
     assert [entry.row for entry in entries(study, done)] == ["fedavg_lora", "fedkrso"]
     made = leaderboard(study, done)
     assert made is not None
@@ -222,7 +222,7 @@ def test_the_board_ranks_and_counts_what_reached_the_target(tmp_path: Path) -> N
     assert second["rounds to 0.4"] == "10 (1 of 2 seeds)"
     assert second["aggregation error"] == "exact"
     assert second["client MB"] == "-"
-    assert "Not run to the end, or diverged at every value: rolora." in made.notes
+    assert "Not run to the end, or diverged at every value: ffa_lora." in made.notes
     never = leaderboard(study.changed(target=0.95), done)
     assert never is not None
     assert never.cells[0][made.header.index("MB up to it")] == "-"

@@ -256,7 +256,7 @@ def test_budgets_are_those_of_the_row_that_used_least(tmp_path: Path) -> None:
 def test_a_study_may_name_the_row_whose_bytes_are_the_budget(tmp_path: Path) -> None:
     text = TEXT.replace(", values: [0.1, 0.4], refine: [0.5]", ", values: [0.1]")
     text = text.replace("seeds: [0, 1]", "seeds: [0]")
-    rows = "  theirs: [method=fedavg_lora]\n  tiny: [method=fed_sb]\n"
+    rows = "  theirs: [method=fedavg_lora]\n  tiny: [method=ffa_lora]\n"
     plan = study(tmp_path, text + rows + "budget: ours\n")
     done = {
         job.key: line(0.5) for row in plan.rows for job in plan.jobs("tune", row, plan.values(row))
