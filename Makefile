@@ -24,6 +24,10 @@ ALL := $(VENV)/.all
 CORES := $(shell getconf _NPROCESSORS_ONLN)
 SIDE_BY_SIDE := --numprocesses $(shell echo $$(($(CORES) < 4 ? $(CORES) + 1 : 4))) --dist loadfile \
 	--no-loadscope-reorder
+# Slow tests: in `make test-slow` all of them; in CI those of an installed copy and its wheels, of
+# deployments, of a run on Ray, and of kills.
+SLOW := slow and not long and not smoke and not gpu
+CI_SLOW := tests/layout tests/config/test_quiet.py tests/equivalence/test_deploy*.py tests/resume
 PEERS := flower pfl fedlab fedjax
 
 # The number of threads fixes the order of sums inside matrix products, and so the last bits.
@@ -37,9 +41,11 @@ export RAY_USAGE_STATS_ENABLED := 0
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 # Where it is set, each of the many processes of the tests would compile the project anew.
-test test-slow test-all golden: export PYTHONDONTWRITEBYTECODE :=
+test test-slow test-ci test-all golden: export PYTHONDONTWRITEBYTECODE :=
+# Some tests start Flower's commands by their names.
+tests test-slow test-ci test-all: export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: help install simulate test tests test-slow test-all lint style types fmt conf docs golden bench bench-peers clean
+.PHONY: help install simulate test tests test-slow test-ci test-all lint style types fmt conf docs golden bench bench-peers clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -74,10 +80,13 @@ tests: install
 	$(BIN)/python -m pytest -m "(not slow and not long or smoke) and not gpu" $(SIDE_BY_SIDE) $(ARGS)
 
 test-slow: $(ALL) ## Run the tests over a second that are not in `make test` (not those over ten)
-	$(BIN)/python -m pytest -m "slow and not long and not smoke and not gpu" $(SIDE_BY_SIDE) $(ARGS)
+	$(BIN)/python -m pytest -m "$(SLOW)" $(SIDE_BY_SIDE) $(ARGS)
+
+test-ci: install ## Run the slow tests that CI runs after `make test` (about three minutes)
+	$(BIN)/python -m pytest -m "$(SLOW)" $(SIDE_BY_SIDE) $(CI_SLOW) $(ARGS)
 
 test-all: lint $(ALL) ## Run all tests, those for GPUs where there is one, with more examples
-	$(BIN)/python -m pytest --hypothesis-profile=ci $(ARGS)
+	$(BIN)/python -m pytest --hypothesis-profile=ci --users-hydra $(ARGS)
 
 lint: style types ## Check style, types and import contracts
 

@@ -1,7 +1,8 @@
-"""Hydra in the tests: what it reads and merges of our own configs is remembered.
+"""Hydra in `make test`: what it reads and merges of our own configs is remembered.
 
-Thousands of tests compose a config, from thirty files each. Nothing is remembered where a test has
-a folder of its own on Hydra's search path.
+Thousands of tests compose a config, from thirty files each: 0.09 s of a processor, 0.01 s from
+memory. Nothing is remembered where a test has a folder of its own on Hydra's search path, in tests
+of composing itself (the fixture ``users_hydra``), in other processes, and in `make test-all`.
 """
 
 from __future__ import annotations

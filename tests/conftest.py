@@ -26,6 +26,10 @@ from fedraclora.experiments.hosts import Bed, why_not
 # Nothing of what is imported and collected is garbage, and to look through it is half the work.
 gc.disable()
 
+# Nothing here waits for the disk: what is killed or loses power is a process of its own, or a test
+# puts its own in this place.
+os.fsync = lambda _: None
+
 # One thread fixes the order of the sums inside a matrix product, and small tensors run faster.
 torch.set_num_threads(1)
 
@@ -39,9 +43,6 @@ logging.raiseExceptions = False
 
 # Ray runs workers at the lowest priority but four: beside other tests they would wait for minutes.
 os.environ.setdefault("RAY_worker_niceness", "0")
-
-# Hydra composes our configs from what it remembers.
-composing.install()
 
 # The same examples in each run: a failure can be repeated, a timed limit would be luck.
 settings.register_profile("dev", max_examples=25, derandomize=True, deadline=None)
@@ -67,10 +68,19 @@ def pytest_collection() -> Generator[None, object, object]:
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """Add the switch of `make golden`."""
+    """Add the switches of `make golden` and `make test-all`."""
     parser.addoption(
         "--write-golden", action="store_true", help="write tests/golden/*.json instead of comparing"
     )
+    parser.addoption(
+        "--users-hydra", action="store_true", help="compose each config anew, as users' commands do"
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Have Hydra remember what it composes of our own configs, unless that is switched off."""
+    if not config.getoption("--users-hydra"):
+        composing.install()
 
 
 def pytest_itemcollected(item: pytest.Item) -> None:

@@ -11,6 +11,8 @@ from fedraclora.config.run_config import from_plain
 from fedraclora.protocol.plan import make_plan
 from fedraclora.strategies.methods import METHODS
 
+pytestmark = pytest.mark.usefixtures("users_hydra")
+
 STUDY = Study.read(CONF.parent / "experiments" / "studies" / "mnist_table3.yaml")
 # A: 784 + 64 + 64 numbers, B: 64 + 64 + 5.
 COUNTS = {

@@ -13,6 +13,8 @@ from fedraclora.errors import ConfigError
 from fedraclora.protocol.plan import own_rank
 from fedraclora.strategies.methods import METHODS
 
+pytestmark = pytest.mark.usefixtures("users_hydra")
+
 OWN = """# @package _global_
 defaults:
   - override /local: mine
