@@ -37,8 +37,9 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import pytest
@@ -129,8 +130,18 @@ class Started(BaseException):
 # ---- Drawing ------------------------------------------------------------------------------------
 
 
-def schema() -> tuple[dict[str, Any], dict[str, list[str]], dict[tuple[str, str], dict[str, Any]]]:
-    """List the keys of the top, the choices of each group, and the keys of each."""
+class Schema(NamedTuple):
+    """Keys of the top, choices of each group, keys of each choice, the choice where none is set."""
+
+    top: dict[str, Any]
+    groups: dict[str, list[str]]
+    keys: dict[tuple[str, str], dict[str, Any]]
+    chosen: dict[str, str]
+
+
+@cache
+def schema() -> Schema:
+    """Read what can be set."""
     top = yaml.safe_load((CONF / "config.yaml").read_text())
     groups: dict[str, list[str]] = defaultdict(list)
     keys = {}
@@ -142,11 +153,8 @@ def schema() -> tuple[dict[str, Any], dict[str, list[str]], dict[tuple[str, str]
     defaults = {
         k: v for entry in top["defaults"] if isinstance(entry, dict) for k, v in entry.items()
     }
-    CHOSEN.update({group: defaults[group] for group in groups if group not in CHOSEN})
-    return flatten(NODES["run"]), dict(groups), keys
-
-
-TOP, GROUPS, KEYS = schema()
+    chosen = {group: defaults[group] for group in groups if group not in CHOSEN} | CHOSEN
+    return Schema(flatten(NODES["run"]), dict(groups), keys, chosen)
 
 
 def pick(rng: np.random.Generator, options: Sequence[T]) -> T:
@@ -157,15 +165,16 @@ def pick(rng: np.random.Generator, options: Sequence[T]) -> T:
 def drawn(seed: int, number: int) -> tuple[list[str], bool]:
     """Draw the words of a set, and whether it runs."""
     rng = generator(seed, "override sets", number)
-    chosen = dict(CHOSEN)
+    top, groups, keys_of, default = schema()
+    chosen = dict(default)
     words = []
     for _ in range(pick(rng, (0, 0, 1, 1, 2, 3))):
-        group = pick(rng, sorted(GROUPS))
-        chosen[group] = pick(rng, GROUPS[group])
+        group = pick(rng, sorted(groups))
+        chosen[group] = pick(rng, groups[group])
         words.append(f"{group}={chosen[group]}")
     for _ in range(pick(rng, (0, 1, 1, 1, 2, 3))):
-        group = pick(rng, ("", *sorted(GROUPS)))
-        keys = KEYS[group, chosen[group]] if group else TOP
+        group = pick(rng, ("", *sorted(groups)))
+        keys = keys_of[group, chosen[group]] if group else top
         if keys:
             words.append(word(f"{group}." if group else "", keys, rng))
     if rng.random() < 0.2:
@@ -347,14 +356,15 @@ def accepted(words: Sequence[str], config: Mapping[str, Any], said: str) -> str 
     """
     parsed = OverridesParser.create().parse_overrides([*words])
     last = {str(override.key_or_group): override for override in parsed}
-    tops = {key.partition(".")[0] for key in TOP} | {*GROUPS, "experiment"}
+    top, groups, *_ = schema()
+    tops = {key.partition(".")[0] for key in top} | {*groups, "experiment"}
     for key, override in last.items():
         if key.partition(".")[0] not in tops | {"hydra"}:
             return f"unknown: {key.partition('.')[0]}"
         inside = any(
             o != key and (o.startswith(f"{key}.") or key.startswith(f"{o}.")) for o in last
         )
-        if override.is_delete() or key in GROUPS or inside:
+        if override.is_delete() or key in groups or inside:
             continue
         if f"note: {key} has no effect here" in said:
             continue

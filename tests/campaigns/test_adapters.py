@@ -6,8 +6,6 @@ from pathlib import Path
 
 import pytest
 
-from tests.campaigns.adapters import campaign
-
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning:peft")
 
 
@@ -16,6 +14,8 @@ pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWa
     "every", [23, pytest.param(1, marks=pytest.mark.long)], ids=["short", "long"]
 )
 def test_an_odd_adapter_is_named_or_merged_as_peft_does(every: int, tmp_path: Path) -> None:
+    from tests.campaigns.adapters import campaign  # which imports PEFT
+
     report = campaign(every, tmp_path / "adapter")
     assert report.counts["named"] > 30, report.counts
     assert not report.wrong, "\n".join(report.wrong)

@@ -38,12 +38,6 @@ from tests.campaigns.secagg import (
 from tests.campaigns.secure_measuring import campaign as measured
 
 
-@pytest.fixture(autouse=True)
-def no_flushes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Do not wait for the disk: these tests kill no process."""
-    monkeypatch.setattr("os.fsync", lambda handle: None)
-
-
 @pytest.mark.long
 def test_forty_mutants() -> None:
     assert sum(campaign(40, first=10_000).values()) == 40

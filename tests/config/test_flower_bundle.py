@@ -12,8 +12,6 @@ import zipfile
 from pathlib import Path
 
 import pytest
-from flwr.cli.build import build_fab_from_disk
-from flwr.cli.config_utils import load_and_validate
 
 from fedraclora.commands.app import copy_app
 from fedraclora.compose.overrides import composed
@@ -65,6 +63,8 @@ quiet = pytest.mark.filterwarnings("ignore:GitWildMatchPattern:DeprecationWarnin
 
 
 def names(folder: Path) -> set[str]:
+    from flwr.cli.build import build_fab_from_disk
+
     with zipfile.ZipFile(io.BytesIO(build_fab_from_disk(folder))) as bundle:
         return set(bundle.namelist())
 
@@ -95,6 +95,8 @@ def test_the_bundle_holds_the_code_and_nothing_else(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_flower_finds_the_apps_of_the_bundle(tmp_path: Path) -> None:
+    from flwr.cli.config_utils import load_and_validate
+
     copy_app(tmp_path)
     config, warnings = load_and_validate(tmp_path / "pyproject.toml", check_module=True)
     assert warnings == []

@@ -30,12 +30,6 @@ def world() -> World:
     return make_world()
 
 
-@pytest.fixture(autouse=True)
-def no_flushes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Do not wait for the disk: these tests kill no process."""
-    monkeypatch.setattr("os.fsync", lambda handle: None)
-
-
 @pytest.fixture(autouse=True, scope="module")
 def coefficients(request: pytest.FixtureRequest) -> Iterator[None]:
     """Send coefficients of factors whose sides are so short that they themselves would be sent."""

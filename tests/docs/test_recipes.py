@@ -13,11 +13,7 @@ import pytest
 import yaml
 from flwr.app import Context, RecordDict
 from flwr.common.config import parse_config_args
-from flwr.superlink.cli.flower_superlink import _parse_args_run_superlink
-from flwr.supernode.cli.flower_supernode import _parse_args_run_supernode
 from packaging.requirements import Requirement
-from ray.scripts.scripts import start
-from ray.scripts.symmetric_run import symmetric_run
 
 from fedraclora.clients.cache import served
 from fedraclora.compose.overrides import composed
@@ -83,11 +79,15 @@ def test_each_command_is_one_and_takes_its_flags(
     words: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if words[0] == "flower-superlink":
+        from flwr.superlink.cli.flower_superlink import _parse_args_run_superlink
+
         args = _parse_args_run_superlink().parse_args(words[1:])
         assert args.host == "127.0.0.1"
         assert args.enable_supernode_auth
         assert args.database
     elif words[:2] == ["fedraclora", "node"]:
+        from flwr.supernode.cli.flower_supernode import _parse_args_run_supernode
+
         args = _parse_args_run_supernode().parse_args(words[2:])
         assert args.auth_supernode_private_key
         assert args.root_certificates
@@ -109,6 +109,9 @@ def test_the_run_that_a_comment_starts_is_one() -> None:
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.name)
 def test_scripts_for_slurm_take_flags_of_ray_and_keys_of_a_run(script: Path) -> None:
+    from ray.scripts.scripts import start
+    from ray.scripts.symmetric_run import symmetric_run
+
     known = {o for command in (start, symmetric_run) for p in command.params for o in p.opts}
     for words in of_shell(script, "ray start") + of_shell(script, "ray symmetric-run"):
         own = words[: words.index("--")] if "--" in words else words

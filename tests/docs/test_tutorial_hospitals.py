@@ -106,6 +106,7 @@ def follow(
             sys.modules.pop("reviews", None)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
 def test_what_runs_in_one_process_runs_as_it_stands(
     small: list[str], monkeypatch: pytest.MonkeyPatch

@@ -25,10 +25,9 @@ short = pytest.mark.short(when=lambda name, stop: (name, stop) in QUICK)
 
 @pytest.fixture(autouse=True, scope="module")
 def one_key() -> Iterator[None]:
-    """One key for all runs, which are held to each other; and nothing waits for the disk."""
+    """One key for all runs, which are held to each other."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "urandom", lambda count: bytes(range(count)))
-        patch.setattr(os, "fsync", lambda _: None)
         yield
 
 

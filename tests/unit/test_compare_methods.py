@@ -141,8 +141,9 @@ def test_a_run_is_one_line_and_its_log_has_the_rest(
     logs = [path.read_text() for path in (tmp_path / "brief").glob("*/*/run.log")]
     assert len(logs) == 4
     assert all("training samples" in text for text in logs)
+    one = ["method=ffa_lora", "seeds=1", *TASK, "output=run", "output.plots=false"]
     whole = f"output.dir={tmp_path / 'whole'}"
-    assert cli.run("compare", [*words, whole, "output.verbose=true"]) == 0
+    assert cli.run("compare", [*one, whole, "output.verbose=true"]) == 0
     assert "training samples" in capsys.readouterr().err
 
 

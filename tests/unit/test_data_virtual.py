@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import cache
 
 import numpy as np
 import pytest
@@ -50,16 +51,23 @@ MAKE: dict[str, Callable[[int], ClientData]] = {
     "bootstrap": lambda n: bootstrap(table(), clients=n, seed=3, samples=20, alpha=0.5),
     "bootstrap of any rows": lambda n: bootstrap(table(), clients=n, seed=3, samples=20),
 }
-MADE = {name: make(MANY) for name, make in MAKE.items()}
+
+
+@cache
+def of_many(name: str) -> ClientData:
+    return MAKE[name](MANY)
+
+
 ids = st.integers(0, MANY - 1)
-made = pytest.mark.parametrize("data", MADE.values(), ids=MADE)
+made = pytest.mark.parametrize("name", MAKE)
 
 
 @made
 @given(st.lists(ids, min_size=1, max_size=5), st.lists(st.integers(0, 400), min_size=1, max_size=7))
 def test_a_sample_does_not_depend_on_the_batch(
-    data: ClientData, clients: list[int], positions: list[int]
+    name: str, clients: list[int], positions: list[int]
 ) -> None:
+    data = of_many(name)
     everyone, places = torch.tensor(clients), torch.tensor(positions)
     # A place of its own for every client, as shuffles give them.
     wanted = (places + torch.arange(len(clients))[:, None]) % 401
@@ -75,7 +83,8 @@ def test_a_sample_does_not_depend_on_the_batch(
 
 
 @made
-def test_samples_and_clients_differ(data: ClientData) -> None:
+def test_samples_and_clients_differ(name: str) -> None:
+    data = of_many(name)
     one = data.gather(torch.tensor([5]), torch.arange(50)[None])
     other = data.gather(torch.tensor([6]), torch.arange(50)[None])
     assert len(one.inputs["x"].unique(dim=0)) > 40
@@ -91,7 +100,7 @@ def test_a_larger_population_is_more_of_the_same_and_holds_no_more(name: str) ->
             return sum(map(held, thing.values()))
         return sum(map(held, vars(thing).values())) if hasattr(thing, "__dict__") else 0
 
-    few, many = MAKE[name](10), MADE[name]
+    few, many = MAKE[name](10), of_many(name)
     assert (few.num_clients, many.num_clients) == (10, MANY)
     assert held(few) == held(many) > 0
     batches = [p.gather(torch.arange(10), torch.arange(8).expand(10, -1)) for p in (few, many)]
@@ -230,7 +239,7 @@ def test_a_precision_is_that_of_the_samples() -> None:
     batch = wide.gather(torch.arange(2), torch.zeros(2, 1).long())
     assert batch.inputs["x"].dtype == torch.float64
     assert batch.target.dtype == torch.int64
-    moved = MADE["bootstrap"].to("cpu", torch.float32)
+    moved = of_many("bootstrap").to("cpu", torch.float32)
     assert moved.gather(torch.arange(2), torch.zeros(2, 1).long()).inputs["x"].dtype == (
         torch.float32
     )
