@@ -49,7 +49,7 @@ def test_it_holds_all_code_and_all_that_is_read(wheel: Mapping[str, Path]) -> No
     assert {f"fedraclora/{name}" for name in names} <= wheel.keys()
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_a_wheel_of_the_source_distribution_is_the_same(
     wheel: Mapping[str, Path], tmp_path: Path
 ) -> None:
