@@ -148,7 +148,6 @@ def by_process(data: Any, *, clients: int, seed: int) -> Any:
     return np.array_split(rows, clients)
 
 
-@pytest.mark.slow
 def test_a_run_is_not_resumed_on_rows_that_were_dealt_otherwise(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

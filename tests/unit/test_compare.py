@@ -145,7 +145,6 @@ def rac(rank: int = 4) -> dict[str, object]:
     return {"name": "fed_rac_lora", "rank": rank, "alpha": "auto"}
 
 
-@pytest.mark.slow
 def test_groups_are_held_at_the_traffic_of_the_run_that_took_least(
     make: Make, tmp_path: Path
 ) -> None:

@@ -179,7 +179,6 @@ def test_what_is_wrong_is_said(
     assert bool(ran) == (words[-1:] == ["metric=acuracy"])  # which only a run can tell
 
 
-@pytest.mark.slow
 def test_a_row_that_diverges_is_shown_and_not_run_again(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

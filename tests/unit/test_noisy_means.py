@@ -156,7 +156,7 @@ def test_a_row_has_noisy_means_alone_and_the_account_of_all_releases(who: str) -
 def test_a_measurement_that_no_coin_chose_anybody_for_is_noise_and_is_paid_for(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(NoisyMeans, "drawn", lambda *_: torch.arange(0))
+    monkeypatch.setattr(NoisyMeans, "sample", lambda *_: torch.arange(0))
     words = ("evaluate.clients=round", "evaluate.personal=true", "evaluate.clients_every=1")
     run = private(*words, rounds=7)
     assert all(row["clients"]["uplink_bytes"] == 0 for row in run.rows)

@@ -319,7 +319,6 @@ def test_a_run_that_is_running_says_how_far_it_is(tmp_path: Path) -> None:
     assert (shown.reached, shown.clients) == ("3 of 3, not at its end", "2 take part in a round")
 
 
-@pytest.mark.slow
 def test_that_measurements_are_withheld_is_in_the_report(
     runs: dict[str, fedraclora.RunResult],
 ) -> None:
