@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
@@ -87,27 +87,35 @@ class TextTable:
         """Print the table and its notes, without empty columns.
 
         If the columns do not fit side by side, each becomes a line. If the rows do not fit then,
-        either, only the first columns are shown, which matter most.
+        either, the columns stand in several tables, each with the texts of the first.
         """
         console = console_for_tables(UNKNOWN_WIDTH)
         told = [i for i, column in enumerate(zip(*self.cells, strict=True)) if any(column)]
         columns = [(self.header[i], [row[i] for row in self.cells]) for i in told]
-        widths = self._widths(columns, console.width) if columns else []
-        hidden = len(columns) - len(widths)
-        if hidden and (turned := self._turned(columns, console.width)):
+        one_block = not columns or len(self._widths(columns, console.width)) == len(columns)
+        if not one_block and (turned := self._turned(columns, console.width)):
             console.print(turned)
-        elif widths:
-            table = RichTable()
-            for index, (width, (title, _)) in enumerate(zip(widths, columns, strict=False)):
-                justify: JustifyMethod = "left" if index < self.texts else "right"
-                table.add_column(title, justify=justify, width=width, overflow="fold")
-            for row in zip(*(cells for _, cells in columns[: len(widths)]), strict=True):
-                table.add_row(*row)
-            console.print(table)
-            if hidden:
-                console.print(f"(further columns, in its file: {hidden})", soft_wrap=True)
+        else:
+            for block in self._blocks(columns, console.width):
+                console.print(block)
         for note in self.notes:
             console.print(note, soft_wrap=True)
+
+    def _blocks(self, columns: Sequence[Column], room: int) -> Iterator[RichTable]:
+        """Build tables of as many columns as fit, each beginning with the columns of texts."""
+        split = min(self.texts, len(columns) - 1)
+        texts, rest = [*columns[:split]], [*columns[split:]]
+        while rest:
+            widths = self._widths([*texts, *rest], room)
+            shown = [*texts, *rest][: len(widths)]
+            table = RichTable()
+            for index, (width, (title, _)) in enumerate(zip(widths, shown, strict=True)):
+                justify: JustifyMethod = "left" if index < self.texts else "right"
+                table.add_column(title, justify=justify, width=width, overflow="fold")
+            for row in zip(*(cells for _, cells in shown), strict=True):
+                table.add_row(*row)
+            yield table
+            rest = rest[len(widths) - len(texts) :]
 
     def _turned(self, columns: Sequence[Column], room: int) -> RichTable | None:
         """Build the transposed table; None if it does not fit, either.
