@@ -257,14 +257,14 @@ def _is_family(option: Any) -> bool:
 
 
 def _is_object(option: Any, plain: object) -> bool:
-    """Tell whether an object may be a dataclass, or a member of a family."""
+    """Check whether an object may be a dataclass, or a member of a family."""
     if _is_family(option):
         return isinstance(plain, dict)
     return dataclasses.is_dataclass(option) and _fits(option, plain)
 
 
 def _fits(kind: Any, plain: object) -> bool:
-    """Tell whether the keys of an object are the fields of a dataclass."""
+    """Check whether the keys of an object are the fields of a dataclass."""
     if not isinstance(plain, dict):
         return False
     missing = [f for name, f in _fields(kind).items() if name not in plain]
@@ -274,7 +274,7 @@ def _fits(kind: Any, plain: object) -> bool:
 
 
 def _is_default(field: dataclasses.Field[Any], value: object) -> bool:
-    """Tell whether a field has its default, and is omitted."""
+    """Check whether a field has its default, and is omitted."""
     if field.default_factory is not dataclasses.MISSING:
         return not value and value == field.default_factory()
     if isinstance(value, RegisteredByName):

@@ -1,4 +1,4 @@
-"""Define limits of settings beside their types: ``lr: Positive``, ``epochs: Count | None``.
+"""Define limits of settings as types: ``lr: Positive``, ``epochs: Count | None``.
 
 A dataclass that inherits `Limited`, and a function decorated with `limited`, refuse values beyond
 them; the message names the key, the value and the limit. None passes if the type allows it.

@@ -1,4 +1,4 @@
-"""What a signature takes: pydantic checks values against it, and its errors are told in our words.
+"""Check values against signatures by pydantic, and report errors in the terms of the config.
 
 The parameters of a function, or the fields of a dataclass, with their types and limits
 (`fedraclora.limits`), are the schema of a group of keys. Types are strict: true is no number and 1
@@ -168,7 +168,7 @@ def _adapter(target: Target) -> TypeAdapter[dict[str, object]]:
 
 
 def parameters(target: Target) -> list[inspect.Parameter]:
-    """List the named parameters of a call; of some functions of C nobody knows them."""
+    """List the named parameters of a call; empty for a builtin function without a signature."""
     kinds = {inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL}
     return [p for p in _signature(target) if p.kind not in kinds]
 

@@ -83,7 +83,7 @@ def statements_of(module: types.ModuleType, name: str, scope: str = "") -> State
 
 
 def is_state(module: types.ModuleType, name: str) -> bool:
-    """Tell whether a function of a module changes one of its globals (``global``)."""
+    """Check whether a function of a module changes one of its globals (``global``)."""
     tree = _tree(file := getattr(module, "__file__", None) or "", _changed(Path(file)))
     nodes = ast.walk(tree) if tree is not None else ()
     return any(isinstance(node, ast.Global) and name in node.names for node in nodes)

@@ -251,7 +251,7 @@ def stopping_noted(run: RunBuilder, folder: Path | None) -> Iterator[None]:
 
 
 def recovery_hint(run: RunBuilder, folder: Path) -> str:
-    """Say how a run that diverged can go on from its last good round."""
+    """Write how to resume a diverged run from its last good round."""
     rate = float(f"{run.config.local.step_size / STEP:.2g}")
     kept = checkpoint_meta(folder).get("round")
     good = kept is not None and not run.recorder.is_spoilt(int(str(kept)))

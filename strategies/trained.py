@@ -128,7 +128,7 @@ def _from_start(
 
 
 def _current_update(method: Method, state: State, draw: Draw) -> Link | None:
-    """Give what a method adds to the base for its weights; None: it does not say."""
+    """Return the method's current update of its weights; None if it does not define one."""
     if isinstance(method, MethodWrapper):
         return _current_update(*method.at(state), draw)
     if type(method).weights is Method.weights:

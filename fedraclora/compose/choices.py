@@ -147,7 +147,7 @@ def choice(group: str, name: str, *, folders: Sequence[Path] = ()) -> dict[str, 
 
 
 def lineage(name: str, roots: Sequence[Path] = (CONF,)) -> list[dict[str, object]]:
-    """List the parts of which a config is composed: what it builds on, then its own.
+    """List the parts that a config is composed of: its defaults in order, then its own keys.
 
     Args:
         name: Its path below a root, without the suffix.

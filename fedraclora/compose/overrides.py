@@ -255,7 +255,7 @@ def in_plain_words(words: Sequence[str]) -> Iterator[None]:
 
 
 def explained(error: HydraException, words: Sequence[str]) -> ConfigError:
-    """Turn an error of Hydra's into one that says what to do.
+    """Convert an error of Hydra to one with a remedy.
 
     Args:
         error: Hydra's.

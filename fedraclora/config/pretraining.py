@@ -17,7 +17,7 @@ _MADE: dict[str, tuple[dict[str, torch.Tensor], dict[str, float]]] = {}
 
 
 def pretrain_model(config: TaskConfig, whole: DataSet, model: torch.nn.Module) -> dict[str, float]:
-    """Pretrain on chosen labels or on samples set aside; return the test metrics.
+    """Pretrain on chosen labels or on held-out samples; return the test metrics.
 
     The newest results are kept in this process, since the runs of a study share few of them.
     """

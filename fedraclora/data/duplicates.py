@@ -196,7 +196,7 @@ def _keys(samples: Samples, numbers: int | None) -> Keys:
 
 
 def _is_tokens(samples: Samples) -> bool:
-    """Tell whether each token has a target."""
+    """Check whether each token has a target."""
     ids, target = samples.inputs.get("input_ids"), samples.target
     return ids is not None and target.shape == ids.shape and not target.is_floating_point()
 

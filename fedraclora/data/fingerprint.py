@@ -230,7 +230,7 @@ def _entries(found: Any) -> tuple[int, Iterator[tuple[object, Any]]] | None:
 
 
 def _is_frame(found: Any) -> bool:
-    """Tell whether this is a frame or a series of pandas or a similar library."""
+    """Check whether this is a frame or a series of pandas or a similar library."""
     return hasattr(found, "to_numpy") and (hasattr(found, "columns") or hasattr(found, "dtype"))
 
 

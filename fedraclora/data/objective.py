@@ -237,7 +237,7 @@ def takes_whole(model: object, tables: Sequence[Samples]) -> bool:
 
 
 def _takes(model: nn.Module, x: torch.Tensor) -> bool:
-    """Tell whether a copy of a model accepts ``x``; an index error means that it read integers."""
+    """Check whether a copy of a model accepts ``x``; an index error means that it read integers."""
     try:
         with torch.random.fork_rng(devices=[]), torch.no_grad():
             forward(copy.deepcopy(model).cpu().eval(), {"x": x.cpu()})

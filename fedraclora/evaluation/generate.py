@@ -105,7 +105,7 @@ class GreedyGeneration:
         return found
 
     def due(self, round_: int, last: int) -> bool:
-        """Tell whether to generate answers in a round."""
+        """Check whether to generate answers in a round."""
         return round_ % self.every == 0 or round_ == last
 
     def columns(self, weights: Tree) -> tuple[dict[str, float], list[dict[str, str]]]:

@@ -111,7 +111,7 @@ def _built(trained: TrainedModel) -> str:
 
 
 def lacks_tokenizer(model: Any, folder: Path) -> bool:
-    """Tell whether a folder has a transformers model for text without a tokenizer."""
+    """Check whether a folder has a transformers model for text without a tokenizer."""
     reads_texts = getattr(model, "main_input_name", None) == "input_ids"
     return reads_texts and not (folder / "tokenizer_config.json").is_file()
 

@@ -97,7 +97,7 @@ def name_classes(model: nn.Module, classes: object) -> None:
 
 
 def is_hugging_face(model: nn.Module) -> bool:
-    """Tell whether a model has the configuration and methods of a transformers model."""
+    """Check whether a model has the configuration and methods of a transformers model."""
     return hasattr(model, "config") and hasattr(model, "save_pretrained")
 
 

@@ -400,7 +400,7 @@ class LowRank(FedAvg):
         return rounds
 
     def _found(self) -> tuple[bool, str]:
-        """Tell whether the folder has a checkpoint, and name the run for the nodes' caches."""
+        """Check whether the folder has a checkpoint, and name the run for the nodes' caches."""
         if self.folder is None:
             return False, os.urandom(8).hex()
         if not is_ours(self.folder):

@@ -154,7 +154,7 @@ def scalars(row: Mapping[str, object], before: str = "") -> dict[str, float]:
 
 
 def is_number(value: object) -> bool:
-    """Tell whether a value is a finite number, and not a truth value."""
+    """Check whether a value is a finite number, and not a truth value."""
     return type(value) in {int, float} and math.isfinite(value)  # type: ignore[arg-type]
 
 

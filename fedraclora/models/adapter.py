@@ -31,7 +31,7 @@ OF_THIS_MODEL = "Give the adapter of this model, or leave init_from out"
 
 
 def is_adapter(folder: Path) -> bool:
-    """Tell whether a folder holds an adapter of PEFT."""
+    """Check whether a folder holds an adapter of PEFT."""
     return (folder / CONFIG).is_file()
 
 

@@ -258,7 +258,7 @@ def tried(model: nn.Module, blocks: nn.ModuleList) -> Packer | None:
 
 
 def alike(wanted: torch.Tensor, found: torch.Tensor) -> bool:
-    """Tell whether two outputs are the same up to rounding."""
+    """Check whether two outputs are the same up to rounding."""
     # Some eager attention computes its softmax in float32, whatever the precision of weights.
     close = max(torch.finfo(wanted.dtype).eps ** 0.5, 1e-5)
     return torch.allclose(wanted, found, rtol=close, atol=close * float(wanted.abs().max()))

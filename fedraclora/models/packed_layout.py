@@ -133,7 +133,7 @@ class PackedLayout:
         return cls(clients, length, there, back, tokens, tuple(buckets))
 
     def holds(self, x: torch.Tensor) -> bool:
-        """Tell whether a tensor is of the packed batch."""
+        """Check whether a tensor is of the packed batch."""
         return x.dim() > 1 and x.shape[0] == self.clients and x.shape[1] == self.length
 
     def pack(self, x: torch.Tensor) -> torch.Tensor:

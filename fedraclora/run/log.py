@@ -1,4 +1,4 @@
-"""The log of a run: what its process reports beside the terminal, in one file of its folder."""
+"""Write the log of a run: details that the terminal does not show, in a file of its folder."""
 
 from __future__ import annotations
 

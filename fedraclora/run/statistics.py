@@ -75,7 +75,7 @@ class Spread:
         return self.deviation / math.sqrt(self.count) if self.count else math.nan
 
     def text(self, digits: int) -> str:
-        """Write the mean, and the standard deviation where it is known."""
+        """Write the mean, and the standard deviation if it is known."""
         shown = f" ± {self.deviation:.{digits}f}" if math.isfinite(self.deviation) else ""
         return f"{self.mean:.{digits}f}{shown}"
 
@@ -237,7 +237,7 @@ def frontier(frame: DataFrame, *, higher: bool) -> DataFrame:
 
 
 def ranks(values: Sequence[Sequence[float]]) -> list[int]:
-    """Give each its Pareto rank: 0 where no other has as much of all and more of some, and so on.
+    """Compute Pareto ranks: no point dominates rank 0, only rank 0 dominates rank 1, and so on.
 
     Example:
         >>> ranks([(3, 1), (2, 2), (2, 1), (1, 1)])

@@ -29,7 +29,7 @@ def note_stop(folder: Path, done: int, error: BaseException) -> None:
 
 
 def forget_stop(folder: Path) -> None:
-    """Remove what an earlier attempt left, since the run goes on."""
+    """Remove the stop file of an earlier attempt, since the run is resumed."""
     (folder / STOPPED).unlink(missing_ok=True)
 
 

@@ -68,7 +68,7 @@ class CohortContext:
         self.places, self.layout, self.narrowed = None, None, {}
 
     def is_packed(self, x: torch.Tensor) -> bool:
-        """Tell whether an input belongs to packed blocks of a transformer."""
+        """Check whether an input belongs to packed blocks of a transformer."""
         return self.layout is not None and self.layout.holds(x)
 
     def places_in(self, x: torch.Tensor) -> Places | None:

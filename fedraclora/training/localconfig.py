@@ -358,7 +358,7 @@ class LocalConfig(Limited, group="local"):
 
     @property
     def step_size(self) -> float:
-        """Return ``lr``; 1 as long as it is not found."""
+        """Return ``lr``; 1 until the search has found it."""
         return 1.0 if isinstance(self.lr, str) else self.lr
 
 

@@ -231,7 +231,7 @@ def copied_layers(model: nn.Module) -> nn.Module:
 
 
 def computes_again(module: nn.Module) -> bool:
-    """Tell whether a transformer block is set to recompute activations in the backward pass."""
+    """Check whether a transformer block is set to recompute activations in the backward pass."""
     block = any(kind.__name__ == "GradientCheckpointingLayer" for kind in type(module).__mro__)
     return block and bool(getattr(module, "gradient_checkpointing", False))
 

@@ -170,7 +170,7 @@ def rounds_of_trials(search: Search, study: Study) -> DataFrame:
 
 
 def points(rounds: DataFrame) -> list[Point]:
-    """Return the rows of a frame one by one."""
+    """Yield the rows of a frame."""
     return [Point(*row) for row in rounds[[*Point._fields]].itertuples(index=False)]
 
 
@@ -343,5 +343,5 @@ def tested(search: Search, point: Point, scores: Sequence[float]) -> str:
 
 
 def seeds_of(seeds: Iterable[int]) -> str:
-    """List seeds in words."""
+    """Write a list of seeds as text."""
     return f"seeds {', '.join(map(str, seeds))}"

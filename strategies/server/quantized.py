@@ -209,7 +209,7 @@ def same(name: str, value: torch.Tensor, tree: Tree) -> bool:
 
 
 def travelling(carried: Tree, sent: RoundInstructions, plan: Plan) -> list[str]:
-    """Name what is carried and goes down as it is.
+    """Name the carried tensors that are sent to clients unquantized.
 
     Args:
         carried: By name.

@@ -342,7 +342,7 @@ class LayerMethod(LowRankMethod):
         return apply_link(base, self.current_update(state, draw, own), state.plan)
 
     def current_update(self, state: State, draw: Draw, own: Tree | None = None) -> Link:
-        """Compute what the factors as they stand add to the base."""
+        """Compute the product of the current factors, which is added to the base."""
         own, now, terms = own or {}, RoundContext(1, draw), {}
         for layer in self.layers_of(state):
             found = self.adapter(layer, now).factors.items()

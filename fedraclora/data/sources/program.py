@@ -175,7 +175,7 @@ def split_tests(data: object) -> tuple[object, dict[int, Any]]:
 
 
 def is_share(test: object) -> bool:
-    """Tell whether ``test`` is a share of samples to hold out.
+    """Check whether ``test`` is a share of samples to hold out.
 
     Raises:
         ConfigError: If it is a number, but no share.
@@ -249,7 +249,7 @@ def parts_of_rows(data: object, sizes: Sequence[int], partitioner: Any) -> list[
 
 
 def is_table(found: object, target: str | None) -> bool:
-    """Tell whether samples are rows of numbers, or pairs that should be rows of numbers."""
+    """Check whether samples are rows of numbers, or pairs that should be rows of numbers."""
     if isinstance(found, tuple | list | Samples):
         return True
     with suppress(DataError):

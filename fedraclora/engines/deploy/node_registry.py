@@ -131,7 +131,7 @@ class NodeRegistry:
             self.post.wait("enough clients were connected")
 
     def _waits(self, now: float) -> bool:
-        """Tell whether a connected node may still report its clients in time."""
+        """Check whether a connected node may still report its clients in time."""
         new = [q for q in self._asked.values() if q.node not in self._serving]
         return any(now < max(q.first, self._enough or 0.0) + PATIENCE for q in new)
 

@@ -175,7 +175,7 @@ class Cluster:
         return workers
 
     def _free(self, fit: int) -> int:
-        """Count the workers that fit beside other users' processes; if none do, as if alone."""
+        """Count the workers that fit besides other users' processes; all if none would."""
         end = time.monotonic() + SETTLING
         while True:  # a run that has just ended releases its cores in a moment
             left: Mapping[str, float] = ray.available_resources()  # type: ignore[no-untyped-call]

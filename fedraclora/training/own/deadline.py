@@ -74,7 +74,7 @@ class _Limit:
 
     @staticmethod
     def is_inside(frame: FrameType | None) -> bool:
-        """Tell whether a thread is inside the function."""
+        """Check whether a thread is inside the function."""
         inner = None
         while frame is not None and frame.f_code is not _called.__code__:
             inner, frame = frame, frame.f_back

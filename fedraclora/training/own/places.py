@@ -221,7 +221,7 @@ def reset_model(model: nn.Module) -> None:
 
 
 def _is_left(key: str) -> bool:
-    """Tell whether trainers change an attribute of a module."""
+    """Check whether trainers change an attribute of a module."""
     return "_hooks" in key or key in {"forward", "training", "p", "gradient_checkpointing"}
 
 
