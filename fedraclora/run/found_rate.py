@@ -45,10 +45,8 @@ class FoundRate:
             return f"learning rate {self.rate:g}, since the run diverged at {higher}"
         if self.how == "rule":
             return f"learning rate {self.rate:g}, by a rule: no rate was tried (docs/local.md)"
-        return (
-            f"learning rate {self.rate:g}, found in {self.seconds:.1f} s over "
-            f"{len(self.ladder)} rates"
-        )
+        tried = f"{len(self.ladder)} rate{'s' * (len(self.ladder) != 1)}"
+        return f"learning rate {self.rate:g}, found in {self.seconds:.1f} s over {tried}"
 
     def write(self, folder: Path) -> None:
         """Write it into a run folder."""
