@@ -140,8 +140,8 @@ class Ladder:
 
     def table(self) -> str:
         """Write the table: a row for each method that has run."""
-        found, best = f"{self.metric} there", "best of the ladder"
-        head = ["method", "rate found", self.metric, best, found, "behind"]
+        of_best = ["best of the ladder", f"{self.metric} there"]
+        head = ["method", "rate found", self.metric, *of_best, "behind"]
         rows = [head, ["---"] * len(head)]
         for method in sorted(m for m, rate in self.runs if rate == "auto"):
             own = self.runs[method, "auto"]
