@@ -144,10 +144,11 @@ class RateSearch:
     Args:
         run: Of which the task may be built, and nothing else.
         first: The rate to begin with.
+        trusted: Whether it is tuned well enough to be kept if a few rounds alone speak against it.
     """
 
-    def __init__(self, run: RunBuilder, first: float) -> None:
-        self.run, self.first, self.spent = run, first, 0
+    def __init__(self, run: RunBuilder, first: float, *, trusted: bool = False) -> None:
+        self.run, self.first, self.trusted, self.spent = run, first, trusted, 0
         cohort, rounds = run.built.cohort, run.config.rounds
         self.total = cohort * rounds
         self.budget = max(SHARE * self.total, LEAST)
@@ -215,14 +216,15 @@ class RateSearch:
         """Return the rate to take: the best, or half a step below it after few rounds.
 
         Half a step below it, too, where the run cannot begin anew if it diverges later. The first
-        rate if the losses do not differ.
+        rate if the losses do not differ, or if it is trusted and rates had few rounds.
         """
-        best = self.best()
+        best, first = self.best(), self.rung(0)
         if self.total < LEAST:
             return best.rate
-        if not self.differs:
-            return self.rung(0).rate
-        safe = best.rounds >= SAFE and self.run.restartable
+        few = best.rounds < SAFE
+        if not self.differs or (few and self.trusted and not first.failed):
+            return first.rate
+        safe = not few and self.run.restartable
         return best.rate if safe else float(f"{best.rate / STEP**0.5:.2g}")
 
     def walk(self) -> None:
@@ -313,7 +315,9 @@ def find_rate(run: RunBuilder) -> FoundRate:
     config, rule = run.config, rule_rate(run.config, run.built)
     kind = "own" if config.local.is_own else config.local.optimizer
     rule = FIRST_RATES[kind] if config.local.is_own else rule  # which is that of the function
-    search = RateSearch(run, rule or FIRST_RATES.get(kind, FIRST_ADAPTIVE))
+    # The rule of adaptive optimizers follows from six tasks, that of SGD from one.
+    trusted = rule is not None and kind not in FIRST_RATES
+    search = RateSearch(run, rule or FIRST_RATES.get(kind, FIRST_ADAPTIVE), trusted=trusted)
     if not search.total:  # no round reads it
         return FoundRate(search.first, "rule")
     # Of sums from the same weights, the server could take differences.

@@ -260,6 +260,20 @@ def plain_steps(round_: Round, rate: float) -> Trained:
     return round_.read(model, samples=len(target), steps=3, loss=sum(losses) / 3)
 
 
+def test_after_few_rounds_the_rule_of_adaptive_optimizers_is_kept(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """MiniLM took a third of the rule's rate by two rounds, and ended ten points lower."""
+    words = [*TASK, "rounds=20", "local=adamw", "output.dir=null"]
+    run = RunBuilder(from_plain(composed(words), METHODS))
+    monkeypatch.setattr(rate_search, "rule_rate", lambda *_: 1e-4)
+    found = find_rate(run)
+    ladder: Any = found.ladder
+    assert max(n for rung in ladder for n in rung["losses"]) < 4
+    assert min(ladder, key=lambda rung: min(rung["losses"].values()))["rate"] != 1e-4
+    assert found.rate == 1e-4
+
+
 LATE = (*TASK, "method=fedavg_lora", "rounds=14", "evaluate.every=14")
 
 
