@@ -82,7 +82,7 @@ tests: install
 test-slow: $(ALL) ## Run the tests over a second that are not in `make test` (not those over ten)
 	$(BIN)/python -m pytest -m "$(SLOW)" $(SIDE_BY_SIDE) $(ARGS)
 
-test-ci: install ## Run the slow tests that CI runs after `make test` (about three minutes)
+test-ci: install ## Run the slow tests that CI runs after `make test` (about two minutes)
 	$(BIN)/python -m pytest -m "$(SLOW)" $(SIDE_BY_SIDE) $(CI_SLOW) $(ARGS)
 
 test-all: lint $(ALL) ## Run all tests, those for GPUs where there is one, with more examples
