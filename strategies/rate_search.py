@@ -215,8 +215,8 @@ class RateSearch:
     def chosen(self) -> float:
         """Return the rate to take: the best, or half a step below it after few rounds.
 
-        Half a step below it, too, where the run cannot begin anew if it diverges later. The first
-        rate if the losses do not differ, or if it is trusted and rates had few rounds.
+        Another half where the run cannot begin anew if it diverges later. The first rate if the
+        losses do not differ, or if it is trusted and rates had few rounds.
         """
         best, first = self.best(), self.rung(0)
         if self.total < LEAST:
@@ -224,8 +224,8 @@ class RateSearch:
         few = best.rounds < SAFE
         if not self.differs or (few and self.trusted and not first.failed):
             return first.rate
-        safe = not few and self.run.restartable
-        return best.rate if safe else float(f"{best.rate / STEP**0.5:.2g}")
+        halves = few + (not self.run.restartable)
+        return float(f"{best.rate / STEP ** (halves / 2):.2g}")
 
     def walk(self) -> None:
         """Try the first rate and its neighbors, until the best has a worse one on either side."""
