@@ -14,7 +14,7 @@ rate; test data are not looked at. Two rounds at least, for a method that trains
 The walk starts at the rate of the rule (`fedraclora.strategies.rate`) where it knows the run.
 
 A rate that looks best after a few rounds may still diverge later. The run then begins anew at a
-lower one (`lower`).
+lower one (`restart_rate`).
 """
 
 from __future__ import annotations
@@ -361,12 +361,18 @@ class RisenLoss(Callback):
             )
 
 
-def lower(found: FoundRate) -> FoundRate:
-    """Return the rate at which a run begins anew that has diverged: half a step lower, then whole.
+def restart_rate(run: RunBuilder) -> FoundRate | None:
+    """Return the rate at which a run begins anew if it diverges: half a step lower, later a whole.
 
-    Args:
-        found: The rate at which it diverged.
+    None if it ends instead: it has not searched for its rate in this process, does not make its own
+    engine, or has begun anew `RESTARTS` times. Under privacy and secure aggregation there is no
+    search: a second run would tell more about the clients.
     """
+    found = run.found
+    if found is None or found.how != "search" or not run.restartable:
+        return None
+    if len(found.diverged) == RESTARTS:
+        return None
     step = STEP if found.diverged else STEP**0.5
     return replace(
         found, rate=float(f"{found.rate / step:.2g}"), diverged=(*found.diverged, found.rate)

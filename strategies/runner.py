@@ -44,7 +44,7 @@ from fedraclora.run.recorder import checkpoint_meta, read_clients, together
 from fedraclora.run.stopped import forget_stop, note_stop
 from fedraclora.strategies.builder import RunBuilder
 from fedraclora.strategies.facts import facts_of, learning_facts, mean_floats
-from fedraclora.strategies.rate_search import RESTARTS, STEP, RisenLoss, find_rate, lower
+from fedraclora.strategies.rate_search import STEP, RisenLoss, find_rate, restart_rate
 from fedraclora.strategies.result import RunResult
 from fedraclora.strategies.server.callbacks import Stopping
 from fedraclora.strategies.server.round_step import RoundStep
@@ -121,15 +121,15 @@ def execute(run: RunBuilder, *watching: Callback) -> RunResult:
             run.resume = has_checkpoint(folder, int(str(stored["checkpoint_every"])))
         run.config = with_rate(run)
         stack.callback(run.close)
-        steps = copy.deepcopy([*run.given_steps]) if can_restart(run) else ()
+        steps = copy.deepcopy([*run.given_steps]) if restart_rate(run) else ()
         before = None
         while before is None:
             try:
                 before = run_rounds(run, plain, reached, resumes=resume)
             except DivergenceError:
-                if not can_restart(run):
+                if (lower := restart_rate(run)) is None:
                     raise
-                restart(run, copy.deepcopy(steps))
+                restart(run, lower, copy.deepcopy(steps))
     summary = summarize(run, before + time.perf_counter() - began)
     if folder is not None:
         if run.config.output.plots:
@@ -170,44 +170,28 @@ def run_rounds(run: RunBuilder, plain: Plain, reached: int, *, resumes: bool) ->
     with stopping_noted(run, folder):
         begin = RunStart(config.title, plain, folder, done, facts_of(run))
         run.strategy.callbacks.begin(begin)
-        if can_restart(run):
+        if restart_rate(run):
             run.strategy.callbacks.list.append(RisenLoss())
         run.start()
     return before
 
 
-def can_restart(run: RunBuilder) -> bool:
-    """Return whether a run that diverges can begin anew at a lower learning rate.
-
-    It can if it has searched for its rate, in this process, and makes its own engine. Under privacy
-    and secure aggregation there is no search: a second run would tell more about the clients.
-    """
-    found = run.found
-    return (
-        run.restartable
-        and found is not None
-        and found.how == "search"
-        and len(found.diverged) < RESTARTS
-    )
-
-
-def restart(run: RunBuilder, steps: Sequence[RoundStep]) -> None:
-    """Have a run that has diverged begin anew at a lower learning rate.
+def restart(run: RunBuilder, lower: FoundRate, steps: Sequence[RoundStep]) -> None:
+    """Prepare a run that has diverged to begin anew at a lower learning rate.
 
     Args:
         run: The run.
+        lower: The rate, with those at which the run diverged.
         steps: The program's own round steps, as new.
     """
-    assert run.found is not None  # noqa: S101
-    round_ = run.strategy.done + 1
-    before, run.found = run.found.rate, lower(run.found)
     log.warning(
         "training diverged in round %d at learning rate %g: the run begins anew at %g",
-        *(round_, before, run.found.rate),
+        *(run.strategy.done + 1, lower.diverged[-1], lower.rate),
     )
     if run.folder is not None:
         clear_folder(run.folder)
-    run.begin_anew(run.config.at_rate(run.found.rate), steps)
+    run.found = lower
+    run.begin_anew(run.config.at_rate(lower.rate), steps)
 
 
 def with_rate(run: RunBuilder) -> RunConfig:

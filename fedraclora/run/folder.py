@@ -175,7 +175,7 @@ def begin_folder(folder: Path, plain: Plain, found: FoundRate | None = None) -> 
         found: How its learning rate was found, if it was.
     """
     if (folder / "config.yaml").exists():
-        _remove(folder, ("ledger.jsonl", "chain", "private", RATES_FILE))
+        clear_folder(folder)
     if found is not None:
         found.write(folder)
     _write_config(folder, plain, data_files(section(plain, "data")))

@@ -15,7 +15,7 @@ from typing_extensions import override
 
 import fedraclora
 from fedraclora.api import RunResult
-from fedraclora.binding import bind
+from fedraclora.binding import bind, section
 from fedraclora.client import Round, Trained
 from fedraclora.commands import cli
 from fedraclora.commands.study.entries import is_tuned, read_results, tried_values, tuned_value
@@ -125,6 +125,11 @@ FAST = ("output.sync=false", "output.plots=false")
 WORDS = (*TASK, *LENGTH)
 
 
+def rate_used(run: RunResult) -> float:
+    """The learning rate of a run."""
+    return float(str(section(run.config, "local")["lr"]))
+
+
 def rates(folder: Path) -> dict[str, Any]:
     """How the run of a folder found its rate."""
     return read_sealed(folder / RATES_FILE)
@@ -134,7 +139,7 @@ def test_a_run_finds_its_rate_and_is_that_of_the_number(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = fedraclora.simulate(*WORDS[:-1], *FAST, folder=tmp_path / "a")
-    rate = run.config["local"]["lr"]  # type: ignore[index]
+    rate = rate_used(run)
     assert f"earning rate {rate:g}, found in" in capsys.readouterr().err
     told = fedraclora.simulate(*WORDS, f"local.lr={rate}")
     assert told.summary["weights_digest"] == run.summary["weights_digest"]
@@ -151,7 +156,7 @@ def test_a_resumed_run_keeps_its_rate(tmp_path: Path, monkeypatch: pytest.Monkey
     fedraclora.simulate(*WORDS, *FAST, "rounds=1", folder=tmp_path)
     monkeypatch.setattr(runner, "find_rate", None)
     again = fedraclora.simulate(*WORDS, *FAST, "rounds=2", folder=tmp_path, resume=True)
-    assert again.config["local"]["lr"] == 0.21  # type: ignore[index]
+    assert rate_used(again) == 0.21
 
 
 def test_a_search_is_deterministic_and_stays_within_its_share() -> None:
@@ -165,7 +170,7 @@ def test_a_search_is_deterministic_and_stays_within_its_share() -> None:
 def test_a_number_of_the_users_stands(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(runner, "find_rate", None)
     run = fedraclora.simulate(*WORDS, "local.lr=0.37", "rounds=1")
-    assert run.config["local"]["lr"] == 0.37  # type: ignore[index]
+    assert rate_used(run) == 0.37
 
 
 @pytest.mark.parametrize("first", [1e-4, 300.0])
@@ -202,7 +207,7 @@ def test_a_function_of_the_users_gets_the_rate_by_rate_scale() -> None:
         return plain_steps(round_, 30.0 * round_.rate_scale)
 
     run = own_run(train)
-    assert run.config["local"]["lr"] < 1  # type: ignore[index,operator]
+    assert rate_used(run) < 1
     metrics = run.summary["metrics"]
     assert metrics["loss"] < 0.8  # type: ignore[index]  # untrained 1.1
 
@@ -212,7 +217,7 @@ def test_a_function_that_reads_no_rate_scale_is_left_alone() -> None:
         return plain_steps(round_, 0.1)
 
     run = own_run(train)
-    assert run.config["local"]["lr"] == 1.0  # type: ignore[index]
+    assert rate_used(run) == 1.0
 
 
 def test_under_privacy_the_rule_gives_it_or_a_number_is_asked_for() -> None:
@@ -234,7 +239,7 @@ def test_under_secure_aggregation_no_round_is_tried() -> None:
     few = ["clients=5", "clients_per_round=5", "rounds=1"]
     secure = ["secure=secagg", "aggregation_weights=uniform"]
     run = fedraclora.simulate(*WORDS, *few, *secure)
-    assert run.config["local"]["lr"] == pytest.approx(1.1, rel=0.05)  # type: ignore[index]
+    assert rate_used(run) == pytest.approx(1.1, rel=0.05)
 
 
 def test_where_nothing_trains_it_says_so() -> None:
@@ -299,7 +304,7 @@ def test_a_run_that_diverges_at_the_rate_it_found_begins_anew_lower(
     assert "at 0.56" in shown
     assert shown.count("Federated learning of") == 1
     told = fedraclora.simulate(*LATE, "local.lr=0.31", "output.progress=false")
-    assert run.config["local"]["lr"] == 0.31  # type: ignore[index]
+    assert rate_used(run) == 0.31
     assert told.summary["weights_digest"] == run.summary["weights_digest"]
     assert [row["round"] for row in run.rows] == [*range(15)]
     if folder is not None:
@@ -307,7 +312,7 @@ def test_a_run_that_diverges_at_the_rate_it_found_begins_anew_lower(
         stored = read_ledger(folder / "ledger.jsonl")
         assert [row["round"] for row in stored] == [*range(15)]
         again = fedraclora.simulate(*LATE, "rounds=15", folder=folder, resume=True)
-        assert again.config["local"]["lr"] == 0.31  # type: ignore[index]
+        assert rate_used(again) == 0.31
 
 
 def test_a_run_whose_loss_rises_far_above_its_first_begins_anew(
@@ -317,7 +322,7 @@ def test_a_run_whose_loss_rises_far_above_its_first_begins_anew(
     monkeypatch.setattr(runner, "find_rate", diverging(1.0))
     words = (*TASK, "method=decomfl", "rounds=12", "evaluate.every=12", "output.progress=false")
     run = fedraclora.simulate(*words)
-    assert run.config["local"]["lr"] < 1  # type: ignore[index,operator]
+    assert rate_used(run) < 1
     assert all(number(row, "train_loss") < 25 for row in run.rows[1:])
 
 
@@ -347,7 +352,7 @@ def test_a_run_begins_anew_with_the_users_steps_as_new(monkeypatch: pytest.Monke
             return sent
 
     run = fedraclora.simulate(*LATE, "output.progress=false", steps=[Counting()])
-    assert run.config["local"]["lr"] == 0.31  # type: ignore[index]
+    assert rate_used(run) == 0.31
 
 
 def test_rates_that_do_not_differ_leave_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
