@@ -3,14 +3,16 @@
     python -m fedraclora.experiments.found_rates TASK [METHOD ...] [KEY=VALUE ...]
 
 TASK is one of `TASKS`. Each method of ``conf/method`` runs once with its defaults alone
-(``local.lr=auto``), then at fixed rates a factor 3.2 apart around the one that was found, further
-up or down until the best of them has a worse one on either side. Runs are appended to
-``results/found_rates/TASK.jsonl`` as they come: the same command goes on where it was stopped, and
-writes ``TASK.md`` anew after each method. Test figures of seed 0; they choose nothing in the runs.
+(``local.lr=auto``), which tells whether any fails. Then each runs at fixed rates a factor 3.2 apart
+around the one that it found, further up or down until the best has a worse one on either side. Runs
+are appended to ``results/found_rates/TASK.jsonl`` as they come: the same command goes on where it
+was stopped, and writes ``TASK.md`` anew after each run. Test figures of seed 0; they choose nothing
+in the runs.
 """
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import sys
@@ -21,7 +23,7 @@ from pathlib import Path
 from fedraclora.commands import RESULTS
 from fedraclora.compose import CONF
 from fedraclora.compose.overrides import composed
-from fedraclora.config.build import resolved
+from fedraclora.config.build import PreparedTask, resolved
 from fedraclora.config.run_config import from_plain
 from fedraclora.errors import ConfigError, FedRacLoraError, unknown
 from fedraclora.evaluation.metrics import PERSONAL
@@ -79,6 +81,7 @@ class Ladder:
     more: Sequence[str] = ()
     folder: Path = RESULTS / "found_rates"
     runs: dict[tuple[str, str], Result] = field(default_factory=dict)
+    prepared: PreparedTask | None = None  # data and model, which are the same in all runs
 
     def __post_init__(self) -> None:
         """Read what there is."""
@@ -95,6 +98,8 @@ class Ladder:
             words = [*self.words, *self.more, f"method={method}", f"local.lr={rate}"]
             words += ["output.progress=false", "output.dir=null"]
             run = RunBuilder(from_plain(resolved(composed(words)), METHODS))
+            self.prepared = self.prepared or run.built
+            run.built = copy.deepcopy(self.prepared)
             try:
                 summary = execute(run).summary
                 result |= {"metrics": summary["metrics"], "seconds": summary["seconds"]}
@@ -107,6 +112,7 @@ class Ladder:
             self.folder.mkdir(parents=True, exist_ok=True)
             with self.file.open("a") as file:
                 file.write(json.dumps(result) + "\n")
+            self.write()
         return self.runs[method, rate]
 
     def score(self, result: Result) -> float:
@@ -120,18 +126,16 @@ class Ladder:
         return -float(value) if self.metric == "loss" else float(value)
 
     def climb(self, method: str) -> None:
-        """Run a method with its defaults, and at rates around the one that it found."""
-        found = self.run(method, "auto").get("found")
-        middle = float(str(found)) if found is not None else 0.1
-        scores = {0: -math.inf}
+        """Run a method at rates around the one that it found."""
+        own = self.run(method, "auto")
+        middle = float(str(own.get("found", 0.1)))
+        scores = {0: self.score(own)}  # which is that of the rate, typed
 
-        def at(place: int) -> float:
-            if place not in scores or place == 0:
-                scores[place] = self.score(self.run(method, f"{middle * STEP**place:.2g}"))
-            return scores[place]
+        def at(place: int) -> None:
+            scores[place] = self.score(self.run(method, f"{middle * STEP**place:.2g}"))
 
-        for place in (0, -1, 1):
-            at(place)
+        for way in (-1, 1):
+            at(way)
         for way in (-1, 1):
             while abs(end := max(scores, key=lambda p: way * p)) < FURTHEST:
                 if max(scores, key=lambda p: scores[p]) != end:
@@ -146,18 +150,19 @@ class Ladder:
         for method in sorted(m for m, rate in self.runs if rate == "auto"):
             own = self.runs[method, "auto"]
             others = [r for (m, rate), r in self.runs.items() if m == method and rate != "auto"]
-            best = max(others, key=self.score, default=own)
+            best = max([*others, own], key=self.score)
             values = [abs(self.score(result)) for result in (own, best)]
             cells = [f"{value:.4f}" if math.isfinite(value) else "failed" for value in values]
             behind = self.score(best) - self.score(own)
             gap = f"{behind:+.4f}" if math.isfinite(behind) else ""
-            rate = own.get("found", "")
-            rows.append([f"`{method}`", f"{rate}", cells[0], str(best["lr"]), cells[1], gap])
+            rate = str(own.get("found", ""))
+            there = rate if best is own else str(best["lr"])
+            rows.append([f"`{method}`", rate, cells[0], there, cells[1], gap])
         return "".join(f"| {' | '.join(row)} |\n" for row in rows)
 
     def write(self, out: Path | None = None) -> None:
-        """Write the table beside the runs, or into another folder; none without fixed rates."""
-        if any(rate != "auto" for _, rate in self.runs):
+        """Write the table beside the runs, or into another folder."""
+        if self.runs:
             ((out or self.folder) / f"{self.task}.md").write_text(self.table())
 
 
@@ -179,8 +184,9 @@ def main(words: Sequence[str]) -> None:
             raise unknown("method", method, known)
     ladder = Ladder(task, [word for word in rest if "=" in word])
     for method in named or known:
+        ladder.run(method, "auto")
+    for method in named or known:
         ladder.climb(method)
-        ladder.write()
 
 
 if __name__ == "__main__":

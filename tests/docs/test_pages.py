@@ -5,12 +5,15 @@ from __future__ import annotations
 import re
 import shlex
 import tomllib
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
 
 from fedraclora.binding import build
 from fedraclora.commands import cli, deploy
+from fedraclora.commands.compare import run
+from fedraclora.commands.compare.command import compare_methods
 from fedraclora.commands.study.file import Study
 from fedraclora.commands.study.leaderboard import chosen, find
 from fedraclora.commands.watch import watch_options
@@ -21,6 +24,8 @@ from fedraclora.errors import ConfigError
 from fedraclora.experiments.bench.command import parse
 from fedraclora.experiments.theory.command import TheoryConfig
 from fedraclora.strategies.methods import METHODS
+from fedraclora.tuning.space import Space, settings
+from fedraclora.tuning.task import refuse_if_none_runs
 
 ROOT = Path(__file__).resolve().parents[2]
 RECORDS = sorted((ROOT / "docs" / "records").glob("[!R]*.md"))  # not its README.md
@@ -32,25 +37,29 @@ TUTORIALS = sorted((ROOT / "docs" / "tutorials").glob("*.md"))
 PAGES = [*sorted((ROOT / "docs").glob("*.md")), *TUTORIALS, *RECORDS]
 LINES = [
     line.partition("#")[0].strip()
-    for page in PAGES
+    for page in [ROOT / "README.md", *PAGES]
     # Of commands.md there are sweeps (test_readme.py), of own.md a module (test_own_page.py), of
     # tutorials presets (test_tutorial_hospitals.py).
     if page.name not in {"commands.md", "own.md"} and page not in TUTORIALS
     for block in re.findall(r"```bash[^\n]*\n(.*?)```", page.read_text(), re.DOTALL)
-    for line in block.splitlines()
+    for line in block.replace("\\\n", " ").splitlines()
 ]
-LINES = [line for line in LINES if not set(line) & set("<\\|&")]  # whole commands alone
+LINES = [line for line in LINES if not set(line) & set("<|&")]  # whole commands alone
 SIMULATIONS = [
     line
     for line in LINES
     if line.startswith("fedraclora simulate") and not {"--help", "--cfg"} & {*line.split()}
 ]
-DEPLOYMENTS = [line for line in LINES if line.startswith("fedraclora deploy")]
+DEPLOYMENTS = [  # that of data.md has a module (test_own_data.py)
+    line for line in LINES if line.startswith("fedraclora deploy") and "mine:" not in line
+]
 THEORIES = [line for line in LINES if line.startswith("fedraclora theory")]
 # A page may show what a command is refused with: the error is what it prints.
 REFUSED = re.compile(r"```bash\n(fedraclora simulate [^\n]+)\n```\n+```text\nerror: ([^\n;:]+)")
 COMPARED = "fedraclora compare study="
 COMPARISONS = [line for line in LINES if line.startswith(COMPARED) and ".yaml" not in line]
+OF_METHODS = [line for line in LINES if line.startswith("fedraclora compare method=")]
+TUNINGS = [line for line in LINES if line.startswith("fedraclora tune")]
 BENCHES = [line for line in LINES if line.startswith("fedraclora bench")]
 
 
@@ -66,7 +75,8 @@ def test_each_simulation_composes(line: str) -> None:
 
 
 @pytest.mark.parametrize("line", DEPLOYMENTS)
-def test_each_deployment_composes(line: str) -> None:
+def test_each_deployment_composes(line: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT / "docs" / "deploy")  # where the package `clinic` is
     own, words = part(check_word(shlex.split(line)[2:])[0], deploy.OWN_KEYS)
     deploy.prepare(words, deploy.own_settings(own)[1])
 
@@ -75,6 +85,33 @@ def test_each_deployment_composes(line: str) -> None:
 def test_each_comparison_finds_its_study_and_rows(line: str) -> None:
     said = key_values(shlex.split(line)[2:])
     assert chosen(find(str(said["study"])), said, []).rows
+
+
+@pytest.mark.parametrize("line", OF_METHODS)
+def test_each_comparison_of_methods_has_rows_that_compose(
+    line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    begun = list[set[str]]()
+
+    def begin(rows: Mapping[str, object], _out: Path, _seeds: int) -> None:
+        begun.append({*rows})
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(run, "run_all", begin)
+    with pytest.raises(KeyboardInterrupt):
+        compare_methods(shlex.split(line)[2:])
+    (rows,) = begun
+    assert {"fed_rac_lora", "fedavg_lora"} <= rows
+
+
+@pytest.mark.parametrize("line", TUNINGS)
+def test_each_tuning_composes(line: str) -> None:
+    words = shlex.split(line)[2:]
+    own = [word for word in words if word.startswith("tune.")]
+    asked, plain = settings(own, {}), composed([word for word in words if word not in own])
+    keys = {word.removeprefix("tune.").partition("=")[0] for word in own}
+    refuse_if_none_runs(plain, Space.of(plain, set(), asked, keys))
 
 
 def test_the_study_of_ones_own_is_one() -> None:
