@@ -21,6 +21,8 @@ from fedraclora.strategies.methods import METHODS
 from fedraclora.wire.answers import Came
 from fedraclora.wire.exchange import Ask
 
+# Arguments of a run that looks for no learning rate and no number of clients for a batch.
+FIXED = ("local.lr=0.1", "engine.chunk=8")
 # Arguments of a run of two rounds that takes about a second.
 SMALL_RUN = [
     "data=digits",

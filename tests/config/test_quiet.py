@@ -57,6 +57,7 @@ def reviews(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_a_run_begins_with_a_few_lines(tmp_path: Path) -> None:
     lines = said(tmp_path / "run", *SMALL, "data=digits", "pretrain=none")
     first = before_round_1(lines)

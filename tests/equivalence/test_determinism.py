@@ -12,11 +12,10 @@ from pathlib import Path
 import pytest
 import torch
 from flwr.app import Message
-from hydra import compose, initialize_config_dir
-from omegaconf import OmegaConf
 from vectorized_settings import ALSO, WIDELY
 
 from fedraclora.commands.simulate import run_one
+from fedraclora.compose.overrides import composed
 from fedraclora.config.run_config import from_plain
 from fedraclora.data.clients import PartitionedData
 from fedraclora.errors import ClientError
@@ -31,7 +30,6 @@ from fedraclora.training.cohort import CohortTrainer
 from fedraclora.tree import Tree, digest
 from tests.common import arranged, assemble
 
-CONF = Path(__file__).resolve().parents[2] / "conf"
 ROUNDS, CLIENTS, COHORT = 6, 9, 5
 SMALL = [
     "data=digits",
@@ -95,22 +93,24 @@ Plain = dict[str, object]
 Whole = Callable[[str], RunBuilder]
 
 
-@pytest.fixture(scope="module")
-def configs() -> dict[str, Plain]:
-    found: dict[str, Plain] = {}
-    with initialize_config_dir(config_dir=str(CONF), version_base="1.3"):
-        for name, words in RUNS.items():
-            known = {f.name for f in fields(METHODS[name])} if name in METHODS else {"rank"}
-            rank = ["method.rank=2"] if "rank" in known else []
-            cfg = compose("config", overrides=[*words[:1], *SMALL, *rank, *words[1:]])
-            plain = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
-            assert isinstance(plain, dict)
-            found[name] = {str(k): v for k, v in plain.items()}
-    return found
+class Configs(dict[str, Plain]):
+    """Composes the config of a run where it is first read."""
+
+    def __missing__(self, name: str) -> Plain:
+        words = RUNS[name]
+        known = {f.name for f in fields(METHODS[name])} if name in METHODS else {"rank"}
+        rank = ["method.rank=2"] if "rank" in known else []
+        self[name] = composed([*words[:1], *SMALL, *rank, *words[1:]])
+        return self[name]
 
 
 @pytest.fixture(scope="module")
-def whole(configs: dict[str, Plain]) -> Whole:
+def configs() -> Configs:
+    return Configs()
+
+
+@pytest.fixture(scope="module")
+def whole(configs: Configs) -> Whole:
     """The run of a config that nothing ever stopped."""
     return cache(lambda name: finished(configs[name]))
 
@@ -174,15 +174,13 @@ def assert_same(found: RunBuilder, wanted: RunBuilder) -> None:
 
 @settings
 @pytest.mark.parametrize("name", RUNS)
-def test_the_same_seed_gives_the_same_run(
-    configs: dict[str, Plain], whole: Whole, name: str
-) -> None:
+def test_the_same_seed_gives_the_same_run(configs: Configs, whole: Whole, name: str) -> None:
     assert_same(finished(configs[name]), whole(name))
 
 
 @few
 @pytest.mark.parametrize("name", RUNS)
-def test_another_seed_gives_another_run(configs: dict[str, Plain], whole: Whole, name: str) -> None:
+def test_another_seed_gives_another_run(configs: Configs, whole: Whole, name: str) -> None:
     one, two = digests(whole(name)), digests(finished(changed(configs[name], seed=1)))
     assert one[0] != two[0]
     assert one[1] != two[1]
@@ -190,9 +188,7 @@ def test_another_seed_gives_another_run(configs: dict[str, Plain], whole: Whole,
 
 @settings
 @pytest.mark.parametrize("name", RUNS)
-def test_the_order_of_replies_changes_no_bit(
-    configs: dict[str, Plain], whole: Whole, name: str
-) -> None:
+def test_the_order_of_replies_changes_no_bit(configs: Configs, whole: Whole, name: str) -> None:
     orders = list(permutations(range(-(-COHORT // 2))))  # three messages a round, chunks of two
 
     def shuffle(replies: list[Message]) -> list[Message]:
@@ -209,7 +205,7 @@ def test_the_order_of_replies_changes_no_bit(
 # ---- At its end ---------------------------------------------------------------------------------
 
 
-def test_a_finished_run_is_not_run_again(configs: dict[str, Plain], tmp_path: Path) -> None:
+def test_a_finished_run_is_not_run_again(configs: Configs, tmp_path: Path) -> None:
     plain = changed(configs["fed_rac_lora"], output__dir=str(tmp_path / "run"), resume="auto")
     once = run_one(plain, [], None)
     before = (tmp_path / "run" / "ledger.jsonl").read_bytes()
@@ -255,7 +251,7 @@ def someone(round_: int, *, not_in: tuple[int, ...] = ()) -> int:
 
 
 def test_a_client_that_raises_is_named_with_its_round(
-    configs: dict[str, Plain], monkeypatch: pytest.MonkeyPatch
+    configs: Configs, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     client = someone(3)
     break_client(monkeypatch, client, 3)
@@ -265,7 +261,7 @@ def test_a_client_that_raises_is_named_with_its_round(
     assert run.strategy.done == 2
 
 
-def test_a_nan_loss_is_named_with_its_client_and_round(configs: dict[str, Plain]) -> None:
+def test_a_nan_loss_is_named_with_its_client_and_round(configs: Configs) -> None:
     run = prepared(changed(configs["fed_rac_lora"], seed=0))
     client = someone(2, not_in=(1,))
     poison_client(run, client)
@@ -278,7 +274,7 @@ def test_a_nan_loss_is_named_with_its_client_and_round(configs: dict[str, Plain]
 @pytest.mark.short(when=lambda name: name in WIDELY | ALSO)  # factors of every form
 @pytest.mark.parametrize("name", METHODS)
 def test_a_tolerated_failure_leaves_the_exact_mean_of_the_rest(
-    configs: dict[str, Plain],
+    configs: Configs,
     name: str,
     how: str,
     weights: str,

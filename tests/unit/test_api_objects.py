@@ -24,6 +24,7 @@ from fedraclora.protocol.method import check_method
 from fedraclora.strategies.methods.fed_rac_lora import FedRacLora
 from fedraclora.strategies.shared.layerwise import LayerMethod
 from fedraclora.tree import digest
+from tests.common import FIXED
 
 datasets = pytest.importorskip("datasets")
 
@@ -40,7 +41,9 @@ def net() -> nn.Module:
 
 
 def run(**keys: Any) -> fedraclora.RunResult:
-    return fedraclora.simulate("output.progress=false", **({"model": net(), "rounds": 2} | keys))
+    return fedraclora.simulate(
+        *FIXED, "output.progress=false", **({"model": net(), "rounds": 2} | keys)
+    )
 
 
 class Pairs(Dataset[Any]):
@@ -78,9 +81,9 @@ def test_a_run_is_that_of_the_samples_in_files(tmp_path: Path) -> None:
     np.savez(tmp_path / "test.npz", x=X[:9] + 1, target=Y[:9])
     torch.save(net(), tmp_path / "net.pt")
     test = (X[:9] + 1, Y[:9])
-    found = run(data=CLIENTS, test=test, method="ffa_lora", local={"lr": 0.3})
+    found = run(data=CLIENTS, test=test, method="ffa_lora", local={"momentum": 0.3})
     words = {"name": "own", "samples": str(tmp_path), "test_file": str(tmp_path / "test.npz")}
-    other = run(data=words, method="ffa_lora", local={"lr": 0.3})
+    other = run(data=words, method="ffa_lora", local={"momentum": 0.3})
     assert found.summary["weights_digest"] == other.summary["weights_digest"]
 
 
@@ -117,7 +120,9 @@ def test_whole_numbers_stay_so_where_a_model_takes_indices(
         "bytes": [(x.astype("uint8"), y) for x, y in TEXTS],
     }
     wanted = run(model=words(), data=[({"ids": x}, y) for x, y in TEXTS])
-    found = fedraclora.simulate("output.verbose=true", model=words(), data=forms[form], rounds=2)
+    found = fedraclora.simulate(
+        *FIXED, "output.verbose=true", model=words(), data=forms[form], rounds=2
+    )
     assert ("uint8" if form == "bytes" else "int64") + " as given" in capsys.readouterr().err
     assert found.summary["weights_digest"] == wanted.summary["weights_digest"]
     x = forms[form][0][0] if form in {"arrays", "bytes"} else IDS[:40]
@@ -132,7 +137,7 @@ def test_whole_numbers_become_fractions_where_a_model_wants_these_and_it_is_said
 ) -> None:
     whole = [(np.rint(9 * x).astype("int64"), y) for x, y in CLIENTS]
     floats = run(data=[(x.astype("float32"), y) for x, y in whole])
-    found = fedraclora.simulate("output.verbose=true", model=net(), data=whole, rounds=2)
+    found = fedraclora.simulate(*FIXED, "output.verbose=true", model=net(), data=whole, rounds=2)
     assert "int64 converted to float32" in capsys.readouterr().err
     assert found.summary["weights_digest"] == floats.summary["weights_digest"]
     scaled = [(abs(x).astype("uint8"), y) for x, y in whole]
@@ -204,7 +209,9 @@ def test_the_module_is_copied_and_begins_the_run() -> None:
     before = digest(dict(model.named_parameters()))
     found = run(model=model, data=CLIENTS, method="fedavg", rounds=1, clients_per_round=1)
     assert digest(dict(model.named_parameters())) == before
-    untouched = run(model=model, data=CLIENTS, method="fedavg", rounds=1, local={"lr": 1e-30})
+    untouched = fedraclora.simulate(
+        model=model, data=CLIENTS, method="fedavg", rounds=1, local={"lr": 1e-30}
+    )
     for name, value in untouched.weights().items():
         torch.testing.assert_close(value, model.state_dict()[name])
     assert digest(found.weights()) != before

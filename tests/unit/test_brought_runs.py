@@ -24,6 +24,7 @@ from fedraclora.protocol.program import ClientProgram
 from fedraclora.strategies.methods import METHODS
 from fedraclora.strategies.methods.fed_rac_lora import FedRacLora
 from fedraclora.training.extras.settings import LocalSettings
+from tests.common import FIXED
 
 MODULE = """
 from dataclasses import dataclass
@@ -181,7 +182,7 @@ def digest(run: fedraclora.RunResult) -> object:
 def run(*words: Any, **keys: Any) -> fedraclora.RunResult:
     given = {"model": "brought_parts:net", "data": "brought_parts:clients", "rounds": 2}
     given = {k: v for k, v in given.items() if f"{k}=own" not in words}
-    return fedraclora.simulate("output.progress=false", *words, **{**given, **keys})
+    return fedraclora.simulate(*FIXED, "output.progress=false", *words, **{**given, **keys})
 
 
 def network(mine: Any) -> Any:

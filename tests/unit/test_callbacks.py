@@ -10,8 +10,9 @@ from typing_extensions import override
 
 import fedraclora
 from fedraclora.errors import ConfigError
+from tests.common import FIXED
 
-WORDS = ("data=digits", "pretrain=none", "output.progress=false")
+WORDS = (*FIXED, "data=digits", "pretrain=none", "output.progress=false")
 SIZES: dict[str, Any] = {
     "model": {"hidden": [7]},
     "clients": 5,

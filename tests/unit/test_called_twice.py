@@ -16,7 +16,7 @@ from torch import nn
 import fedraclora
 from fedraclora.data.fingerprint import call_twice, fingerprint_of, what_differs
 from fedraclora.errors import CheckpointError, ConfigError
-from tests.common import normal
+from tests.common import FIXED, normal
 
 HERE, COUNT = __name__, itertools.count()
 DRAWN = {
@@ -118,7 +118,7 @@ def server(*, how: str = "none") -> Any:
 
 def run(**keys: Any) -> fedraclora.RunResult:
     given = {"model": net(), "rounds": 1, "clients_per_round": 2, "method": {"rank": 2}}
-    return fedraclora.simulate("output.progress=false", "pretrain=none", **(given | keys))
+    return fedraclora.simulate(*FIXED, "output.progress=false", "pretrain=none", **(given | keys))
 
 
 @pytest.mark.parametrize("how", ["numpy", "torch", "count"])

@@ -21,6 +21,7 @@ from fedraclora.errors import ConfigError, DivergenceError, FedRacLoraError
 from fedraclora.protocol.method import Traits
 from fedraclora.strategies.methods.fed_rac_lora import FedRacLora
 from fedraclora.strategies.shared.layerwise import LayerMethod, LayerUpdate
+from tests.common import FIXED
 
 DRAWN = torch.Generator().manual_seed(3)
 X = torch.randn(60, 5, generator=DRAWN)
@@ -36,7 +37,7 @@ def net() -> nn.Sequential:
 
 def run(method: object, *words: str, **keys: Any) -> fedraclora.RunResult:
     given: dict[str, Any] = {"model": net(), "data": CLIENTS, "rounds": 2, "method": method}
-    return fedraclora.simulate("output.progress=false", *words, **(given | keys))
+    return fedraclora.simulate(*FIXED, "output.progress=false", *words, **(given | keys))
 
 
 @dataclass(frozen=True)

@@ -198,7 +198,7 @@ def own_run(train: Callable[[Round], Trained]) -> RunResult:
     """A run of three classes, trained by a function of the user's."""
     x = torch.randn(160, 6, generator=torch.Generator().manual_seed(0))
     data = [(part, part[:, :3].argmax(1)) for part in x.split(20)]
-    words = (*LENGTH, "clients_per_round=4")
+    words = ("rounds=40", "evaluate.every=40", "output.progress=false", "clients_per_round=4")
     return fedraclora.simulate(*words, model=network(), data=data, train=train)
 
 
