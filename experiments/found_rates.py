@@ -125,6 +125,11 @@ class Ladder:
             return -math.inf
         return -float(value) if self.metric == "loss" else float(value)
 
+    def shown(self, result: Result) -> str:
+        """Write the metric of a run."""
+        value = abs(self.score(result))
+        return f"{value:.4f}" if math.isfinite(value) else "failed"
+
     def climb(self, method: str) -> None:
         """Run a method at rates around the one that it found."""
         own = self.run(method, "auto")
@@ -143,7 +148,7 @@ class Ladder:
                 at(end + way)
 
     def table(self) -> str:
-        """Write the table: a row for each method that has run."""
+        """Write the table: a row for each method that has run; without a ladder it ends early."""
         of_best = ["best of the ladder", f"{self.metric} there"]
         head = ["method", "rate found", self.metric, *of_best, "behind"]
         rows = [head, ["---"] * len(head)]
@@ -151,13 +156,14 @@ class Ladder:
             own = self.runs[method, "auto"]
             others = [r for (m, rate), r in self.runs.items() if m == method and rate != "auto"]
             best = max([*others, own], key=self.score)
-            values = [abs(self.score(result)) for result in (own, best)]
-            cells = [f"{value:.4f}" if math.isfinite(value) else "failed" for value in values]
-            behind = self.score(best) - self.score(own)
-            gap = f"{behind:+.4f}" if math.isfinite(behind) else ""
             rate = str(own.get("found", ""))
+            found = [f"`{method}`", rate, self.shown(own)]
             there = rate if best is own else str(best["lr"])
-            rows.append([f"`{method}`", rate, cells[0], there, cells[1], gap])
+            gap = self.score(best) - self.score(own)
+            behind = f"{gap:+.4f}" if math.isfinite(gap) else ""
+            rows.append(
+                [*found, there, self.shown(best), behind] if others else [*found, "", "", ""]
+            )
         return "".join(f"| {' | '.join(row)} |\n" for row in rows)
 
     def write(self, out: Path | None = None) -> None:
