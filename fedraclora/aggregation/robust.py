@@ -60,7 +60,8 @@ def trimmed_mean(rows: torch.Tensor, cut: int) -> torch.Tensor:
     if 2 * cut >= K:
         raise ConfigError(
             f"a trimmed mean leaves out {cut} clients at each end, so that it needs more than "
-            f"{2 * cut}, but only {K} answered: raise cohort or lower aggregator.attackers"
+            f"{2 * cut}, but only {K} answered: raise clients_per_round "
+            "or lower aggregator.attackers"
         )
     return rows.sort(dim=0).values[cut : K - cut].mean(dim=0)
 
@@ -96,7 +97,7 @@ def krum_order(rows: torch.Tensor, attackers: int) -> torch.Tensor:
     if 2 * attackers + 3 > K:
         raise ConfigError(
             f"Krum withstands {attackers} attackers among {2 * attackers + 3} clients or more, "
-            f"but {K} answered; raise cohort or lower aggregator.attackers"
+            f"but {K} answered; raise clients_per_round or lower aggregator.attackers"
         )
     # Differences, not a Gram matrix: a distant attacker must not affect the rounding of other
     # distances.

@@ -110,7 +110,9 @@ class ArrivalOrder:
         lost = len(stays) - int(stays.sum())
         failure = f"round {self.round_}: no client answered; {lost} of {len(stays)} dropped out"
         if lost == len(stays):
-            return ClientError(f"{failure}; lower system.drop_out, or raise cohort or over_select")
+            return ClientError(
+                f"{failure}; lower system.drop_out, or raise clients_per_round or over_select"
+            )
         fastest = _shown(float(self.seconds[stays].min()))
         return ClientError(
             f"{failure}, the fastest of the others takes {fastest} and the deadline is "

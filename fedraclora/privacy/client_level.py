@@ -166,8 +166,8 @@ class ClientLevel(Privacy):
         if rest <= 0:
             raise ConfigError(
                 f"privacy.count_noise={count}, which alone costs as much as the noise "
-                f"{noise:.4g} allows, expected above {noise / 2:.4g}, or a larger cohort, or no "
-                "quantile"
+                f"{noise:.4g} allows, expected above {noise / 2:.4g}, or a larger "
+                "clients_per_round, or no quantile"
             )
         return Mechanism(sampling, cohort, noise, rest**-0.5, self.delta, count)
 

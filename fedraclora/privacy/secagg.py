@@ -151,7 +151,7 @@ class SecAgg(Open):
         if clients * self.max_weight >= largest / 2:
             raise ConfigError(
                 f"{clients} clients of weight up to secure.max_weight={self.max_weight} do not fit "
-                "into 32 bits; lower it, or take a smaller cohort"
+                "into 32 bits; lower it, or lower clients_per_round"
             )
         # Reserve room for rounding to whole steps, half a step for each client. Updates cannot
         # exceed the clip: clients clip them last, in float64.
