@@ -130,7 +130,7 @@ def base_name(weight: torch.Tensor) -> str:
 
 
 def is_narrow(weight: torch.Tensor) -> bool:
-    """Return whether a weight has fewer bits than float32, so that no update is merged into it."""
+    """Return whether a weight has fewer bits than float32: updates are not merged into it."""
     return isinstance(weight, QuantisedWeight) or weight.dtype.itemsize < 4
 
 

@@ -45,7 +45,7 @@ from fedraclora.tree import Tree
     avoids={
         "privacy=client_level": ("the noise would add up in the server's control variate"),
         "a robust rule that needs each client's update": (
-            "the server must use every update unchanged to compute its control variate"
+            "the server computes its control variate from the clients' unchanged updates"
         ),
         "local steps other than plain SGD": "the mean gradient cannot be computed from their sum",
         "a method that keeps a part of the model at each client": (
