@@ -6,8 +6,8 @@ A model is searched again each time: trainers wrap models and replace their para
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from copy import copy
 from dataclasses import dataclass, field
+from functools import cache
 from hashlib import blake2b
 from typing import Any
 
@@ -167,6 +167,7 @@ def inner(model: nn.Module) -> nn.Module:
     return inner(found) if isinstance(found, nn.Module) else model
 
 
+@cache
 def plain_name(name: str, adapter: str) -> tuple[str, bool]:
     """Return the server's name of a parameter, and whether it is PEFT's copy of a module.
 
@@ -203,8 +204,9 @@ def reset_model(model: nn.Module) -> None:
     modules = {name: module.__dict__ for name, module in model.named_modules()}
     adapters = {*getattr(model, "peft_config", ())}
     if "_as_given" not in model.__dict__:
-        kept = {n: {k: copy(v) for k, v in o.items() if _is_left(k)} for n, o in modules.items()}
+        kept = {n: {k: _kept(v) for k, v in o.items() if _is_left(k)} for n, o in modules.items()}
         model.__dict__["_as_given"] = kept, adapters
+        return
     first, its_own = model.__dict__["_as_given"]
     for name in first.keys() & modules.keys():
         own, given = modules[name], first[name]
@@ -220,6 +222,11 @@ def reset_model(model: nn.Module) -> None:
         (getattr(model, "delete_adapter", None) or model.delete_adapters)(name)  # type: ignore[operator]
 
 
+def _kept(value: Any) -> Any:
+    return value.copy() if isinstance(value, dict) else value  # of hooks, or a flag or a function
+
+
+@cache
 def _is_left(key: str) -> bool:
     """Check whether trainers change an attribute of a module."""
     return "_hooks" in key or key in {"forward", "training", "p", "gradient_checkpointing"}
@@ -263,7 +270,8 @@ def _lora_layers(modules: Mapping[str, nn.Module], adapter: str) -> Iterator[tup
     """Find the LoRA layers of PEFT with this adapter, by the weight that they adapt."""
     for name, module in modules.items():
         layer: Any = module
-        if not (hasattr(layer, "lora_A") and hasattr(layer, "base_layer")):
+        # `hasattr` of a module that lacks a name raises and catches an error.
+        if not {"lora_A", "base_layer"} <= module._modules.keys():  # noqa: SLF001
             continue
         if adapter in layer.lora_A or adapter in layer.lora_embedding_A:
             yield f"{plain_name(name, adapter)[0]}.weight", layer

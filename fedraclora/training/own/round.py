@@ -163,7 +163,8 @@ class Round:
                 "(BatchNorm) into evaluation mode with .eval()"
             )
         found = {n: places.place(n).from_model(value).clone() for n, value in asked.values.items()}
-        asked.check(found)
+        asked.check_form(found)
+        asked.check_numbers(found)
         still = {n for n, value in found.items() if torch.equal(value, asked.values[n])}
         # Factors are created by install: an optimizer created before it trains only the other
         # tensors.
@@ -187,7 +188,7 @@ class Round:
         Raises:
             ClientError: If tensors or fields differ from those of `read`.
         """
-        self._asked.check(found.tensors)
+        self._asked.check_form(found.tensors)
         if found.seal != self._seal(found):
             raise ClientError(
                 "the training function returned tensors or numbers that are not those that "
@@ -354,8 +355,8 @@ class ClientTask:
             mask = place.to_model(self.masks[name].expand(self.values[name].shape))
             self.handles.append(place.tensor.register_hook(lambda g: g * mask.to(g)))
 
-    def check(self, found: Tree) -> None:
-        """Refuse tensors that differ in name, shape or type from the trained ones.
+    def check_form(self, found: Tree) -> None:
+        """Refuse tensors that differ in name or shape from the trained ones.
 
         Raises:
             ClientError: Naming the first.
@@ -366,6 +367,14 @@ class ClientTask:
         for name, value in found.items():
             if not isinstance(value, torch.Tensor) or tuple(value.shape) != wanted[name]:
                 raise ClientError(f"{name} of Trained.tensors is no tensor of shape {wanted[name]}")
+
+    def check_numbers(self, found: Tree) -> None:
+        """Refuse values that are not finite, and an update that is too long.
+
+        Raises:
+            ClientError: Naming the first tensor.
+        """
+        for name, value in found.items():
             if not torch.isfinite(value).all():
                 raise ClientError(
                     f"{name} has a NaN or an infinity after training: {calmer(own=True)}"
