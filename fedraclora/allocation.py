@@ -37,7 +37,7 @@ from fedraclora.compatibility import Feature
 from fedraclora.data.samples import Samples
 from fedraclora.errors import ConfigError
 from fedraclora.limits import Chance, Count, Fraction, Limited, OneOf, Positive
-from fedraclora.protocol.method import Plan, RoundInstructions
+from fedraclora.protocol.method import ASKS_TWICE, Plan, RoundInstructions
 from fedraclora.training.materialize import materialize
 from fedraclora.training.vmapped import effective_weights
 from fedraclora.tree import Tree
@@ -130,6 +130,22 @@ class HeteroLora(Uniform):
     )
     def _chooses_again(self) -> str:
         return "" if self.every is None else f"allocation.every={self.every}"
+
+    @ASKS_TWICE
+    def _asks_gradients(self) -> str:
+        return "" if self.proxy == SYNFLOW else f"allocation.proxy={self.proxy}"
+
+    @Feature(
+        "allocation.proxy=snip or synflow",
+        instead="allocation.proxy=grad_norm",
+        avoids={
+            "a factor that begins at zero": (
+                "values are multiplied by gradients, so every layer would have the score 0"
+            ),
+        },
+    )
+    def _multiplies_values(self) -> str:
+        return "" if self.proxy == "grad_norm" else f"allocation.proxy={self.proxy}"
 
     def due(self, round_: int) -> bool:
         """Return whether layers are chosen in a round (from 1)."""

@@ -75,7 +75,7 @@ class _Sampled(RoundStep):
     avoids={
         "a method that keeps a part of the model at each client": "Flower's nodes do not store it",
         "head=personal": "Flower's nodes do not store it",
-        "a method with two exchanges in a round": "Flower sends one message in a round",
+        "two exchanges in a round": "Flower sends one message in a round",
         "a method with a client program of its own": "clients train with your code",
     },
 )

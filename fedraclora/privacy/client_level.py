@@ -83,9 +83,7 @@ class Privacy(Limited, group="privacy"):
         "fewer measuring clients than evaluate.min_clients": (
             "metrics of so few clients are not released"
         ),
-        "a method with two exchanges in a round": (
-            "the privacy account covers one exchange in a round"
-        ),
+        "two exchanges in a round": ("the privacy account covers one exchange in a round"),
     },
 )
 @dataclass(frozen=True)

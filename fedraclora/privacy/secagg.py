@@ -58,7 +58,7 @@ class Open(Limited, group="secure"):
         "fewer measuring clients than evaluate.min_clients": (
             "metrics of so few clients are not released"
         ),
-        "a method with two exchanges in a round": "its masks are made for one exchange in a round",
+        "two exchanges in a round": "its masks are made for one exchange in a round",
     },
 )
 @dataclass(frozen=True)

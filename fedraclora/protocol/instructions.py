@@ -17,6 +17,11 @@ from fedraclora.protocol.factor import Factor, FactorLike, past_name
 from fedraclora.protocol.program import PLAIN, ClientProgram
 from fedraclora.tree import Layout, Tree
 
+FROM_ZERO = Feature(
+    "a factor that begins at zero",
+    instead="method.init=orthogonal, where the method has it",
+    reads=("method.zero_init",),
+)
 PARTS_OF_WEIGHTS = Feature(
     "factors or magnitudes that hold a part of the weights",
     instead="method.init=kaiming_uniform (a drawing), another method, dora=false",
@@ -255,6 +260,14 @@ class RoundInstructions:
         factors = self.factors().items()
         sent = (name for name, factor in factors if factor.trained and factor.upload)
         return not self.program.trains or any(name.endswith(("/A", "/B")) for name in sent)
+
+    @FROM_ZERO
+    def _begins_at_zero(self) -> str:
+        """Return the name of the first such adapter."""
+        for name, adapter in self.adapters.items():
+            if not all(map(_begun, adapter.factors.values())):
+                return name
+        return ""
 
     @PARTS_OF_WEIGHTS
     def _holds_weights(self) -> str:

@@ -51,8 +51,11 @@ KEPT_BY_CLIENTS = Feature(
     take="head=personal and methods that leave a part at each client",
     reads=("evaluate.sample",),
 )
+ASKS_TWICE = Feature(
+    "two exchanges in a round",
+    instead="another method or method.init, allocation=none",
+)
 # What a round shows of a method while it is computed.
-ASKS_TWICE = Feature("a method with two exchanges in a round")
 DOES_MORE = Feature("a method whose clients do more than plain local steps")
 OTHER_LAYERS = Feature("a method that leaves some layers out")
 BEGINS_ANEW = Feature("a method that has restarted its trained factors")

@@ -265,9 +265,7 @@ class LocalConfig(Limited, group="local"):
             "clients that train different parameters": (
                 "the mean of a row would include parameters that a client does not train"
             ),
-            "a method with two exchanges in a round": (
-                "only the first exchange sends second moments"
-            ),
+            "two exchanges in a round": ("only the first exchange sends second moments"),
             "system.buffer": "late replies used other second moments",
             "an optimizer without second moments": "there are no second moments to average",
             "a client program with a step of its own": "it keeps its own moments",

@@ -16,10 +16,9 @@ from typing import Annotated, ClassVar
 import torch
 from typing_extensions import override
 
-from fedraclora.compatibility import Feature
 from fedraclora.limits import Count, OneOf
 from fedraclora.lowrank.algebra import Product
-from fedraclora.protocol.instructions import PARTS_OF_WEIGHTS
+from fedraclora.protocol.instructions import FROM_ZERO, PARTS_OF_WEIGHTS
 from fedraclora.protocol.method import Cohort, Draw, Factor, Plan, RoundInstructions, State, Traits
 from fedraclora.protocol.plan import Rank
 from fedraclora.protocol.rank_budgets import within
@@ -203,7 +202,7 @@ class Factored(GradientProbeMethod, DrawnFactorMethod):
     def _ends_components(self) -> str:
         return "" if self.cuts_components and self.never_restarts else super()._ends_components()
 
-    @Feature("a factor that begins at zero", reads=("method.zero_init",))
+    @FROM_ZERO
     def _begins_at_zero(self) -> bool:
         return not self.starts_with_factors
 

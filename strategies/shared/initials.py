@@ -67,6 +67,7 @@ from fedraclora.limits import OneOf
 from fedraclora.lowrank.algebra import Product, fix_signs, principal
 from fedraclora.protocol.factor import to_train
 from fedraclora.protocol.method import (
+    ASKS_TWICE,
     Adapter,
     Cohort,
     Draw,
@@ -332,6 +333,10 @@ class GradientFirst(GradientProbeMethod):
     )
     def _begins_from_gradient(self) -> bool:
         return self.init == "gradient"
+
+    @ASKS_TWICE
+    def _asks_twice(self) -> str:
+        return f"method.init={self.init}" if self.probe_rounds else ""
 
     def first_factor(self, layer: Layer, gradient: Product) -> Tree:
         """Compute the factors of the first merge period, by label.

@@ -35,9 +35,7 @@ from fedraclora.tree import Tree
         "a method that estimates gradients from losses": (
             "there are no gradients of single samples to clip"
         ),
-        "a method with two exchanges in a round": (
-            "the privacy account covers one exchange in a round"
-        ),
+        "two exchanges in a round": ("the privacy account covers one exchange in a round"),
     },
 )
 @dataclass(frozen=True)
