@@ -16,7 +16,7 @@ from ray.exceptions import AuthenticationError
 from ray.job_config import JobConfig
 
 from fedraclora.config.settings import RayConfig
-from fedraclora.engines.ray import packages
+from fedraclora.engines.ray import grid, packages
 from fedraclora.engines.ray.cluster import (
     Cluster,
     ImportPathGuard,
@@ -263,3 +263,16 @@ def test_workers_elsewhere_get_no_path_of_this_machine(monkeypatch: pytest.Monke
     del here[own[0]]  # as Ray does after some minutes
     assert made.runtime_env() == found
     assert own[0] in here
+
+
+def test_workers_that_join_later_are_counted_with_those_of_the_start(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(ray.util, "get_node_ip_address", lambda: "10.0.0.1")
+    own = grid.facts() | {"node": "here", "code": {}, "mark": "7"}
+    there = object.__new__(grid.RayGrid)
+    there._admitted = []
+    there.cluster = SimpleNamespace(facts={"cluster": "10.0.0.1:6379"})  # type: ignore[assignment]
+    there._check([own])
+    there._check([own | {"address": "10.0.0.2"}] * 3)
+    assert there.facts["workers"] == "4: 3 on 10.0.0.2, 1 on 10.0.0.1"

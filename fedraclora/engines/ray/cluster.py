@@ -32,7 +32,7 @@ from fedraclora.errors import ConfigError, EngineError
 
 # Folders that contain `fedraclora`: workers import the code that the driver runs.
 CODE = str(Path(__file__).resolve().parents[3])
-SETTLING = 2.0  # seconds until a cluster notices that a run has ended
+SETTLING = 10.0  # seconds until a cluster notices that a run has ended, on busy machines, too
 ROUNDING = 1e-6  # resolution of shares of a GPU
 SOME = 8  # most hosts in a message
 CLIENT = "ray://"

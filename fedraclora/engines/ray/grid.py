@@ -128,6 +128,7 @@ class RayGrid(Grid):
         super().__init__()
         self.cluster, self.history, self.store = cluster, history, store
         self.workers, self._thaws = cluster.workers, not gc.get_freeze_count()
+        self._admitted: list[str] = []  # the address of each worker that was checked
         self._updates: dict[tuple[int, int | None], Any] = {}  # from and to a version -> reference
         try:
             self._start(build, parts, settings)
@@ -192,12 +193,13 @@ class RayGrid(Grid):
                         f"{host} imports another {name} ({file}) than the one that this "
                         "process sent. Remove that file from Python's path on the host"
                     )
-        places = Counter(there["address"] for there in found)
+        self._admitted += [there["address"] for there in found]
+        places = Counter(self._admitted)
         text = ", ".join(f"{count} on {address}" for address, count in places.most_common(SOME))
         rest = f", and {len(places) - SOME} hosts more" if len(places) > SOME else ""
         self.facts = self.cluster.facts and {
             **self.cluster.facts,
-            "workers": f"{len(found)}: {text}{rest}",
+            "workers": f"{len(self._admitted)}: {text}{rest}",
         }
         if len(kinds := {there["processor"] for there in [here, *found]}) > 1:
             self.facts["processors"] = (
