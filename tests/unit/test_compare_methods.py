@@ -179,6 +179,20 @@ def test_what_is_wrong_is_said(
     assert bool(ran) == (words[-1:] == ["metric=acuracy"])  # which only a run can tell
 
 
+def test_a_comparison_without_words_of_its_own_is_with_the_first_method(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In runs/compare, by the first metric of the task, on one seed."""
+    monkeypatch.chdir(tmp_path)
+    assert cli.run("compare", ["method=ffa_lora,fedavg", *TASK]) == 0
+    rows = records(tmp_path / "runs" / "compare")
+    assert float(rows["ffa_lora"]["difference"]) == 0
+    assert float(rows["fedavg"]["difference"]) != 0
+    for row, found in rows.items():
+        (summary,) = summaries(tmp_path / "runs" / "compare", row)
+        assert float(found["metric_mean"]) == pytest.approx(summary["metrics"]["accuracy"])
+
+
 def test_a_row_that_diverges_is_shown_and_not_run_again(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

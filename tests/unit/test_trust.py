@@ -282,6 +282,17 @@ def test_a_folder_is_read_where_its_modules_are_trusted(
     assert run.evaluate() != {}
 
 
+def test_the_environment_trusts_modules_for_all_commands(
+    theirs: Path, canary: Callable[[], str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(VARIABLE, "trust_mine")
+    assert command("evaluate", str(theirs)) == 1  # one of two
+    monkeypatch.setenv(VARIABLE, "trust_mine,trust_other")
+    assert command("evaluate", str(theirs)) == 0
+    assert "loss" in canary()
+    assert command("export", str(theirs), "--format", "state_dict") == 0
+
+
 @pytest.mark.parametrize("words", [("evaluate",), ("predict",), ("export",), ()])
 def test_help_says_how_code_of_a_folder_is_trusted(
     words: tuple[str, ...], capsys: pytest.CaptureFixture[str]

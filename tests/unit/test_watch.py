@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.client
 import json
+import os
 import shutil
 import socket
 import threading
@@ -147,6 +148,22 @@ def test_several_runs_stand_below_each_other(tmp_path: Path) -> None:
     assert len(status["table"]) == 2
     lines = json.loads(watching.figures())["accuracy by round"]["data"]
     assert len({line["name"] for line in lines}) == 2
+
+
+def test_of_many_runs_the_twelve_that_wrote_last_are_shown(
+    run: fedraclora.RunResult, tmp_path: Path
+) -> None:
+    assert run.folder is not None
+    for age in range(15):
+        folder = shutil.copytree(run.folder, tmp_path / f"run {20 - age}")
+        if age < 3:  # the oldest did not end
+            (folder / "summary.json").unlink()
+            rows = (folder / "ledger.jsonl").read_text().splitlines(keepends=True)
+            (folder / "ledger.jsonl").write_text("".join(rows[:-1]))
+        for path in folder.iterdir():
+            os.utime(path, (1e9 + age, 1e9 + age))
+    status = Watched(tmp_path).status()
+    assert (status["done"], status["of"]) == (12 * 3, 12 * 3)  # rounds
 
 
 @pytest.mark.slow
