@@ -108,33 +108,34 @@ def execute(run: RunBuilder, *watching: Callback) -> RunResult:
     folder, resume = run.folder, run.resume
     plain = run.config.plain  # as callbacks are given it
     run.watching = (logging_to(run.config.output.loggers), *watching, *run.watching)
-    with ExitStack() as stack:
-        reached = 0
+    with ExitStack() as lock:  # held until the summary is there: a run in between looks stopped
         if folder is not None:
             held = locked_folder if resume else new_folder
-            stack.enter_context(held(folder, shared=run.config.output.shared))
-        stack.enter_context(logged(folder))
-        if resume and folder is not None:
-            stored = section(read_config(folder), "output")
-            check_data(folder, run.config.data.group)
-            reached = reached_round(folder)
-            run.resume = has_checkpoint(folder, int(str(stored["checkpoint_every"])))
-        run.config = with_rate(run)
-        stack.callback(run.close)
-        steps = copy.deepcopy([*run.given_steps]) if restart_rate(run) else ()
-        before = None
-        while before is None:
-            try:
-                before = run_rounds(run, plain, reached, resumes=resume)
-            except DivergenceError:
-                if (lower := restart_rate(run)) is None:
-                    raise
-                restart(run, lower, copy.deepcopy(steps))
-    summary = summarize(run, before + time.perf_counter() - began)
-    if folder is not None:
-        if run.config.output.plots:
-            draw(run, folder)
-        write_summary(folder, summary)
+            lock.enter_context(held(folder, shared=run.config.output.shared))
+        with ExitStack() as stack:
+            reached = 0
+            stack.enter_context(logged(folder))
+            if resume and folder is not None:
+                stored = section(read_config(folder), "output")
+                check_data(folder, run.config.data.group)
+                reached = reached_round(folder)
+                run.resume = has_checkpoint(folder, int(str(stored["checkpoint_every"])))
+            run.config = with_rate(run)
+            stack.callback(run.close)
+            steps = copy.deepcopy([*run.given_steps]) if restart_rate(run) else ()
+            before = None
+            while before is None:
+                try:
+                    before = run_rounds(run, plain, reached, resumes=resume)
+                except DivergenceError:
+                    if (lower := restart_rate(run)) is None:
+                        raise
+                    restart(run, lower, copy.deepcopy(steps))
+        summary = summarize(run, before + time.perf_counter() - began)
+        if folder is not None:
+            if run.config.output.plots:
+                draw(run, folder)
+            write_summary(folder, summary)
     run.strategy.callbacks.end(summary)
     rows = list(run.recorder.ledger.rows)
     columns = together(run.recorder.by_clients)

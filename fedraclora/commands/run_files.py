@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -282,13 +283,15 @@ def group_runs(runs: Sequence[RunFiles], by: Sequence[str], notes: list[str]) ->
 def _named_by_folders(groups: Sequence[Group], notes: list[str]) -> list[Group]:
     """Name groups with long labels by the folder of their first run."""
     taken = {group.name for group in groups}
+    folders = [group.runs[0].folder.resolve().parts for group in groups]
+    ends = Counter(parts[-depth:] for parts in folders for depth in range(1, len(parts) + 1))
     found = []
-    for group in groups:
+    for group, parts in zip(groups, folders, strict=True):
         if len(group.name) > _LONGEST:
-            parts = group.runs[0].folder.resolve().parts
             more = f" and {len(group.runs) - 1} more" if len(group.runs) > 1 else ""
-            names = ["/".join(parts[-depth:]) + more for depth in range(1, len(parts) + 1)]
-            name = next((name for name in names if name not in taken), group.name)
+            own = (parts[-depth:] for depth in range(1, len(parts)) if ends[parts[-depth:]] == 1)
+            name = "/".join(next(own, parts)) + more
+            name = group.name if name in taken else name
             taken.add(name)
             notes.append(f"{name}: {group.name}")
             group = replace(group, name=name)  # noqa: PLW2901

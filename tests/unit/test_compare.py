@@ -417,6 +417,15 @@ def test_a_table_fits_the_terminal(
     assert shown.count("fed_rac_lora") == shown.count("group") == tables
 
 
+def test_folders_that_end_alike_are_told_apart_by_what_lies_above(
+    make: Make, tmp_path: Path
+) -> None:
+    for name in ("a", "b"):
+        make(f"{name}/seed_0", rac(), 0, init_from=f"/a/folder/with/a/long/path/of/{name}")
+    table = compare_runs([tmp_path / "sweep"], tmp_path / "out")
+    assert {record["label"] for record in table.records} == {"a/seed_0", "b/seed_0"}
+
+
 def test_a_long_label_breaks_and_no_number_does(
     make: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

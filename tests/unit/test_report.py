@@ -20,6 +20,7 @@ from fedraclora.commands.report.figures import last_measured, lines_of, spread_f
 from fedraclora.commands.report.page import (
     ReportedRun,
     differences,
+    labels_of,
     page_of,
     read_shown,
     results,
@@ -87,8 +88,8 @@ def test_the_spread_over_clients_is_drawn(
         "accuracy of clients by their number of samples"
     ].to_json()
     assert "rank correlation 1.00" in text
-    assert "How the clients fare" in page_of([run])
-    assert "How the clients fare" not in page_of([shown])
+    assert "Federated evaluation" in page_of([run])
+    assert "Federated evaluation" not in page_of([shown])
 
 
 def outside(text: str) -> list[str]:
@@ -125,6 +126,19 @@ def test_runs_stand_side_by_side(runs: dict[str, fedraclora.RunResult], tmp_path
     assert "rounding error, down" not in text
 
 
+def test_runs_of_one_method_are_told_apart_by_their_seeds(
+    runs: dict[str, fedraclora.RunResult],
+) -> None:
+    folder, other = runs["fed_rac_lora"].folder, "another"
+    assert folder is not None
+    one = read_shown(folder)
+    again = replace(one, config={**one.config, "seed": 7})
+    assert labels_of([one, again]) == ["fed_rac_lora r=8, seed 0", "fed_rac_lora r=8, seed 7"]
+    local = {**one.config["local"], "lr": 0.3}
+    assert "lr=0.3" in labels_of([one, replace(one, config={**one.config, "local": local})])[1]
+    assert labels_of([one, replace(one, folder=Path(other))])[1] == other
+
+
 def test_the_best_of_several_runs_is_one_that_came_to_its_end(
     runs: dict[str, fedraclora.RunResult],
 ) -> None:
@@ -138,7 +152,7 @@ def test_the_best_of_several_runs_is_one_that_came_to_its_end(
     shown[1] = replace(shown[1], summary={})
     assert [best for *_, best in results(["a", "b"], shown)] == [True, False]
     assert [best for *_, best in results(["a"], shown[:1])] == [False]
-    assert "not at its end" in page_of(shown)
+    assert "not running" in page_of(shown)
     never = replace(shown[0], rows=[row | {"metrics": {}} for row in shown[0].rows])
     assert 'class="alone"' not in page_of([never])
 
@@ -316,7 +330,7 @@ def test_a_run_that_is_running_says_how_far_it_is(tmp_path: Path) -> None:
     assert (shown.reached, shown.clients) == ("3", "4, of which 2 take part in a round")
     (tmp_path / "summary.json").unlink()
     shown = read_shown(tmp_path)
-    assert (shown.reached, shown.clients) == ("3 of 3, not at its end", "2 take part in a round")
+    assert (shown.reached, shown.clients) == ("3 of 3, not running", "2 take part in a round")
 
 
 def test_that_measurements_are_withheld_is_in_the_report(

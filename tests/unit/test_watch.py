@@ -93,6 +93,19 @@ def test_a_run_is_followed_while_it_runs(tmp_path: Path) -> None:
     assert after["state"] == "finished"
 
 
+def test_a_run_is_running_until_its_summary_is_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also while its figures are drawn, after its last round."""
+    seen = list[str]()
+    monkeypatch.setattr(
+        "fedraclora.strategies.runner.draw",
+        lambda *_: seen.append(Watched(tmp_path).status()["state"]),
+    )
+    fedraclora.simulate(model="mlp", data=CLIENTS, rounds=1, folder=tmp_path)
+    assert seen == ["running"]
+
+
 @pytest.mark.parametrize("error", [KeyboardInterrupt, ValueError])
 def test_a_run_that_stopped_says_why_and_is_followed_when_it_is_resumed(
     error: type[BaseException], tmp_path: Path

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 POINTS = 5000  # most clients of a scatter plot; of more, evenly spaced ones are drawn
 PLOTLY = {"-": "solid", "--": "dash", ":": "dot", "-.": "dashdot"}  # Matplotlib's dash -> Plotly's
 OPTIONS = {"responsive": True, "displaylogo": False, "displayModeBar": False}
+LEGEND_LINE = 20  # pixels
 QUARTERS = 4  # groups of clients, by number of samples
 
 
@@ -34,13 +35,17 @@ def lines_of(labels: Iterable[str], methods: Sequence[str]) -> dict[str, dict[st
 def with_layout(
     figure: go.Figure, x_name: str, y_name: str, *, legend: bool, log: bool = False
 ) -> go.Figure:
-    """Apply the layout of a page, whose script sets light or dark colors."""
+    """Apply the layout of a page, whose script sets light or dark colors.
+
+    The legend has a line for each name, below the title of the x-axis; the figure grows with it.
+    """
+    names = sum(trace.showlegend is not False for trace in figure.data) if legend else 0
     figure.update_layout(
-        margin={"l": 56, "r": 12, "t": 8, "b": 44},
-        height=300,
+        margin={"l": 56, "r": 12, "t": 8, "b": 44 + LEGEND_LINE * names},
+        height=300 + LEGEND_LINE * names,
         hovermode="x unified" if legend else "closest",
         showlegend=legend,
-        legend={"orientation": "h", "y": -0.25},
+        legend={"y": 0, "yref": "container", "yanchor": "bottom", "x": 0},
         paper_bgcolor="rgba(0,0,0,0)",
         plot_bgcolor="rgba(0,0,0,0)",
         xaxis={"title": x_name, "zeroline": False}

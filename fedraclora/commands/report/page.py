@@ -148,7 +148,7 @@ class ReportedRun(RunFiles):
         """The number of rounds and, if the run did not finish, of how many."""
         if self.summary:
             return f"{self.last}"
-        how = {"stopped": "not at its end"}.get(self.state, self.state)
+        how = {"stopped": "not running"}.get(self.state, self.state)
         return f"{self.last} of {self.config.get('rounds')}, {how}"
 
     @property
@@ -298,10 +298,11 @@ def by_key(each: Sequence[Mapping[str, str]]) -> dict[str, list[str]]:
 
 
 def labels_of(runs: Sequence[ReportedRun]) -> list[str]:
-    """Label runs by the shortest of method, title and folder that is unique."""
+    """Label runs by the shortest of method, method and seed, title and folder that is unique."""
     methods, titles = [method_label(run.config) for run in runs], [run.title for run in runs]
+    seeds = [f"{name}, seed {run.config['seed']}" for name, run in zip(methods, runs, strict=True)]
     folders = [str(run.folder) for run in runs]
-    return next((x for x in (methods, titles) if len({*x}) == len(runs)), folders)
+    return next((x for x in (methods, seeds, titles) if len({*x}) == len(runs)), folders)
 
 
 def results(

@@ -109,6 +109,7 @@
       var figure = figures[title], place = card.querySelector(".plot");
       figure.layout.uirevision = title;  // who looks closer goes on looking there
       figure.layout.autosize = true;
+      place.style.height = figure.layout.height + "px";
       Plotly.react(place, figure.data, figure.layout, { responsive: true, displaylogo: false, displayModeBar: false });
     });
     paint();
