@@ -9,6 +9,10 @@ c / (s a r), and smaller for wide layers (as in muP) and for rounds with many st
 
 c was fitted to tuned rates (docs/records/rates.md): for AdamW on pretrained transformers, for SGD
 only on images of digits. The rate is the median over layers.
+
+Where no rule knows the run, `first_rate` is where the search begins. Whole weights that AdamW
+trains need a smaller rate than factors, the smaller the more inputs a layer has, as in muP (Yang et
+al., arXiv 2203.03466): DENSE / n.
 """
 
 from __future__ import annotations
@@ -27,6 +31,9 @@ from fedraclora.tree import weights_of
 
 # c, by optimizer and trained factors.
 FITTED = {"adamw": {"B": 55.0, "A": 55.0, "BA": 27.5}, "sgd": {"B": 1.1, "A": 0.2, "BA": 0.1}}
+FIRST = {"sgd": 0.1, "own": 1.0}  # of the user's own function the rate is a factor
+FIRST_ADAPTIVE = 0.003  # of optimizers whose steps have about the length of the rate
+DENSE = 0.1  # whole weights: 0.00026 for layers of 384 inputs
 NARROWEST = 96  # of the layers that c was fitted to: narrower ones would have huge rates
 
 
@@ -37,13 +44,26 @@ def rule_rate(config: RunConfig, built: PreparedTask) -> float | None:
     unbounded = local.optimizer == "sgd" and built.task.loss == "squared_error"
     if local.is_own or not is_known(local) or unbounded:
         return None
+    rate = rate_of(first_downlink(config, built), local.optimizer, steps_of(local, built))
+    return None if rate is None else float(f"{rate:.2g}")
+
+
+def first_rate(config: RunConfig, built: PreparedTask) -> float:
+    """Return the rate from which a search begins where no rule knows the run."""
+    kind = "own" if config.local.is_own else config.local.optimizer
+    if kind in FIRST:
+        return FIRST[kind]
+    inputs = [w[0].numel() for w in weights_of(built.task.model).values() if w.dim() > 1]
+    if first_downlink(config, built).adapters or not inputs:
+        return FIRST_ADAPTIVE
+    return float(f"{DENSE / median(inputs):.2g}")
+
+
+def first_downlink(config: RunConfig, built: PreparedTask) -> RoundInstructions:
+    """Return what the method of a run sends to clients in the first round."""
     plan, draw, base = plan_of(config, built.task), Draw(config.seed), weights_of(built.task.model)
     method = method_of(config, built.task)
-    downlink = first_instructions(
-        method, method.initial_state(base, plan, draw), draw, built.cohort
-    )
-    rate = rate_of(downlink, local.optimizer, steps_of(local, built))
-    return None if rate is None else float(f"{rate:.2g}")
+    return first_instructions(method, method.initial_state(base, plan, draw), draw, built.cohort)
 
 
 def is_known(local: LocalConfig) -> bool:

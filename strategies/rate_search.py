@@ -11,7 +11,8 @@ draws are functions of the seed, so that the run is the same as one whose rate w
 of a rate is the median training loss of the second half of its rounds, of the same clients at every
 rate; test data are not looked at. Two rounds at least, for a method that trains factors in turns.
 
-The walk starts at the rate of the rule (`fedraclora.strategies.rate`) where it knows the run.
+The walk starts at the rate of the rule where it knows the run, else at `first_rate`, both of
+`fedraclora.strategies.rate`.
 
 A rate that looks best after a few rounds may still diverge later. The run then begins anew at a
 lower one (`restart_rate`).
@@ -39,7 +40,7 @@ from fedraclora.run.found_rate import FoundRate
 from fedraclora.run.ledger import Row, number
 from fedraclora.run.recorder import RunRecorder
 from fedraclora.strategies.builder import RunBuilder
-from fedraclora.strategies.rate import rule_rate
+from fedraclora.strategies.rate import first_rate, rule_rate
 from fedraclora.strategies.server.measuring import EvaluationPlan
 
 STEP = 10**0.5  # between neighbors of the ladder
@@ -53,10 +54,6 @@ NOISE = 0.005  # a smaller relative difference of losses tells nothing
 SAFE = 4  # rounds; after fewer, half a step below the best is taken
 RISEN = 10  # times the training loss of the first round: the run counts as diverged
 RESTARTS = 4  # of a run that diverges at the rate that was found
-# Where no rule knows the run: SGD; adaptive optimizers, whose steps have about the length of the
-# rate; a function of the user's, whose own rate is multiplied.
-FIRST_RATES = {"sgd": 0.1, "own": 1.0}
-FIRST_ADAPTIVE = 0.003
 # What a rate that is too large ends in.
 FAILURES = (ClientError, ArithmeticError, torch.linalg.LinAlgError)  # type: ignore[attr-defined]
 
@@ -313,11 +310,11 @@ def find_rate(run: RunBuilder) -> FoundRate:
     """
     began = time.perf_counter()
     config, rule = run.config, rule_rate(run.config, run.built)
-    kind = "own" if config.local.is_own else config.local.optimizer
-    rule = FIRST_RATES[kind] if config.local.is_own else rule  # which is that of the function
+    first = rule or first_rate(config, run.built)
+    rule = first if config.local.is_own else rule  # which is that of the function
     # The rule of adaptive optimizers follows from six tasks, that of SGD from one.
-    trusted = rule is not None and kind not in FIRST_RATES
-    search = RateSearch(run, rule or FIRST_RATES.get(kind, FIRST_ADAPTIVE), trusted=trusted)
+    trusted = rule is not None and not config.local.is_own and config.local.optimizer != "sgd"
+    search = RateSearch(run, first, trusted=trusted)
     if not search.total:  # no round reads it
         return FoundRate(search.first, "rule")
     # Of sums from the same weights, the server could take differences.

@@ -20,6 +20,7 @@ from fedraclora.client import Round, Trained
 from fedraclora.commands import cli
 from fedraclora.commands.study.entries import is_tuned, read_results, tried_values, tuned_value
 from fedraclora.compose.overrides import composed
+from fedraclora.config.build import resolved
 from fedraclora.config.run_config import from_plain
 from fedraclora.errors import CheckpointError, ClientError, ConfigError, DivergenceError
 from fedraclora.protocol.method import Cohort, Draw, Method, RoundInstructions, State
@@ -30,7 +31,7 @@ from fedraclora.run.folder import read_summary
 from fedraclora.run.found_rate import RATES_FILE, FoundRate
 from fedraclora.run.ledger import number, read_ledger
 from fedraclora.run.recorder import checkpoint_meta
-from fedraclora.strategies import rate_search, runner
+from fedraclora.strategies import rate, rate_search, runner
 from fedraclora.strategies.builder import RunBuilder
 from fedraclora.strategies.methods import METHODS
 from fedraclora.strategies.rate import FITTED, rate_of
@@ -123,6 +124,19 @@ TASK = ("data=digits", "model.hidden=[12]", "clients=8", "clients_per_round=4", 
 LENGTH = ("rounds=160", "evaluate.every=160", "output.progress=false")
 FAST = ("output.sync=false", "output.plots=false")
 WORDS = (*TASK, *LENGTH)
+
+
+def test_a_search_over_whole_weights_begins_lower_for_wider_layers() -> None:
+    words = ["local.optimizer=adamw", "model=mlp", "pretrain=none", "data=digits"]
+
+    def first(*more: str) -> float:
+        run = RunBuilder(from_plain(resolved(composed([*words, *more])), METHODS))
+        return rate.first_rate(run.config, run.built)
+
+    narrow, wide = (first("method=fedavg", f"model.hidden=[{n}]") for n in (32, 256))
+    assert narrow == pytest.approx(rate.DENSE / 48, rel=0.02)  # of 64 and 32 inputs
+    assert wide == pytest.approx(rate.DENSE / 160, rel=0.02)
+    assert first("method=fed_sb") == rate.FIRST_ADAPTIVE
 
 
 def rate_used(run: RunResult) -> float:
