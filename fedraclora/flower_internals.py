@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import httpx
     from cryptography.hazmat.primitives.asymmetric import ec
-    from flwr.app import Message, RecordDict
+    from flwr.app import ConfigRecord, Message, RecordDict
 
 KNOWN, UNKNOWN = "known", "unknown"  # the key of a node, to a SuperLink
 
@@ -142,3 +142,39 @@ def key_state(refusal: str) -> str | None:
         ApiErrorCode.FLEET_NODE_ACTIVATION_FAILED: UNKNOWN,
     }
     return None if error is None else states.get(error.code)
+
+
+# --- inside a node -------------------------------------------------------------------------------
+
+
+def run_config(app: bytes, run: Any) -> dict[str, Any]:
+    """Return the config of a run: that of its app bundle, with what the run changes.
+
+    Args:
+        app: The bytes of the bundle.
+        run: Flower's description of the run.
+    """
+    from flwr.common.config import get_fused_config_from_fab
+
+    return dict(get_fused_config_from_fab(app, run))
+
+
+def insert_message(message: Message, state: Any, store: Any) -> None:
+    """Put a reply where a node takes what it sends from."""
+    from flwr.supernode.start_client_internal import _insert_message
+
+    _insert_message(message, state, store)
+
+
+def object_kind(content: bytes) -> str:
+    """Return the class of an object of a message, by the bytes that travel."""
+    from flwr.supercore.inflatable.inflatable_object import get_object_type_from_object_content
+
+    return get_object_type_from_object_content(content)
+
+
+def config_record(content: bytes) -> ConfigRecord:
+    """Read a config record from the bytes of an object of a message."""
+    from flwr.app import ConfigRecord
+
+    return ConfigRecord.inflate(content)

@@ -10,6 +10,7 @@ from fedraclora.binding import PlainDict, section
 from fedraclora.commands import CODE
 from fedraclora.strategies.builder import RunBuilder
 from fedraclora.strategies.server_app import config_from_text
+from fedraclora.strategies.wrappers import method_of
 
 ABOVE_THE_APP = ("commands", "compose", "conf", "experiments", "launch.py", "terminal", "tuning")
 NOT_OF_THE_APP: tuple[str, ...] = (*ABOVE_THE_APP, "__pycache__", "*.typed", "*.j2")
@@ -44,7 +45,10 @@ def write_app(run: ServerRun, folder: Path) -> tuple[Path, Path]:
     run_config = folder / "run.toml"
     # Every JSON string is a valid TOML string.
     text = json.dumps(json.dumps(run.config.plain))
-    run_config.write_text(f"cfg-json = {text}\nresume = {json.dumps(run.resume)}\n")
+    sends, _ = method_of(run.config, run.built.task).floats(run.plan, 1)
+    told = {"resume": run.resume, "sends": int(sends)}
+    lines = [f"cfg-json = {text}", *(f"{key} = {json.dumps(value)}" for key, value in told.items())]
+    run_config.write_text("\n".join([*lines, ""]))
     copy_app(folder / "app")
     return folder / "app", run_config
 

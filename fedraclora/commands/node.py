@@ -4,18 +4,31 @@ Its internal API is a socket in a private folder, so arguments that set the addr
 that API are rejected. With ``FEDRACLORA_UNPATCHED=all`` in the environment, Flower runs unpatched.
 ``--check`` starts nothing, and reports what would fail; ``--check=FILE`` also compares this machine
 with the run for which the operator's ``fedraclora deploy --check=FILE`` wrote that file.
+
+``--approve=FILE`` trains only runs whose digest is in FILE, within the limits there;
+``--approve=ask`` shows each new run on this terminal, and asks. ``--history`` prints what came and
+went. It is kept in ``--state=FOLDER``, without it ~/.local/state/fedraclora/node.
 """
 
 from __future__ import annotations
 
+import argparse
+import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
 from fedraclora.compose.words import check_word
-from fedraclora.engines.flower_patches import AT_SOCKETS, NODE, why_without
+from fedraclora.engines.flower_patches import AT_SOCKETS, NODE, OWNED, why_without
+from fedraclora.engines.owner.gate import ASK
+from fedraclora.engines.owner.history import FILE, IN, OUT, REFUSED, Entry, History
+from fedraclora.engines.owner.policy import Policy
 from fedraclora.engines.programs import RUNNER
 from fedraclora.errors import ConfigError
+from fedraclora.terminal.progress import size
+from fedraclora.terminal.tables import TextTable
 
 # Flower also accepts abbreviated options.
 OF_THE_API = ["--host", "--port", "--isolation", "--superexec-auth-secret-file"]
@@ -23,10 +36,11 @@ OF_THE_API += ["--ssl-certfile", "--ssl-keyfile", "--ssl-ca-certfile"]
 
 
 def main(words: Sequence[str]) -> int:
-    """Replace this process by a SuperNode, or check whether one could run here.
+    """Replace this process by a SuperNode, check whether one could run here, or print its history.
 
     Raises:
-        ConfigError: If an argument sets the address or security of the node's internal API.
+        ConfigError: If an argument sets the address or security of the node's internal API, or the
+            owner's files cannot be used.
     """
     for word in words if why_without(AT_SOCKETS) is None else ():
         name = word.partition("=")[0]
@@ -38,9 +52,95 @@ def main(words: Sequence[str]) -> int:
     words, file = check_word(words)
     if {"-h", "--help"} & {*words}:
         print(f"{__doc__}\nThe other arguments are those of flower-supernode:\n", flush=True)
+        return start(words, {})
+    own, words = owner_words(words)
+    if own.history:
+        return print_history(own.state or default_state())
     if file is not None:
         from fedraclora.commands.check import check_node
 
         return check_node(words, file or None)
+    return start(words, watched(own))
+
+
+def start(words: Sequence[str], environ: Mapping[str, str]) -> int:
+    """Replace this process by a SuperNode."""
     command = [sys.executable, "-P", str(RUNNER), NODE, *words]
-    return os.execv(sys.executable, command)  # noqa: S606
+    return os.execve(sys.executable, command, {**os.environ, **environ})  # noqa: S606
+
+
+def owner_words(words: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
+    """Separate what the owner of the data asks for from the arguments of Flower's program."""
+    parser = argparse.ArgumentParser(prog="fedraclora node", add_help=False, allow_abbrev=False)
+    parser.add_argument("--approve")
+    parser.add_argument("--history", action="store_true")
+    parser.add_argument("--state", type=Path)
+    return parser.parse_known_args(words)
+
+
+def default_state() -> Path:
+    """Return the folder of the history, where none is given."""
+    home = os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state"
+    return Path(home, "fedraclora", "node")
+
+
+def watched(own: argparse.Namespace) -> dict[str, str]:
+    """Check the owner's files; return the environment of a node that uses them.
+
+    Raises:
+        ConfigError: If the policy cannot be read, or the folder cannot be written.
+    """
+    policy = own.approve
+    if policy is not None and policy != ASK:
+        policy = str(Path(policy).expanduser().resolve())
+        Policy.read(Path(policy))
+    if policy == ASK and not sys.stdin.isatty():
+        raise ConfigError("--approve=ask asks on a terminal, and here is none: give --approve=FILE")
+    state = (own.state or default_state()).expanduser().resolve()
+    try:
+        History(state)
+    except ConfigError as error:
+        if policy is not None or own.state is not None:
+            raise
+        print(f"this node keeps no history: {error}", file=sys.stderr)
+        return {}
+    return {OWNED: json.dumps({"policy": policy, "state": str(state)})}
+
+
+def print_history(state: Path) -> int:
+    """Print a row for each run, and one for each of its rounds.
+
+    Raises:
+        ConfigError: If there is no history, or it cannot be read.
+    """
+    if not (state / FILE).is_file():
+        raise ConfigError(f"--state={state} has no {FILE}: no node of this user has kept one there")
+    history = History(state)
+    entries = history.entries()
+    rows = []
+    for digest in dict.fromkeys(entry.digest for entry in entries):
+        own = [entry for entry in entries if entry.digest == digest]
+        rounds = dict.fromkeys((entry.run, entry.round) for entry in own)
+        parts = [[e for e in own if (e.run, e.round) == key] for key in rounds]
+        each = [history_row(part, part[0].round or "-") for part in parts]
+        known = [row["samples"] for row in each if row["samples"] is not None]
+        rows += [{**history_row(own, "all"), "samples": max(known, default=None)}, *each]
+    TextTable.of(rows, [f"{len(entries)} messages, each in {history.file}"]).print()
+    return 0
+
+
+def history_row(entries: Sequence[Entry], round_: str) -> dict[str, Any]:
+    """Sum up messages of a run."""
+    received = sum(entry.bytes for entry in entries if entry.way == IN)
+    sent = sum(entry.bytes for entry in entries if entry.way == OUT)
+    samples = [entry.samples for entry in entries if entry.samples is not None]
+    return {
+        "run": entries[0].digest[:8],
+        "round": round_,
+        "first (UTC)": entries[0].time[:19].replace("T", " "),
+        "received": size(received),
+        "sent": size(sent),
+        "samples": sum(samples) if samples else None,
+        "seconds": round(sum(entry.seconds or 0.0 for entry in entries), 1),
+        "refused": sum(entry.way == REFUSED for entry in entries),
+    }

@@ -43,6 +43,7 @@ from typing import Any, NoReturn
 
 UNPATCHED = "FEDRACLORA_UNPATCHED"  # environment variable: patches not to apply, or `ALL`
 ALL = "all"
+OWNED = "FEDRACLORA_OWNER"  # environment variable of a node: what its data owner asks for, as JSON
 SOCKETS = "FEDRACLORA_SOCKETS"  # environment variable: addresses that are Unix sockets, as JSON
 # Flower's programs, by their commands.
 LINK, NODE, EXECUTOR = "flower-superlink", "flower-supernode", "flower-superexec"
@@ -649,6 +650,24 @@ AT_SOCKETS = Patch(
         ANY: call_sockets,
     },
 )
+OWNER = Patch(  # applied if its data owner asks for it; without it such a node does not start
+    "owner",
+    "Shows a run to the owner of the data before it trains, and keeps a history of messages "
+    "(`fedraclora.engines.owner`), in the process that the run's code cannot change.",
+    uses={
+        f"{NODE_LOOP}:_pull_and_store_message": "_pull_and_store_message(state, object_store, "
+        "node_config, receive, get_run, get_fab, pull_object, confirm_message_received, "
+        "trusted_entities)",
+        f"{NODE_LOOP}:_push_messages": "_push_messages(state, object_store, send, push_object)",
+        f"{NODE_LOOP}:receive": "receive; receive()",
+        f"{NODE_LOOP}:get_run": "get_run; get_run(_)",
+        f"{NODE_LOOP}:get_fab": "get_fab; get_fab(_, _)",
+        f"{NODE_LOOP}:pull_object": "pull_object; pull_object(_, _)",
+        f"{NODE_LOOP}:send": "send; send(_, _, _)",
+        f"{NODE_LOOP}:_insert_message": "_insert_message(_, _, _)",
+    },
+    programs={},
+)
 PATCHES = (  # `fork` first: it must fork before there are threads
     Patch(
         "fork",
@@ -760,6 +779,9 @@ def main() -> None:
         if program == NODE and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
             signal.signal(signal.SIGHUP, lambda *_: signal.raise_signal(signal.SIGTERM))
         patch(program)
+        if program == NODE and OWNED in os.environ:  # apps run in other processes
+            owner = import_module("fedraclora.engines.owner.watch")
+            owner.install(json.loads(os.environ[OWNED]))
         command = EXECUTOR if program == NODE_EXECUTOR else sys.argv[0]
         sys.argv[0] = shutil.which(command) or command
         runpy.run_path(sys.argv[0], run_name="__main__")

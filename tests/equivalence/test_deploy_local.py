@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import stat
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,7 +21,8 @@ from fedraclora.commands.deploy import Record
 from fedraclora.compose.overrides import composed
 from fedraclora.engines.deploy.control import COMPLETED
 from fedraclora.engines.deploy.local import LocalDeployment, make_identity, make_node_key
-from fedraclora.engines.flower_patches import PATCHES
+from fedraclora.engines.flower_patches import OWNED, PATCHES
+from fedraclora.engines.owner.history import IN, OUT, REFUSED, TRAIN, History
 from fedraclora.engines.programs import Address, Program
 from fedraclora.errors import EngineError
 from fedraclora.experiments.bench.usage import descendants
@@ -101,6 +104,33 @@ def test_without_patches_of_flower_a_deployment_has_the_bits_of_simulate(
     simulated(composed([*WORDS, "clients=2", "clients_per_round=2", f"output.dir={alone}"]), alone)
     assert summary_of(here)["weights_digest"] == summary_of(alone)["weights_digest"]
     assert not [*tmp_path.glob("fedraclora-*")]
+
+
+def test_a_run_waits_until_the_owner_of_the_data_approves_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here, alone, state = (tmp_path / name for name in ("here", "alone", "state"))
+    policy, history = tmp_path / "policy.yaml", History(state)
+    policy.write_text("approved: []\n")
+    monkeypatch.setenv(OWNED, json.dumps({"policy": str(policy), "state": str(state)}))
+
+    def approve() -> None:
+        wait_for(lambda: bool(history.entries()), "a refused message")
+        policy.write_text(f"approved: [{history.entries()[0].digest}]\n")
+
+    owner = threading.Thread(target=approve)
+    owner.start()
+    assert cli.run("deploy", ["nodes=2", *WORDS, f"output.dir={here}"]) == 0
+    owner.join()
+    simulated(composed([*WORDS, "clients=2", "clients_per_round=2", f"output.dir={alone}"]), alone)
+    assert summary_of(here)["weights_digest"] == summary_of(alone)["weights_digest"]
+    entries = history.entries()
+    assert entries[0].way == REFUSED
+    trained = [entry for entry in entries if entry.kind.startswith(TRAIN)]
+    assert [e.round for e in trained if e.way == IN] == ["1", "1", "2", "2"]
+    first, again = ({e.samples for e in trained if e.way == OUT and e.round == n} for n in "12")
+    assert first == again
+    assert None not in first
 
 
 @pytest.mark.parametrize(

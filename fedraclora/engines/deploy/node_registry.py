@@ -76,8 +76,9 @@ class NodeRegistry:
         self.versions: dict[int, int | None] = {}
         self._registered: dict[int, str] = {}  # node -> when it was registered
         self._serving: dict[int, list[int]] = {}  # node -> its clients
-        # nodes that failed to report their clients, with the reason
-        self._unfit: dict[int, str] = {}
+        # nodes that did not report their clients: the reason, and when it came
+        self._unfit: dict[int, tuple[str, float]] = {}
+        self._reported: set[tuple[int, str]] = set()  # nodes and reasons among the incidents
         self._asked: dict[str, Question] = {}  # requests without a reply so far
         self._enough: float | None = None  # time since which enough clients are known
         self._node: dict[int, int] = {}  # client -> the node that served it last
@@ -122,11 +123,11 @@ class NodeRegistry:
                     return found
             elif now > began + settings.wait:
                 missing = sorted(set(clients) - found.keys())
+                unfit = [f"; a node cannot take part: {why}" for why, _ in self._unfit.values()]
                 raise ClientError(
                     f"{len(found)} of {len(clients)} clients were connected after "
                     f"{settings.wait:g} s (engine.wait), {enough} are wanted "
-                    f"(engine.min_clients); missing are {missing[:10]}"
-                    + "".join(f"; a node cannot take part: {why}" for why in self._unfit.values())
+                    f"(engine.min_clients); missing are {missing[:10]}" + "".join(unfit)
                 )
             self.post.wait("enough clients were connected")
 
@@ -192,6 +193,9 @@ class NodeRegistry:
             if asked.node not in self._serving and now > asked.at + asked.pause:
                 del self._asked[name]
                 self._ask(replace(asked, at=now, pause=2 * asked.pause))
+        for node in [n for n, (_, when) in self._unfit.items() if now > when + AGAIN]:
+            del self._unfit[node]  # its owner may have approved the run
+            self._serving.pop(node, None)
         for node in sorted(there.keys() - self._serving - {q.node for q in self._asked.values()}):
             self._ask(Question(node, now, now, AGAIN))
         for name, asked in list(self._asked.items()):
@@ -207,8 +211,10 @@ class NodeRegistry:
             except (*UNREADABLE, WireError) as error:
                 self._asked.pop(name, None)
                 why = printable(str(error))
-                post.incidents.append(f"a node cannot take part: {why}")
-                self._serving[asked.node], self._unfit[asked.node] = [], why
+                if (asked.node, why) not in self._reported:
+                    self._reported.add((asked.node, why))
+                    post.incidents.append(f"a node cannot take part: {why}")
+                self._serving[asked.node], self._unfit[asked.node] = [], (why, now)
 
     def _ask(self, question: Question) -> str:
         """Ask a node for its clients; return Flower's number of the message."""

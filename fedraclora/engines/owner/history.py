@@ -1,0 +1,124 @@
+"""Keep a history of the messages of a node, in a file of the data owner."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+from fedraclora.engines.owner.policy import Limits
+from fedraclora.errors import ConfigError
+
+FILE = "history.jsonl"
+TRAIN = "train"  # how Flower's kinds of messages begin in which clients train
+LONGEST = 1 << 14  # bytes of an entry
+IN, OUT, REFUSED = "in", "out", "refused"
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One message.
+
+    Attributes:
+        time: When it came or went, ISO 8601 in UTC.
+        way: `IN`, `OUT`, or `REFUSED`: it came, and no code of the run has seen it.
+        digest: The digest of the run.
+        run: Flower's number of the run.
+        node: Flower's number of this node.
+        round: The round; empty for a message outside of rounds.
+        kind: Flower's type of the message, as ``train.cohort``.
+        bytes: Bytes of its content.
+        records: Bytes of each kind of record in it.
+        seconds: Of a reply: since its message came.
+        samples: Of a reply of training: on how many samples, as the run's code says.
+        why: Of a refused message.
+    """
+
+    time: str
+    way: str
+    digest: str
+    run: int
+    node: int
+    round: str
+    kind: str
+    bytes: int = 0
+    records: dict[str, int] | None = None
+    seconds: float | None = None
+    samples: int | None = None
+    why: str | None = None
+
+
+def now() -> str:
+    """Return the time of an entry."""
+    return datetime.now(UTC).isoformat(timespec="milliseconds")
+
+
+class History:
+    """Append entries to a file, and add up what was used.
+
+    Several nodes may share it. Entries are on the disk before a reply leaves.
+
+    Args:
+        folder: The owner's; it is made if it is missing.
+
+    Raises:
+        ConfigError: If the folder cannot be written, or the file has other lines.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.file = folder / FILE
+        try:
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            with self.file.open("a"):
+                pass
+        except OSError as error:
+            raise ConfigError(f"--state={folder}: {error}: give a folder of this user") from error
+
+    def add(self, entry: Entry) -> None:
+        """Append an entry, in place of a last one that a kill has cut."""
+        found = {key: value for key, value in asdict(entry).items() if value is not None}
+        with self.file.open("r+b") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            end = file.seek(0, os.SEEK_END)
+            file.seek(max(0, end - LONGEST))
+            tail = file.read()
+            file.seek(end - len(tail) + tail.rfind(b"\n") + 1)
+            file.write(json.dumps(found).encode() + b"\n")
+            file.truncate()
+            file.flush()
+            os.fsync(file.fileno())
+
+    def entries(self) -> list[Entry]:
+        """Read all entries.
+
+        Raises:
+            ConfigError: If a line is no entry, except for the last, which may be cut.
+        """
+        lines = self.file.read_text(encoding="utf-8").splitlines()
+        found = []
+        for number, line in enumerate(lines, 1):
+            try:
+                found.append(Entry(**json.loads(line)))
+            except (ValueError, TypeError) as error:
+                if number < len(lines):
+                    raise ConfigError(
+                        f"{self.file}, line {number}: this is no entry of a history ({error}). "
+                        "Move the file away to begin anew"
+                    ) from error
+        return found
+
+
+def used(entries: Iterable[Entry]) -> Limits:
+    """Add up what a part of the history took, in the units of limits."""
+    rounds, sent, seconds = set[tuple[int, str]](), 0, 0.0
+    for entry in entries:
+        if entry.way == OUT:
+            sent += entry.bytes
+            seconds += entry.seconds or 0.0
+        if entry.way == IN and entry.kind.startswith(TRAIN):
+            rounds.add((entry.run, entry.round))
+    return Limits(len(rounds), sent / 1e6, seconds / 3600)

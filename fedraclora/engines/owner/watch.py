@@ -1,0 +1,186 @@
+"""Stand between a SuperNode and its SuperLink: check messages, and write them down.
+
+Two functions of Flower's module of the node are replaced. Both get everything by which messages and
+their content come and go as arguments.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from flwr.app import ConfigRecord, Error, Message
+
+from fedraclora import flower_internals
+from fedraclora.engines import flower_patches
+from fedraclora.engines.flower_patches import NODE_LOOP
+from fedraclora.engines.owner.gate import Gate, RefusedError
+from fedraclora.engines.owner.history import IN, OUT, REFUSED, Entry, History, now
+from fedraclora.engines.owner.request import RunRequest
+
+RECORDS, NUMBERS, SAMPLES = "records", "chunk", "samples"  # where a reply has them
+REFUSAL = 1001  # our code for a message that the owner of the data refuses
+
+Function = Callable[..., Any]
+
+
+@dataclass
+class Content:
+    """Count the content of a message.
+
+    Attributes:
+        records: Bytes of each kind of object.
+        samples: On how many samples clients trained, where the reply says so.
+    """
+
+    records: dict[str, int] = field(default_factory=dict)
+    samples: int | None = None
+
+    def add(self, content: bytes) -> None:
+        """Count one object of the message."""
+        kind = flower_internals.object_kind(content)
+        self.records[kind] = self.records.get(kind, 0) + len(content)
+        if kind == ConfigRecord.__name__:
+            samples = samples_of(content)
+            self.samples = self.samples if samples is None else samples
+
+
+class NodeWatch:
+    """Check and write down the messages of this process's SuperNode.
+
+    Args:
+        gate: Checks them.
+        history: Keeps them.
+    """
+
+    def __init__(self, gate: Gate, history: History) -> None:
+        self.gate, self.history = gate, history
+        self.runs: dict[int, tuple[RunRequest, Any, Any]] = {}  # with Flower's run and app bundle
+        self.began: dict[str, float] = {}  # message -> when it came
+
+    def pulling(self, pull: Function) -> Function:
+        """Wrap Flower's function that pulls and stores a message."""
+
+        def pulled(*, state: Any, object_store: Any, **named: Any) -> int | None:
+            content, came = Content(), list[Message]()
+
+            def receive() -> Any:
+                if (found := named["receive"]()) is not None:
+                    came.append(found[0])
+                    self.meet(found[0].metadata.run_id, named["get_run"], named["get_fab"])
+                    about = found[0].metadata
+                    self.gate.check(self.runs[about.run_id][0], about.message_type, about.group_id)
+                return found
+
+            def pull_object(run: int, name: str) -> bytes:
+                piece: bytes = named["pull_object"](run, name)
+                content.add(piece)
+                return piece
+
+            own = {
+                "receive": receive,
+                "pull_object": pull_object,
+                "get_run": lambda run: self.runs[run][1],
+                "get_fab": lambda _, run: self.runs[run][2],
+            }
+            node = state.get_node_id()
+            try:
+                run: int | None = pull(state=state, object_store=object_store, **{**named, **own})
+            except RefusedError as refused:
+                reply = Message(Error(REFUSAL, str(refused)), reply_to=came[0])
+                flower_internals.insert_message(reply, state, object_store)
+                self.note(REFUSED, came[0], node, Content(), why=str(refused))
+                return int(came[0].metadata.run_id)
+            if run is not None:
+                self.began[came[0].metadata.message_id] = time.monotonic()
+                self.note(IN, came[0], node, content)
+            return run
+
+        return pulled
+
+    def pushing(self, push: Function) -> Function:
+        """Wrap Flower's function that pushes the replies."""
+
+        def pushed(state: Any, object_store: Any, send: Function, push_object: Function) -> None:
+            sent = list[tuple[Message, Content]]()
+
+            def send_next(message: Message, *words: Any) -> Any:
+                sent.append((message, Content()))
+                return send(message, *words)
+
+            def push_content(run: int, session: str, name: str, content: bytes) -> None:
+                sent[-1][1].add(content)
+                push_object(run, session, name, content)
+
+            try:
+                push(state, object_store, send_next, push_content)
+            finally:
+                for message, content in sent:
+                    if not (message.has_error() and message.error.code == REFUSAL):
+                        self.note(OUT, message, state.get_node_id(), content)
+
+        return pushed
+
+    def meet(self, run: int, get_run: Function, get_fab: Function) -> None:
+        """Get the description and the app of a run, if it is new."""
+        if run not in self.runs:
+            about = get_run(run)
+            app = get_fab(about.fab_hash, run)
+            config = flower_internals.run_config(app.content, about)
+            self.runs[run] = RunRequest.of(run, app.content, config), about, app
+
+    def note(
+        self, way: str, message: Message, node: int, content: Content, why: str | None = None
+    ) -> None:
+        """Add a message to the history."""
+        about, replies = message.metadata, way == OUT
+        began = self.began.pop(about.reply_to_message_id, None) if replies else None
+        self.history.add(
+            Entry(
+                time=now(),
+                way=way,
+                digest=self.runs[about.run_id][0].digest,
+                run=about.run_id,
+                node=node,
+                round=about.group_id,
+                kind=about.message_type,
+                bytes=sum(content.records.values()),
+                records=content.records or None,
+                seconds=None if began is None else round(time.monotonic() - began, 3),
+                samples=content.samples if replies else None,
+                why=why,
+            )
+        )
+
+
+def samples_of(content: bytes) -> int | None:
+    """Read the number of samples from a record of a reply; None if it has none."""
+    try:
+        job = flower_internals.config_record(content)
+        numbers: Any = flower_internals.records_from_bytes(job[RECORDS])[NUMBERS]
+        return int(np.frombuffer(numbers[SAMPLES], np.int64).sum())
+    except Exception:  # another app may send anything
+        return None
+
+
+def install(options: Mapping[str, str | None]) -> None:
+    """Watch the SuperNode of this process.
+
+    Args:
+        options: ``policy``, as for `Gate`, and the folder ``state``.
+    """
+    if why := flower_patches.difference(flower_patches.OWNER):
+        sys.exit(f"--approve and --history do not fit the installed Flower: {why}")
+    history, loop = History(Path(str(options["state"]))), import_module(NODE_LOOP)
+    watch = NodeWatch(Gate(options["policy"], history), history)
+    flower_patches.put(
+        NODE_LOOP,
+        _pull_and_store_message=watch.pulling(loop._pull_and_store_message),  # noqa: SLF001
+        _push_messages=watch.pushing(loop._push_messages),  # noqa: SLF001
+    )

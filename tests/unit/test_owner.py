@@ -1,0 +1,301 @@
+"""What a data owner allows at a node: approved runs, limits, and a history of all messages."""
+
+from __future__ import annotations
+
+import json
+import tomllib
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from flwr.app import ConfigRecord, Message, RecordDict
+from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects
+
+from fedraclora import flower_internals
+from fedraclora.commands import node
+from fedraclora.commands.app import write_app
+from fedraclora.commands.deploy import prepare
+from fedraclora.engines.flower_patches import OWNED
+from fedraclora.engines.owner.gate import APPROVED, ASK, Gate, RefusedError
+from fedraclora.engines.owner.history import IN, OUT, REFUSED, Entry, History, now, used
+from fedraclora.engines.owner.policy import Limits, Policy
+from fedraclora.engines.owner.request import RunRequest, digest_of
+from fedraclora.engines.owner.watch import REFUSAL, NodeWatch
+from fedraclora.errors import ConfigError
+from fedraclora.experiments.faults.grid import become_a_task
+
+RUN = RunRequest.of(7, b"app", {"cfg-json": "{}"})
+OTHER = "f" * 64
+
+
+def said(run: RunRequest) -> str:
+    """The description of a run, without the breaks of lines."""
+    return " ".join(run.text.split())
+
+
+def entry(way: str, **more: Any) -> Entry:
+    first = Entry(now(), way, RUN.digest, 7, 1, "1", "train.cohort")
+    return replace(first, **more)
+
+
+def policy(folder: Path, text: str) -> str:
+    (folder / "policy.yaml").write_text(text)
+    return str(folder / "policy.yaml")
+
+
+def test_the_digest_is_that_of_code_and_settings_whether_resumed_or_not() -> None:
+    config = {"cfg-json": "{}", "resume": False}
+    digest = digest_of(b"app", config)
+    assert digest == digest_of(b"app", {"resume": True, "cfg-json": "{}"})
+    assert digest != digest_of(b"other", config)
+    assert digest != digest_of(b"app", {**config, "cfg-json": '{"rounds": 3}'})
+    assert digest != digest_of(b"app", {**config, "more": 1})
+
+
+def test_a_request_says_what_a_run_of_this_project_sends(tmp_path: Path) -> None:
+    words = [
+        "clients=3",
+        "clients_per_round=3",
+        "rounds=2",
+        "compression.uplink=eden2",
+        "evaluate.clients=all",
+        "data=digits",
+    ]
+    run = prepare([*words, f"output.dir={tmp_path}/run", "local.lr=0.1", "pretrain=none"], 3)
+    (tmp_path / "made").mkdir()
+    _, file = write_app(run, tmp_path / "made")
+    config = tomllib.loads(file.read_text())
+    told = said(RunRequest.of(1, b"code", config))
+    for part in ("fed_rac_lora, rank=8", "2, each with 3 of 3 clients", "SHA-256", "rounds"):
+        assert part in told
+    assert f"{config['sends']:,} numbers in {run.config.compression.uplink}" in told
+    assert "metrics on the node's own samples" in told
+    assert "readable by the server" in told
+
+
+def test_a_request_of_another_app_is_described_without_control_characters() -> None:
+    found = RunRequest.of(1, b"code", {"lr": "\x1b[2J1"})
+    assert "not those of fedraclora" in said(found)
+    assert "\x1b" not in found.text
+
+
+@pytest.mark.parametrize(
+    ("text", "parts"),
+    [
+        ("approved: yes", ["approved", "list of digests"]),
+        ("approved: [12]", ["approved", "64"]),
+        ("- a", ["list"]),
+        ("allowed: []", ["allowed"]),
+        ("run: {rounds: 0}", ["run.rounds", "0"]),
+        ("day: {bytes: 3}", ["day.bytes"]),
+        ("day: 3", ["day", "limits"]),
+        ("a: [", ["--approve"]),
+    ],
+)
+def test_a_policy_of_another_form_is_refused(tmp_path: Path, text: str, parts: list[str]) -> None:
+    with pytest.raises(ConfigError) as error:
+        Policy.read(Path(policy(tmp_path, text)))
+    for part in parts:
+        assert part in str(error.value)
+
+
+def test_a_policy_survives_being_written(tmp_path: Path) -> None:
+    whole = Policy(frozenset({OTHER}), Limits(rounds=3), Limits(megabytes=1.5, hours=2.0))
+    whole.with_approved(RUN.digest).write(tmp_path / "policy.yaml")
+    found = Policy.read(tmp_path / "policy.yaml")
+    assert found == replace(whole, approved=frozenset({OTHER, RUN.digest}))
+
+
+def test_a_run_trains_once_its_digest_is_in_the_file(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    gate = Gate(policy(tmp_path, f"approved: [{OTHER}]"), History(tmp_path))
+    for _ in range(2):
+        with pytest.raises(RefusedError, match=RUN.digest):
+            gate.check(RUN, "query.partition", "")
+    assert capsys.readouterr().err.count(RUN.digest) == 1  # told once
+    policy(tmp_path, f"approved: [{RUN.digest}]")
+    gate.check(RUN, "query.partition", "")
+    policy(tmp_path, "approved: [")  # broken by its owner: nothing trains
+    with pytest.raises(RefusedError):
+        gate.check(RUN, "train.cohort", "1")
+
+
+def test_an_owner_is_asked_once_and_the_answer_is_kept(tmp_path: Path) -> None:
+    asked = list[str]()
+    answers = iter([False, True])
+
+    def ask(text: str) -> bool:
+        asked.append(text)
+        return next(answers)
+
+    gate, history = Gate(ASK, History(tmp_path), ask), History(tmp_path)
+    for _ in range(2):
+        with pytest.raises(RefusedError):
+            gate.check(RUN, "train.cohort", "1")
+    assert len(asked) == 1
+    Gate(ASK, history, ask).check(RUN, "train.cohort", "1")  # after a restart of the node
+    Gate(ASK, history, ask).check(RUN, "train.cohort", "2")
+    assert len(asked) == 2
+    assert Policy.read(tmp_path / APPROVED).approved == {RUN.digest}
+
+
+@pytest.mark.parametrize(
+    ("limits", "reached"),
+    [
+        ("run: {rounds: 2}", "rounds=2 of a run"),
+        ("day: {rounds: 3}", None),
+        ("day: {rounds: 2}", "rounds=2 of a day"),
+        ("run: {megabytes: 2}", "megabytes=2 of a run"),
+        ("run: {megabytes: 2.1}", None),
+        ("day: {hours: 0.5}", "hours=0.5 of a day"),
+    ],
+)
+def test_limits_end_the_training_of_a_run_or_a_day(
+    tmp_path: Path, limits: str, reached: str | None
+) -> None:
+    history = History(tmp_path)
+    yesterday = (datetime.now(UTC) - timedelta(days=1, hours=1)).isoformat()
+    for other in ({"time": yesterday, "digest": OTHER}, {"round": "1"}, {"round": "2"}):
+        history.add(entry(IN, **other))
+        history.add(entry(OUT, **other, bytes=1_000_000, seconds=900.0))
+    gate = Gate(policy(tmp_path, f"approved: [{RUN.digest}]\n{limits}"), history)
+    gate.check(RUN, "query.partition", "")  # no training
+    if reached is None:
+        gate.check(RUN, "train.cohort", "3")
+        return
+    with pytest.raises(RefusedError, match=reached):
+        gate.check(RUN, "train.cohort", "3")
+
+
+def test_a_history_goes_on_after_a_line_that_a_kill_has_cut(tmp_path: Path) -> None:
+    history = History(tmp_path)
+    history.add(entry(IN))
+    with history.file.open("a") as file:
+        file.write('{"time": "2026')
+    assert len(history.entries()) == 1
+    History(tmp_path).add(entry(OUT, bytes=5))
+    assert [e.way for e in history.entries()] == [IN, OUT]
+    assert used(history.entries()) == Limits(1, 5e-6, 0.0)
+
+
+class Node:
+    """What Flower's node holds, and its functions: one message comes, and its reply goes."""
+
+    def __init__(self, watch: NodeWatch, run: int = 7) -> None:
+        become_a_task()
+        self.asked = RecordDict({"job": ConfigRecord({"x": 1})})
+        self.message = Message(self.asked, 3, "train.cohort", group_id="4")
+        self.message.metadata.__dict__["_run_id"] = run
+        self.message.metadata.__dict__["_message_id"] = "m"
+        self.replies = list[Message]()
+        self.apps = 0
+        self.state = SimpleNamespace(get_node_id=lambda: 3, store_message=self.replies.append)
+        self.store = SimpleNamespace(preregister=lambda *_: None, put=lambda *_: None)
+        self.pull = watch.pulling(self.flower_pulls)
+        self.push = watch.pushing(self.flower_pushes)
+
+    def flower_pulls(self, **given: Any) -> int | None:
+        message, _ = given["receive"]()
+        run = message.metadata.run_id
+        given["get_fab"](given["get_run"](run).fab_hash, run)
+        for name in get_all_nested_objects(message):
+            given["pull_object"](run, name)
+        return int(run)
+
+    def flower_pushes(self, _state: Any, _store: Any, send: Any, push_object: Any) -> None:
+        for reply in self.replies:
+            send(reply, None, 0.0)
+            for name, found in get_all_nested_objects(reply).items():
+                push_object(7, "session", name, found.deflate())
+
+    def get_fab(self, *_: object) -> Any:
+        self.apps += 1
+        return SimpleNamespace(content=b"app")
+
+    def come(self) -> int | None:
+        """One message comes."""
+        objects = get_all_nested_objects(self.message)
+        found: int | None = self.pull(
+            state=self.state,
+            object_store=self.store,
+            receive=lambda: (self.message, None),
+            get_run=lambda run: SimpleNamespace(fab_hash="h", run_id=run),
+            get_fab=self.get_fab,
+            pull_object=lambda _, name: objects[name].deflate(),
+        )
+        return found
+
+
+@pytest.fixture
+def config(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(flower_internals, "run_config", lambda *_: {"cfg-json": "{}"})
+
+
+@pytest.mark.usefixtures("config")
+def test_what_comes_and_goes_is_written_down_with_its_bytes(tmp_path: Path) -> None:
+    history = History(tmp_path)
+    there = Node(NodeWatch(Gate(None, history), history))
+    assert there.come() == 7
+    reply = RecordDict({"job": ConfigRecord({"y": b"12345"})})
+    there.replies = [Message(reply, reply_to=there.message)]
+    there.push(there.state, there.store, lambda *_: None, lambda *_: None)
+    came, went = history.entries()
+    bytes_ = [
+        sum(len(o.deflate()) for o in get_all_nested_objects(m).values())
+        for m in (there.message, there.replies[0])
+    ]
+    assert (came.way, went.way, [came.bytes, went.bytes]) == (IN, OUT, bytes_)
+    assert (came.round, came.kind, came.node, came.digest) == ("4", "train.cohort", 3, RUN.digest)
+    assert went.seconds is not None
+    assert came.records is not None
+    assert sum(came.records.values()) == came.bytes
+
+
+@pytest.mark.usefixtures("config")
+def test_a_refused_message_reaches_no_code_of_the_run(tmp_path: Path) -> None:
+    history = History(tmp_path)
+    gate = Gate(policy(tmp_path, "approved: []"), history)
+    there = Node(NodeWatch(gate, history))
+    assert there.come() == 7
+    assert there.come() == 7
+    assert there.apps == 1  # the bundle is fetched once
+    (reply, _) = there.replies
+    assert reply.error.code == REFUSAL
+    assert RUN.digest in reply.error.reason
+    there.push(there.state, there.store, lambda *_: None, lambda *_: None)
+    assert [e.way for e in history.entries()] == [REFUSED, REFUSED]
+
+
+def test_a_node_gets_what_its_owner_asks_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    got = dict[str, Any]()
+    monkeypatch.setattr(node.os, "execve", lambda _, words, environ: got.update(w=words, e=environ))
+    file = policy(tmp_path, "approved: []")
+    node.main([f"--approve={file}", "--state", f"{tmp_path}/s", "--superlink", "a:1"])
+    assert got["w"][-2:] == ["--superlink", "a:1"]
+    assert json.loads(got["e"][OWNED]) == {"policy": file, "state": f"{tmp_path}/s"}
+    with pytest.raises(ConfigError, match="approve"):
+        node.main([f"--approve={tmp_path}/none"])
+
+
+def test_history_is_printed_by_run_and_round(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    with pytest.raises(ConfigError, match="none"):
+        node.main(["--history", f"--state={tmp_path}/none"])
+    history = History(tmp_path)
+    for number in ("1", "2"):
+        history.add(entry(IN, round=number, bytes=2000))
+        history.add(entry(OUT, round=number, bytes=7000, samples=30, seconds=1.5))
+    history.add(entry(REFUSED, round="3"))
+    assert node.main(["--history", f"--state={tmp_path}"]) == 0
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()]
+    whole = next(row for row in rows if "all" in row)
+    assert {"4.0", "14.0", "30", "3.0", "1"} <= {*whole}
+    assert sum(RUN.digest[:8] in row for row in rows) == 4
