@@ -23,7 +23,7 @@ from typing import Any
 from fedraclora.compose.words import check_word
 from fedraclora.engines.flower_patches import AT_SOCKETS, NODE, OWNED, why_without
 from fedraclora.engines.owner.gate import ASK
-from fedraclora.engines.owner.history import FILE, IN, OUT, REFUSED, Entry, History
+from fedraclora.engines.owner.history import HISTORY, IN, OUT, REFUSED, Entry, History
 from fedraclora.engines.owner.policy import Policy
 from fedraclora.engines.programs import RUNNER
 from fedraclora.errors import ConfigError
@@ -113,8 +113,10 @@ def print_history(state: Path) -> int:
     Raises:
         ConfigError: If there is no history, or it cannot be read.
     """
-    if not (state / FILE).is_file():
-        raise ConfigError(f"--state={state} has no {FILE}: no node of this user has kept one there")
+    if not (state / HISTORY).is_file():
+        raise ConfigError(
+            f"--state={state} has no {HISTORY}: no node of this user has kept one there"
+        )
     history = History(state)
     entries = history.entries()
     rows = []

@@ -153,7 +153,7 @@ def source_of(module: str) -> str:
 
 
 @cache
-def difference(patch: Patch) -> str | None:
+def patch_mismatch(patch: Patch) -> str | None:
     """Return how the installed Flower differs from the one a patch expects; None if it does not."""
     for form, wanted in (("uses", patch.uses), ("takes", patch.takes)):
         look = uses_of if form == "uses" else arguments_of
@@ -181,7 +181,7 @@ def why_without(patch: Patch, environ: Mapping[str, str] = os.environ) -> str | 
         sys.exit(f"{UNPATCHED}={environ[UNPATCHED]}: {min(unknown)} is none of {', '.join(known)}")
     if asked & {ALL, patch.name}:
         return f"{UNPATCHED}={environ[UNPATCHED]}"
-    if (why := difference(patch)) is None:
+    if (why := patch_mismatch(patch)) is None:
         return None
     return f"flwr {metadata.version('flwr')}: {why}"
 

@@ -440,7 +440,7 @@ def test_a_file_that_a_user_may_not_read_is_told_who_may(
 def test_help_of_a_node_has_its_own_words(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(os, "execv", lambda *_: 0)
+    monkeypatch.setattr(os, "execve", lambda *_: 0)
     node.main(["--help"])
     assert "--check=FILE" in capsys.readouterr().out
 

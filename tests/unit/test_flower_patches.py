@@ -50,6 +50,7 @@ from fedraclora.engines.flower_patches import (
     FLEET,
     NODE,
     OLDEST,
+    OWNER,
     PART,
     PATCHES,
     SOCKETS,
@@ -57,13 +58,13 @@ from fedraclora.engines.flower_patches import (
     WAKE,
     Patch,
     Pauses,
-    difference,
     executor_pauses,
     in_parts,
     lines,
     node_pauses,
     off,
     patch,
+    patch_mismatch,
     patient,
     sending_all_parts,
     source_of,
@@ -104,10 +105,10 @@ def replaced(unpatched: dict[str, object]) -> set[str]:
     }
 
 
-@pytest.mark.parametrize("each", PATCHES, ids=lambda each: each.name)
+@pytest.mark.parametrize("each", [*PATCHES, OWNER], ids=lambda each: each.name)
 def test_flower_is_what_a_patch_was_written_for(each: Patch) -> None:
     """If this fails, Flower has changed what is patched; the patch is left out until it follows."""
-    assert difference(each) is None
+    assert patch_mismatch(each) is None
 
 
 @pytest.mark.parametrize("each", PATCHES, ids=lambda each: each.name)
@@ -151,7 +152,7 @@ def test_a_patch_is_left_out_where_flower_has_changed_what_it_replaces(
     monkeypatch.setattr(
         flower_patches, "source_of", lambda asked: changed if asked == module else read(asked)
     )
-    monkeypatch.setattr(flower_patches, "difference", difference.__wrapped__)
+    monkeypatch.setattr(flower_patches, "patch_mismatch", patch_mismatch.__wrapped__)
     why = why_without(each)
     assert why is not None
     assert module in why

@@ -13,7 +13,7 @@ from pathlib import Path
 from fedraclora.engines.owner.policy import Limits
 from fedraclora.errors import ConfigError
 
-FILE = "history.jsonl"
+HISTORY = "history.jsonl"
 TRAIN = "train"  # how Flower's kinds of messages begin in which clients train
 LONGEST = 1 << 14  # bytes of an entry
 IN, OUT, REFUSED = "in", "out", "refused"
@@ -70,7 +70,7 @@ class History:
     """
 
     def __init__(self, folder: Path) -> None:
-        self.file = folder / FILE
+        self.file = folder / HISTORY
         try:
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             with self.file.open("a"):

@@ -175,7 +175,7 @@ def install(options: Mapping[str, str | None]) -> None:
     Args:
         options: ``policy``, as for `Gate`, and the folder ``state``.
     """
-    if why := flower_patches.difference(flower_patches.OWNER):
+    if why := flower_patches.patch_mismatch(flower_patches.OWNER):
         sys.exit(f"--approve and --history do not fit the installed Flower: {why}")
     history, loop = History(Path(str(options["state"]))), import_module(NODE_LOOP)
     watch = NodeWatch(Gate(options["policy"], history), history)
