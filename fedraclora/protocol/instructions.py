@@ -64,8 +64,9 @@ class RoundInstructions:
         ranks: Components of every adapter that each client trains; the others keep their starting
             values (`fedraclora.protocol.rank_budgets`). Int64 [K]: the first r_k (all of an
             adapter of lower rank); int64 [K, 2]: part g of G equal parts. None: all.
-        link: Number of merges so far. As long as it stays, frozen factors stay and trained ones are
-            continued, so that a client may keep its moments (`fedraclora.training.moments`).
+        link: Number of links that have ended, with a merge or without. As long as it stays, frozen
+            factors stay and trained ones are continued, so that a client may keep its moments
+            (`fedraclora.training.moments`).
         extras: Further tensors that clients add to gradients, by the name of the extra that sends
             them: by trained name, in its shape, or [K, *shape] at the clients.
     """

@@ -124,8 +124,8 @@ class Counters:
     each is a number, or numbers by weight.
 
     Attributes:
-        sketch: Number of merges so far; sketches differ after each merge.
-        age: Rounds since the last merge.
+        sketch: Number of links that have ended; sketches differ from link to link.
+        age: Rounds since the link began.
     """
 
     sketch: int = 0

@@ -68,7 +68,7 @@ class ClientStore:
             clients: Ids, int64 [K].
             round_: The round that starts.
             default: For clients that hold nothing yet, without a client axis.
-            link: Number of merges so far: moments from before the last merge are dropped, and the
+            link: Number of links that have ended: moments of an earlier link are dropped, and the
                 client begins with those of ``default``. None: moments are never dropped.
 
         Returns:

@@ -47,8 +47,8 @@ class Layer:
         rank: r.
         scale: s.
         carried: Factors continued from the last round, by label, in W's precision.
-        link: Number of merges so far.
-        ends: Whether this round ends with a merge.
+        link: Number of links that have ended; a link may end without a merge.
+        ends: Whether this round is the last of its link.
         dtype: Precision of W.
         past: The factor trained before the last merge, if kept (`LayerUpdate.keep`), as replicas
             hold it.

@@ -118,7 +118,8 @@ LAWS = (
     Law(
         "Within a link the same factors are trained and go on from their mean (after the server's "
         "step), and frozen ones stay; it has as many rounds as the method says.",
-        "the factors of a round are chosen by its number, and not by that of the link",
+        "the factors of a round are chosen by its number, and not by that of the link; or a factor "
+        "goes on from something else than the clients' mean: then say `carries`",
         "`link_rounds`; `traits.varies` where clients train other factors by turns",
         (
             "the_number_of_the_link_says_whether_what_is_trained_lives_on",

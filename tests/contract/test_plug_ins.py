@@ -75,6 +75,13 @@ def defined(path: Path) -> set[str]:
     return {name for name in found if not name.startswith("__") and len(name) > 1}
 
 
+def fields_of(path: Path) -> set[str]:
+    """Names of the fields of the dataclasses of a module."""
+    classes = (node for node in ast.parse(sources()[path]).body if isinstance(node, ast.ClassDef))
+    inner = (node for kind in classes for node in kind.body if isinstance(node, ast.AnnAssign))
+    return {node.target.id for node in inner if isinstance(node.target, ast.Name)}
+
+
 # What shared code defines and a single method uses besides, and why it stands there.
 ONE_USER = {
     "fedraclora/sketch/__init__.py": {"sparse_sign"},  # a law of drawings, in the table of them
@@ -101,6 +108,7 @@ def test_nothing_is_shared_that_a_method_alone_uses() -> None:
     for path in code - of_methods:
         for name in defined(path):
             users = {other for other in code - {path} if words()[other][name]}
+            users -= {other for other in users & of_methods if name in fields_of(other)}
             if len(users) == 1 and users <= of_methods:
                 found.setdefault(path.relative_to(ROOT).as_posix(), set()).add(name)
     only = {path: names - ONE_USER.get(path, set()) for path, names in found.items()}

@@ -52,51 +52,6 @@ def test_a_method_builds_on_none_but_those_that_stay(file: str) -> None:
     assert {*imports(ROOT / f"strategies/methods/{file}.py")} <= KEPT
 
 
-def names_in(tree: ast.Module) -> Iterator[str]:
-    """What a module reads by name: variables, attributes, imports, arguments, strings."""
-    for node in ast.walk(tree):
-        match node:
-            case ast.Name(id=name, ctx=ast.Load()) | ast.Attribute(attr=name):
-                yield name
-            case ast.keyword(arg=str(name)):
-                yield name
-            case ast.alias(name=name):
-                yield name.rpartition(".")[2]
-            case ast.Constant(value=str(name)) if name.isidentifier():
-                yield name
-
-
-def defined_in(tree: ast.Module) -> Iterator[str]:
-    """Functions, classes and methods of a module, its constants, and fields of its classes."""
-    for node in ast.walk(tree):
-        match node:
-            case ast.FunctionDef(name=name) | ast.ClassDef(name=name):
-                yield name
-            case ast.AnnAssign(target=ast.Name(id=name)) | ast.Assign(targets=[ast.Name(id=name)]):
-                if isinstance(node, ast.AnnAssign) or node.col_offset == 0:
-                    yield name
-
-
-def test_shared_code_has_nothing_that_one_method_alone_uses() -> None:
-    users: dict[str, set[str]] = {}
-    defined: set[str] = set()
-    for path in (path for top in PARTS[:3] for path in (ROOT / top).rglob("*.py")):
-        place = path.relative_to(ROOT).as_posix()
-        if path.resolve() != path or place.startswith("fedraclora/experiments/"):
-            continue
-        tree = ast.parse(path.read_text(encoding="utf-8"))
-        if not place.startswith("strategies/methods/"):
-            defined |= {*defined_in(tree)}
-        for name in names_in(tree):
-            users.setdefault(name, set()).add(place)
-    alone = {
-        name: min(users[name])
-        for name in defined & users.keys()
-        if len(users[name]) == 1 and min(users[name]).startswith("strategies/methods/")
-    }
-    assert alone == {}
-
-
 # Tests that know single methods and have no file of their own for each: why.
 TESTS = {
     "tests/campaigns/defects_methods.py": "a planted defect is one of a method",

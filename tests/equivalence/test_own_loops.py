@@ -23,6 +23,7 @@ from fedraclora.errors import ConfigError
 from fedraclora.privacy.client_level import ClientLevel, Mechanism
 from fedraclora.privacy.secagg import SecAgg, SecAggTerms
 from fedraclora.privacy.secret import KEY_BYTES, Secret
+from fedraclora.protocol.method import Draw, first_instructions
 from fedraclora.strategies.server.loop import LoopConfig
 from fedraclora.strategies.steps import round_steps
 from fedraclora.strategies.steps.private import PrivateRounds
@@ -30,9 +31,8 @@ from fedraclora.strategies.wiring import RoundsBuilder
 from fedraclora.training.cohort import CohortTrainer
 from fedraclora.training.extras.settings import LocalSettings
 from fedraclora.training.own.trainer import OwnTrainer
-from fedraclora.tree import Tree
+from fedraclora.tree import Tree, weights_of
 
-LOOPS_ALONE = {"fedkrso", "ravan", "slora", "galore_average", "fedkseed", "decomfl", "ferret"}
 LOCAL = LocalSettings(lr=0.1, steps=2, batch_size=0, shuffle=False)
 OWN = LocalSettings(lr=0.5, train="mine:train")
 
@@ -108,7 +108,9 @@ def assert_equal(one: Tree, other: Tree) -> None:
 def test_every_plain_method_trains_as_by_the_projects_loop(name: str) -> None:
     case = Case(mlp(), bias="full")
     method = method_of(name)
-    if name in LOOPS_ALONE:
+    base, draw = weights_of(case.task.model), Draw(SEED)
+    state = method.initial_state(base, case.plan(), draw)
+    if not first_instructions(method, state, draw, 4).program.plain:
         with pytest.raises(ConfigError, match=r"local=own.*client program"):
             run(case, method, plain)
         return

@@ -73,6 +73,8 @@ def train_one(
         given = {"client": client, "place": place, "round_": round_, "seed": seed}
         after, mean = train_one(task, plan, local, base, inner, **given, rate_scale=rate_scale)
         return {MOVES: shadow(downlink, base, after)}, mean
+    sent, given_base = downlink, base
+    downlink = downlink if looks else program.trained_model(downlink, plan)
     starts, frozen = own_tensors(downlink, base, place)
     held, values = base, starts
     base = program.fold(base, plan)[0]
@@ -142,6 +144,9 @@ def train_one(
     trained = {name: start.clone() for name, start in starts.items()}
     for name, value in values.items():
         trained[name][parts[name]] = value.detach() if program.trains else sums[name] / len(losses)
+    if downlink is not sent:  # the program sends what the client's model does not have
+        stacked = {n: t[None] for n, t in trained.items()}
+        trained = {n: t[0] for n, t in program.upload(chunk, given_base, stacked).items()}
     return trained, sum(losses) / max(1, len(losses))
 
 
