@@ -236,16 +236,22 @@ def stopping_noted(run: RunBuilder, folder: Path | None) -> Iterator[None]:
 
 
 def recovery_hint(run: RunBuilder, folder: Path) -> str:
-    """Write how to resume a diverged run from its last good round."""
+    """Write where a diverged run stopped, and how to resume it from its last good round."""
     rate = float(f"{run.config.local.step_size / STEP:.2g}")
     kept = checkpoint_meta(folder).get("round")
     good = kept is not None and not run.recorder.is_spoilt(int(str(kept)))
+    where, attack = f"in round {run.strategy.done + 1}", run.config.attack
+    if attack.share and not run.config.aggregator.individuals:
+        where += (
+            f": aggregator={run.config.aggregator.name} does not limit attack={attack.name}, "
+            "a robust rule does (aggregator=geometric_median)"
+        )
     if not good:
-        return f"Training diverged from the start. Run it anew with local.lr={rate:g}"
+        return f"{where}. No checkpoint is sound: run it anew with local.lr={rate:g}"
     command = "deploy" if run.engine.elsewhere else "simulate"
     return (
-        f"Training diverged in round {run.strategy.done + 1}. Resume from round {kept} with a "
-        f"lower rate: fedraclora {command} {resume_word(folder)} local.lr={rate:g}"
+        f"{where}. Resume from round {kept} with a lower rate: "
+        f"fedraclora {command} {resume_word(folder)} local.lr={rate:g}"
     )
 
 

@@ -376,6 +376,16 @@ def test_rates_that_do_not_differ_leave_the_first(monkeypatch: pytest.MonkeyPatc
     assert find_rate(RunBuilder(config)).rate == 1e-4
 
 
+def test_a_run_that_diverges_under_an_attack_names_a_rule_against_it(tmp_path: Path) -> None:
+    words = ("rounds=30", "output.progress=false", *TASK, *FAST, "local.lr=1e6")
+    for name, more in (("a", ("attack=sign_flip",)), ("b", ())):
+        with pytest.raises(DivergenceError) as raised:
+            fedraclora.simulate(*words, *more, folder=tmp_path / name)
+        (note,) = raised.value.__notes__
+        assert note.startswith("in round 1")
+        assert ("aggregator=geometric_median" in note) is bool(more)
+
+
 def test_a_run_that_diverges_goes_on_from_its_last_good_round(tmp_path: Path) -> None:
     """It offers the words, and they work: the rate may change, which it may not otherwise."""
     words = ("method=fedmomentum", "rounds=30", "output.progress=false", *TASK, *FAST)
