@@ -240,7 +240,7 @@ def run_jobs(
                 f"{' '.join(_decisive(job.overrides))}. Use another folder, or remove those lines"
             )
     unfinished, introduced = [job for job in jobs if job.key not in done], set[str]()
-    for job, line_of in endings(unfinished, workers):
+    for count, (job, line_of) in enumerate(endings(unfinished, workers), 1):
         if job.row in failed:
             continue
         try:
@@ -259,10 +259,21 @@ def run_jobs(
             introduced.add(job.row)
             facts = introduction(begins).items()
             print(f"{job.row}: {'; '.join(f'{key} {text}' for key, text in facts)}")
-        result = f"diverged: {line['diverged']}" if "diverged" in line else line["metrics"]
-        print(f"{printable(line['key'])} {result}", flush=True)
+        print(f"[{count} of {len(unfinished)}] {outcome(job, line)}", flush=True)
         score(line, metric)  # fails after the first run if the metric is not measured
     return bool(unfinished)
+
+
+def outcome(job: Job, line: Line) -> str:
+    """Write what a run of a study gave, as a line of the terminal."""
+    if "diverged" in line:
+        result = f"diverged, {line['diverged'].partition('. ')[0]}"
+    else:
+        result = ", ".join(
+            f"{name} {value:.4f}" if isinstance(value, float) else f"{name} {value}"
+            for name, value in line["metrics"].items()
+        )
+    return f"{job.phase} {printable(job.row)} {job.value:g}, seed {job.seed}: {result}"
 
 
 def endings(jobs: list[Job], workers: int) -> Iterator[tuple[Job, Callable[[], Line]]]:
