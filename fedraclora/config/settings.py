@@ -215,6 +215,8 @@ class DeployConfig(EngineConfig):
         chunk: How many clients of one node train as one batch if they are in the same chunk; 1: one
             after another. With more, results equal those of ``engine=vectorized``.
         min_clients: Replies that a round needs; None = those of all clients asked.
+        straggler_wait: Once `min_clients` have replied, the others have this many seconds beyond
+            twice the median time of a reply; None = until the timeout.
         wait: Seconds to wait until enough clients are connected.
         timeout: Seconds to wait for the clients' replies to a message.
         retries: How often a round with too few replies is run again before the run stops.
@@ -230,6 +232,7 @@ class DeployConfig(EngineConfig):
         Chunk, Limit("a number (the memory of nodes is not known)", lambda n: n != "auto")
     ] = 1
     min_clients: Count | None = None
+    straggler_wait: Seconds | None = 30.0
     wait: Seconds = 300.0
     timeout: Seconds = 3600.0
     retries: Whole = 2

@@ -153,6 +153,18 @@ def test_a_message_that_was_lost_on_the_way_is_sent_again(
     assert digests[0] == digests[1]
 
 
+def test_a_round_with_enough_replies_does_not_wait_for_a_silent_node(tmp_path: Path) -> None:
+    network = Network(tmp_path / "cache", nodes_for(3), stays_silent(at_fault))
+    words = ["engine.min_clients=2", "engine.straggler_wait=0.2", "engine.timeout=3000"]
+    deploy(words, tmp_path / "run", network)
+    done = rows(tmp_path / "run")
+    (failure,) = done[ROUND]["failures"]
+    assert failure["client"] == ONE
+    assert "engine.straggler_wait=0.2" in failure["reason"]
+    assert done[ROUND + 1]["failures"] == []
+    check_mean_of_the_rest(tmp_path / "run", network)
+
+
 class Forgetful(Network):
     """Where the first answer of client 1's node to a server is lost: whom it serves."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -147,8 +148,10 @@ class DeployGrid(PostedGrid):
             came: Replies that have already arrived.
             left: Messages to send to a node after it has replied.
         """
-        found, again, monitor = list[Answered](), set[str](), StragglerMonitor(self.registry)
+        found, again, cut = list[Answered](), set[str](), math.inf
+        monitor = StragglerMonitor(self.registry)
         while waiting:
+            end = min(end, cut := self._cutoff(found, monitor))
             last = time.monotonic() > end  # replies that had arrived by then are read
             came = came or self._pulled(waiting, end)
             self.incidents += monitor.late(
@@ -187,7 +190,21 @@ class DeployGrid(PostedGrid):
                 envelope = waiting.pop(name)
                 self.incidents.append(f"{envelope.who} was sent again what it had not received")
                 self._push_again(envelope, waiting, max(1.0, end - time.monotonic()))
-        return found
+        return found + (self._stragglers(waiting) if end == cut else [])
+
+    def _stragglers(self, waiting: Mapping[str, Envelope]) -> list[Answered]:
+        """Say of clients without a reply why the round goes on without them."""
+        wait = f"engine.straggler_wait={self.settings.straggler_wait} s"
+        why = NoAnswer(f"no reply within {wait} beyond twice the median time")
+        return [(ask, why) for envelope in waiting.values() for ask in envelope.asks]
+
+    def _cutoff(self, found: Sequence[Answered], monitor: StragglerMonitor) -> float:
+        """Return when to stop waiting for the last clients, once as many have replied as needed."""
+        least, wait = self.settings.min_clients, self.settings.straggler_wait
+        replied = sum(not isinstance(answer, NoAnswer) for _, answer in found)
+        return (
+            math.inf if least is None or wait is None or replied < least else monitor.deadline(wait)
+        )
 
     def _pulled(self, waiting: Mapping[str, Envelope], end: float) -> list[Reply]:
         """Yield the replies that have arrived, each with the number of the message it answers.

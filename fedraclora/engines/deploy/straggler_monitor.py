@@ -57,14 +57,22 @@ class StragglerMonitor:
             del self._asked[node], self._answered[node]
         return found
 
+    def deadline(self, wait: float) -> float:
+        """Return when to stop waiting: so many seconds beyond twice the median time of a reply."""
+        return self.started_at + wait + 2 * self._half
+
+    @property
+    def _half(self) -> float:
+        """Return the seconds within which half of all replies came."""
+        return sorted(self.took)[(len(self.took) - 1) // 2]
+
     def late(self, who: Sequence[str]) -> list[str]:
         """Record replies that arrived together; return a sentence if they were late."""
         took = time.monotonic() - self.started_at
         self.took += [took] * len(who)
         if not who:
             return []
-        half = sorted(self.took)[(len(self.took) - 1) // 2]
-        if took < LATE + 2 * half:
+        if took < LATE + 2 * self._half:
             return []
-        usual = f"half of all by then within {half:.0f} s"
+        usual = f"half of all by then within {self._half:.0f} s"
         return [f"{', '.join(sorted(who))} replied after {took:.0f} s, {usual}"]
