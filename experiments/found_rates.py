@@ -49,6 +49,10 @@ TASKS = {  # the words of each, and the metric that counts
         ),
         "accuracy",
     ),
+    "rotten_tomatoes_whole": (  # the preset at its own length
+        ("experiment=rotten_tomatoes", "local.full_lr=null", "evaluate.every=24"),
+        "accuracy",
+    ),
     "smollm2": (
         (
             "experiment=smollm2_instructions",
