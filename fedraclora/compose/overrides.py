@@ -71,15 +71,20 @@ def composed(words: Sequence[str], values: Plain = EMPTY) -> PlainDict:
     words = searched(words)
 
     def once(words: Sequence[str]) -> PlainDict:
-        cfg = compose("config", overrides=list(words), return_hydra_config=True)
-        apply_values(cfg, values)
-        return plain_of(cfg, cfg.hydra.runtime.choices)
+        return compose_once(words, values)
 
     with (
         in_plain_words([*words, *(f"{key}={value}" for key, value in values.items())]),
         initialize_config_dir(version_base="1.3", config_dir=str(CONF)),
     ):
         return without_idle(once(words), words, once)
+
+
+def compose_once(words: Sequence[str], values: Plain) -> PlainDict:
+    """Compose as ``composed`` does, where Hydra is initialized; errors are Hydra's."""
+    cfg = compose("config", overrides=list(words), return_hydra_config=True)
+    apply_values(cfg, values)
+    return plain_of(cfg, cfg.hydra.runtime.choices)
 
 
 def apply_values(cfg: DictConfig, values: Plain) -> None:

@@ -38,8 +38,6 @@ from fedraclora.training.extras.settings import LocalSettings
 from fedraclora.weights.files import flatten
 from tests.common import assemble
 
-pytestmark = pytest.mark.usefixtures("users_hydra")
-
 FILES = {str(p.relative_to(CONF).with_suffix("")): p for p in sorted(CONF.rglob("*.yaml"))}
 CHOICES = ["config", *(f"{group}/{name}" for group, names in groups().items() for name in names)]
 # What choices build on, and no choice; `tune` is read by that command alone.
