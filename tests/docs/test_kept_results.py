@@ -12,6 +12,7 @@ from fedraclora.commands import RESULTS
 from fedraclora.experiments.records import MAKERS, PACKED, keep_figures, shown_figures
 
 TABLES = (".md", ".csv")
+LARGE = {"slow_links", "frontier"}  # over a second
 
 
 def tables(folder: Path) -> dict[str, bytes]:
@@ -19,7 +20,9 @@ def tables(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in found if path.name != "README.md"}
 
 
-@pytest.mark.parametrize("name", MAKERS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[pytest.mark.slow] * (n in LARGE)) for n in MAKERS]
+)
 def test_tables_follow_from_their_runs(name: str, tmp_path: Path) -> None:
     MAKERS[name](RESULTS / name, tmp_path)
     assert tables(tmp_path) == tables(RESULTS / name)

@@ -61,7 +61,9 @@ def who(message: Message) -> list[int]:
             marks=pytest.mark.long,
         ),
         ["method.sketches=2", "compression.uplink=int8"],
-        ["secure=secagg", "aggregation_weights=uniform", ONCE],
+        pytest.param(
+            ["secure=secagg", "aggregation_weights=uniform", ONCE], marks=pytest.mark.slow
+        ),
         pytest.param(["method=fedsa_lora", "evaluate.clients=all"], marks=pytest.mark.long),
     ],
     ids=lambda words: words[0],

@@ -23,7 +23,6 @@ from torch.utils._pytree import tree_map_only
 from typing_extensions import override
 from vectorized_agreement import base_of, method_of
 from vectorized_cases import CASES, SEED, SIZES, Case, scaled
-from vectorized_settings import WIDELY
 
 from fedraclora.compose.overrides import composed
 from fedraclora.config.run_config import from_plain
@@ -91,9 +90,11 @@ RUNS = {
 
 
 RATE = dict.fromkeys(METHODS, ()) | {"fedkseed": ("local.lr=0.002",)}  # it diverges at JOB's
+# Each way to train, on either kind of model.
+ONE_EACH = {("fed_rac_lora", "mlp"), ("fedavg_lora", "cnn"), ("fedavg", "mlp")}
 
 
-@pytest.mark.short(when=lambda method: method in WIDELY)
+@pytest.mark.short(when=lambda method, model: (method, model) in ONE_EACH)
 @pytest.mark.parametrize(
     ("method", "model"),
     [*product(METHODS, ["mlp"]), *product(["fed_rac_lora", "fedavg_lora", "fedavg"], ["cnn"])],
@@ -332,6 +333,7 @@ def bounded(card: Card, size: int) -> Iterator[None]:
         yield
 
 
+@pytest.mark.slow
 def test_a_chunk_that_is_too_large_is_halved(card: Card, caplog: pytest.LogCaptureFixture) -> None:
     words = ("device=cuda", "clients=64", "clients_per_round=64", "rounds=2", "model.hidden=[2048]")
     words += ("method=fedavg", "data.labels=null", "partition=iid")

@@ -10,6 +10,7 @@ from torch import nn
 from typing_extensions import override
 from vectorized_agreement import KINDS, LOCAL, base_of, foldable, method_of, run, trainer_of
 from vectorized_cases import SEED, SIZES, Case, classes, normal, reader, scaled, task_of
+from vectorized_settings import ALSO, WIDELY
 
 from fedraclora.errors import ModelError
 from fedraclora.privacy.sample_level import SampleNoise
@@ -19,6 +20,9 @@ from fedraclora.strategies.methods import METHODS
 from fedraclora.strategies.methods.fedavg import FedAvg
 from fedraclora.strategies.shared.walking import DirectionMethod
 from fedraclora.training.extras.settings import LocalSettings
+
+# Methods whose factors are of each kind: a layer does not see what else they do.
+of_each_kind = pytest.mark.short(when=lambda name: name in WIDELY | ALSO)
 
 
 @pytest.mark.parametrize("local", [LOCAL, replace(LOCAL, prox=0.3, momentum=0.9, clip=0.5)])
@@ -32,6 +36,7 @@ def test_tied_weights_fall_back_to_vmap(local: LocalSettings) -> None:
     run(case, method, local, rounds=2, check={2})
 
 
+@of_each_kind
 @pytest.mark.parametrize(
     "name", [n for n, k in METHODS.items() if not issubclass(k, FedAvg | DirectionMethod)]
 )
@@ -50,6 +55,7 @@ def test_a_head_that_shares_the_table_of_words_is_not_trained_apart() -> None:
         Case(reader(tied=True), targets="mix").plan()
 
 
+@of_each_kind
 @pytest.mark.parametrize("name", METHODS)
 def test_bare_parameters_fall_back_to_vmap(name: str) -> None:
     case, method = Case(scaled(), targets="inner", dense="gain,shift"), method_of(name)
@@ -143,6 +149,7 @@ class TimeFirst(nn.Module):
         return read
 
 
+@of_each_kind
 @pytest.mark.parametrize("name", KINDS)
 def test_a_layer_that_does_not_see_samples_first_is_right_or_refused(name: str) -> None:
     task = task_of(TimeFirst(), {"x": normal(sum(SIZES), 6, 5)}, classes(3), head=("head",))
@@ -154,6 +161,7 @@ def test_a_layer_that_does_not_see_samples_first_is_right_or_refused(name: str) 
     assert not refused or "mix" in refused
 
 
+@of_each_kind
 @pytest.mark.parametrize("name", METHODS)
 def test_layers_of_other_kinds_fall_back_to_vmap(name: str) -> None:
     model = nn.Sequential(

@@ -187,7 +187,7 @@ def test_a_number_of_the_users_stands(monkeypatch: pytest.MonkeyPatch) -> None:
     assert rate_used(run) == 0.37
 
 
-@pytest.mark.parametrize("first", [1e-4, 300.0])
+@pytest.mark.parametrize("first", [pytest.param(1e-4, marks=pytest.mark.slow), 300.0])
 def test_a_first_rate_far_off_is_left(first: float, monkeypatch: pytest.MonkeyPatch) -> None:
     words = [*WORDS, "rounds=200", "output.dir=null"]
     run = RunBuilder(from_plain(composed(words), METHODS))
@@ -216,6 +216,7 @@ def own_run(train: Callable[[Round], Trained]) -> RunResult:
     return fedraclora.simulate(*words, model=network(), data=data, train=train)
 
 
+@pytest.mark.slow
 def test_a_function_of_the_users_gets_the_rate_by_rate_scale() -> None:
     def train(round_: Round) -> Trained:
         return plain_steps(round_, 30.0 * round_.rate_scale)
@@ -226,6 +227,7 @@ def test_a_function_of_the_users_gets_the_rate_by_rate_scale() -> None:
     assert metrics["loss"] < 0.8  # type: ignore[index]  # untrained 1.1
 
 
+@pytest.mark.slow
 def test_a_function_that_reads_no_rate_scale_is_left_alone() -> None:
     def train(round_: Round) -> Trained:
         return plain_steps(round_, 0.1)
@@ -301,7 +303,7 @@ def diverging(rate: float) -> Callable[[RunBuilder], FoundRate]:
     return lambda _: FoundRate(rate, "search")
 
 
-@pytest.mark.parametrize("where", ["folder", "memory"])
+@pytest.mark.parametrize("where", [pytest.param("folder", marks=pytest.mark.slow), "memory"])
 def test_a_run_that_diverges_at_the_rate_it_found_begins_anew_lower(
     where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
