@@ -66,6 +66,24 @@ def test_heads_stay_at_home_and_differ(method: str) -> None:
     assert 0.3 < accuracy["personal_accuracy"] <= 1
 
 
+@pytest.mark.parametrize("sample", [2, 50])
+def test_so_many_personal_models_are_measured_as_the_key_says(
+    sample: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measured = list[int]()
+
+    def counted(model: Any, weights: Any, owned: Any, *rest: Any) -> dict[str, float]:
+        measured.append(len(owned))
+        return personal_accuracy(model, weights, owned, *rest)
+
+    monkeypatch.setattr("fedraclora.strategies.builder.personal_accuracy", counted)
+    run = job(f"evaluate.sample={sample}", "rounds=2")
+    run.strategy.run(run.grid)
+    trained = len(run.strategy.recorder.store.latest(50))
+    assert measured[-1] == min(sample, trained)
+    assert 2 < trained < 50
+
+
 @pytest.mark.parametrize("method", REFUSED)
 def test_a_head_that_would_move_with_the_rest_is_refused(method: str) -> None:
     with pytest.raises(ConfigError, match="head=personal"):
