@@ -50,6 +50,8 @@ def introduce(context: Context, run: str) -> RecordDict:
     found = read_stored_replica(folder) if is_claimed(folder.parent) else None
     version = -1 if found is None else found[1]
     record = ConfigRecord({"ids": served(context), "held": version, "format": FORMAT})
+    if (name := context.node_config.get("name")) is not None:
+        record["name"] = str(name)
     return RecordDict({"partition": record})
 
 

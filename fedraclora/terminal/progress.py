@@ -22,6 +22,7 @@ from fedraclora.run.callback import Callback, RunStart
 from fedraclora.run.ledger import headline, number, round_seconds, withheld
 from fedraclora.run.log import LOG
 from fedraclora.terminal.opening import details_of, notes_of, opening_lines, rate_lines
+from fedraclora.wire.fields import printable
 
 log = logging.getLogger(__name__)
 PROJECT = logging.getLogger("fedraclora")
@@ -61,6 +62,7 @@ class RunProgress(Callback):
         self.drawn = shown and self.console.is_interactive
         self._recent: deque[float] = deque(maxlen=AVERAGED)
         self._metric, self._withheld, self._opened = "", False, False
+        self._left_out: list[str] = []
         self.bar = Progress(
             BarColumn(bar_width=None),
             TextColumn("{task.fields[text]}", markup=False),
@@ -158,6 +160,10 @@ class RunProgress(Callback):
         heard = {record.getMessage() for record in self._heard.buffer}  # the log has said it
         for text in [text for text in told if text not in heard][:TOLD]:
             self.say(f"round {round_:.0f}: {text}")
+        out = left_out(row)
+        for text in [text for text in out if text not in self._left_out][:TOLD]:
+            self.say(f"round {round_:.0f}: {text}")
+        self._left_out = out  # the same clients are named once, until they are back
         if (why := withheld(row)) and not self._withheld:
             self._withheld = True
             self.say(f"round {round_:.0f}: {why}")
@@ -204,6 +210,24 @@ def seconds_left(seconds: Sequence[float], rounds: float) -> float | None:
     """
     recent = [*seconds][-AVERAGED:]
     return rounds * statistics.fmean(recent) if recent and rounds > 0 else None
+
+
+def left_out(row: Mapping[str, object]) -> list[str]:
+    """Say which clients a round went on without, by the reason.
+
+    Example:
+        >>> left_out({"failures": [{"client": 3, "reason": "no reply in time"}]})
+        ['without client 3: no reply in time']
+    """
+    failures: Any = row.get("failures") or []
+    clients = dict[str, list[str]]()
+    for failure in failures:
+        clients.setdefault(str(failure["reason"]), []).append(str(failure["client"]))
+    return [
+        f"without client{'s' * (len(each) > 1)} {', '.join(each[:TOLD])}"
+        f"{f' and {len(each) - TOLD} more' if len(each) > TOLD else ''}: {printable(reason)}"
+        for reason, each in clients.items()
+    ]
 
 
 def metric_of(row: Mapping[str, object]) -> str:

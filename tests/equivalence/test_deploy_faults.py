@@ -142,11 +142,12 @@ def test_a_message_that_was_lost_on_the_way_is_sent_again(
     """Its node is well and has nothing to answer: nobody waits for it until the time-out."""
     monkeypatch.setattr(straggler_monitor, "SILENT", 0.0)
     monkeypatch.setattr(straggler_monitor, "SETTLED", 0.0)
-    network = Network(tmp_path / "cache", nodes_for(3), stays_silent(Once(at_fault)))
+    nodes = {node: {**own, "name": f"clinic {node}"} for node, own in nodes_for(3).items()}
+    network = Network(tmp_path / "cache", nodes, stays_silent(Once(at_fault)))
     deploy(["engine.timeout=20", "engine.retries=0"], tmp_path / "run", network)
     done = rows(tmp_path / "run")
     assert done[ROUND]["failures"] == []
-    assert f"client {ONE} was sent again" in str(done[ROUND]["incidents"])
+    assert f"client {ONE} (clinic {1000 - 7 * ONE}) was sent again" in str(done[ROUND]["incidents"])
     assert not any(done[r].get("incidents") for r in (1, 3))
     deploy([], tmp_path / "well", Network(tmp_path / "other", nodes_for(3)))
     digests = [summary_of(tmp_path / name)["weights_digest"] for name in ("run", "well")]

@@ -140,3 +140,11 @@ def test_a_question_of_silence_holds_nobody_up(make: Make) -> None:
     began = link.now
     assert who.gather([0, 1]) == {0: 3, 1: 7}
     assert link.now == began
+
+
+def test_an_absent_client_is_named_with_the_node_that_served_it(make: Make) -> None:
+    who, _, link = make(Link({3: [0], 9: [1]}, {}, {3: EARLY, 9: EARLY}))
+    who.gather([0, 1])
+    del link.nodes[3]
+    assert all(part in who.absence(0) for part in ("not connected", "node 3", EARLY))
+    assert "node" not in who.absence(2)

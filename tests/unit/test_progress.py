@@ -45,6 +45,22 @@ def test_off_a_terminal_each_round_is_one_plain_line(capsys: pytest.CaptureFixtu
     ]
 
 
+def test_clients_that_a_round_goes_on_without_are_named_once_until_they_are_back(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    gone = {"client": 3, "reason": "it is not connected"}
+    late = [{"client": k, "reason": "no reply"} for k in (1, 5)]
+    with RunProgress(9, shown=True, label="fedavg") as bar:
+        for round_, failures in enumerate([[], [gone], [gone, *late], [], [gone]], start=1):
+            bar.row(row(round_) | {"failures": failures})
+    said = [line for line in capsys.readouterr().err.splitlines() if "without" in line]
+    assert said == [
+        "round 2: without client 3: it is not connected",
+        "round 3: without clients 1, 5: no reply",
+        "round 5: without client 3: it is not connected",
+    ]
+
+
 def test_that_measurements_are_withheld_is_said_once(capsys: pytest.CaptureFixture[str]) -> None:
     with RunProgress(9, shown=True, label="fedavg") as bar:
         for round_ in (1, 2, 3):

@@ -51,6 +51,7 @@ class Envelope:
         asks: The requests.
         ask: All of them as one request.
         fetched: Payload bytes of its weight update.
+        name: The name of the node, where its owner gave one.
     """
 
     asks: list[Ask]
@@ -58,12 +59,13 @@ class Envelope:
     node: int
     message: Message
     fetched: int
+    name: str = ""
 
     @property
     def who(self) -> str:
         """Return the clients of the message, for a log line."""
         who = "client" if len(self.asks) == 1 else "the node of clients"
-        return f"{who} {shown(self.ask.clients)[1:-1]}"
+        return f"{who} {shown(self.ask.clients)[1:-1]}" + (f" ({self.name})" if self.name else "")
 
 
 class DeployGrid(PostedGrid):
@@ -122,7 +124,7 @@ class DeployGrid(PostedGrid):
             if (client := ask.clients[0]) in nodes:
                 mine.setdefault(nodes[client], []).append(ask)
             else:
-                absent.append((ask, NoAnswer("it is not connected")))
+                absent.append((ask, NoAnswer(self.registry.absence(client))))
         size = int(self.settings.chunk)
         chunks = Counter(chunk for own in mine.values() for chunk, _ in by_chunk(own, size))
         if not self._cut and any(nodes > 1 for nodes in chunks.values()):
@@ -253,7 +255,8 @@ class DeployGrid(PostedGrid):
         add_weight_update(more, update)
         message = self.message(ask, node, more, seconds)
         message.content = self.wrapped(folded(message.content))
-        return Envelope(asks, ask, node, message, update.payload_bytes)
+        name = self.registry.names.get(node, "")
+        return Envelope(asks, ask, node, message, update.payload_bytes, name)
 
     def _push_again(
         self,

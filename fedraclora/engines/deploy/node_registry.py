@@ -25,6 +25,7 @@ from fedraclora.wire.fields import printable, shown, whole_number
 
 PARTS = 10.0  # seconds for the parts of a reply, which is small
 PATIENCE = 60.0  # seconds for further nodes to report their clients, once enough have
+LONGEST_NAME = 60  # characters of the name of a node
 AGAIN = 20.0  # seconds without a reply until a node is asked again, doubled each time
 
 
@@ -74,6 +75,7 @@ class NodeRegistry:
     def __init__(self, post: RegistryContext) -> None:
         self.post = post
         self.versions: dict[int, int | None] = {}
+        self.names: dict[int, str] = {}  # node -> the name that its owner gave it
         self._registered: dict[int, str] = {}  # node -> when it was registered
         self._serving: dict[int, list[int]] = {}  # node -> its clients
         # nodes that did not report their clients: the reason, and when it came
@@ -177,9 +179,15 @@ class NodeRegistry:
             )
 
     def _name(self, node: int) -> str:
-        """Name a node as `flwr supernode list` does."""
-        when = self._registered.get(node)
-        return f"node {node}" + (f" (registered {when})" if when else "")
+        """Name a node as `flwr supernode list` does, and as its owner does."""
+        when, name = self._registered.get(node), self.names.get(node)
+        facts = [*([name] if name else []), *([f"registered {when}"] if when else [])]
+        return f"node {node}" + (f" ({', '.join(facts)})" if facts else "")
+
+    def absence(self, client: int) -> str:
+        """Say that a client is not connected, and which node served it last."""
+        last = self._node.get(client)
+        return "it is not connected" + ("" if last is None else f"; {self._name(last)} served it")
 
     def _look(self) -> None:
         """Ask new nodes for their clients, and read the replies that have arrived."""
@@ -226,10 +234,12 @@ class NodeRegistry:
         self._asked[name] = question
         return name
 
-    def _introduce(self, node: int, mine: list[int], version: int | None) -> None:
-        """Record a node's clients and its version."""
+    def _introduce(self, node: int, mine: list[int], version: int | None, name: str) -> None:
+        """Record a node's clients, its version and its name."""
         self._serving[node] = mine
         self.versions[node] = version
+        if name:
+            self.names[node] = name
 
 
 def _told(clients: Sequence[int]) -> str:
@@ -237,8 +247,8 @@ def _told(clients: Sequence[int]) -> str:
     return f"client {clients[0]}" if len(clients) == 1 else f"clients {shown([*clients])}"
 
 
-def _read(reply: Message) -> tuple[list[int], int | None]:
-    """Read a node's clients and its version; None for no weights."""
+def _read(reply: Message) -> tuple[list[int], int | None, str]:
+    """Read a node's clients, its version (None for no weights), and its name."""
     if reply.has_error():
         raise ValueError(reply.error.reason)
     answer = reply.content["partition"]
@@ -249,4 +259,5 @@ def _read(reply: Message) -> tuple[list[int], int | None]:
     if not isinstance(ids, list):
         raise TypeError(f"it reports {shown(ids)} as its clients, expected a list of ids")
     mine = sorted({whole_number(c, "a client that it serves") for c in ids})
-    return mine, version if version >= 0 else None
+    name = printable(str(answer.get("name", "")), LONGEST_NAME)
+    return mine, version if version >= 0 else None, name
