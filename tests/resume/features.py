@@ -27,6 +27,7 @@ JOB = [
     "output.progress=false",
     "output.checkpoint_every=2",
     "device=cpu",
+    "engine.chunk=8",
 ]
 NUMBERS = [
     "data=least_squares",
@@ -204,5 +205,7 @@ FEATURES: dict[str, Feature] = {
     "own loss": Feature(
         ("method=fed_rac_lora",), lambda: own(loss=distances), of=("local.lr=0.1",)
     ),
-    "own training": Feature(("method=fed_rac_lora",), lambda: own(train=train), of=()),
+    "own training": Feature(
+        ("method=fed_rac_lora", "engine.chunk=auto"), lambda: own(train=train), of=()
+    ),
 }
