@@ -2,8 +2,9 @@
 
 ``connection=NAME`` submits the run to a SuperLink from Flower's configuration and follows it;
 ``nodes=N`` starts a SuperLink and N SuperNodes on this machine. The other arguments are those of
-simulate. The exit status is that of the run. ``nodes=N deploy.patched=false`` runs Flower without
-our patches, slower (docs/deploy.md).
+simulate. The exit status is that of the run. A run waits until the runs before it at its connection
+have ended; ``deploy.queue=false`` starts it at once. ``nodes=N deploy.patched=false`` runs Flower
+without our patches, slower (docs/deploy.md).
 ``--cfg job`` prints the config and starts nothing. ``--check`` reports problems before a run;
 ``--check=FILE`` also writes the file for data owners, for ``fedraclora node --check=FILE``.
 """
@@ -16,6 +17,7 @@ import time
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
@@ -46,8 +48,9 @@ from fedraclora.schema import bound
 from fedraclora.terminal.progress import RunProgress
 from fedraclora.trust import is_function
 
-PATCHED = "deploy.patched"
-OWN_KEYS = ("connection", "nodes", PATCHED)
+PATCHED, QUEUE = "deploy.patched", "deploy.queue"
+OWN_KEYS = ("connection", "nodes", PATCHED, QUEUE)
+TURN = 5.0  # seconds between looks whether other runs have ended
 KEPT = 40  # lines of the log that are printed if a run fails
 
 
@@ -221,6 +224,21 @@ def submit(run: ServerRun, connection: Connection, record: Record | None = None)
         raise
 
 
+def await_turn(connection: Connection) -> None:
+    """Wait until no other run is at a connection: nodes would serve both by turns, slowly."""
+    told = list[int]()
+    while running := connection.running():
+        if running != told:
+            told, several = running, "s" * (len(running) > 1)
+            numbers = ", ".join(map(str, running))
+            print(
+                f"waiting for run{several} {numbers} at connection {connection.name} to end "
+                f"({QUEUE}=false does not wait)",
+                file=sys.stderr,
+            )
+        time.sleep(TURN)
+
+
 def lines_of(connection: Connection, number: int) -> Iterator[str]:
     """Yield the log of a run, line by line, until the run ends; a broken stream starts again."""
     while True:
@@ -320,15 +338,13 @@ def check_files(plain: Mapping[str, object]) -> None:
             )
 
 
-def own_settings(own: Mapping[str, object]) -> tuple[str, int | None, bool]:
-    """Check `OWN_KEYS`: return the connection, the number of nodes here, and whether to patch."""
-    flags = {"patched": own[PATCHED]} if PATCHED in own else {}
-    nodes = bound("", connection_or_nodes, without(own, PATCHED))()
-    return (
-        str(own.get("connection", "")),
-        nodes,
-        bound("deploy", is_patched, flags, {"nodes": nodes})(),
-    )
+def own_settings(own: Mapping[str, object]) -> tuple[str, int | None, LaunchOptions]:
+    """Check `OWN_KEYS`: return the connection, the number of nodes here, and how to start."""
+    flags = {key.partition(".")[2]: own[key] for key in (PATCHED, QUEUE) if key in own}
+    nodes = bound("", connection_or_nodes, without(own, PATCHED, QUEUE))()
+    options = bound("deploy", LaunchOptions, flags)()
+    options.check(nodes)
+    return str(own.get("connection", "")), nodes, options
 
 
 def connection_or_nodes(*, connection: object = "", nodes: Count | None = None) -> int | None:
@@ -345,19 +361,36 @@ def connection_or_nodes(*, connection: object = "", nodes: Count | None = None) 
     return nodes
 
 
-def is_patched(*, nodes: int | None, patched: bool = True) -> bool:
-    """Check whether to patch the Flower programs that this command starts.
+@dataclass(frozen=True)
+class LaunchOptions:
+    """How a deployment starts.
 
-    Raises:
-        ConfigError: If they are not to be patched, but run elsewhere.
+    Attributes:
+        patched: Whether to patch the Flower programs that this command starts.
+        queue: Whether to wait until other runs of the connection have ended.
     """
-    if not patched and nodes is None:
-        raise ConfigError(
-            f"{PATCHED}=false works with nodes=N, which starts Flower's programs here. At a "
-            f"connection, set {UNPATCHED}={ALL} in the environment of the SuperLink and of "
-            "`fedraclora node`"
-        )
-    return patched
+
+    patched: bool = True
+    queue: bool = True
+
+    def check(self, nodes: int | None) -> None:
+        """Check that the options fit where the run goes.
+
+        Raises:
+            ConfigError: If programs are not to be patched, but run elsewhere; or if runs are not to
+                wait where there is no other run.
+        """
+        if not self.patched and nodes is None:
+            raise ConfigError(
+                f"{PATCHED}=false works with nodes=N, which starts Flower's programs here. At a "
+                f"connection, set {UNPATCHED}={ALL} in the environment of the SuperLink and of "
+                "`fedraclora node`"
+            )
+        if not self.queue and nodes is not None:
+            raise ConfigError(
+                f"{QUEUE}=false works with connection=NAME: the SuperLink that nodes={nodes} "
+                "starts has no other run. Leave it out"
+            )
 
 
 def main(words: Sequence[str]) -> int:
@@ -366,7 +399,7 @@ def main(words: Sequence[str]) -> int:
     own, rest = part(words, OWN_KEYS)
     if shows_composed(deployed(rest, own.get("nodes"))):
         return 0
-    name, nodes, patched = own_settings(own)
+    name, nodes, options = own_settings(own)
     run = prepare(rest, nodes)
     if file is not None:
         from fedraclora.commands.check import check_run
@@ -377,11 +410,13 @@ def main(words: Sequence[str]) -> int:
         print(f"{run.folder} is finished already")
         return 0
     again = f"deploy nodes={nodes}" if nodes else f"deploy connection={name}"
-    again += "" if patched else f" {PATCHED}=false"
+    again += "" if options.patched else f" {PATCHED}=false"
+    if nodes is None and options.queue:
+        await_turn(Connection(name, command_line(os.environ)))
     with (
         watched(run.folder),
         explaining_resume(run.folder, again, there=not nodes),
-        place(run, nodes, name, patched=patched) as (connection, record),
+        place(run, nodes, name, patched=options.patched) as (connection, record),
     ):
         follow(run, connection, record)
     return 0

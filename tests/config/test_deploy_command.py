@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import stat
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -113,7 +115,7 @@ def test_clients_are_as_many_as_nodes_unless_typed(
 @pytest.mark.parametrize("words", [["local=adamw", "nodes=3"], ["nodes=3", "local=adamw"]])
 def test_how_clients_train_is_chosen_beside_the_number_of_nodes(words: list[str]) -> None:
     own, rest = part([*SMALL, "clients_per_round=2", *words], deploy.OWN_KEYS)
-    assert deploy.own_settings(own) == ("", 3, True)
+    assert deploy.own_settings(own) == ("", 3, deploy.LaunchOptions())
     assert deploy.prepare(rest, 3).config.local.optimizer == "adamw"
 
 
@@ -169,6 +171,44 @@ class Elsewhere(Connection):
 
     def stop(self, run: int, seconds: float = 30.0) -> None:
         self.stopped.append(run)
+
+
+def test_a_run_waits_until_those_before_it_have_ended(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    answers = iter(
+        [("running", "finished:completed"), ("running", "pending"), ("finished:failed",)]
+    )
+    lists = [
+        json.dumps({"runs": [{"run-id": str(k), "status": s} for k, s in enumerate(states, 4)]})
+        for states in answers
+    ]
+    connection = Connection("house", {})
+    called = list[tuple[str, ...]]()
+
+    def call(*words: str) -> SimpleNamespace:
+        called.append(words)
+        return SimpleNamespace(stdout=lists[len(called) - 1], stderr="")
+
+    monkeypatch.setattr(connection, "_call", call)
+    monkeypatch.setattr(deploy, "TURN", 0.0)
+    deploy.await_turn(connection)
+    assert called == [("list", "house")] * 3
+    said = capsys.readouterr().err.splitlines()
+    assert [("4" in text, "5" in text) for text in said] == [(True, False), (True, True)]
+
+
+@pytest.mark.parametrize(
+    ("own", "said"),
+    [
+        ({"nodes": 2, "deploy.queue": False}, "connection=NAME"),
+        ({"connection": "house", "deploy.patched": False}, "nodes=N"),
+        ({"connection": "house", "deploy.queue": "perhaps"}, "deploy.queue"),
+    ],
+)
+def test_options_that_do_not_fit_a_deployment(own: dict[str, object], said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        deploy.own_settings(own)
 
 
 def line(kind: str, value: dict[str, object]) -> str:

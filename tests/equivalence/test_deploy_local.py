@@ -68,15 +68,18 @@ def test_two_nodes_with_seven_clients_have_the_bits_of_vectorized(
     sizes = ["clients=7", "clients_per_round=7", "engine.chunk=4"]
     folders = [f"output.dir={here}", f"engine.folder={there}"]
     request = deploy.prepare([*WORDS, *sizes, *folders], None)
-    words, take = set[str](), Record.take
+    words, take, running = set[str](), Record.take, list[list[int]]()
 
     def look(record: Record, row: dict[str, object]) -> None:
+        if not running:
+            running.append(deployment.connection.running())
         words.update(*map(command_of, descendants()))
         take(record, row)
 
     monkeypatch.setattr(Record, "take", look)
     with Record(here, request.plain, resume=False) as record:
         deploy.follow(request, deployment.connection, record)
+    assert [len(runs) for runs in (*running, deployment.connection.running())] == [1, 0]
     assert "--token-file" in words  # of the server; nobody can read the tokens of tasks
     assert "--token" not in words
     assert "final accuracy" in capsys.readouterr().out

@@ -109,6 +109,16 @@ class Connection:
             "and root-certificates of the connection are those of the SuperLink"
         )
 
+    def running(self) -> list[int]:
+        """List the runs that have not ended, whoever started them.
+
+        Raises:
+            EngineError: If it does not respond.
+        """
+        listed = self._read(self._call("list", self.name), "runs", "is silent")
+        states = {int(run["run-id"]): Status(str(run["status"]), "") for run in listed}
+        return [run for run, status in states.items() if not status.ended]
+
     def status(self, run: int) -> Status:
         """Return the status of a run.
 
