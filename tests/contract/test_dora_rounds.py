@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -41,7 +42,7 @@ from fedraclora.privacy.client_level import ClientLevel
 from fedraclora.privacy.secagg import SecAgg
 from fedraclora.privacy.secret import Secret
 from fedraclora.protocol.factor import SEED_BYTES
-from fedraclora.protocol.method import Draw, Method, Plan, RoundInstructions, State
+from fedraclora.protocol.method import Draw, Plan, RoundInstructions, State
 from fedraclora.strategies.wrappers.allocated import allocated
 from fedraclora.strategies.wrappers.dora import Dora
 from fedraclora.training.extras.settings import LocalSettings
@@ -279,38 +280,56 @@ def test_methods_that_merge_are_refused(variant: Variant) -> None:
     assert any("a method that merges updates into the weights" in line for line in told)
 
 
-def test_a_start_from_gradients_is_refused(world: World) -> None:
-    method = dora("fedavg_lora", init="lora_ga")
-    with pytest.raises(ConfigError, match=r"dora=true .* send gradients: .*dora=false"):
-        run(world, method, RAGGED, rounds=1)
-
-
-def test_a_pull_to_the_start_is_refused(world: World) -> None:
-    with pytest.raises(ConfigError, match=r"local\.prox=0\.5.*dora=false"):
-        run(world, dora("fedavg_lora"), LocalSettings(lr=0.1, prox=0.5), rounds=1)
-
-
-def test_an_allocation_is_refused() -> None:
-    inner: Method = allocated(make_method("fedavg_lora"), HeteroLora())
-    with pytest.raises(ConfigError, match="allocation=none, or dora=false"):
-        run(make_world(), Dora(inner), RAGGED, rounds=1)
-
-
-def test_a_row_of_zeros_is_refused(world: World) -> None:
+def without_a_row(world: World) -> Tree:
     base = {n: t.clone() for n, t in world.base.items()}
     base["fc2.weight"][4] = 0
-    with pytest.raises(ConfigError, match=r"row 4 of fc2\.weight"):
-        dora("ffa_lora").initial_state(base, world.plan, DRAW)
+    return base
 
 
-def test_an_embedding_is_refused(world: World) -> None:
+def with_an_embedding(world: World) -> Plan:
     view = LayerView("embedding", (6, 7))
-    plan = replace(world.plan, targets=world.plan.targets | {"fc1.weight": view})
-    with pytest.raises(ConfigError, match=r"fc1\.weight is an embedding"):
-        dora("ffa_lora").initial_state(world.base, plan, DRAW)
+    return replace(world.plan, targets=world.plan.targets | {"fc1.weight": view})
 
 
-def test_a_server_s_step_on_weights_is_refused(world: World) -> None:
-    rule = {"server_optimizer": Momentum(space="weights")}
-    with pytest.raises(ConfigError, match=r"dora=true: .*space=factors"):
-        run(world, dora("fedavg_lora"), RAGGED, rounds=1, treatment=rule)
+LORA = dora("fedavg_lora")
+# What a run is given that does not go with DoRA, and key words of the message.
+REFUSED: dict[str, tuple[Callable[[World], object], str]] = {
+    "a start from gradients": (
+        lambda world: run(world, dora("fedavg_lora", init="lora_ga"), RAGGED, rounds=1),
+        r"dora=true .*gradients.*dora=false",
+    ),
+    "a pull to the start": (
+        lambda world: run(world, LORA, LocalSettings(lr=0.1, prox=0.5), rounds=1),
+        r"local\.prox=0\.5.*dora=false",
+    ),
+    "an allocation": (
+        lambda world: run(
+            world,
+            Dora(allocated(make_method("fedavg_lora"), HeteroLora())),
+            RAGGED,
+            rounds=1,
+        ),
+        "allocation=none, or dora=false",
+    ),
+    "a server's step on weights": (
+        lambda world: run(
+            world, LORA, RAGGED, rounds=1, treatment={"server_optimizer": Momentum(space="weights")}
+        ),
+        r"dora=true: .*space=factors",
+    ),
+    "a row of zeros": (
+        lambda world: LORA.initial_state(without_a_row(world), world.plan, DRAW),
+        r"row 4 of fc2\.weight",
+    ),
+    "an embedding": (
+        lambda world: LORA.initial_state(world.base, with_an_embedding(world), DRAW),
+        r"fc1\.weight.*embedding",
+    ),
+}
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_what_does_not_go_with_dora_is_refused(what: str, world: World) -> None:
+    given, said = REFUSED[what]
+    with pytest.raises(ConfigError, match=said):
+        given(world)
