@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 import shlex
+import shutil
+import subprocess
 import tomllib
 from importlib.metadata import version
 from pathlib import Path
@@ -11,6 +13,7 @@ from typing import Any
 
 import pytest
 import yaml
+from cryptography import x509
 from flwr.app import Context, RecordDict
 from flwr.common.config import parse_config_args
 from packaging.requirements import Requirement
@@ -155,6 +158,36 @@ def test_what_is_copied_into_an_image_is_there() -> None:
     }
     assert {path.partition("/")[0] for path in needed} <= {*wanted}
     assert "USER 10001:10001" in DOCKERFILE
+
+
+@pytest.mark.skipif(shutil.which("openssl") is None, reason="openssl is not installed")
+def test_certificates_are_renewed_under_an_authority_that_lasts(tmp_path: Path) -> None:
+    """A renewed certificate needs no new ``ca.crt``; both authorities in one file accept either."""
+
+    def made(folder: Path) -> bytes:
+        folder.mkdir(exist_ok=True)
+        words = ["sh", str(FOLDER / "certificates.sh"), "link.example.org", str(folder)]
+        subprocess.run(words, check=True, capture_output=True)
+        return (folder / "server.pem").read_bytes()
+
+    def accepts(authorities: bytes, certificate: bytes) -> bool:
+        (tmp_path / "ca").write_bytes(authorities)
+        (tmp_path / "pem").write_bytes(certificate)
+        words = ["openssl", "verify", "-CAfile", str(tmp_path / "ca"), str(tmp_path / "pem")]
+        return subprocess.run(words, check=False, capture_output=True).returncode == 0
+
+    first = made(tmp_path / "old")
+    old = (tmp_path / "old" / "ca.crt").read_bytes()
+    renewed, other = made(tmp_path / "old"), made(tmp_path / "new")
+    new = (tmp_path / "new" / "ca.crt").read_bytes()
+    assert renewed != first
+    assert (tmp_path / "old" / "ca.crt").read_bytes() == old
+    assert accepts(old, renewed)
+    assert not accepts(old, other)
+    assert accepts(old + new, renewed)
+    assert accepts(old + new, other)
+    ends = [x509.load_pem_x509_certificate(each).not_valid_after_utc for each in (old, renewed)]
+    assert (ends[0] - ends[1]).days > 9 * 365 - 10
 
 
 def test_services_and_secrets_that_are_named_are_there() -> None:
