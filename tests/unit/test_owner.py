@@ -192,7 +192,7 @@ class Node:
         self.message.metadata.__dict__["_run_id"] = run
         self.message.metadata.__dict__["_message_id"] = "m"
         self.replies = list[Message]()
-        self.apps = 0
+        self.apps, self.app = 0, b"app"
         self.state = SimpleNamespace(get_node_id=lambda: 3, store_message=self.replies.append)
         self.store = SimpleNamespace(preregister=lambda *_: None, put=lambda *_: None)
         self.pull = watch.pulling(self.flower_pulls)
@@ -214,7 +214,7 @@ class Node:
 
     def get_fab(self, *_: object) -> Any:
         self.apps += 1
-        return SimpleNamespace(content=b"app")
+        return SimpleNamespace(content=self.app)
 
     def come(self) -> int | None:
         """One message comes."""
@@ -268,6 +268,19 @@ def test_a_refused_message_reaches_no_code_of_the_run(tmp_path: Path) -> None:
     assert RUN.digest in reply.error.reason
     there.push(there.state, there.store, lambda *_: None, lambda *_: None)
     assert [e.way for e in history.entries()] == [REFUSED, REFUSED]
+
+
+@pytest.mark.usefixtures("config")
+def test_an_app_that_is_another_than_the_one_that_was_approved_is_refused(tmp_path: Path) -> None:
+    history = History(tmp_path)
+    watch = NodeWatch(Gate(policy(tmp_path, f"approved: [{RUN.digest}]"), history), history)
+    there = Node(watch)
+    assert there.come() == 7
+    assert not watch.apps  # Flower has it
+    there.app = b"other"
+    assert there.come() == 7  # Flower asks again in this test
+    (reply,) = there.replies
+    assert reply.error.code == REFUSAL
 
 
 def test_a_node_gets_what_its_owner_asks_for(

@@ -27,6 +27,8 @@ from fedraclora.engines.owner.request import RunRequest
 RECORDS, NUMBERS, SAMPLES = "records", "chunk", "samples"  # where a reply has them
 REFUSAL = 1001  # our code for a message that the owner of the data refuses
 
+KEPT = 4  # app bundles of runs that were refused, which are not fetched again
+
 Function = Callable[..., Any]
 
 
@@ -61,7 +63,8 @@ class NodeWatch:
 
     def __init__(self, gate: Gate, history: History) -> None:
         self.gate, self.history = gate, history
-        self.runs: dict[int, tuple[RunRequest, Any, Any]] = {}  # with Flower's run and app bundle
+        self.runs: dict[int, tuple[RunRequest, Any]] = {}  # with Flower's description
+        self.apps: dict[int, Any] = {}  # app bundles that Flower has not stored yet
         self.began: dict[str, float] = {}  # message -> when it came
 
     def pulling(self, pull: Function) -> Function:
@@ -87,7 +90,7 @@ class NodeWatch:
                 "receive": receive,
                 "pull_object": pull_object,
                 "get_run": lambda run: self.runs[run][1],
-                "get_fab": lambda _, run: self.runs[run][2],
+                "get_fab": lambda _, run: self.app_of(run, named["get_fab"]),
             }
             node = state.get_node_id()
             try:
@@ -132,8 +135,23 @@ class NodeWatch:
         if run not in self.runs:
             about = get_run(run)
             app = get_fab(about.fab_hash, run)
-            config = flower_internals.run_config(app.content, about)
-            self.runs[run] = RunRequest.of(run, app.content, config), about, app
+            self.runs[run] = request_of(about, app), about
+            while len(self.apps) >= KEPT:
+                del self.apps[next(iter(self.apps))]
+            self.apps[run] = app
+
+    def app_of(self, run: int, get_fab: Function) -> Any:
+        """Return the app that the owner was shown, for Flower to store.
+
+        Raises:
+            RefusedError: If the SuperLink has another one by now.
+        """
+        if (app := self.apps.pop(run, None)) is None:
+            request, about = self.runs[run]
+            app = get_fab(about.fab_hash, run)
+            if request_of(about, app).digest != request.digest:
+                raise RefusedError(f"the app of the run with digest {request.digest} has changed")
+        return app
 
     def note(
         self, way: str, message: Message, node: int, content: Content, why: str | None = None
@@ -157,6 +175,12 @@ class NodeWatch:
                 why=why,
             )
         )
+
+
+def request_of(about: Any, app: Any) -> RunRequest:
+    """Describe a run by Flower's description of it and its app bundle."""
+    config = flower_internals.run_config(app.content, about)
+    return RunRequest.of(about.run_id, app.content, config)
 
 
 def samples_of(content: bytes) -> int | None:
