@@ -126,6 +126,14 @@ class HeteroLora(Uniform):
             "a method whose next round needs more than the weights": (
                 "the state of a layer that is left out would be lost"
             ),
+            "a method that starts from the factors of the last merge": (
+                "those of a layer that is left out would be lost"
+            ),
+        },
+        requires={
+            "a method that merges after every round": (
+                "the training of a layer that is left out would be lost"
+            ),
         },
     )
     def _chooses_again(self) -> str:

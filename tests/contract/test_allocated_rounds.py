@@ -216,6 +216,18 @@ def test_methods_that_carry_factors_are_asked_once() -> None:
         run(make_world(), method, RAGGED, rounds=1)
 
 
+def test_layers_are_chosen_again_only_for_methods_that_merge_after_every_round() -> None:
+    """Said of the config, before a round shows that the method carries factors."""
+    rule = HeteroLora(every=2)
+    assert not [*Features([rule, make_method("fed_rac_lora")]).conflicts()]
+    for method in (make_method("fedavg_lora"), make_method("fed_rac_lora", merge_every=3)):
+        (said,) = Features([rule, method]).conflicts()
+        assert "allocation.every needs a method that merges after every round" in said
+    (said,) = Features([rule, make_method("flexlora")]).conflicts()
+    assert "starts from the factors of the last merge" in said
+    assert not [*Features([HeteroLora(), make_method("fedavg_lora")]).conflicts()]
+
+
 @pytest.mark.parametrize("kept", [Momentum(space="factors"), ControlVariates()])
 @pytest.mark.parametrize("rule", [HeteroLora(), AdaLora()], ids=lambda r: r.name)
 def test_what_the_server_keeps_by_coordinates_is_refused_beside_a_rule(
