@@ -90,7 +90,7 @@ def trained(model: str, method: str, folder: Path | None = None, **keys: object)
         method, _, word = method.partition(" ")
         more = dict([word.split("=")])
     return fedraclora.simulate(
-        *(QUIET, *(["output.plots=false"] if folder else [])),
+        *(QUIET, "engine.chunk=8", *(["output.plots=false"] if folder else [])),
         model=make(),
         data=clients,
         test=samples(30, 9),

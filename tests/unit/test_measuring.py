@@ -24,7 +24,7 @@ from fedraclora.errors import ConfigError, FedRacLoraError
 from fedraclora.evaluation.clients import spread
 from fedraclora.evaluation.evaluate import class_accuracies, evaluate
 from fedraclora.evaluation.metrics import higher_is_better
-from tests.common import normal
+from tests.common import FIXED, normal
 
 SIZES = (1, 3, 10, 40)
 
@@ -88,7 +88,7 @@ def simulated(*words: str, **given: Any) -> Any:
     settings = {"method": "fed_rac_lora", "rounds": 3, "clients_per_round": 4} | given
     settings = {key: value for key, value in settings.items() if value is not None}
     share = ["evaluate.share=0.4"] if any("evaluate.clients=" in word for word in words) else []
-    common = (*share, "local.lr=0.1", "output.progress=false")
+    common = (*share, *FIXED, "output.progress=false")
     return fedraclora.simulate(*common, *words, model=net(), data=moons(), **settings)
 
 

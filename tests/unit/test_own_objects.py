@@ -23,7 +23,7 @@ from fedraclora.errors import ClientError, ConfigError
 from fedraclora.protocol.method import Traits
 from fedraclora.protocol.program import ClientProgram, GradientStage
 from fedraclora.strategies.shared.layerwise import LayerMethod, LayerUpdate
-from tests.common import normal
+from tests.common import FIXED, normal
 
 SIZES, HERE = (5, 9, 7), __name__
 cross_entropy = nn.functional.cross_entropy
@@ -52,7 +52,8 @@ def run(**keys: Any) -> fedraclora.RunResult:
         "rounds": 2,
         "clients_per_round": 3,
     }
-    return fedraclora.simulate(**(given | {"method": {"rank": 2}} | keys))
+    fixed = () if {"train", "local"} & {*keys} else FIXED
+    return fedraclora.simulate(*fixed, **(given | {"method": {"rank": 2}} | keys))
 
 
 @dataclass(frozen=True)
