@@ -28,9 +28,11 @@ from fedraclora.rng import generator, torch_normal
 from fedraclora.tree import Tree, parameters
 
 # Every method on one model, factors of every form on one that is trained in the other way, and what
-# clients train on every model; the rest is for the long suite.
+# clients train on every kind of model: B on each, whole weights where others are whole besides; the
+# rest is for the long suite.
 SHORT = {*product(KINDS, ("mlp",)), *product(WIDELY | ALSO, ("cnn-adapted",))}
-SHORT |= {*product(("fed_rac_lora", "fedavg"), CASES)}
+SHORT |= {*product(("fed_rac_lora",), CASES)}
+SHORT |= {("fedavg", "bert-all-linear-norms"), ("fedavg", "gpt")}
 
 
 @pytest.mark.short(when=lambda name, case: (name, case) in SHORT)
