@@ -89,6 +89,11 @@ def train(model: Any, task: Task, client: int, local: LocalConfig, trained: str)
 
 
 @pytest.mark.filterwarnings("ignore:.*is deprecated and will be removed in v6:FutureWarning")
+@pytest.mark.short(
+    when=lambda kind, trained, optimizer: (
+        (trained == "AB") == (optimizer == "adamw") or kind == "llama"
+    )
+)
 @pytest.mark.parametrize("optimizer", LOCALS)
 @pytest.mark.parametrize(("name", "trained"), [("fedavg_lora", "AB"), ("ffa_lora", "B")])
 @pytest.mark.parametrize(
