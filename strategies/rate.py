@@ -8,11 +8,11 @@ c / (s a r), and smaller for wide layers (as in muP) and for rounds with many st
     SGD:    c / (s a)^2                since W moves by lr s^2 a^2 times the projected gradient
 
 c was fitted to tuned rates (docs/records/rates.md): for AdamW on pretrained transformers, for SGD
-only on images of digits. The rate is the median over layers.
+only on images of digits. The rate is the median over layers. Whole weights that AdamW trains need a
+smaller rate than factors, the smaller the more inputs n a layer has, as in muP (Yang et al., arXiv
+2203.03466): `DENSE` / n, with the median n.
 
-Where no rule knows the run, `first_rate` is where the search begins. Whole weights that AdamW
-trains need a smaller rate than factors, the smaller the more inputs a layer has, as in muP (Yang et
-al., arXiv 2203.03466): DENSE / n.
+Where no rule knows the run, `first_rate` is where the search begins.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import math
 from statistics import median
 
 import torch
+from torch import nn
 
 from fedraclora.config.build import PreparedTask, plan_of
 from fedraclora.config.run_config import RunConfig
@@ -44,7 +45,10 @@ def rule_rate(config: RunConfig, built: PreparedTask) -> float | None:
     unbounded = local.optimizer == "sgd" and built.task.loss == "squared_error"
     if local.is_own or not is_known(local) or unbounded:
         return None
-    rate = rate_of(first_downlink(config, built), local.optimizer, steps_of(local, built))
+    downlink = first_downlink(config, built)
+    if not downlink.adapters and downlink.program.plain and local.optimizer == "adamw":
+        return dense_rate(built.task.model)
+    rate = rate_of(downlink, local.optimizer, steps_of(local, built))
     return None if rate is None else float(f"{rate:.2g}")
 
 
@@ -53,10 +57,15 @@ def first_rate(config: RunConfig, built: PreparedTask) -> float:
     kind = "own" if config.local.is_own else config.local.optimizer
     if kind in FIRST:
         return FIRST[kind]
-    inputs = [w[0].numel() for w in weights_of(built.task.model).values() if w.dim() > 1]
-    if first_downlink(config, built).adapters or not inputs:
+    if first_downlink(config, built).adapters:
         return FIRST_ADAPTIVE
-    return float(f"{DENSE / median(inputs):.2g}")
+    return dense_rate(built.task.model)
+
+
+def dense_rate(model: nn.Module) -> float:
+    """Return the rate of AdamW for whole weights, which falls with the inputs of a layer."""
+    inputs = [w[0].numel() for w in weights_of(model).values() if w.dim() > 1]
+    return float(f"{DENSE / median(inputs):.2g}") if inputs else FIRST_ADAPTIVE
 
 
 def first_downlink(config: RunConfig, built: PreparedTask) -> RoundInstructions:
