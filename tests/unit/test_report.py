@@ -361,7 +361,7 @@ def test_a_report_of_a_stopped_run_says_how_far_it_came_and_why(
     given: dict[str, Any] = {"model": "mlp", "data": clients, "folder": tmp_path, "rounds": 3}
     seen = list[str]()
     with pytest.raises((KeyboardInterrupt, ValueError)):
-        fedraclora.simulate(*WORDS[2:3], *FIXED, on_round=stop, **given)
+        fedraclora.simulate(*WORDS[2:5], *FIXED, on_round=stop, **given)
     shown = read_shown(tmp_path)
     kind, why = ("interrupted", "Ctrl-C") if error is KeyboardInterrupt else ("failed", "no disk")
     assert (shown.state, shown.reached) == (kind, f"2 of 3, {kind}")
@@ -369,7 +369,7 @@ def test_a_report_of_a_stopped_run_says_how_far_it_came_and_why(
     assert f"{kind} before its end, after round 2 of 3" in text
     assert why in text
     assert "final loss" not in text
-    fedraclora.simulate(*WORDS[2:3], *FIXED, resume=True, on_round=look, **given)
+    fedraclora.simulate(*WORDS[2:5], *FIXED, resume=True, on_round=look, **given)
     assert "3 of 3, running" in seen[0]
     assert "before its end" not in seen[0]
     shown = read_shown(tmp_path)
