@@ -177,32 +177,26 @@ def test_a_template_that_rewrites_what_it_wrote_is_refused(tokenizer: str) -> No
 
 
 @pytest.mark.parametrize(
-    ("row", "said"),
+    ("row", "keys", "said"),
     [
-        ({**PAIR, "response": " "}, r"row 2: .*response is empty"),
-        ({**PAIR, "response": None}, r"row 2: .*response is empty"),
-        ({"messages": [CHAT["messages"][0]]}, r"row 2: .*not end with"),
-        ({"messages": CHAT["messages"][1:]}, r"row 2: .*not begin with"),
-        ({"messages": []}, r"row 2: .*not begin with"),
-        ({"messages": [{"role": "judge", "content": "red"}]}, "row 2: a message is .*judge"),
-        ({"messages": 3}, "row 2: messages is '3'"),
-        ({"text": "red"}, r"row 2.*response is empty"),
+        ({**PAIR, "response": " "}, {}, "row 2: .*response"),
+        ({**PAIR, "response": None}, {}, "row 2: .*response"),
+        ({"messages": [CHAT["messages"][0]]}, {}, "row 2: .*end with"),
+        ({"messages": CHAT["messages"][1:]}, {}, "row 2: .*begin with"),
+        ({"messages": []}, {}, "row 2: .*begin with"),
+        ({"messages": [{"role": "judge", "content": "red"}]}, {}, "row 2: .*judge"),
+        ({"messages": 3}, {}, "row 2: messages .*'3'"),
+        ({"text": "red"}, {}, "row 2.*response"),
+        ({**PAIR, "who": None}, {"client": "who"}, r"row 2: .*who .*data\.client"),
+        ({**PAIR, "who": "b"}, {"client": "whom"}, r"data\.client.*'whom'"),
     ],
 )
-def test_a_row_that_cannot_be_used_is_named(
-    row: dict[str, Any], said: str, tmp_path: Path, tokenizer: str
+def test_a_row_or_key_that_cannot_be_used_is_named(
+    row: dict[str, Any], keys: dict[str, str], said: str, tmp_path: Path, tokenizer: str
 ) -> None:
-    file = write_rows(tmp_path / "rows.jsonl", [PAIR, row])
+    file = write_rows(tmp_path / "rows.jsonl", [{**PAIR, "who": "a"} if keys else PAIR, row])
     with pytest.raises((DataError, ConfigError), match=said):
-        load(file, tokenizer)
-
-
-def test_a_row_without_a_client_is_named(tmp_path: Path, tokenizer: str) -> None:
-    file = write_rows(tmp_path / "rows.jsonl", [{**PAIR, "who": "a"}, {**PAIR, "who": None}])
-    with pytest.raises(DataError, match=r"row 2: .*who \(data\.client\) is empty"):
-        load(file, tokenizer, client="who")
-    with pytest.raises(ConfigError, match=r"data.client.*unknown column 'whom'"):
-        load(file, tokenizer, client="whom")
+        load(file, tokenizer, **keys)
 
 
 def test_more_clients_than_rows_are_refused(tmp_path: Path, tokenizer: str) -> None:
@@ -211,17 +205,23 @@ def test_more_clients_than_rows_are_refused(tmp_path: Path, tokenizer: str) -> N
         make_partition(data, name="iid", clients=9, seed=0)
 
 
-def test_what_is_no_table_is_refused(tmp_path: Path) -> None:
-    for name, text, said in [
-        ("a.jsonl", "{not json}\n", "line 1 is not JSON"),
-        ("a.jsonl", "[1]\n", "line 1 is not a JSON object"),
-        ("a.jsonl", "\n", "holds no rows"),
+@pytest.mark.parametrize(
+    ("name", "text", "said"),
+    [
+        ("a.jsonl", "{not json}\n", "line 1 .*JSON"),
+        ("a.jsonl", "[1]\n", "line 1 .*JSON object"),
+        ("a.jsonl", "\n", "no rows"),
         ("a.csv", "prompt,response\na\n", "line 2: 1 fields.* 2"),
-        ("a.txt", "a", "end in .csv"),
-    ]:
-        (tmp_path / name).write_text(text)
-        with pytest.raises((DataError, ConfigError), match=said):
-            read_conversations(tmp_path / name, RowForm())
+        ("a.txt", "a", r"\.csv"),
+    ],
+)
+def test_what_is_no_table_is_refused(name: str, text: str, said: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_text(text)
+    with pytest.raises((DataError, ConfigError), match=said):
+        read_conversations(tmp_path / name, RowForm())
+
+
+def test_a_prompt_without_a_response_is_refused() -> None:
     with pytest.raises(ConfigError, match="set both"):
         RowForm(prompt="prompt")
 
