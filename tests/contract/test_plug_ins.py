@@ -75,6 +75,7 @@ def defined(path: Path) -> set[str]:
     return {name for name in found if not name.startswith("__") and len(name) > 1}
 
 
+@cache
 def fields_of(path: Path) -> set[str]:
     """Names of the fields of the dataclasses of a module."""
     classes = (node for node in ast.parse(sources()[path]).body if isinstance(node, ast.ClassDef))
