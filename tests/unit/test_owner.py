@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import tomllib
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
@@ -19,7 +20,7 @@ from fedraclora.commands import node
 from fedraclora.commands.app import write_app
 from fedraclora.commands.deploy import prepare
 from fedraclora.engines.flower_patches import OWNED
-from fedraclora.engines.owner.gate import APPROVED, ASK, Gate, RefusedError
+from fedraclora.engines.owner.gate import APPROVED, ASK, Gate, RefusedError, ask_owner
 from fedraclora.engines.owner.history import IN, OUT, REFUSED, Entry, History, now, used
 from fedraclora.engines.owner.policy import Limits, Policy
 from fedraclora.engines.owner.request import RunRequest, digest_of
@@ -141,6 +142,32 @@ def test_an_owner_is_asked_once_and_the_answer_is_kept(tmp_path: Path) -> None:
     Gate(ASK, history, ask).check(RUN, "train.cohort", "2")
     assert len(asked) == 2
     assert Policy.read(tmp_path / APPROVED).approved == {RUN.digest}
+
+
+@pytest.mark.parametrize(("typed", "approved"), [(b"y\n", True), (b"\n", False)])
+def test_an_owner_answers_on_a_terminal(
+    monkeypatch: pytest.MonkeyPatch, typed: bytes, approved: bool
+) -> None:
+    ours, theirs = os.openpty()
+    try:
+        monkeypatch.setattr("fedraclora.engines.owner.gate.TERMINAL", Path(os.ttyname(theirs)))
+        os.write(ours, typed)
+        assert ask_owner("digest 123\n") is approved
+        shown = b""  # after the echo of what was typed
+        while b"Approve it?" not in shown:
+            shown += os.read(ours, 1 << 12)
+        assert b"digest 123" in shown
+    finally:
+        os.close(ours)
+        os.close(theirs)
+
+
+def test_where_nobody_can_be_asked_the_run_is_refused(tmp_path: Path) -> None:
+    def gone(_: str) -> bool:
+        raise OSError("no terminal")
+
+    with pytest.raises(RefusedError):
+        Gate(ASK, History(tmp_path), gone).check(RUN, "train.cohort", "1")
 
 
 @pytest.mark.parametrize(

@@ -157,7 +157,11 @@ class DeployGrid(PostedGrid):
             last = time.monotonic() > end  # replies that had arrived by then are read
             came = came or self._pulled(waiting, end)
             self.incidents += monitor.late(
-                [waiting[name].who for name, _ in came if name in waiting]
+                [
+                    waiting[name].who
+                    for name, reply in came
+                    if name in waiting and not is_error(reply)
+                ]
             )
             for name, reply in came:
                 if isinstance(reply, Message):
@@ -329,6 +333,11 @@ class DeployGrid(PostedGrid):
     def answered(self, content: RecordDict, envelope: Envelope) -> Answer:
         """Decode the reply of a node whose weights are up to date."""
         return read_answer(content, envelope.ask)
+
+
+def is_error(reply: Message | NoAnswer) -> bool:
+    """Check whether a reply is an error, perhaps Flower's own about a node that is gone."""
+    return isinstance(reply, NoAnswer) or reply.has_error()
 
 
 def by_chunk(asks: Iterable[Ask], size: int) -> Iterator[tuple[int, list[Ask]]]:

@@ -57,7 +57,10 @@ class Gate:
             return
         try:
             policy = self._policy(self.file, run)
-        except ConfigError as error:
+        except (
+            ConfigError,
+            OSError,
+        ) as error:  # OSError: the terminal is gone, or the disk is full
             self._tell(f"every run is refused: {error}")
             raise RefusedError("the policy of the owner of this node's data is broken") from error
         if run.digest not in policy.approved:
@@ -104,7 +107,8 @@ class Gate:
 
 def ask_owner(text: str) -> bool:
     """Ask on the terminal of the node whether a run may train."""
-    with TERMINAL.open("r+", encoding="utf-8") as terminal:
-        terminal.write(f"A run asks to train on the data of this node:\n{text}Approve it? [y/N] ")
-        terminal.flush()
-        return terminal.readline().strip().lower() in {"y", "yes"}
+    # Two handles: a terminal cannot be sought, as one handle for both would need.
+    with TERMINAL.open("w", encoding="utf-8") as shown, TERMINAL.open(encoding="utf-8") as typed:
+        shown.write(f"A run asks to train on the data of this node:\n{text}Approve it? [y/N] ")
+        shown.flush()
+        return typed.readline().strip().lower() in {"y", "yes"}
