@@ -32,7 +32,7 @@ from fedraclora.tree import weights_of
 
 # c, by optimizer and trained factors.
 FITTED = {"adamw": {"B": 55.0, "A": 55.0, "BA": 27.5}, "sgd": {"B": 1.1, "A": 0.2, "BA": 0.1}}
-FIRST = {"sgd": 0.1, "own": 1.0}  # of the user's own function the rate is a factor
+FIRST_RATES = {"sgd": 0.1, "own": 1.0}  # of the user's own function the rate is a factor
 FIRST_ADAPTIVE = 0.003  # of optimizers whose steps have about the length of the rate
 DENSE = 0.1  # whole weights: 0.00026 for layers of 384 inputs
 NARROWEST = 96  # of the layers that c was fitted to: narrower ones would have huge rates
@@ -55,8 +55,8 @@ def rule_rate(config: RunConfig, built: PreparedTask) -> float | None:
 def first_rate(config: RunConfig, built: PreparedTask) -> float:
     """Return the rate from which a search begins where no rule knows the run."""
     kind = "own" if config.local.is_own else config.local.optimizer
-    if kind in FIRST:
-        return FIRST[kind]
+    if kind in FIRST_RATES:
+        return FIRST_RATES[kind]
     if first_downlink(config, built).adapters:
         return FIRST_ADAPTIVE
     return dense_rate(built.task.model)

@@ -112,25 +112,7 @@ def execute(run: RunBuilder, *watching: Callback) -> RunResult:
         if folder is not None:
             held = locked_folder if resume else new_folder
             lock.enter_context(held(folder, shared=run.config.output.shared))
-        with ExitStack() as stack:
-            reached = 0
-            stack.enter_context(logged(folder))
-            if resume and folder is not None:
-                stored = section(read_config(folder), "output")
-                check_data(folder, run.config.data.group)
-                reached = reached_round(folder)
-                run.resume = has_checkpoint(folder, int(str(stored["checkpoint_every"])))
-            run.config = with_rate(run)
-            stack.callback(run.close)
-            steps = copy.deepcopy([*run.given_steps]) if restart_rate(run) else ()
-            before = None
-            while before is None:
-                try:
-                    before = run_rounds(run, plain, reached, resumes=resume)
-                except DivergenceError:
-                    if (lower := restart_rate(run)) is None:
-                        raise
-                    restart(run, lower, copy.deepcopy(steps))
+        before = run_to_end(run, plain, resumes=resume)
         summary = summarize(run, before + time.perf_counter() - began)
         if folder is not None:
             if run.config.output.plots:
@@ -140,6 +122,37 @@ def execute(run: RunBuilder, *watching: Callback) -> RunResult:
     rows = list(run.recorder.ledger.rows)
     columns = together(run.recorder.by_clients)
     return RunResult(summary, rows, folder, run.config, run.weights, run, lambda: columns)
+
+
+def run_to_end(run: RunBuilder, plain: Plain, *, resumes: bool) -> float:
+    """Run all rounds, anew at a lower rate if they diverge; its engine is ended after.
+
+    Args:
+        run: The run, whose folder is locked.
+        plain: Its config, as callbacks are given it.
+        resumes: Whether it continues an existing run.
+
+    Returns:
+        The seconds that it took before it was resumed.
+    """
+    reached, folder = 0, run.folder
+    with ExitStack() as stack:
+        stack.enter_context(logged(folder))
+        if resumes and folder is not None:
+            stored = section(read_config(folder), "output")
+            check_data(folder, run.config.data.group)
+            reached = reached_round(folder)
+            run.resume = has_checkpoint(folder, int(str(stored["checkpoint_every"])))
+        run.config = with_rate(run)
+        stack.callback(run.close)
+        steps = copy.deepcopy([*run.given_steps]) if restart_rate(run) else ()
+        while True:
+            try:
+                return run_rounds(run, plain, reached, resumes=resumes)
+            except DivergenceError:
+                if (lower := restart_rate(run)) is None:
+                    raise
+                restart(run, lower, copy.deepcopy(steps))
 
 
 def run_rounds(run: RunBuilder, plain: Plain, reached: int, *, resumes: bool) -> float:
@@ -243,8 +256,8 @@ def recovery_hint(run: RunBuilder, folder: Path) -> str:
     where, attack = f"in round {run.strategy.done + 1}", run.config.attack
     if attack.share and not run.config.aggregator.individuals:
         where += (
-            f": aggregator={run.config.aggregator.name} does not limit attack={attack.name}, "
-            "a robust rule does (aggregator=geometric_median)"
+            f": aggregator={run.config.aggregator.name} does not limit attack={attack.name}. Use a "
+            "robust aggregator (aggregator=geometric_median)"
         )
     if not good:
         return f"{where}. No checkpoint is sound: run it anew with local.lr={rate:g}"

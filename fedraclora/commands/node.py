@@ -27,8 +27,6 @@ from fedraclora.engines.owner.history import HISTORY, IN, OUT, REFUSED, Entry, H
 from fedraclora.engines.owner.policy import Policy
 from fedraclora.engines.programs import RUNNER
 from fedraclora.errors import ConfigError
-from fedraclora.terminal.progress import size
-from fedraclora.terminal.tables import TextTable
 
 # Flower also accepts abbreviated options.
 OF_THE_API = ["--host", "--port", "--isolation", "--superexec-auth-secret-file"]
@@ -117,6 +115,8 @@ def print_history(state: Path) -> int:
         raise ConfigError(
             f"--state={state} has no {HISTORY}: no node of this user has kept one there"
         )
+    from fedraclora.terminal.tables import TextTable  # with torch, which a node does not wait for
+
     history = History(state)
     entries = history.entries()
     rows = []
@@ -133,6 +133,8 @@ def print_history(state: Path) -> int:
 
 def history_row(entries: Sequence[Entry], round_: str) -> dict[str, Any]:
     """Sum up messages of a run."""
+    from fedraclora.terminal.progress import size
+
     received = sum(entry.bytes for entry in entries if entry.way == IN)
     sent = sum(entry.bytes for entry in entries if entry.way == OUT)
     samples = [entry.samples for entry in entries if entry.samples is not None]

@@ -24,6 +24,7 @@ import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 
 from fedraclora.codec import from_bytes, join, split, to_bytes
+from fedraclora.engines.replies import RECORDS
 from fedraclora.errors import WireError
 from fedraclora.flower_internals import records_from_bytes, records_to_bytes
 from fedraclora.tree import Tree, to_numpy
@@ -37,7 +38,6 @@ R = TypeVar("R", ConfigRecord, ArrayRecord)
 UPDATE = "update"  # the record of an update of base weights
 UPDATE_NUMBERS = "update-numbers"
 JOB = "job"  # the record of a message that contains the others
-RECORDS = "records"  # the key of their place in it
 APART = 1 << 18  # bytes of arrays from which their record stays separate
 PART = 1 << 22  # the same if no other client receives them: Flower would cut them soon
 

@@ -11,7 +11,9 @@ from fedraclora.errors import OF_THE_RUN, WireError
 UNREADABLE = (AttributeError, DecodeError, LookupError, RecursionError, TypeError, ValueError)
 APP_RAISED = 2  # Flower's code for an error in a ClientApp
 RUN_AT_FAULT = 1000  # our code, far from Flower's: an error that is no client's fault
+OWNER_REFUSES = 1001  # our code for a message that the owner of a node's data refuses
 FORMAT = 3  # version of messages on real hosts: a reply names one of four kinds
+RECORDS = "records"  # the key of the small records of a message, in its record `job`
 STALE = "stale"  # the record of a reply that requests all full base weights
 
 

@@ -12,10 +12,12 @@ import math
 import reprlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fedraclora.errors import WireError
-from fedraclora.tree import Layout
+
+if TYPE_CHECKING:  # a node's own process, which has no torch, reads texts of other machines, too
+    from fedraclora.tree import Layout
 
 LONGEST = 1000  # characters of a text that another machine wrote
 MANY = 100  # sentences in one message
@@ -180,4 +182,6 @@ def layout_of(shapes: object, what: str) -> Layout:
         found.append((checked_name(pair[0], what), shape_of(pair[1], what)))
     if len(dict(found)) != len(found):
         raise WireError(f"{what} names a tensor twice")
+    from fedraclora.tree import Layout  # with torch
+
     return Layout(tuple(found))

@@ -24,7 +24,8 @@ from fedraclora.engines.owner.gate import APPROVED, ASK, Gate, RefusedError, ask
 from fedraclora.engines.owner.history import IN, OUT, REFUSED, Entry, History, now, used
 from fedraclora.engines.owner.policy import Limits, Policy
 from fedraclora.engines.owner.request import RunRequest, digest_of
-from fedraclora.engines.owner.watch import REFUSAL, NodeWatch
+from fedraclora.engines.owner.watch import NodeWatch
+from fedraclora.engines.replies import OWNER_REFUSES
 from fedraclora.errors import ConfigError
 from fedraclora.experiments.faults.grid import become_a_task
 
@@ -291,7 +292,7 @@ def test_a_refused_message_reaches_no_code_of_the_run(tmp_path: Path) -> None:
     assert there.come() == 7
     assert there.apps == 1  # the bundle is fetched once
     (reply, _) = there.replies
-    assert reply.error.code == REFUSAL
+    assert reply.error.code == OWNER_REFUSES
     assert RUN.digest in reply.error.reason
     there.push(there.state, there.store, lambda *_: None, lambda *_: None)
     assert [e.way for e in history.entries()] == [REFUSED, REFUSED]
@@ -307,7 +308,7 @@ def test_an_app_that_is_another_than_the_one_that_was_approved_is_refused(tmp_pa
     there.app = b"other"
     assert there.come() == 7  # Flower asks again in this test
     (reply,) = there.replies
-    assert reply.error.code == REFUSAL
+    assert reply.error.code == OWNER_REFUSES
 
 
 def test_a_node_gets_what_its_owner_asks_for(

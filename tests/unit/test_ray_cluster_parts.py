@@ -272,7 +272,8 @@ def test_workers_that_join_later_are_counted_with_those_of_the_start(
     own = grid.facts() | {"node": "here", "code": {}, "mark": "7"}
     there = object.__new__(grid.RayGrid)
     there._admitted = []
-    there.cluster = SimpleNamespace(facts={"cluster": "10.0.0.1:6379"})  # type: ignore[assignment]
+    cluster = SimpleNamespace(facts={"cluster": "10.0.0.1:6379"})
+    monkeypatch.setattr(there, "cluster", cluster, raising=False)
     there._check([own])
     there._check([own | {"address": "10.0.0.2"}] * 3)
     assert there.facts["workers"] == "4: 3 on 10.0.0.2, 1 on 10.0.0.1"

@@ -345,6 +345,8 @@ def test_a_page_that_is_looked_at_is_told_the_end(tmp_path: Path) -> None:
     with serving(tmp_path / "run", 0) as server:
         reader = threading.Thread(target=look, args=(server.url,))
         reader.start()
+        while not states:  # the page is open before the run begins, which may take no time
+            over.wait(0.05)
         simulated(tmp_path / "run")
     over.set()
     reader.join()

@@ -13,9 +13,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from fedraclora.wire.fields import printable
+
 SETTINGS, SENDS, RESUME = "cfg-json", "sends", "resume"  # keys of a run's config
 SECTIONS = ("method", "model", "data", "local", "compression", "privacy", "secure", "evaluate")
-WIDTH = 100  # of a line
+WIDTH, LONGEST = 100, 4000  # characters of a line, and of the settings of a section
 
 
 def digest_of(app: bytes, config: Mapping[str, object]) -> str:
@@ -63,7 +65,7 @@ def in_lines(rows: Mapping[str, str]) -> str:
     left = max(map(len, rows)) + 4
     text = ""
     for name, value in rows.items():
-        plain = "".join(c if c.isprintable() else "?" for c in value)  # another machine's text
+        plain = printable(value, LONGEST)  # another machine's text
         first = f"  {name:<{left - 2}}"
         lines = textwrap.wrap(plain, WIDTH, initial_indent=first, subsequent_indent=" " * left)
         text += "".join(f"{line}\n" for line in lines)

@@ -23,10 +23,9 @@ from fedraclora.engines.flower_patches import NODE_LOOP
 from fedraclora.engines.owner.gate import Gate, RefusedError
 from fedraclora.engines.owner.history import IN, OUT, REFUSED, Entry, History, now
 from fedraclora.engines.owner.request import RunRequest
+from fedraclora.engines.replies import OWNER_REFUSES, RECORDS
 
-RECORDS, NUMBERS, SAMPLES = "records", "chunk", "samples"  # where a reply has them
-REFUSAL = 1001  # our code for a message that the owner of the data refuses
-
+NUMBERS, SAMPLES = "chunk", "samples"  # where the small records of a reply have them
 KEPT = 4  # app bundles of runs that were refused, which are not fetched again
 
 Function = Callable[..., Any]
@@ -96,7 +95,7 @@ class NodeWatch:
             try:
                 run: int | None = pull(state=state, object_store=object_store, **{**named, **own})
             except RefusedError as refused:
-                reply = Message(Error(REFUSAL, str(refused)), reply_to=came[0])
+                reply = Message(Error(OWNER_REFUSES, str(refused)), reply_to=came[0])
                 flower_internals.insert_message(reply, state, object_store)
                 self.note(REFUSED, came[0], node, Content(), why=str(refused))
                 return int(came[0].metadata.run_id)
@@ -125,7 +124,7 @@ class NodeWatch:
                 push(state, object_store, send_next, push_content)
             finally:
                 for message, content in sent:
-                    if not (message.has_error() and message.error.code == REFUSAL):
+                    if not (message.has_error() and message.error.code == OWNER_REFUSES):
                         self.note(OUT, message, state.get_node_id(), content)
 
         return pushed
