@@ -11,7 +11,6 @@ from __future__ import annotations
 import grp
 import os
 import pwd
-import re
 import shutil
 import stat
 from collections.abc import Iterator
@@ -26,27 +25,7 @@ RUNS = 4  # runs whose weights a cache keeps
 NAME = 32  # characters of a run's name (`fedraclora.run.folder.run_id`)
 CACHE = "fedraclora-cache"  # subfolder of the folder that the node's configuration names
 MARKER = ".made-by-fedraclora"
-SPAN = re.compile(r"(\d{1,18})(?:-(\d{1,18}))?", re.ASCII)  # of a node's clients
-MANY = 10**6  # most clients of a range
 FEW = 10  # clients that are named one by one
-
-
-def served(context: Context) -> list[int]:
-    """Read the ids of the clients of this node.
-
-    Raises:
-        ConfigError: If the node's configuration does not name them.
-    """
-    key = "partition-ids" if "partition-ids" in context.node_config else "partition-id"
-    text = str(context.node_config.get(key, ""))
-    found = [SPAN.fullmatch(word) for word in text.replace(",", " ").split()]
-    spans = [(int(span[1]), int(span[2] or span[1])) for span in found if span is not None]
-    if not spans or None in found or any(not a <= b < a + MANY for a, b in spans):
-        raise ConfigError(
-            f"node-config {key}={text!r:.100}: not a list of client ids. Set partition-id to "
-            f"one id, or partition-ids to several, such as '0,3' or '0-124' (at most {MANY})"
-        )
-    return [*dict.fromkeys(client for a, b in spans for client in range(a, b + 1))]
 
 
 def some(clients: list[int]) -> str:

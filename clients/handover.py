@@ -26,7 +26,8 @@ from pathlib import Path
 
 from flwr.app import Context, Message
 
-from fedraclora.clients.cache import cache_of, claim, on_disk, served, some
+from fedraclora.clients.cache import cache_of, claim, on_disk, some
+from fedraclora.engines.node_config import served
 from fedraclora.errors import ClientError, ConfigError
 
 FOLDERS = "residents"  # subfolder of the cache, with a folder for each node
@@ -47,7 +48,8 @@ def hand_over(message: Message, context: Context) -> Message:
             cannot be used.
     """
     asked = message.metadata.group_id  # the round; empty for a request to report clients
-    where = f"{f'round {asked}, ' if asked else ''}clients {some(served(context))} of this node"
+    mine = some(served(context.node_config))
+    where = f"{f'round {asked}, ' if asked else ''}clients {mine} of this node"
     until = time.monotonic() + message.metadata.ttl  # after that the reply is not needed
     try:
         with open_alone(cache_of(context), context.node_id, until) as address:

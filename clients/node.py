@@ -20,12 +20,13 @@ from flwr.app import ConfigRecord, Context, RecordDict
 
 from fedraclora.binding import Plain, section
 from fedraclora.clients.answers import ReplyCache
-from fedraclora.clients.cache import folder_of, is_claimed, make_room, on_disk, served, some
+from fedraclora.clients.cache import folder_of, is_claimed, make_room, on_disk, some
 from fedraclora.clients.samples import check_samples
 from fedraclora.clients.worker import Worker
 from fedraclora.config.builder import TaskBuilder
 from fedraclora.config.run_config import task_from_plain
 from fedraclora.engines.asks import read_ask
+from fedraclora.engines.node_config import served
 from fedraclora.engines.records import clients_of, read_weight_update, write_answer
 from fedraclora.engines.replies import FORMAT, STALE
 from fedraclora.errors import ConfigError, WireError
@@ -46,10 +47,10 @@ KEPT = 4  # runs and nodes whose weights and data stay in memory
 
 def introduce(context: Context, run: str) -> RecordDict:
     """Report which clients this node serves, and which version of the base weights it holds."""
-    folder = folder_of(context, run, served(context)[0])
+    folder = folder_of(context, run, served(context.node_config)[0])
     found = read_stored_replica(folder) if is_claimed(folder.parent) else None
     version = -1 if found is None else found[1]
-    record = ConfigRecord({"ids": served(context), "held": version, "format": FORMAT})
+    record = ConfigRecord({"ids": served(context.node_config), "held": version, "format": FORMAT})
     if (name := context.node_config.get("name")) is not None:
         record["name"] = str(name)
     return RecordDict({"partition": record})
@@ -64,7 +65,7 @@ def answer(context: Context, run: str, content: RecordDict) -> RecordDict:
         ClientError: If a folder is not writable.
         WireError: If the message is for a client that this node does not serve.
     """
-    mine = served(context)
+    mine = served(context.node_config)
     if strangers := sorted({*clients_of(content)} - {*mine}):
         raise WireError(
             f"the server sent a message for the clients {some(strangers)}, but this node "

@@ -78,6 +78,10 @@ class ClientError(FedRacLoraError):
     """A client failed; the message names the client and the round."""
 
 
+class AbsentError(ClientError):
+    """Too few clients are connected, or the owners of their data refuse."""
+
+
 class RoundLostError(ClientError):
     """A round cannot be run, even after a retry; the message says why."""
 

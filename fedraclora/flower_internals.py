@@ -7,9 +7,11 @@ a function is called. What is replaced in Flower stands in `fedraclora.engines.f
 
 from __future__ import annotations
 
+import warnings
 from argparse import Namespace
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -147,6 +149,22 @@ def key_state(refusal: str) -> str | None:
 # --- inside a node -------------------------------------------------------------------------------
 
 
+def app_bundle(folder: Path) -> bytes:
+    """Build the bundle of an app, as ``flwr run`` does: the same bytes each time."""
+    from flwr.cli.build import build_fab_from_disk
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # of a library that Flower uses
+        return build_fab_from_disk(folder)
+
+
+def config_overrides(file: Path) -> dict[str, Any]:
+    """Read a file of run config, as ``flwr run`` does."""
+    from flwr.common.config import parse_config_args
+
+    return dict(parse_config_args([str(file)]))
+
+
 def run_config(app: bytes, run: Any) -> dict[str, Any]:
     """Return the config of a run: that of its app bundle, with what the run changes.
 
@@ -164,6 +182,19 @@ def insert_message(message: Message, state: Any, store: Any) -> None:
     from flwr.supernode.start_client_internal import _insert_message
 
     _insert_message(message, state, store)
+
+
+def announcement_bytes(message: Message, tree: Any) -> int:
+    """Count the bytes by which a SuperLink announces a message, without its content.
+
+    Args:
+        message: The message.
+        tree: The names of its objects, as Flower sends them.
+    """
+    from flwr.common.serde_utils import metadata_to_proto
+
+    size: int = metadata_to_proto(message.metadata).ByteSize() + tree.ByteSize()
+    return size
 
 
 def object_kind(content: bytes) -> str:

@@ -142,7 +142,7 @@ class FedStrategy:
             except ClientError as error:
                 if not left:
                     raise
-                grid.incidents.append(f"run again: {error}")
+                grid.tell(f"run again: {error}")
 
     def close(self, exchange: Exchange, send: Send, grid: Grid, cost: Cost) -> None:
         """Run an opened round to its end.

@@ -34,7 +34,7 @@ from functools import cached_property
 import torch
 from typing_extensions import override
 
-from fedraclora.errors import ClientError, ConfigError, DivergenceError
+from fedraclora.errors import AbsentError, ClientError, ConfigError, DivergenceError
 from fedraclora.run.callback import Callback
 from fedraclora.run.found_rate import FoundRate
 from fedraclora.run.ledger import Row, number
@@ -177,8 +177,9 @@ class RateSearch:
             ended = rung.probe.strategy.done + 1
             rung.failed, rung.probe = f"round {ended}: {type(error).__name__}", None
             rung.error = error
-            if self.run.config.local.is_own and not isinstance(error, DivergenceError):
-                raise  # of the user's function, at whatever rate
+            own = self.run.config.local.is_own and not isinstance(error, DivergenceError)
+            if own or isinstance(error, AbsentError):
+                raise  # of the user's function, or for want of clients, at whatever rate
         self.spent += (ended - before) * self.clients
         return rung.loss
 

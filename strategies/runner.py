@@ -6,11 +6,13 @@ import copy
 import logging
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
+from typing import Any
 
 from typing_extensions import override
 
@@ -285,6 +287,8 @@ def summarize(run: RunBuilder, seconds: float) -> dict[str, object]:
     if dropped:
         more["dropped"] = sum(len(refusals) for refusals in dropped)
         more["asked"] = sum(int(str(row.get("asked", 0))) for row in ledger.rows)
+    if run.engine.elsewhere and (missed := Counter(of_failures(ledger.rows))):
+        more["missed"] = {str(client): missed[client] for client in sorted(missed)}
     stopping = Stopping(run.config.stop, lower=lower_of(run.built.task.info))
     if (best := stopping.best(ledger.rows)) is not None:
         keys = ("round", "validation", "metrics", "clients")
@@ -317,6 +321,12 @@ def summarize(run: RunBuilder, seconds: float) -> dict[str, object]:
         "task": run.built.task.info,
         "seconds": round(seconds, 3),
     }
+
+
+def of_failures(rows: Iterable[Mapping[str, Any]]) -> Iterator[int]:
+    """Yield each client that a round went on without, once for each such round."""
+    for row in rows:
+        yield from {int(failure["client"]) for failure in row.get("failures") or ()}
 
 
 def draw(run: RunBuilder, folder: Path) -> None:

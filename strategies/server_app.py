@@ -22,7 +22,7 @@ from fedraclora.engines import flower_patches
 from fedraclora.engines.base import Engine, Grid
 from fedraclora.engines.deploy.grid import DeployGrid
 from fedraclora.errors import ConfigError
-from fedraclora.run.events import EventRecord
+from fedraclora.run.events import EventRecord, noticed
 from fedraclora.run.folder import run_id
 from fedraclora.strategies.builder import RunBuilder
 from fedraclora.strategies.methods import METHODS
@@ -50,9 +50,12 @@ def main(grid: FlowerGrid, context: Context) -> None:
         return on_hosts(grid, settings, folder, name, known=known, shared=shared, ended=ended)
 
     told = [EventRecord()]
-    execute(
-        RunBuilder(config, folder, resume=resume, engine=engine(), callbacks=told, probing=engine)
-    )
+    with noticed():
+        execute(
+            RunBuilder(
+                config, folder, resume=resume, engine=engine(), callbacks=told, probing=engine
+            )
+        )
 
 
 def on_hosts(

@@ -5,9 +5,13 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
+from fedraclora import flower_internals
 from fedraclora.binding import PlainDict, section
 from fedraclora.commands import CODE
+from fedraclora.engines.owner.request import RunRequest
+from fedraclora.private_folder import PrivateFolder
 from fedraclora.strategies.builder import RunBuilder
 from fedraclora.strategies.server_app import config_from_text
 from fedraclora.strategies.wrappers import method_of
@@ -28,9 +32,13 @@ class ServerRun(RunBuilder):
 
     Raises:
         FedRacLoraError: If the config cannot be built.
+
+    Attributes:
+        checkpoint: The round of the server's checkpoint, where a failed run has named it.
     """
 
     folder: Path
+    checkpoint: int | None = None
 
     def __init__(self, plain: PlainDict, folder: Path, *, there: object, resume: bool) -> None:
         output = {**section(plain, "output"), "dir": str(there)}
@@ -51,6 +59,15 @@ def write_app(run: ServerRun, folder: Path) -> tuple[Path, Path]:
     run_config.write_text("\n".join([*lines, ""]))
     copy_app(folder / "app")
     return folder / "app", run_config
+
+
+def owner_request(run: ServerRun) -> RunRequest:
+    """Describe a run as the owners of the data will be shown it, with the digest to approve."""
+    with PrivateFolder() as made:
+        folder, file = write_app(run, Path(made))
+        app = flower_internals.app_bundle(folder)
+        overrides = SimpleNamespace(override_config=flower_internals.config_overrides(file))
+        return RunRequest.of(0, app, flower_internals.run_config(app, overrides))
 
 
 def copy_app(folder: Path) -> None:

@@ -33,16 +33,19 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from flwr.app import Context, RecordDict
 
 from fedraclora import flower_internals
-from fedraclora.clients.cache import RUNS, cache_of, claim, on_disk, served
+from fedraclora.clients.cache import RUNS, cache_of, claim, on_disk
 from fedraclora.clients.node import trainer_for
+from fedraclora.commands.app import ServerRun, owner_request
 from fedraclora.commands.status import explained, in_one_piece
 from fedraclora.config.build import measured_samples
 from fedraclora.data.per_client import read_own
 from fedraclora.engines.deploy.control import Connection
 from fedraclora.engines.flower_patches import ANY, EARLY, OLDEST, patch
+from fedraclora.engines.node_config import served
+from fedraclora.engines.owner.gate import ASK
+from fedraclora.engines.owner.policy import Policy
 from fedraclora.errors import ConfigError, EngineError, FedRacLoraError
 from fedraclora.run.folder import versions_of
-from fedraclora.strategies.builder import RunBuilder
 from fedraclora.terminal.opening import OR_CLIENTS, UNMEASURED
 from fedraclora.training.chunking import HOST_BYTES
 from fedraclora.trust import names_in, refuse_unsaid
@@ -95,16 +98,20 @@ class Checklist:
         return found
 
 
-def check_run(run: RunBuilder, connection: Connection | None, file: str | None) -> int:
+def check_run(run: ServerRun, connection: Connection | None, file: str | None) -> int:
     """Check a run from the operator's side, and the connected nodes; write ``file``."""
     look, config = Checklist(), run.config
     versions = look.versions({})
     with look("run") as say:
+        digest = owner_request(run).digest
         if file is not None:
-            text = yaml.safe_dump({"versions": versions, "config": config.plain})
+            found = {"versions": versions, "config": config.plain, "digest": digest}
+            text = yaml.safe_dump(found)
             Path(file).write_text(text, encoding="utf-8")
         built, rounds = run.built, config.rounds
         say(f"clients={built.clients}, clients_per_round={built.cohort}, rounds={rounds}")
+    with look("digest, which owners approve") as say:
+        say(digest)
     with look("metrics") as say:
         known = measured_samples(built.task, run.config.evaluate.split)
         if not len(known) and built.task.held is None:
@@ -136,8 +143,14 @@ def check_run(run: RunBuilder, connection: Connection | None, file: str | None) 
     return look.failed
 
 
-def check_node(words: Sequence[str], file: str | None) -> int:
-    """Check a node from its owner's side, also against the ``file`` that `check_run` wrote."""
+def check_node(words: Sequence[str], file: str | None, policy: str | None = None) -> int:
+    """Check a node from its owner's side.
+
+    Args:
+        words: The arguments of Flower's program.
+        file: The file that `check_run` wrote, or None.
+        policy: The owner's file of approved runs, or None.
+    """
     args = flower_internals.node_arguments(words)
     wanted: dict[str, Any] = {"versions": {}, "config": {}}
     try:
@@ -145,6 +158,7 @@ def check_node(words: Sequence[str], file: str | None) -> int:
         if file is not None:
             wanted = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
         versions, plain = dict(wanted["versions"]), dict(wanted["config"])
+        digest = wanted.get("digest")
     except (click.ClickException, ValueError, TypeError, KeyError, yaml.YAMLError) as error:
         meant = (
             f"--check={file} must be the file that the operator's `fedraclora deploy "
@@ -155,6 +169,7 @@ def check_node(words: Sequence[str], file: str | None) -> int:
     look = Checklist()
     look.versions(versions)
     of_superlink(look, args)
+    of_approval(look, digest, policy)
     of_clients(look, Context(0, 0, config, RecordDict(), {}), plain)
     return look.failed
 
@@ -194,6 +209,19 @@ def of_superlink(look: Checklist, args: Namespace) -> None:
             limits = f"{OLDEST} s behind to {EARLY} s ahead"
             raise EngineError(f"{offset}, but Flower accepts {limits}: set the clock")
         say(offset)
+
+
+def of_approval(look: Checklist, digest: object, policy: str | None) -> None:
+    """Check whether the owner has approved a run, if its digest is known."""
+    if digest is None:
+        return
+    with look("approval") as say:
+        if policy is None:
+            raise UserWarning(f"the digest is {digest}; without --approve=FILE every run may train")
+        if policy == ASK or digest not in Policy.read(Path(policy).expanduser()).approved:
+            where = "this node will ask" if policy == ASK else f"it is not in {policy}"
+            raise UserWarning(f"the digest is {digest}; {where}")
+        say(f"{policy} has the digest {digest}")
 
 
 def read_key(file: Path) -> ec.EllipticCurvePrivateKey:
@@ -242,7 +270,7 @@ def of_clients(look: Checklist, context: Context, plain: dict[str, Any]) -> None
     """Check the data of a node's clients, and free disk and memory; ``plain``: config or {}."""
     own, weights, ids = context.node_config.get("data"), 0, list[int]()
     with look("data") as say:
-        ids = served(context)
+        ids = served(context.node_config)
         alone, source = own is not None and len(ids) == 1, None if own is None else str(own)
         wrong = list[str]()
         for client in ids:

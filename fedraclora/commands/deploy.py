@@ -11,6 +11,7 @@ without our patches, slower (docs/deploy.md).
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 import time
@@ -40,10 +41,11 @@ from fedraclora.errors import ConfigError, EngineError
 from fedraclora.launch import choose
 from fedraclora.limits import Count
 from fedraclora.private_folder import PrivateFolder
-from fedraclora.run.events import ROW, SUMMARY, Event
+from fedraclora.run.events import NOTICE, ROUND, ROW, STOPPED, SUMMARY, TEXT, Event
 from fedraclora.run.folder import amend, begin_folder, locked_folder, refuse_existing, write_summary
 from fedraclora.run.ledger import Ledger
-from fedraclora.run.log import logged
+from fedraclora.run.log import LOG, logged
+from fedraclora.run.log import NOTICE as NOTICE_LEVEL
 from fedraclora.schema import bound
 from fedraclora.terminal.progress import RunProgress
 from fedraclora.trust import is_function
@@ -51,7 +53,9 @@ from fedraclora.trust import is_function
 PATCHED, QUEUE = "deploy.patched", "deploy.queue"
 OWN_KEYS = ("connection", "nodes", PATCHED, QUEUE)
 TURN = 5.0  # seconds between looks whether other runs have ended
-KEPT = 40  # lines of the log that are printed if a run fails
+KEPT = 40  # lines of the server's log that are kept if a run fails
+
+log = logging.getLogger(__name__)
 
 
 def prepare(words: Sequence[str], nodes: int | None) -> ServerRun:
@@ -175,42 +179,103 @@ def follow(run: ServerRun, connection: Connection, record: Record | None) -> Non
     Raises:
         EngineError: If the run did not finish; it quotes Flower's reason.
     """
-    summary: dict[str, object] = {}
-    tail: deque[str] = deque(maxlen=KEPT)
-    opened = False
     number = submit(run, connection, record)
     config, output = run.config, run.config.output
     shown = {"shown": output.progress, "verbose": output.verbose}
-    with ExitStack() as stack:
-        progress = stack.enter_context(RunProgress(config.rounds, label=config.label, **shown))
-        progress.say(f"run {number} at connection {connection.name}")
-        try:
-            for line in lines_of(connection, number):
-                event = Event.read(line)
-                if event is None:
-                    tail.append(line)
-                elif event.kind == ROW:
-                    progress.row(event.value)
-                    if record is not None:
-                        record.take(event.value)
-                elif event.kind == SUMMARY:
-                    summary = event.value
-                elif not opened:  # a broken log stream starts again from its first line
-                    opened = True
-                    stack.enter_context(logged(run.folder))
-                    progress.open(event.value, run.plain, run.folder)
-        except KeyboardInterrupt:
-            progress.stopping(f"run {number}")
-            connection.stop(number)
-            raise
-    status = connection.status(number)
-    if not status.completed or not summary:
-        print("".join(tail), end="", file=sys.stderr)
-        raise EngineError(f"run {number} ended as {status.word}: {status.details}")
+    with RunProgress(config.rounds, label=config.label, **shown) as progress:
+        heard = RunListener(run, record, progress)
+        with heard:
+            progress.say(f"run {number} at connection {connection.name}")
+            try:
+                for line in lines_of(connection, number):
+                    heard.line(line)
+            except KeyboardInterrupt:
+                progress.stopping(f"run {number}")
+                connection.stop(number)
+                raise
+            status = connection.status(number)
+            if not status.completed or not heard.summary:
+                where = heard.keep_tail()
+                raise EngineError(f"run {number} ended as {status.word}: {status.details}{where}")
     if record is not None:
         record.draw()
-    write_summary(run.folder, summary)  # with the revision of this checkout: the app has none
-    print_outcome(summary, run.folder, run.plain)
+    write_summary(run.folder, heard.summary)  # with this checkout's revision: the app has none
+    print_outcome(heard.summary, run.folder, run.plain)
+
+
+class RunListener:
+    """Takes in the output of a server, line by line; as a context manager it opens the run's log.
+
+    Args:
+        run: The run.
+        record: Records the rows here if the server writes on another machine.
+        progress: Shows them.
+
+    Attributes:
+        summary: The final figures; empty until the run has finished.
+    """
+
+    def __init__(self, run: ServerRun, record: Record | None, progress: RunProgress) -> None:
+        self.run, self.record, self.progress = run, record, progress
+        self.summary: dict[str, object] = {}
+        self._tail: deque[str] = deque(maxlen=KEPT)
+        self._begun, self._stack = False, ExitStack()
+        self._logs = False
+
+    def __enter__(self) -> RunListener:
+        """Open the log, if there is a folder by now."""
+        if self.record is not None:
+            self._open_log()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Close the log."""
+        self._stack.close()
+
+    def _open_log(self) -> None:
+        if not self._logs and self.run.folder.is_dir():
+            self._stack.enter_context(logged(self.run.folder))
+            self._logs = True
+
+    def line(self, line: str) -> None:
+        """Take in a line."""
+        if (event := Event.read(line)) is None:
+            self._tail.append(line)
+        elif event.kind == ROW:
+            self.progress.row(event.value)
+            if self.record is not None:
+                self.record.take(event.value)
+        elif event.kind == SUMMARY:
+            self.summary = event.value
+        elif event.kind == STOPPED:
+            self.run.checkpoint = kept_round(event.value)
+        elif event.kind == NOTICE:
+            self._notice(str(event.value.get(TEXT)))
+        elif not self._begun:  # a broken log stream starts again from its first line
+            self._begun = True
+            self._open_log()
+            self.progress.open(event.value, self.run.plain, self.run.folder)
+
+    def _notice(self, text: str) -> None:
+        """Show a warning of the server once: a broken stream repeats it."""
+        if self.progress.notice(text) and self.record is not None:  # else the server logs it there
+            log.log(NOTICE_LEVEL, "%s", text)
+
+    def keep_tail(self) -> str:
+        """Keep the last lines of a run that failed; return where, for an error."""
+        self._open_log()
+        tail = "".join(self._tail)
+        if not self._logs:
+            print(tail, end="", file=sys.stderr)
+            return ""
+        log.info("the last lines of the server's log:\n%s", tail)
+        return f" (the last lines of the server's log are in {self.run.folder / LOG})"
+
+
+def kept_round(value: Mapping[str, object]) -> int | None:
+    """Read the round of the checkpoint of a run that has failed; None if it has none."""
+    round_ = value.get(ROUND)
+    return round_ if isinstance(round_, int) else None
 
 
 def submit(run: ServerRun, connection: Connection, record: Record | None = None) -> int:
@@ -415,7 +480,7 @@ def main(words: Sequence[str]) -> int:
         await_turn(Connection(name, command_line(os.environ)))
     with (
         watched(run.folder),
-        explaining_resume(run.folder, again, there=not nodes),
+        explaining_resume(run.folder, again, there=None if nodes else lambda: run.checkpoint),
         place(run, nodes, name, patched=options.patched) as (connection, record),
     ):
         follow(run, connection, record)

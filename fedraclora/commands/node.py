@@ -23,7 +23,7 @@ from typing import Any
 from fedraclora.compose.words import check_word
 from fedraclora.engines.flower_patches import AT_SOCKETS, NODE, OWNED, why_without
 from fedraclora.engines.owner.gate import ASK
-from fedraclora.engines.owner.history import HISTORY, IN, OUT, REFUSED, Entry, History
+from fedraclora.engines.owner.history import HISTORY, OUT, REFUSED, Entry, History
 from fedraclora.engines.owner.policy import Policy
 from fedraclora.engines.programs import RUNNER
 from fedraclora.errors import ConfigError
@@ -57,7 +57,7 @@ def main(words: Sequence[str]) -> int:
     if file is not None:
         from fedraclora.commands.check import check_node
 
-        return check_node(words, file or None)
+        return check_node(words, file or None, own.approve)
     return start(words, watched(own))
 
 
@@ -135,7 +135,7 @@ def history_row(entries: Sequence[Entry], round_: str) -> dict[str, Any]:
     """Sum up messages of a run."""
     from fedraclora.terminal.progress import size
 
-    received = sum(entry.bytes for entry in entries if entry.way == IN)
+    received = sum(entry.bytes for entry in entries if entry.way != OUT)
     sent = sum(entry.bytes for entry in entries if entry.way == OUT)
     samples = [entry.samples for entry in entries if entry.samples is not None]
     return {

@@ -73,6 +73,9 @@ def print_outcome(summary: PlainDict, folder: Path, plain: Plain) -> None:
     if "asked" in summary:
         dropped = f"{summary['dropped']} of {summary['asked']} times that a client was asked"
         table.add_row("dropped", dropped)
+    missed = summary.get("missed")
+    for client, rounds in missed.items() if isinstance(missed, dict) else ():
+        table.add_row("missing", f"client {client} in {rounds} of {summary['rounds']} rounds")
     for key, protected in (("privacy", "clients"), ("sample_privacy", "samples")):
         if key in summary:
             epsilon, delta = (number(summary, key, part) for part in ("epsilon", "delta"))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -128,7 +128,9 @@ def is_done(folder: Path, plain: Mapping[str, object]) -> bool:
 
 
 @contextmanager
-def explaining_resume(folder: Path, command: str, *, there: bool = False) -> Iterator[None]:
+def explaining_resume(
+    folder: Path, command: str, *, there: Callable[[], int | None] | None = None
+) -> Iterator[None]:
     """On an interruption inside, note the state of the run and how to resume it.
 
     It does so, too, if the engine or the disk ends a run that can be resumed.
@@ -136,7 +138,8 @@ def explaining_resume(folder: Path, command: str, *, there: bool = False) -> Ite
     Args:
         folder: The run folder.
         command: The command that runs it: simulate, or another with its own arguments.
-        there: Whether checkpoints are on another machine.
+        there: If checkpoints are on another machine: returns the round of the last one, or None if
+            that is not known.
     """
     try:
         yield
@@ -147,22 +150,23 @@ def explaining_resume(folder: Path, command: str, *, there: bool = False) -> Ite
                 again = (
                     f"resume with: fedraclora {command} {resume_word(folder)} {modules}".rstrip()
                 )
-                error.add_note(f"{_progress(folder, there=there)}; {again}")
+                error.add_note(f"{_progress(folder, there)}; {again}")
         raise
 
 
-def _progress(folder: Path, *, there: bool) -> str:
+def _progress(folder: Path, there: Callable[[], int | None] | None) -> str:
     done, config = reached_round(folder), read_config(folder)
     every = int(str(section(config, "output")["checkpoint_every"]))
-    if there and (last := done - done % every) < done:
+    kept = checkpoint_meta(folder).get("round") if there is None else there()
+    if there is not None and kept is None and (last := done - done % every) < done:
         stands = (
             f"and goes on after round {last}, the server's last regular checkpoint: rounds "
             f"{last + 1} to {done} are trained again, unless it saved one at its end "
             f"(output.checkpoint_every={every}; with 1 no round is lost)"
         )
-    elif there:
+    elif there is not None and kept is None:
         stands = "where the server has a checkpoint"
-    elif (kept := checkpoint_meta(folder).get("round")) is None:
+    elif kept is None:
         stands = "before its first checkpoint, so that it will begin again"
     else:
         stands = f"with a checkpoint after round {kept}: {done - int(str(kept))} will be run again"

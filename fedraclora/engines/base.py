@@ -8,6 +8,7 @@ The engines of one machine are in `fedraclora.clients.engines`, those inside a S
 
 from __future__ import annotations
 
+import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -15,11 +16,14 @@ from dataclasses import dataclass, field
 from fedraclora.privacy.secagg import SecAggTerms
 from fedraclora.protocol.link import Link
 from fedraclora.run.client_state import ClientStore
+from fedraclora.run.log import NOTICE
 from fedraclora.training.cohort import CohortTrainer
 from fedraclora.tree import Tree
 from fedraclora.weights.update import BaseWeights
 from fedraclora.wire.answers import Came
 from fedraclora.wire.exchange import Ask
+
+log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -69,6 +73,11 @@ class Grid(ABC):
         Raises:
             FedRacLoraError: If no client can be asked.
         """
+
+    def tell(self, text: str) -> None:
+        """Record an incident, and log it at once: its row may come much later."""
+        log.log(NOTICE, "%s", text)
+        self.incidents.append(text)
 
     def close(self) -> None:  # noqa: B027
         """Stop all processes that the grid has started."""

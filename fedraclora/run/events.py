@@ -7,17 +7,24 @@ server to the program that started a run there. Other lines of the log are ignor
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import logging
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 from typing_extensions import override
 
 from fedraclora.binding import PlainDict
 from fedraclora.run.callback import Callback, RunStart
 from fedraclora.run.ledger import Row
+from fedraclora.run.log import PROJECT
+from fedraclora.run.recorder import checkpoint_meta
 
 MARK = "fedraclora-event "  # prefix of an event's line
 OPENING, ROW, SUMMARY = "opening", "row", "summary"
+NOTICE, STOPPED = "notice", "stopped"
+TEXT, ROUND = "text", "round"  # keys of those two
 
 
 @dataclass(frozen=True)
@@ -25,8 +32,9 @@ class Event:
     r"""Hold an event of a run.
 
     Attributes:
-        kind: ``opening`` (the run's facts: `RunStart.facts`), ``row`` (a row of the ledger) or
-            ``summary`` (the final figures).
+        kind: ``opening`` (the run's facts: `RunStart.facts`), ``row`` (a row of the ledger),
+            ``summary`` (the final figures), ``notice`` (a warning of the run's log) or ``stopped``
+            (the run failed, with a checkpoint after this round).
         value: Its content, as values of JSON.
 
     Example:
@@ -53,18 +61,45 @@ class Event:
 class EventRecord(Callback):
     """Print the events of a run."""
 
+    def __init__(self) -> None:
+        self._folder: Path | None = None
+
     @override
     def begin(self, run: RunStart) -> None:
-        self._write(OPENING, run.facts)
+        self._folder = run.folder
+        write_event(OPENING, run.facts)
 
     @override
     def row(self, row: Row) -> None:
-        self._write(ROW, row)
+        write_event(ROW, row)
 
     @override
     def end(self, summary: Mapping[str, object], *, failed: bool) -> None:
         if not failed:
-            self._write(SUMMARY, summary)
+            write_event(SUMMARY, summary)
+        elif self._folder is not None:
+            write_event(STOPPED, {ROUND: checkpoint_meta(self._folder).get("round")})
 
-    def _write(self, kind: str, value: Mapping[str, object]) -> None:
-        print(Event(kind, dict(value)).line, end="", flush=True)  # noqa: T201
+
+class NoticeHandler(logging.Handler):
+    """Print warnings of a run as events, at once."""
+
+    @override
+    def emit(self, record: logging.LogRecord) -> None:
+        write_event(NOTICE, {TEXT: record.getMessage()})
+
+
+@contextmanager
+def noticed() -> Iterator[None]:
+    """Print each warning that is logged inside as an event, also in a search before round 1."""
+    handler = NoticeHandler(logging.WARNING)
+    PROJECT.addHandler(handler)
+    try:
+        yield
+    finally:
+        PROJECT.removeHandler(handler)
+
+
+def write_event(kind: str, value: Mapping[str, object]) -> None:
+    """Print an event."""
+    print(Event(kind, dict(value)).line, end="", flush=True)  # noqa: T201

@@ -15,6 +15,10 @@ LOG = "run.log"
 PROJECT = logging.getLogger("fedraclora")
 log = logging.getLogger(__name__)
 
+# What an operator has to know at once. A search for a learning rate hides warnings, and not this.
+NOTICE = logging.WARNING + 1
+logging.addLevelName(NOTICE, "NOTICE")
+
 # Libraries that tell programmers what will change in them. A user of a run can do nothing about it.
 LIBRARIES = ("accelerate", "huggingface_hub", "peft", "ray", "torch", "transformers")
 ANNOUNCED = (FutureWarning, DeprecationWarning, PendingDeprecationWarning)

@@ -63,6 +63,7 @@ class RunProgress(Callback):
         self._recent: deque[float] = deque(maxlen=AVERAGED)
         self._metric, self._withheld, self._opened = "", False, False
         self._left_out: list[str] = []
+        self._noticed: set[str] = set()
         self.bar = Progress(
             BarColumn(bar_width=None),
             TextColumn("{task.fields[text]}", markup=False),
@@ -129,6 +130,13 @@ class RunProgress(Callback):
         self._news = time.monotonic()
         self._write(text)
 
+    def notice(self, text: str) -> bool:
+        """Show at once, and once, what the row of a round will repeat; return whether it is new."""
+        if new := text not in self._noticed:
+            self._noticed.add(text)
+            self.say(text)
+        return new
+
     def stopping(self, what: str) -> None:
         """Show that something is being stopped, instead of the current round."""
         self._doing = f"stopping {what}"
@@ -157,7 +165,8 @@ class RunProgress(Callback):
         round_, left = number(row, "round"), self._left(row)
         incidents = row.get("incidents")
         told = incidents if isinstance(incidents, list) else []
-        heard = {record.getMessage() for record in self._heard.buffer}  # the log has said it
+        # the log has said it
+        heard = self._noticed | {record.getMessage() for record in self._heard.buffer}
         for text in [text for text in told if text not in heard][:TOLD]:
             self.say(f"round {round_:.0f}: {text}")
         out = left_out(row)

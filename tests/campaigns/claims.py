@@ -20,7 +20,7 @@ from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
-from flwr.app import ConfigRecord, Message, RecordDict
+from flwr.app import ConfigRecord, Error, Message, RecordDict
 from flwr.proto.node_pb2 import NodeInfo
 from typing_extensions import override
 
@@ -28,7 +28,7 @@ from fedraclora.config.settings import DeployConfig
 from fedraclora.engines.base import Traffic
 from fedraclora.engines.deploy import node_registry, straggler_monitor
 from fedraclora.engines.deploy.node_registry import NodeRegistry
-from fedraclora.engines.replies import FORMAT
+from fedraclora.engines.replies import FORMAT, OWNER_REFUSES
 from fedraclora.errors import ClientError, EngineError
 from fedraclora.experiments.faults.grid import FakeGrid
 from fedraclora.rng import generator
@@ -47,6 +47,7 @@ class Link(FakeGrid):
             holds for all further ones.
         registered: When each node was registered.
         now: What its clock says.
+        refused: Nodes whose owner refuses, and the text of the refusal.
         due: When the answer to each question is there.
         asked: The node of each question.
     """
@@ -54,6 +55,7 @@ class Link(FakeGrid):
     nodes: dict[int, list[int]]
     delays: dict[int, list[float]] = field(default_factory=dict)
     registered: dict[int, str] = field(default_factory=dict)
+    refused: dict[int, str] = field(default_factory=dict)
     now: float = 0.0
     due: dict[str, float] = field(default_factory=dict)
     asked: list[int] = field(default_factory=list)
@@ -80,7 +82,10 @@ class Link(FakeGrid):
         found = []
         for name in message_ids:
             message = self.waiting[name]
-            if self.due[name] <= self.now:
+            node = message.metadata.dst_node_id
+            if self.due[name] <= self.now and node in self.refused:
+                found.append(Message(Error(OWNER_REFUSES, self.refused[node]), reply_to=message))
+            elif self.due[name] <= self.now:
                 ids = self.nodes[message.metadata.dst_node_id]
                 record = ConfigRecord({"ids": ids, "held": -1, "format": FORMAT})
                 found.append(Message(RecordDict({"partition": record}), reply_to=message))
@@ -104,6 +109,10 @@ class Waiting:
     def wait(self, _: str) -> None:
         """Wait a moment."""
         self.grid.now += STEP
+
+    def tell(self, text: str) -> None:
+        """Record an incident."""
+        self.incidents.append(text)
 
 
 def clocks(link: Link) -> Any:

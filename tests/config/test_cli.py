@@ -356,7 +356,7 @@ def test_an_interrupt_says_where_the_run_stands_and_how_it_goes_on(
     assert (status, error.splitlines()[-1][:30]) == (130, "interrupted after round 3 of 4")
     assert said in error
     assert error.endswith(f"fedraclora simulate {hint}\n")
-    elsewhere = explaining_resume(tmp_path / "run", "deploy connection=x", there=True)
+    elsewhere = explaining_resume(tmp_path / "run", "deploy connection=x", there=lambda: None)
     with pytest.raises(KeyboardInterrupt) as ended, elsewhere:
         raise KeyboardInterrupt
     (note,) = ended.value.__notes__
@@ -364,6 +364,10 @@ def test_an_interrupt_says_where_the_run_stands_and_how_it_goes_on(
     assert note.startswith(f"after round 3 of 4, and goes on after round {last}, ")
     assert f" rounds {last + 1} to 3 are trained again" in note
     assert note.endswith(f"fedraclora deploy connection=x {hint}")
+    known = explaining_resume(tmp_path / "run", "deploy connection=x", there=lambda: 2)
+    with pytest.raises(KeyboardInterrupt) as ended, known:  # the server has named its checkpoint
+        raise KeyboardInterrupt
+    assert "after round 3 of 4, with a checkpoint after round 2: 1 " in ended.value.__notes__[0]
     assert simulate(*words, f"resume={tmp_path / 'run'}") == (0, "")
     noted = {
         r["round"]: r["incidents"]

@@ -14,13 +14,12 @@ from typing import Any
 import pytest
 import yaml
 from cryptography import x509
-from flwr.app import Context, RecordDict
 from flwr.common.config import parse_config_args
 from packaging.requirements import Requirement
 
-from fedraclora.clients.cache import served
 from fedraclora.compose.overrides import composed
 from fedraclora.config.run_config import from_plain
+from fedraclora.engines.node_config import served
 from fedraclora.strategies.methods import METHODS
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -95,7 +94,7 @@ def test_each_command_is_one_and_takes_its_flags(
         assert args.auth_supernode_private_key
         assert args.root_certificates
         config = parse_config_args([args.node_config])
-        assert served(Context(0, 0, config, RecordDict(), {}))
+        assert served(config)
         assert {*config} <= {"partition-id", "partition-ids", "data", "cache"}
     else:
         assert words[:2] == ["fedraclora", "simulate"]

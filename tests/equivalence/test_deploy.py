@@ -301,7 +301,7 @@ def test_clients_are_found_wherever_they_are(tmp_path: Path) -> None:
     assert used == {5: [0, 2], 3: [1]}
     said = " ".join(map(str, rows(tmp_path / "run")[1]["incidents"]))  # type: ignore[call-overload]
     assert "client 1: served by node 3," in said
-    assert "a node cannot take part: ConfigError: node-config partition-id=''" in said
+    assert "does not take part: ConfigError: node-config partition-id=''" in said
 
 
 @pytest.mark.slow

@@ -20,7 +20,7 @@ from fedraclora.engines.asks import read_ask
 from fedraclora.engines.deploy import grid, node_registry, straggler_monitor
 from fedraclora.engines.deploy.pulling import NOT_WHOLE
 from fedraclora.engines.records import read_answer
-from fedraclora.errors import ClientError
+from fedraclora.errors import AbsentError, ClientError
 from fedraclora.experiments.faults.harms import (
     BEHAVIOURS,
     HARMS,
@@ -318,7 +318,8 @@ def test_a_round_with_too_few_is_run_again(tmp_path: Path) -> None:
     deploy([], tmp_path / "run", network)
     done = rows(tmp_path / "run")
     assert done[2]["failures"] == []
-    (said,) = done[2]["incidents"]  # type: ignore[misc, has-type]
+    said, back = done[2]["incidents"]  # type: ignore[misc, has-type]
+    assert "client 1 is back" in back
     assert "run again: round 2: 1 client(s) failed, engine.min_clients=all. client 1: OSE" in said
     deploy([], tmp_path / "plain", Network(tmp_path / "cache", nodes_for(3)))
     wanted, found = summary_of(tmp_path / "plain"), summary_of(tmp_path / "run")
@@ -373,10 +374,19 @@ def test_then_the_run_stops_with_a_checkpoint_that_goes_on(retries: int, tmp_pat
 def test_a_run_whose_clients_never_come_stops(tmp_path: Path) -> None:
     """What a node that cannot take part has said is in the error."""
     network = Network(tmp_path / "cache", {**nodes_for(1), 5: {}})
-    said = r"1 of 3 clients were connected .* missing are \[1, 2\]; a node .* partition-id=''"
+    said = r"1 of 3 clients were connected .* missing are \[1, 2\]; node .* partition-id=''"
     with pytest.raises(ClientError, match=said):
         deploy(["engine.wait=0.5", "engine.retries=1"], tmp_path / "run", network)
     assert not network.train_messages()
+
+
+def test_a_search_for_the_rate_tries_no_other_rate_where_clients_never_come(tmp_path: Path) -> None:
+    network = Network(tmp_path / "cache", nodes_for(2))
+    words = ["local.lr=auto", "engine.wait=0.5", "engine.retries=0", "rounds=30"]
+    with pytest.raises(AbsentError):
+        deploy(words, tmp_path / "run", network)
+    asked = {str(m.content["job"]["run"]) for m in network.sent if "job" in m.content}  # type: ignore[index]
+    assert len(asked) == 1
 
 
 def test_the_same_faults_end_a_simulation(tmp_path: Path) -> None:

@@ -29,6 +29,7 @@ from fedraclora.experiments.bench.usage import descendants
 from fedraclora.experiments.faults.real import Drill, client_processes, wait_for
 from fedraclora.experiments.faults.trials import absent, final_weights
 from fedraclora.run.ledger import number, read_ledger
+from fedraclora.run.log import LOG
 from tests.common import simulated, summary_of
 from tests.equivalence.listeners import listeners, needs_proc
 from tests.strangers import as_stranger, needs_root
@@ -110,27 +111,46 @@ def test_without_patches_of_flower_a_deployment_has_the_bits_of_simulate(
 
 
 def test_a_run_waits_until_the_owner_of_the_data_approves_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    """The operator is told at once, before there is a row; a file that breaks is waited for."""
     here, alone, state = (tmp_path / name for name in ("here", "alone", "state"))
     policy, history = tmp_path / "policy.yaml", History(state)
     policy.write_text("approved: []\n")
     monkeypatch.setenv(OWNED, json.dumps({"policy": str(policy), "state": str(state)}))
 
+    told = ""
+
     def approve() -> None:
-        wait_for(lambda: bool(history.entries()), "a refused message")
-        policy.write_text(f"approved: [{history.entries()[0].digest}]\n")
+        nonlocal told
+        wait_for(lambda: len(history.entries()) > 1, "a refused message of each node")
+        wait_for(lambda: "not approved" in (here / LOG).read_text(), "a line of the log")
+        told = capsys.readouterr().err
+        good = f"approved: [{history.entries()[0].digest}]\n"
+        policy.write_text(good)
+        wait_for(lambda: any(e.is_training for e in history.entries()), "a message of a round")
+        policy.write_text("approved: [")
+        wait_for(lambda: "cannot be read" in (here / LOG).read_text(), "a line of the log")
+        policy.write_text(good)
 
     owner = threading.Thread(target=approve)
     owner.start()
-    assert cli.run("deploy", ["nodes=2", *WORDS, f"output.dir={here}"]) == 0
+    words = ["nodes=2", *WORDS, "output.progress=true", "rounds=60", f"output.dir={here}"]
+    assert cli.run("deploy", words) == 0
     owner.join()
-    simulated(composed([*WORDS, "clients=2", "clients_per_round=2", f"output.dir={alone}"]), alone)
+    assert "not approved" in told
+    assert "round 1" not in told
+    said = capsys.readouterr().err
+    assert said.count("cannot be read") >= 1
+    assert "back" in said
+    two = ["clients=2", "clients_per_round=2", "rounds=60", "engine=inline"]
+    two += [f"output.dir={alone}"]
+    simulated(composed([*WORDS, *two]), alone)
     assert summary_of(here)["weights_digest"] == summary_of(alone)["weights_digest"]
     entries = history.entries()
     assert entries[0].way == REFUSED
     trained = [entry for entry in entries if entry.kind.startswith(TRAIN)]
-    assert [e.round for e in trained if e.way == IN] == ["1", "1", "2", "2"]
+    assert {int(e.round) for e in trained if e.way == IN} == {*range(1, 61)}
     first, again = ({e.samples for e in trained if e.way == OUT and e.round == n} for n in "12")
     assert first == again
     assert None not in first
@@ -235,7 +255,7 @@ def test_strangers_are_refused(kind: str, deployment: LocalDeployment, tmp_path:
 
 
 def test_a_run_that_fails_has_its_words_and_its_status(
-    deployment: LocalDeployment, tmp_path: Path
+    deployment: LocalDeployment, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The server cannot make its folder."""
     (tmp_path / "file").write_text("")
@@ -243,6 +263,14 @@ def test_a_run_that_fails_has_its_words_and_its_status(
     request = deploy.prepare([*words, f"engine.folder={tmp_path / 'file' / 'run'}"], None)
     with pytest.raises(EngineError, match=r"finished:failed: .*cannot make the folder"):
         deploy.follow(request, deployment.connection, None)
+    assert "Traceback" in capsys.readouterr().err  # there is no folder for it
+    with (
+        Record(request.folder, request.plain, resume=False) as record,
+        pytest.raises(EngineError, match=LOG),
+    ):
+        deploy.follow(request, deployment.connection, record)
+    assert "Traceback" not in capsys.readouterr().err
+    assert "Traceback" in (request.folder / LOG).read_text()
 
 
 @pytest.mark.parametrize("sign", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])

@@ -13,8 +13,8 @@ from flwr.app import Array, ArrayRecord, Context, Message, RecordDict
 
 from fedraclora.clients import node as client_node
 from fedraclora.clients import respond
-from fedraclora.clients.cache import served
 from fedraclora.engines.deploy import grid
+from fedraclora.engines.node_config import served
 from fedraclora.engines.records import clients_of
 from fedraclora.errors import ClientError, ConfigError
 from fedraclora.experiments.faults.harms import header, stays_silent, vector
@@ -247,14 +247,10 @@ def test_a_node_of_another_format_is_refused_by_name(
     ("text", "clients"), [("0-2", [0, 1, 2]), ("4, 1-2 4", [4, 1, 2]), ("7", [7])]
 )
 def test_clients_of_a_node_are_numbers_and_spans(text: str, clients: list[int]) -> None:
-    assert served(context(text)) == clients
+    assert served({"partition-ids": text}) == clients
 
 
 @pytest.mark.parametrize("text", ["", "0,x", "3-1", "-1", "1-", "0-99999999999"])
 def test_clients_of_a_node_that_are_none_are_refused(text: str) -> None:
     with pytest.raises(ConfigError, match=r"partition-ids='.*'0-124'"):
-        served(context(text))
-
-
-def context(text: str) -> Any:
-    return type("Context", (), {"node_config": {"partition-ids": text}})()
+        served({"partition-ids": text})

@@ -10,6 +10,7 @@ import pytest
 
 from fedraclora.engines.deploy.node_registry import AGAIN, PATIENCE, NodeRegistry
 from fedraclora.engines.deploy.straggler_monitor import StragglerMonitor
+from fedraclora.engines.owner.refusal import OwnerRefusal
 from fedraclora.errors import ClientError, EngineError
 from tests.campaigns.claims import Link, Waiting, campaign, clocks
 
@@ -148,3 +149,43 @@ def test_an_absent_client_is_named_with_the_node_that_served_it(make: Make) -> N
     del link.nodes[3]
     assert all(part in who.absence(0) for part in ("not connected", "node 3", EARLY))
     assert "node" not in who.absence(2)
+
+
+NORTH = OwnerRefusal("not approved").write({"name": "north", "partition-ids": "1-2"})
+
+
+def test_a_refusal_is_told_once_with_the_name_and_clients_of_the_node(make: Make) -> None:
+    """Also of a node that has never served: what it refuses is not called an absence."""
+    who, post, link = make(Link({3: [0], 9: [1, 2]}, refused={9: NORTH}), min_clients=1)
+    for _ in range(3):
+        assert who.gather([0, 1, 2]) == {0: 3}
+    (said,) = post.incidents
+    for part in ("north", "node 9", "[1, 2]", "not approved", "engine.min_clients=1"):
+        assert part in said
+    assert all(part in who.absence(1) for part in ("north", "not approved"))
+    assert "not connected" not in who.absence(1)
+    link.refused.clear()
+    assert who.gather([0, 1, 2]) == {0: 3, 1: 9, 2: 9}
+    link.refused[9] = NORTH
+    who.forget(9)
+    who.gather([0, 1, 2])
+    assert len(post.incidents) == 2  # again, since it has served in between
+
+
+def test_a_run_that_needs_all_clients_waits_for_one_whose_owner_refuses(make: Make) -> None:
+    who, post, link = make(Link({3: [0], 9: [1]}, refused={9: NORTH}), wait=90.0)
+    with pytest.raises(ClientError, match=r"missing are \[1\]; north .*not approved"):
+        who.gather([0, 1])
+    assert 90 < link.now < 92
+    assert link.asked.count(9) == 5  # every 20 s
+    assert "waits until" in post.incidents[0]
+
+
+def test_a_node_that_refuses_in_a_round_is_asked_whether_it_serves(make: Make) -> None:
+    """No message of a round, with all that it brings, goes to it before it says so."""
+    who, _, link = make(Link({3: [0], 9: [1]}), min_clients=1)
+    assert who.gather([0, 1]) == {0: 3, 1: 9}
+    link.refused[9] = NORTH
+    assert "not approved" in who.refused(9, NORTH)
+    assert who.gather([0, 1]) == {0: 3}
+    assert link.asked == [3, 9, 9]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import tomllib
+from contextlib import suppress
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -13,16 +14,17 @@ from typing import Any
 
 import pytest
 from flwr.app import ConfigRecord, Message, RecordDict
-from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects
+from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects, get_object_tree
 
 from fedraclora import flower_internals
 from fedraclora.commands import node
-from fedraclora.commands.app import write_app
+from fedraclora.commands.app import owner_request, write_app
 from fedraclora.commands.deploy import prepare
 from fedraclora.engines.flower_patches import OWNED
 from fedraclora.engines.owner.gate import APPROVED, ASK, Gate, RefusedError, ask_owner
 from fedraclora.engines.owner.history import IN, OUT, REFUSED, Entry, History, now, used
 from fedraclora.engines.owner.policy import Limits, Policy
+from fedraclora.engines.owner.refusal import OwnerRefusal
 from fedraclora.engines.owner.request import RunRequest, digest_of
 from fedraclora.engines.owner.watch import NodeWatch
 from fedraclora.engines.replies import OWNER_REFUSES
@@ -55,6 +57,18 @@ def test_the_digest_is_that_of_code_and_settings_whether_resumed_or_not() -> Non
     assert digest != digest_of(b"other", config)
     assert digest != digest_of(b"app", {**config, "cfg-json": '{"rounds": 3}'})
     assert digest != digest_of(b"app", {**config, "more": 1})
+
+
+def test_where_the_server_writes_is_not_in_the_digest(tmp_path: Path) -> None:
+    """Its folder has the time of the start in its name: else no digest could be known before."""
+    words = ["clients=2", "clients_per_round=2", "data=digits", "local.lr=0.1", "pretrain=none"]
+    folders = [f"output.dir={tmp_path}/{name}" for name in "abc"]
+    more = ([], ["engine.folder=/srv/other"], ["rounds=3"])
+    one, same, other = (
+        owner_request(prepare([*words, folder, *own], None)).digest
+        for folder, own in zip(folders, more, strict=True)
+    )
+    assert one == same != other
 
 
 def test_a_request_says_what_a_run_of_this_project_sends(tmp_path: Path) -> None:
@@ -191,12 +205,45 @@ def test_limits_end_the_training_of_a_run_or_a_day(
         history.add(entry(IN, **other))
         history.add(entry(OUT, **other, bytes=1_000_000, seconds=900.0))
     gate = Gate(policy(tmp_path, f"approved: [{RUN.digest}]\n{limits}"), history)
-    gate.check(RUN, "query.partition", "")  # no training
     if reached is None:
+        gate.check(RUN, "query.partition", "")
         gate.check(RUN, "train.cohort", "3")
         return
-    with pytest.raises(RefusedError, match=reached):
-        gate.check(RUN, "train.cohort", "3")
+    for kind, round_ in (("query.partition", ""), ("train.cohort", "3")):
+        with pytest.raises(RefusedError, match=reached) as refused:
+            gate.check(RUN, kind, round_)
+        assert bool(refused.value.refusal.until) == ("day" in reached)
+
+
+def test_the_last_round_that_a_limit_allows_is_brought_to_its_end(tmp_path: Path) -> None:
+    """It may have several messages; a run that is resumed begins its rounds anew."""
+    history = History(tmp_path)
+    history.add(entry(IN, round="1"))
+    gate = Gate(policy(tmp_path, f"approved: [{RUN.digest}]\nrun: {{rounds: 1}}"), history)
+    gate.check(RUN, "train.cohort", "1")
+    with pytest.raises(RefusedError, match="rounds=1"):
+        gate.check(RUN, "train.cohort", "2")
+    with pytest.raises(RefusedError, match="rounds=1"):
+        gate.check(replace(RUN, run=8), "train.cohort", "1")
+
+
+def test_an_owner_is_told_once_for_each_run_until_it_may_train(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    gate, told = Gate(policy(tmp_path, "approved: ["), History(tmp_path)), list[int]()
+
+    def check(run: RunRequest, text: str) -> None:
+        policy(tmp_path, text)
+        with suppress(RefusedError):
+            gate.check(run, "query.partition", "")
+        told.append(len(capsys.readouterr().err))
+
+    for run in (RUN, RUN, replace(RUN, run=8)):
+        check(run, "approved: [")
+    check(RUN, f"approved: [{RUN.digest}]")  # says that it may train
+    check(RUN, f"approved: [{RUN.digest}]")
+    check(RUN, "approved: [")
+    assert [bool(count) for count in told] == [True, False, True, True, False, True]
 
 
 def test_a_history_goes_on_after_a_line_that_a_kill_has_cut(tmp_path: Path) -> None:
@@ -236,7 +283,7 @@ class Node:
 
     def flower_pushes(self, _state: Any, _store: Any, send: Any, push_object: Any) -> None:
         for reply in self.replies:
-            send(reply, None, 0.0)
+            send(reply, get_object_tree(reply), 0.0)
             for name, found in get_all_nested_objects(reply).items():
                 push_object(7, "session", name, found.deflate())
 
@@ -250,7 +297,8 @@ class Node:
         found: int | None = self.pull(
             state=self.state,
             object_store=self.store,
-            receive=lambda: (self.message, None),
+            node_config={"name": "north", "partition-ids": "0,2-3"},
+            receive=lambda: (self.message, get_object_tree(self.message)),
             get_run=lambda run: SimpleNamespace(fab_hash="h", run_id=run),
             get_fab=self.get_fab,
             pull_object=lambda _, name: objects[name].deflate(),
@@ -274,13 +322,14 @@ def test_what_comes_and_goes_is_written_down_with_its_bytes(tmp_path: Path) -> N
     came, went = history.entries()
     bytes_ = [
         sum(len(o.deflate()) for o in get_all_nested_objects(m).values())
+        + flower_internals.announcement_bytes(m, get_object_tree(m))
         for m in (there.message, there.replies[0])
     ]
     assert (came.way, went.way, [came.bytes, went.bytes]) == (IN, OUT, bytes_)
     assert (came.round, came.kind, came.node, came.digest) == ("4", "train.cohort", 3, RUN.digest)
     assert went.seconds is not None
     assert came.records is not None
-    assert sum(came.records.values()) == came.bytes
+    assert sum(came.records.values()) < came.bytes
 
 
 @pytest.mark.usefixtures("config")
@@ -293,9 +342,22 @@ def test_a_refused_message_reaches_no_code_of_the_run(tmp_path: Path) -> None:
     assert there.apps == 1  # the bundle is fetched once
     (reply, _) = there.replies
     assert reply.error.code == OWNER_REFUSES
-    assert RUN.digest in reply.error.reason
+    said = OwnerRefusal.read(reply.error.reason)
+    assert RUN.digest in said.why
+    assert (said.name, said.clients) == ("north", (0, 2, 3))
     there.push(there.state, there.store, lambda *_: None, lambda *_: None)
     assert [e.way for e in history.entries()] == [REFUSED, REFUSED]
+    size = flower_internals.announcement_bytes(there.message, get_object_tree(there.message))
+    assert [e.bytes for e in history.entries()] == [size, size]
+
+
+@pytest.mark.parametrize(
+    "text", ["no", "[1]", '{"why": 3}', "{}", '{"why": "\\u001b[2J", "until": 0}']
+)
+def test_the_reason_of_another_machine_may_be_any_text(text: str) -> None:
+    found = OwnerRefusal.read(text)
+    assert str(found).isprintable()
+    assert found.clients == ()
 
 
 @pytest.mark.usefixtures("config")

@@ -6,7 +6,7 @@ import math
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 
 from flwr.app import ConfigRecord, Message, RecordDict
@@ -26,7 +26,7 @@ from fedraclora.engines.records import (
     read_answer,
     unfolded,
 )
-from fedraclora.engines.replies import FORMAT, STALE, UNREADABLE
+from fedraclora.engines.replies import FORMAT, OWNER_REFUSES, STALE, UNREADABLE
 from fedraclora.errors import ClientError, WireError
 from fedraclora.flower_internals import message_bytes
 from fedraclora.weights.update import WeightHistory
@@ -38,6 +38,7 @@ from fedraclora.wire.together import Answered, join_asks, split_answer
 Queues = dict[int, list[list[Ask]]]  # for each node, the requests of each message to send
 Reply = tuple[str, Message | NoAnswer]  # a reply, with the number of the message that it answers
 NODE_UNAVAILABLE = 5  # Flower's code for a node that is not connected
+GONE = "the node went away: it was ended, or its connection to the SuperLink has broken"
 # Bytes of requests and replies of several chunks in one message: both ends hold several copies, and
 # a proxy limits the size of a request.
 MOST = 1 << 25
@@ -100,6 +101,7 @@ class DeployGrid(PostedGrid):
         self.traffic: Traffic = Traffic()
         self.registry = NodeRegistry(self)
         self.one_by_one, self._cut = False, False
+        self._missed: set[int] = set()  # clients without a reply to the last exchange with them
 
     @override
     def ask(self, asks: Sequence[Ask], timeout: float | None = None) -> Came:
@@ -114,7 +116,17 @@ class DeployGrid(PostedGrid):
         waiting, end = dict[str, Envelope](), time.monotonic() + seconds
         for node in left:
             self._post(node, left, waiting, seconds)
-        return found + self.receive(waiting, end, left=left)
+        found += self.receive(waiting, end, left=left)
+        self._note_returns(found)
+        return found
+
+    def _note_returns(self, found: Sequence[Answered]) -> None:
+        """Tell which clients are back after an exchange without them."""
+        failed = {c for ask, own in found if isinstance(own, NoAnswer) for c in ask.clients}
+        here = {c for ask, _ in found for c in ask.clients} - failed
+        if back := sorted(here & self._missed):
+            self.tell(f"{self.registry.served_by(back)} back")
+        self._missed = (self._missed | failed) - here
 
     def by_node(self, asks: Sequence[Ask]) -> tuple[Queues, list[Answered]]:
         """Sort requests for single clients by node, for its messages; report absent clients."""
@@ -302,9 +314,7 @@ class DeployGrid(PostedGrid):
             The replies; None if the node requests all full base weights.
         """
         if reply.has_error():
-            if reply.error.code == NODE_UNAVAILABLE:
-                self.registry.forget(envelope.node)
-            return self.refusal(reply)
+            return self._failed(reply, envelope)
         if not reply.has_content():
             return NoAnswer("its reply is empty")
         try:
@@ -316,6 +326,17 @@ class DeployGrid(PostedGrid):
             return split_answer(envelope.ask, self.answered(content, envelope), envelope.asks)
         except Exception as error:  # another machine may send anything
             return NoAnswer(f"its reply is refused: {error}")
+
+    def _failed(self, reply: Message, envelope: Envelope) -> NoAnswer:
+        """Read an error reply, and record what it says of its node."""
+        if reply.error.code == OWNER_REFUSES:
+            return NoAnswer(self.registry.refused(envelope.node, str(reply.error.reason)))
+        found = self.refusal(reply)
+        if reply.error.code == NODE_UNAVAILABLE:
+            self.registry.forget(envelope.node)
+            found = NoAnswer(GONE)
+        name = f"{envelope.name}: " if envelope.name else ""
+        return replace(found, reason=f"{name}{found.reason}")
 
     def _check_job(self, job: object) -> None:
         """Reject a reply from other weights, or from another run, which may have the same ones."""

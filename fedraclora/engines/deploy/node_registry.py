@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from datetime import UTC, datetime, timedelta
 from typing import Protocol
 
 from flwr.app import ConfigRecord, Message, RecordDict
@@ -18,14 +19,15 @@ from flwr.serverapp import Grid
 from fedraclora.config.settings import DeployConfig
 from fedraclora.engines.base import Traffic
 from fedraclora.engines.deploy.pulling import in_part, pulled
-from fedraclora.engines.replies import FORMAT, UNREADABLE, check_format
-from fedraclora.errors import ClientError, EngineError, WireError
+from fedraclora.engines.node_config import node_name
+from fedraclora.engines.owner.refusal import OwnerRefusal
+from fedraclora.engines.replies import FORMAT, OWNER_REFUSES, UNREADABLE, check_format
+from fedraclora.errors import AbsentError, EngineError, WireError
 from fedraclora.flower_internals import message_bytes
 from fedraclora.wire.fields import printable, shown, whole_number
 
 PARTS = 10.0  # seconds for the parts of a reply, which is small
 PATIENCE = 60.0  # seconds for further nodes to report their clients, once enough have
-LONGEST_NAME = 60  # characters of the name of a node
 AGAIN = 20.0  # seconds without a reply until a node is asked again, doubled each time
 
 
@@ -43,6 +45,9 @@ class RegistryContext(Protocol):
 
     def wait(self, what: str) -> None:
         """Wait a moment."""
+
+    def tell(self, text: str) -> None:
+        """Record an incident, and tell the operator at once."""
 
 
 @dataclass(frozen=True)
@@ -79,7 +84,7 @@ class NodeRegistry:
         self._registered: dict[int, str] = {}  # node -> when it was registered
         self._serving: dict[int, list[int]] = {}  # node -> its clients
         # nodes that did not report their clients: the reason, and when it came
-        self._unfit: dict[int, tuple[str, float]] = {}
+        self._unfit: dict[int, tuple[OwnerRefusal, float]] = {}
         self._reported: set[tuple[int, str]] = set()  # nodes and reasons among the incidents
         self._asked: dict[str, Question] = {}  # requests without a reply so far
         self._enough: float | None = None  # time since which enough clients are known
@@ -104,7 +109,7 @@ class NodeRegistry:
         """Wait until enough clients are connected; return the node of each.
 
         Raises:
-            ClientError: If too few are connected in time.
+            AbsentError: If too few are connected in time.
             EngineError: If more clients are claimed by several nodes than the run allows.
         """
         settings = self.post.settings
@@ -112,7 +117,6 @@ class NodeRegistry:
         began = time.monotonic()
         # other nodes may be repaired by now
         self._serving = {n: c for n, c in self._serving.items() if c}
-        self._unfit.clear()
         while True:
             self._look()
             nodes = self._nodes()
@@ -125,8 +129,8 @@ class NodeRegistry:
                     return found
             elif now > began + settings.wait:
                 missing = sorted(set(clients) - found.keys())
-                unfit = [f"; a node cannot take part: {why}" for why, _ in self._unfit.values()]
-                raise ClientError(
+                unfit = [f"; {self._unfit_now(node)}" for node in self._unfit]
+                raise AbsentError(
                     f"{len(found)} of {len(clients)} clients were connected after "
                     f"{settings.wait:g} s (engine.wait), {enough} are wanted "
                     f"(engine.min_clients); missing are {missing[:10]}" + "".join(unfit)
@@ -179,15 +183,60 @@ class NodeRegistry:
             )
 
     def _name(self, node: int) -> str:
-        """Name a node as `flwr supernode list` does, and as its owner does."""
+        """Name a node as its owner does, and as `flwr supernode list` does."""
         when, name = self._registered.get(node), self.names.get(node)
-        facts = [*([name] if name else []), *([f"registered {when}"] if when else [])]
-        return f"node {node}" + (f" ({', '.join(facts)})" if facts else "")
+        facts = [f"node {node}"] * bool(name) + [f"registered {when}"] * bool(when)
+        return (name or f"node {node}") + (f" ({', '.join(facts)})" if facts else "")
 
     def absence(self, client: int) -> str:
-        """Say that a client is not connected, and which node served it last."""
+        """Say why a client is absent, and which node served it last."""
         last = self._node.get(client)
+        for node, (why, _) in self._unfit.items():
+            if node == last or client in why.clients:
+                return self._unfit_now(node)
         return "it is not connected" + ("" if last is None else f"; {self._name(last)} served it")
+
+    def served_by(self, clients: Sequence[int]) -> str:
+        """Name clients with their nodes, for a sentence that goes on after "is" or "are"."""
+        names = dict.fromkeys(self.names.get(self._node.get(c, -1), "") for c in clients)
+        told = ", ".join(filter(None, names))
+        verb = "is" if len(clients) == 1 else "are"
+        return f"{_told(clients)}{f' ({told})' if told else ''} {verb}"
+
+    def refused(self, node: int, text: str) -> str:
+        """Record that the owner of a node's data refuses a message; return the reason.
+
+        The node is asked whether it serves before it is sent another message of a round.
+        """
+        why = OwnerRefusal.read(text)
+        if why.name:
+            self.names[node] = why.name
+        self._exclude(node, why)
+        return self._unfit_now(node)
+
+    def _unfit_now(self, node: int) -> str:
+        """Say why a connected node does not take part."""
+        why, name = self._unfit[node][0], self.names.get(node)
+        facts = [f"node {node}"] * bool(name) + [_told(why.clients)] * bool(why.clients)
+        who = (name or f"node {node}") + (f" ({', '.join(facts)})" if facts else "")
+        return f"{who} does not take part: {why}"
+
+    def _exclude(self, node: int, why: OwnerRefusal) -> None:
+        """Record why a node does not take part; tell each reason once."""
+        self._serving[node], self._unfit[node] = [], (why, time.monotonic())
+        if (node, why.why) in self._reported:
+            return
+        self._reported.add((node, why.why))
+        settings = self.post.settings
+        seconds = settings.wait * (settings.retries + 1)
+        if settings.min_clients is None:
+            until = datetime.now(UTC) + timedelta(seconds=seconds)
+            what = (
+                f"the run waits until {until:%H:%M} UTC ({seconds:g} s, engine.wait for each try)"
+            )
+        else:
+            what = f"with engine.min_clients={settings.min_clients} rounds may go on without it"
+        self.post.tell(f"{self._unfit_now(node)}; it is asked again, and {what}")
 
     def _look(self) -> None:
         """Ask new nodes for their clients, and read the replies that have arrived."""
@@ -201,9 +250,11 @@ class NodeRegistry:
             if asked.node not in self._serving and now > asked.at + asked.pause:
                 del self._asked[name]
                 self._ask(replace(asked, at=now, pause=2 * asked.pause))
-        for node in [n for n, (_, when) in self._unfit.items() if now > when + AGAIN]:
-            del self._unfit[node]  # its owner may have approved the run
-            self._serving.pop(node, None)
+        self._unfit = {n: unfit for n, unfit in self._unfit.items() if n in there}
+        for node, (why, when) in self._unfit.items():
+            if now > when + AGAIN:  # its owner may have approved the run
+                self._unfit[node] = why, now
+                self._serving.pop(node, None)
         for node in sorted(there.keys() - self._serving - {q.node for q in self._asked.values()}):
             self._ask(Question(node, now, now, AGAIN))
         for name, asked in list(self._asked.items()):
@@ -215,14 +266,13 @@ class NodeRegistry:
                     if in_part(reply):
                         self._ask(replace(asked, at=now))
                         continue
-                    self._introduce(asked.node, *_read(reply))
+                    if reply.has_error() and reply.error.code == OWNER_REFUSES:
+                        self.refused(asked.node, str(reply.error.reason))
+                    else:
+                        self._introduce(asked.node, *_read(reply))
             except (*UNREADABLE, WireError) as error:
                 self._asked.pop(name, None)
-                why = printable(str(error))
-                if (asked.node, why) not in self._reported:
-                    self._reported.add((asked.node, why))
-                    post.incidents.append(f"a node cannot take part: {why}")
-                self._serving[asked.node], self._unfit[asked.node] = [], (why, now)
+                self._exclude(asked.node, OwnerRefusal(printable(str(error))))
 
     def _ask(self, question: Question) -> str:
         """Ask a node for its clients; return Flower's number of the message."""
@@ -237,6 +287,8 @@ class NodeRegistry:
     def _introduce(self, node: int, mine: list[int], version: int | None, name: str) -> None:
         """Record a node's clients, its version and its name."""
         self._serving[node] = mine
+        self._unfit.pop(node, None)
+        self._reported = {(n, why) for n, why in self._reported if n != node}
         self.versions[node] = version
         if name:
             self.names[node] = name
@@ -259,5 +311,4 @@ def _read(reply: Message) -> tuple[list[int], int | None, str]:
     if not isinstance(ids, list):
         raise TypeError(f"it reports {shown(ids)} as its clients, expected a list of ids")
     mine = sorted({whole_number(c, "a client that it serves") for c in ids})
-    name = printable(str(answer.get("name", "")), LONGEST_NAME)
-    return mine, version if version >= 0 else None, name
+    return mine, version if version >= 0 else None, node_name(answer)

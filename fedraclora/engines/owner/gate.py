@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from datetime import UTC, datetime
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
-from fedraclora.engines.owner.history import TRAIN, History, used
+from fedraclora.engines.owner.history import History, used
 from fedraclora.engines.owner.policy import Limits, Policy
+from fedraclora.engines.owner.refusal import OwnerRefusal
 from fedraclora.engines.owner.request import RunRequest
 from fedraclora.errors import ConfigError
 
@@ -18,7 +20,15 @@ TERMINAL = Path("/dev/tty")
 
 
 class RefusedError(Exception):
-    """The reason for which a message is refused, as the server gets it."""
+    """A message is refused.
+
+    Args:
+        refusal: The reason, as the server gets it.
+    """
+
+    def __init__(self, refusal: OwnerRefusal) -> None:
+        super().__init__(str(refusal))
+        self.refusal = refusal
 
 
 class Gate:
@@ -40,15 +50,15 @@ class Gate:
         if self.ask is not None:
             self.file = history.file.with_name(APPROVED)
         self._declined: set[str] = set()
-        self._told: set[str] = set()
+        self._told: dict[int, set[str]] = {}  # run -> texts, until it may train
 
     def check(self, run: RunRequest, kind: str, round_: str) -> None:
-        """Check a message.
+        """Check a message; tell the owner on this terminal if it is refused.
 
         Args:
             run: Its run.
             kind: Flower's type of the message.
-            round_: Its round.
+            round_: Its round; empty for the question whether this node serves.
 
         Raises:
             RefusedError: If its run is not approved, or a limit is reached.
@@ -56,24 +66,28 @@ class Gate:
         if self.file is None:
             return
         try:
-            policy = self._policy(self.file, run)
-        except (
-            ConfigError,
-            OSError,
-        ) as error:  # OSError: the terminal is gone, or the disk is full
-            self._tell(f"every run is refused: {error}")
-            raise RefusedError("the policy of the owner of this node's data is broken") from error
+            refused = self._refused(self.file, run, round_)
+        except (ConfigError, OSError) as error:  # OSError: no terminal, or the disk is full
+            self._tell(run, f"every run is refused: {error}")
+            raise RefusedError(OwnerRefusal("the owner's policy cannot be read")) from error
+        if refused is not None:
+            text, refusal = refused
+            self._tell(run, text)
+            raise RefusedError(refusal)
+        if self._told.pop(run.run, None):
+            _print(f"run {run.digest[:12]} may train now ({kind})")
+
+    def _refused(self, file: Path, run: RunRequest, round_: str) -> tuple[str, OwnerRefusal] | None:
+        """Return what to tell the owner, and why the run is refused; None if it is not."""
+        policy = self._policy(file, run)
         if run.digest not in policy.approved:
-            self._tell(
-                "A run asks to train on the data of this node, which has not approved it:\n"
-                f"{run.text}To approve it, add its digest to `approved` in {self.file}."
-            )
-            raise RefusedError(
-                f"the owner of this node's data has not approved the run with digest {run.digest}"
-            )
-        if kind.startswith(TRAIN) and (reached := self._reached(policy, run)):
-            self._tell(f"run {run.digest[:12]}, round {round_}: refused, the limit {reached}")
-            raise RefusedError(f"the owner of this node's data has reached the limit {reached}")
+            text = "A run asks to train on the data of this node, which has not approved it:\n"
+            text += f"{run.text}To approve it, add its digest to `approved` in {file}."
+            why = f"its owner has not approved the run with digest {run.digest}"
+            return text, OwnerRefusal(why)
+        if (refusal := self._reached(policy, run, round_)) is not None:
+            return f"run {run.digest[:12]} is refused: {refusal}", refusal
+        return None
 
     def _policy(self, file: Path, run: RunRequest) -> Policy:
         """Read the policy; ask the owner about a new run."""
@@ -88,21 +102,36 @@ class Gate:
                 self._declined.add(run.digest)
         return known
 
-    def _reached(self, policy: Policy, run: RunRequest) -> str | None:
+    def _reached(self, policy: Policy, run: RunRequest, round_: str) -> OwnerRefusal | None:
         """Return the limit that a run, or this day, has reached."""
         if policy.run == policy.day == Limits():
             return None
-        entries, today = self.history.entries(), datetime.now(UTC).date().isoformat()
-        of_run = policy.run.reached(used(e for e in entries if e.digest == run.digest))
-        of_day = policy.day.reached(used(e for e in entries if e.time.startswith(today)))
-        return (of_run and f"{of_run} of a run") or (of_day and f"{of_day} of a day")
+        entries, today = self.history.entries(), datetime.now(UTC).date()
+        of_run = [e for e in entries if e.digest == run.digest]
+        of_day = [e for e in entries if e.time.startswith(today.isoformat())]
+        until = f"{today + timedelta(days=1)} 00:00 UTC"
+        for limits, own, of, end in (
+            (policy.run, of_run, "run", ""),
+            (policy.day, of_day, "day", until),
+        ):
+            # A round has several messages: the last one that is allowed is brought to its end.
+            began = any(e.is_training and (e.run, e.round) == (run.run, round_) for e in own)
+            left = replace(limits, rounds=None) if round_ and began else limits
+            if reached := left.reached(used(own)):
+                return OwnerRefusal(f"its owner's limit is reached: {reached} of a {of}", end)
+        return None
 
-    def _tell(self, text: str) -> None:
-        """Print a text to the node's terminal, once."""
-        if text not in self._told:
-            self._told.add(text)
-            sys.stderr.write(f"{text}\n")
-            sys.stderr.flush()
+    def _tell(self, run: RunRequest, text: str) -> None:
+        """Print a text to the node's terminal, once until the run may train."""
+        told = self._told.setdefault(run.run, set())
+        if text not in told:
+            told.add(text)
+            _print(text)
+
+
+def _print(text: str) -> None:
+    sys.stderr.write(f"{text}\n")
+    sys.stderr.flush()
 
 
 def ask_owner(text: str) -> bool:

@@ -51,6 +51,11 @@ class Entry:
     samples: int | None = None
     why: str | None = None
 
+    @property
+    def is_training(self) -> bool:
+        """Return whether it is a message for which this node trained."""
+        return self.way == IN and self.kind.startswith(TRAIN)
+
 
 def now() -> str:
     """Return the time of an entry."""
@@ -119,6 +124,6 @@ def used(entries: Iterable[Entry]) -> Limits:
         if entry.way == OUT:
             sent += entry.bytes
             seconds += entry.seconds or 0.0
-        if entry.way == IN and entry.kind.startswith(TRAIN):
+        if entry.is_training:
             rounds.add((entry.run, entry.round))
     return Limits(len(rounds), sent / 1e6, seconds / 3600)

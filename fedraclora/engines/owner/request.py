@@ -1,7 +1,8 @@
 """Describe a run to the owner of the data, before it trains: its code, settings and what it sends.
 
-The digest is that of the code and of all settings, except whether the run is resumed. With the same
-digest a run has the same code, method, data settings, rounds, privacy and compression.
+The digest is that of the code and of all settings, except whether the run is resumed, and the
+server's folder. With the same digest a run has the same code, method, data settings, rounds,
+privacy and compression.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import hashlib
 import json
 import textwrap
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +19,7 @@ from fedraclora.wire.fields import printable
 
 SETTINGS, SENDS, RESUME = "cfg-json", "sends", "resume"  # keys of a run's config
 SECTIONS = ("method", "model", "data", "local", "compression", "privacy", "secure", "evaluate")
+FOLDERS = (("output", "dir"), ("engine", "folder"))  # of the server
 WIDTH, LONGEST = 100, 4000  # characters of a line, and of the settings of a section
 
 
@@ -29,6 +32,11 @@ def digest_of(app: bytes, config: Mapping[str, object]) -> str:
     """
     code = hashlib.sha256(app).hexdigest()
     settings = {key: value for key, value in config.items() if key != RESUME}
+    with suppress(LookupError, TypeError, ValueError):  # another app has other settings
+        plain = json.loads(str(settings[SETTINGS]))
+        for group, key in FOLDERS:
+            plain[group] = {k: v for k, v in plain[group].items() if k != key}
+        settings[SETTINGS] = plain
     text = json.dumps([code, settings], sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()
 
@@ -38,10 +46,12 @@ class RunRequest:
     """A run as its owner's node meets it.
 
     Attributes:
+        run: Flower's number of the run: another one when it is resumed.
         digest: Its digest.
         text: Its description, in lines for a terminal.
     """
 
+    run: int
     digest: str
     text: str
 
@@ -57,7 +67,7 @@ class RunRequest:
         digest, code = digest_of(app, config), hashlib.sha256(app).hexdigest()
         rows = {"run": str(run), "digest": digest}
         rows["code"] = f"{len(app) / 1e6:.2f} MB, SHA-256 {code}"
-        return cls(digest, in_lines(rows | _settings(config)))
+        return cls(run, digest, in_lines(rows | _settings(config)))
 
 
 def in_lines(rows: Mapping[str, str]) -> str:

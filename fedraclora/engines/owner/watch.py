@@ -22,6 +22,7 @@ from fedraclora.engines import flower_patches
 from fedraclora.engines.flower_patches import NODE_LOOP
 from fedraclora.engines.owner.gate import Gate, RefusedError
 from fedraclora.engines.owner.history import IN, OUT, REFUSED, Entry, History, now
+from fedraclora.engines.owner.refusal import OwnerRefusal
 from fedraclora.engines.owner.request import RunRequest
 from fedraclora.engines.replies import OWNER_REFUSES, RECORDS
 
@@ -38,10 +39,17 @@ class Content:
     Attributes:
         records: Bytes of each kind of object.
         samples: On how many samples clients trained, where the reply says so.
+        announced: Bytes by which a message is announced, before its objects come.
     """
 
     records: dict[str, int] = field(default_factory=dict)
     samples: int | None = None
+    announced: int = 0
+
+    @property
+    def size(self) -> int:
+        """Count all of it."""
+        return self.announced + sum(self.records.values())
 
     def add(self, content: bytes) -> None:
         """Count one object of the message."""
@@ -75,6 +83,7 @@ class NodeWatch:
             def receive() -> Any:
                 if (found := named["receive"]()) is not None:
                     came.append(found[0])
+                    content.announced = flower_internals.announcement_bytes(*found)
                     self.meet(found[0].metadata.run_id, named["get_run"], named["get_fab"])
                     about = found[0].metadata
                     self.gate.check(self.runs[about.run_id][0], about.message_type, about.group_id)
@@ -95,9 +104,10 @@ class NodeWatch:
             try:
                 run: int | None = pull(state=state, object_store=object_store, **{**named, **own})
             except RefusedError as refused:
-                reply = Message(Error(OWNER_REFUSES, str(refused)), reply_to=came[0])
+                reason = refused.refusal.write(named.get("node_config", {}))
+                reply = Message(Error(OWNER_REFUSES, reason), reply_to=came[0])
                 flower_internals.insert_message(reply, state, object_store)
-                self.note(REFUSED, came[0], node, Content(), why=str(refused))
+                self.note(REFUSED, came[0], node, content, why=str(refused))
                 return int(came[0].metadata.run_id)
             if run is not None:
                 self.began[came[0].metadata.message_id] = time.monotonic()
@@ -112,9 +122,10 @@ class NodeWatch:
         def pushed(state: Any, object_store: Any, send: Function, push_object: Function) -> None:
             sent = list[tuple[Message, Content]]()
 
-            def send_next(message: Message, *words: Any) -> Any:
-                sent.append((message, Content()))
-                return send(message, *words)
+            def send_next(message: Message, tree: Any, *words: Any) -> Any:
+                announced = flower_internals.announcement_bytes(message, tree)
+                sent.append((message, Content(announced=announced)))
+                return send(message, tree, *words)
 
             def push_content(run: int, session: str, name: str, content: bytes) -> None:
                 sent[-1][1].add(content)
@@ -149,7 +160,8 @@ class NodeWatch:
             request, about = self.runs[run]
             app = get_fab(about.fab_hash, run)
             if request_of(about, app).digest != request.digest:
-                raise RefusedError(f"the app of the run with digest {request.digest} has changed")
+                why = f"the app of the run with digest {request.digest} has changed"
+                raise RefusedError(OwnerRefusal(why))
         return app
 
     def note(
@@ -167,7 +179,7 @@ class NodeWatch:
                 node=node,
                 round=about.group_id,
                 kind=about.message_type,
-                bytes=sum(content.records.values()),
+                bytes=content.size,
                 records=content.records or None,
                 seconds=None if began is None else round(time.monotonic() - began, 3),
                 samples=content.samples if replies else None,
