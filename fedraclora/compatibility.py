@@ -56,7 +56,7 @@ class Feature:
     def __post_init__(self) -> None:
         """Make the name known."""
         KNOWN[self.name] = self
-        _related.cache_clear()
+        _relations.cache_clear()
 
     def __call__(self, part: Part) -> Part:
         """Declare it of a class, or of the objects for which a method returns something true."""
@@ -233,9 +233,11 @@ class Features:
         Raises:
             ConfigError: If a feature avoids or requires what is no feature.
         """
-        declared = [each.feature for pairs in self.declared.values() for each, _ in pairs]
-        for what in dict.fromkeys(declared):
-            avoided, required = _related(what, each_round=each_round, complete=self.complete)
+        declared = (each.feature for pairs in self.declared.values() for each, _ in pairs)
+        features = tuple(dict.fromkeys(declared))
+        for what, avoided, required in _relations(
+            features, each_round=each_round, complete=self.complete
+        ):
             for beside, why in avoided:
                 if (one := self.has(what.name)) and (other := self.has(beside.name)):
                     yield _conflict(what, beside, why, one, other)
@@ -248,9 +250,16 @@ class Features:
 
 
 Related: TypeAlias = list[tuple[Feature, str]]
+Relations: TypeAlias = list[tuple[Feature, Related, Related]]
 
 
 @cache  # asked in each round
+def _relations(features: tuple[Feature, ...], *, each_round: bool, complete: bool) -> Relations:
+    """List the features that avoid or require others, each with these; see `_related`."""
+    pairs = ((what, *_related(what, each_round=each_round, complete=complete)) for what in features)
+    return [each for each in pairs if each[1] or each[2]]
+
+
 def _related(what: Feature, *, each_round: bool, complete: bool) -> tuple[Related, Related]:
     """List the features that one avoids, and those that it requires, and why.
 

@@ -82,7 +82,8 @@ class Callbacks:
 
     def ends(self, rows: Sequence[Row]) -> bool:
         """Return whether a callback ends the run."""
-        self._rows += copy.deepcopy(rows[len(self._rows) :])
+        if any(isinstance(c, GuardedHooks) for c in self.list):
+            self._rows += copy.deepcopy(rows[len(self._rows) :])
         self.ended = any(
             c.ends(self._rows if isinstance(c, GuardedHooks) else rows) for c in self.list
         )

@@ -254,7 +254,8 @@ class Exchange:
 
     def _measure(self, clients: torch.Tensor, weights: torch.Tensor) -> None:
         """Compute the figures of the clients whose replies are used; ``weights`` are theirs."""
-        used = torch.isin(self._joined("clients"), clients)
+        came = self._joined("clients")
+        used = slice(None) if len(came) == len(clients) else torch.isin(came, clients)
 
         def of(name: str) -> torch.Tensor:
             return self._joined(name)[used]
