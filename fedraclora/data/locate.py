@@ -13,11 +13,12 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import os
-from contextlib import suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from pathlib import Path
 from typing import Annotated, Any
 
 from fedraclora.data.gguf_header import read_gguf_header
+from fedraclora.data.gguf_reader import quick_gguf
 from fedraclora.errors import ConfigError, DataError
 from fedraclora.limits import HydraDefault
 
@@ -207,13 +208,17 @@ def from_pretrained(kind: Any, source: str, local: bool, key: str, **given: obje
             missing for a GGUF file.
         DataError: If nothing can be loaded, or a GGUF file is damaged.
     """
-    place = source
+    reading: AbstractContextManager[None]
+    place, reading = source, nullcontext()
     if source.endswith(GGUF) and local:
         path = Path(source)
         read_gguf_header(path, key)
-        place, given = str(path.parent), {**given, "gguf_file": path.name}
+        place, reading = str(path.parent), quick_gguf()
+        given = {**given, "gguf_file": path.name}
+    given |= {"local_files_only": local, "trust_remote_code": False}
     try:
-        return kind.from_pretrained(place, local_files_only=local, trust_remote_code=False, **given)
+        with reading:
+            return kind.from_pretrained(place, **given)
     except MemoryError:
         raise
     except Exception as error:  # each library raises its own errors for damaged files

@@ -1,0 +1,53 @@
+"""`quick_gguf`: what transformers reads through it is what gguf reads alone."""
+
+from pathlib import Path
+
+import gguf
+import numpy as np
+import pytest
+from gguf.constants import MODEL_ARCH
+
+from fedraclora.data.gguf_reader import quick_gguf
+
+
+@pytest.fixture
+def stored(tmp_path: Path) -> Path:
+    """A file with a vocabulary and two tensors, one of them quantized."""
+    path = tmp_path / "model.gguf"
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_token_list([f"token {k}" for k in range(50)])
+    writer.add_token_scores([k / 7 for k in range(50)])
+    writer.add_head_count(3)
+    rows = np.random.default_rng(0).standard_normal((2, 64)).astype(np.float32)
+    writer.add_tensor("plain", rows)
+    kind = gguf.GGMLQuantizationType.Q4_1
+    writer.add_tensor("few bits", gguf.quants.quantize(rows, kind), raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def test_same_contents(stored: Path) -> None:
+    alone = gguf.GGUFReader(stored)
+    with quick_gguf():
+        quick = gguf.GGUFReader(stored)
+    assert type(quick) is not type(alone)
+    assert quick.fields.keys() == alone.fields.keys()
+    for name, field in alone.fields.items():
+        assert quick.fields[name].contents() == field.contents()
+        assert quick.fields[name].types == field.types
+    for one, other in zip(quick.tensors, alone.tensors, strict=True):
+        assert (one.name, one.tensor_type) == (other.name, other.tensor_type)
+        assert np.array_equal(one.data, other.data)
+
+
+def test_names_are_equal_and_the_library_is_as_before() -> None:
+    reader, names = gguf.GGUFReader, gguf.get_tensor_name_map
+    with pytest.raises(KeyError), quick_gguf():
+        first = gguf.get_tensor_name_map(MODEL_ARCH.LLAMA, 2)
+        assert first is gguf.get_tensor_name_map(MODEL_ARCH.LLAMA, 2)
+        assert first.mapping == names(MODEL_ARCH.LLAMA, 2).mapping
+        raise KeyError
+    assert (gguf.GGUFReader, gguf.get_tensor_name_map) == (reader, names)
