@@ -8,9 +8,13 @@ c / (s a r), and smaller for wide layers (as in muP) and for rounds with many st
     SGD:    c / (s a)^2                since W moves by lr s^2 a^2 times the projected gradient
 
 c was fitted to tuned rates (docs/records/rates.md): for AdamW on pretrained transformers, for SGD
-only on images of digits. The rate is the median over layers. Whole weights that AdamW trains need a
-smaller rate than factors, the smaller the more inputs n a layer has, as in muP (Yang et al., arXiv
-2203.03466): `DENSE` / n, with the median n.
+only on images of digits. The rate is the median over layers. Where both factors are trained from
+given numbers, a is the mean of the lengths of A's rows and B's columns. In s B R A, where R [r, r]
+alone is trained, a is the product of both. A step of R reaches the m outputs through B, and so
+sqrt(r / m) as far as one of B: AdamW's rate is larger by the inverse, and c is that of B.
+
+Whole weights that AdamW trains need a smaller rate than factors, the smaller the more inputs n a
+layer has, as in muP (Yang et al., arXiv 2203.03466): `DENSE` / n, with the median n.
 
 Where no rule knows the run, `first_rate` is where the search begins.
 """
@@ -18,20 +22,29 @@ Where no rule knows the run, `first_rate` is where the search begins.
 from __future__ import annotations
 
 import math
-from statistics import median
+from statistics import mean, median
 
 import torch
 from torch import nn
 
 from fedraclora.config.build import PreparedTask, plan_of
 from fedraclora.config.run_config import RunConfig
-from fedraclora.protocol.method import Draw, RoundInstructions, first_instructions
+from fedraclora.protocol.method import (
+    Adapter,
+    Draw,
+    Factor,
+    RoundInstructions,
+    first_instructions,
+)
 from fedraclora.strategies.wrappers import method_of
 from fedraclora.training.localconfig import LocalConfig
 from fedraclora.tree import weights_of
 
 # c, by optimizer and trained factors.
-FITTED = {"adamw": {"B": 55.0, "A": 55.0, "BA": 27.5}, "sgd": {"B": 1.1, "A": 0.2, "BA": 0.1}}
+FITTED = {
+    "adamw": {"B": 55.0, "A": 55.0, "BA": 27.5, "R": 55.0},
+    "sgd": {"B": 1.1, "A": 0.2, "BA": 0.1, "R": 1.1},
+}
 FIRST_RATES = {"sgd": 0.1, "own": 1.0}  # of the user's own function the rate is a factor
 FIRST_ADAPTIVE = 0.003  # of optimizers whose steps have about the length of the rate
 DENSE = 0.1  # whole weights: 0.00026 for layers of 384 inputs
@@ -91,23 +104,42 @@ def steps_of(local: LocalConfig, built: PreparedTask) -> float:
 
 
 def rate_of(downlink: RoundInstructions, optimizer: str, steps: float) -> float | None:
-    """Compute the rate of the rule; None if layers do not have two factors.
+    """Compute the rate of the rule; None if it does not know the factors of a layer.
 
     Args:
         downlink: Of the first round.
         optimizer: ``adamw`` or ``sgd``.
         steps: Local steps of a client in a round.
     """
-    rates = []
-    for adapter in downlink.adapters.values():
-        factors = [*adapter.factors.values()]
-        trained = "".join(label for label, f in adapter.factors.items() if f.trained)
-        if len(factors) != 2 or trained not in FITTED[optimizer]:
-            break
-        rank = factors[0].shape[1]
-        width = max(NARROWEST, min(factors[0].shape[0], factors[1].shape[1]))
-        length = math.prod(spec.gram_scale for f in factors if (spec := f.drawing)) ** 0.5
-        scale, rate = adapter.scale * length, FITTED[optimizer][trained]
-        wide = rank * width * math.sqrt(steps)
-        rates.append(rate / (scale * wide) if optimizer == "adamw" else rate / scale**2)
-    return median(rates) if rates and len(rates) == len(downlink.adapters) else None
+    rates = [layer_rate(adapter, optimizer, steps) for adapter in downlink.adapters.values()]
+    known = [rate for rate in rates if rate is not None]
+    return median(known) if known and len(known) == len(rates) else None
+
+
+def layer_rate(adapter: Adapter, optimizer: str, steps: float) -> float | None:
+    """Compute the rate of the rule for a layer; None for a product that it does not know."""
+    trained = "".join(label for label, factor in adapter.factors.items() if factor.trained)
+    inner = trained == "R"  # s B R A
+    if trained not in FITTED[optimizer] or len(adapter.factors) != 2 + inner:
+        return None
+    B, *_, A = adapter.factors.values()
+    (m, rank), (_, n) = B.shape, A.shape
+    others = {"B": length_of(A), "A": length_of(B)}
+    # How far a step moves the output, against one beside rows of length 1.
+    reach = math.prod(others.values()) if inner else mean(others[label] for label in trained)
+    scale, fitted = adapter.scale * reach, FITTED[optimizer][trained]
+    if optimizer == "sgd":
+        return fitted / scale**2
+    wide = rank * max(NARROWEST, min(m, n)) * math.sqrt(steps)
+    return fitted / (scale * wide) * (math.sqrt(m / rank) if inner else 1)
+
+
+def length_of(factor: Factor) -> float:
+    """Return the mean length of the rows of A or of the columns of B, along the longer side.
+
+    A factor that clients train from zeros or from a draw counts as 1: it grows within a round.
+    """
+    if factor.numbers is not None:
+        long = -1 if factor.shape[0] < factor.shape[1] else -2
+        return float(torch.linalg.vector_norm(factor.numbers.double(), dim=long).mean())
+    return 1.0 if factor.drawing is None else math.sqrt(factor.drawing.gram_scale)

@@ -23,7 +23,8 @@ from fedraclora.compose.overrides import composed
 from fedraclora.config.build import resolved
 from fedraclora.config.run_config import from_plain
 from fedraclora.errors import CheckpointError, ClientError, ConfigError, DivergenceError
-from fedraclora.protocol.method import Cohort, Draw, Method, RoundInstructions, State
+from fedraclora.protocol.factor import Factor, to_train
+from fedraclora.protocol.method import Adapter, Cohort, Draw, Method, RoundInstructions, State
 from fedraclora.protocol.plan import make_plan
 from fedraclora.run.callback import Callback, RunStart
 from fedraclora.run.digests import read_sealed
@@ -34,7 +35,7 @@ from fedraclora.run.recorder import checkpoint_meta
 from fedraclora.strategies import rate, rate_search, runner
 from fedraclora.strategies.builder import RunBuilder
 from fedraclora.strategies.methods import METHODS
-from fedraclora.strategies.rate import FITTED, rate_of
+from fedraclora.strategies.rate import FITTED, layer_rate, rate_of
 from fedraclora.strategies.rate_search import RESTARTS, SHARE, find_rate
 from fedraclora.strategies.server.round_step import RoundStep
 from fedraclora.tree import weights_of
@@ -147,7 +148,35 @@ def test_a_search_over_whole_weights_begins_lower_for_wider_layers() -> None:
     narrow, wide = (first("method=fedavg", f"model.hidden=[{n}]") for n in (32, 256))
     assert narrow == pytest.approx(rate.DENSE / 48, rel=0.02)  # of 64 and 32 inputs
     assert wide == pytest.approx(rate.DENSE / 160, rel=0.02)
-    assert first("method=fed_sb") == rate.FIRST_ADAPTIVE
+    assert first("method=fed_rac_lora", "local.clip=1.0") == rate.FIRST_ADAPTIVE
+
+
+@pytest.mark.parametrize(("optimizer", "power"), [("adamw", 1), ("sgd", 2)])
+def test_factors_of_longer_rows_have_a_lower_rate(optimizer: str, power: int) -> None:
+    """Steps of B act through A's rows, those of A through B's columns."""
+
+    def known(B: Factor, A: Factor) -> float:
+        found = layer_rate(Adapter({"B": B, "A": A}, scale=0.5), optimizer, steps=4)
+        assert found is not None
+        return found
+
+    B, A = torch.eye(120, 3), torch.eye(3, 110)
+    drawn = known(to_train((120, 3)), to_train((3, 110)))
+    assert known(to_train((120, 3), 6 * B), to_train((3, 110), 2 * A)) == pytest.approx(
+        drawn / 4**power
+    )
+    alone = known(to_train((120, 3)), Factor.of(A))
+    assert known(to_train((120, 3)), Factor.of(5 * A)) == pytest.approx(alone / 5**power)
+
+
+def test_a_small_inner_factor_has_a_higher_rate_under_adamw() -> None:
+    """Its steps reach 120 outputs through 3 columns of unit length."""
+    B, A = Factor.of(torch.eye(120, 3)), Factor.of(2 * torch.eye(3, 110))
+    beside = layer_rate(Adapter({"B": to_train((120, 3)), "A": A}, 0.5), "adamw", 4)
+    inner = layer_rate(Adapter({"B": B, "R": to_train((3, 3)), "A": A}, 0.5), "adamw", 4)
+    assert beside is not None
+    assert inner == pytest.approx(beside * 40**0.5)
+    assert layer_rate(Adapter({"B": B, "R": to_train((3, 3))}, 0.5), "adamw", 4) is None
 
 
 def rate_used(run: RunResult) -> float:
