@@ -20,6 +20,7 @@ from fedraclora.config.run_config import RunConfig, from_plain
 from fedraclora.config.settings import DeployConfig
 from fedraclora.engines import flower_patches
 from fedraclora.engines.base import Engine, Grid
+from fedraclora.engines.deploy.federation import FederationFiles
 from fedraclora.engines.deploy.grid import DeployGrid
 from fedraclora.errors import ConfigError
 from fedraclora.run.events import EventRecord, noticed
@@ -84,7 +85,15 @@ def on_hosts(
     def make_grid(*_: object) -> Grid:
         flower_patches.patch(flower_patches.SERVER)
         name = run_id(folder, shared=shared) + probe
-        return DeployGrid(flower, history, name, settings, known=known, ended=ended)
+        return DeployGrid(
+            flower,
+            history,
+            name,
+            settings,
+            known=known,
+            ended=ended,
+            federation=FederationFiles.of(os.environ),
+        )
 
     return Engine(history, make_grid, history.recall, elsewhere=True)
 

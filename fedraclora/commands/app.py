@@ -64,10 +64,14 @@ def write_app(run: ServerRun, folder: Path) -> tuple[Path, Path]:
 def owner_request(run: ServerRun) -> RunRequest:
     """Describe a run as the owners of the data will be shown it, with the digest to approve."""
     with PrivateFolder() as made:
-        folder, file = write_app(run, Path(made))
-        app = flower_internals.app_bundle(folder)
-        overrides = SimpleNamespace(override_config=flower_internals.config_overrides(file))
-        return RunRequest.of(0, app, flower_internals.run_config(app, overrides))
+        return request_of_files(*write_app(run, Path(made)))
+
+
+def request_of_files(folder: Path, file: Path) -> RunRequest:
+    """Describe the run of an app's folder and its config file, as `write_app` wrote them."""
+    app = flower_internals.app_bundle(folder)
+    overrides = SimpleNamespace(override_config=flower_internals.config_overrides(file))
+    return RunRequest.of(0, app, flower_internals.run_config(app, overrides))
 
 
 def copy_app(folder: Path) -> None:

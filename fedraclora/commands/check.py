@@ -130,7 +130,8 @@ def check_run(run: ServerRun, connection: Connection | None, file: str | None) -
             say(folder)
     if connection is not None:
         with look("nodes") as say:
-            states = connection.nodes()  # only a running app learns which clients they serve
+            # Only a running app learns which clients they serve.
+            states = [str(node["status"]) for node in connection.nodes()]
             say(", ".join(f"{states.count(each)} {each}" for each in sorted({*states})))
             if "online" not in states:
                 advice = "register the owners' keys, and have each run `fedraclora node --check`"

@@ -19,12 +19,18 @@ from fedraclora.trust import restricted_imports, trusting
 # Written by `experiments.pages`, so that the help text does not wait for imports.
 USAGE = Path(__file__).with_name("usage.txt")
 # usage.tmpl describes each of them.
-COMMANDS: tuple[str, ...] = ("simulate", "deploy", "node", "compare", "evaluate")
+COMMANDS: tuple[str, ...] = ("simulate", "deploy", "node", "federation", "compare", "evaluate")
 COMMANDS += ("predict", "export")
 COMMANDS += ("compact", "report", "watch", "study", "tune", "theory", "init", "bench")
 HELP = {"-h", "--help"}
 VERBOSE = {"-v", "--verbose"}
-BY_DOCSTRING = ("compare", "deploy", "theory", "bench")  # their help is their module's docstring
+BY_DOCSTRING = (
+    "compare",
+    "deploy",
+    "federation",
+    "theory",
+    "bench",
+)  # their help is their module's docstring
 # Modules of the commands that are not `fedraclora.commands.<name>`.
 HOMES = {name: f"fedraclora.experiments.{name}.command" for name in ("bench", "theory")}
 HOMES |= {"study": "fedraclora.commands.study.run", "report": "fedraclora.commands.report.page"}

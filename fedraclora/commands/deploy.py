@@ -23,7 +23,7 @@ from itertools import pairwise
 from pathlib import Path
 
 from fedraclora.binding import PlainDict, section, without
-from fedraclora.commands.app import ServerRun, write_app
+from fedraclora.commands.app import ServerRun, request_of_files, write_app
 from fedraclora.commands.simulate import print_outcome, shows_composed
 from fedraclora.commands.watch import watched
 from fedraclora.compose.overrides import composed, is_override, key_of, searched
@@ -34,6 +34,7 @@ from fedraclora.config.settings import DeployConfig
 from fedraclora.config.titles import run_title
 from fedraclora.engines import flower_patches
 from fedraclora.engines.deploy.control import PAUSE, Connection
+from fedraclora.engines.deploy.federation import FederationFiles
 from fedraclora.engines.deploy.local import LocalDeployment
 from fedraclora.engines.flower_patches import ALL, UNPATCHED
 from fedraclora.engines.programs import command_line
@@ -184,7 +185,7 @@ def follow(run: ServerRun, connection: Connection, record: Record | None) -> Non
     shown = {"shown": output.progress, "verbose": output.verbose}
     with RunProgress(config.rounds, label=config.label, **shown) as progress:
         heard = RunListener(run, record, progress)
-        with heard:
+        with heard, audited(connection, number):
             progress.say(f"run {number} at connection {connection.name}")
             try:
                 for line in lines_of(connection, number):
@@ -282,11 +283,38 @@ def submit(run: ServerRun, connection: Connection, record: Record | None = None)
     """Submit a run; return Flower's id of it. If that fails, remove its record."""
     try:
         with PrivateFolder() as made:
-            return connection.submit(*write_app(run, Path(made)))
+            folder, file = write_app(run, Path(made))
+            number = connection.submit(folder, file)
+            request = request_of_files(folder, file)
+        about = {"digest": request.digest, "code": request.code, "folder": str(run.folder)}
+        audit(connection, "start", run=number, **about)
+        return number
     except Exception:
         if record is not None:
             record.withdraw()
         raise
+
+
+@contextmanager
+def audited(connection: Connection, number: int) -> Iterator[None]:
+    """Write into the operator's audit log how a run ends inside."""
+    status = "completed"
+    try:
+        yield
+    except BaseException as error:
+        status = str(error) or "interrupted"
+        raise
+    finally:
+        audit(connection, "end", run=number, status=status)
+
+
+def audit(connection: Connection, what: str, **facts: object) -> None:
+    """Write an entry into the operator's audit log, if there is one."""
+    try:
+        if (files := FederationFiles.of(connection.environ)) is not None:
+            files.audit(what, **facts)
+    except (EngineError, OSError) as error:
+        log.warning("the audit log is not written: %s", error)
 
 
 def await_turn(connection: Connection) -> None:

@@ -348,6 +348,10 @@ def test_a_cache_of_somebody_elses_a_full_disk_and_little_memory(
     assert "chmod go-w" in failing(owner, capsys)["cache"]
 
 
+def listed(*states: str) -> list[dict[str, object]]:
+    return [{"status": state} for state in states]
+
+
 @pytest.fixture
 def handed(
     owner: Owner, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -359,7 +363,7 @@ def handed(
 
     monkeypatch.setattr(LocalDeployment, "__enter__", fail)
     monkeypatch.setattr(Connection, "submit", fail)
-    monkeypatch.setattr(Connection, "nodes", lambda _: ["online", "offline", "online"])
+    monkeypatch.setattr(Connection, "nodes", lambda _: listed("online", "offline", "online"))
     owner.file = owner.folder / "run.yaml"
     words = [*WORDS, f"output.dir={owner.folder}/run", "connection=house", f"--check={owner.file}"]
     assert cli.run("deploy", words) == 0
@@ -388,7 +392,7 @@ def test_what_an_operator_hands_over_is_what_owners_are_compared_with(
 def test_nodes_that_are_not_there(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(Connection, "nodes", lambda _: ["registered"])
+    monkeypatch.setattr(Connection, "nodes", lambda _: listed("registered"))
     assert cli.run("deploy", [*WORDS, "connection=house", "--check"]) == 1
     assert "none is online" in capsys.readouterr().out
 
@@ -465,7 +469,26 @@ def test_the_command_of_a_node_is_checked_with_one_word_more(
     came = []
     monkeypatch.setattr(check, "check_node", lambda *words: came.append(words) or 1)
     assert node.main([*owner.words(1), "--check=run.yaml"]) == 1
-    assert came == [(owner.words(1), "run.yaml")]
+    assert node.main([*owner.words(1), "--approve=policy.yaml", "--check=run.yaml"]) == 1
+    assert came == [(owner.words(1), "run.yaml", own) for own in (None, "policy.yaml")]
+
+
+@pytest.mark.parametrize(
+    ("policy", "mark"), [(None, "!"), ("ask", "!"), ("[]", "!"), ("[{digest}]", "\N{CHECK MARK}")]
+)
+def test_an_owner_sees_whether_the_run_is_approved_before_it_starts(
+    handed: Path, owner: Owner, policy: str | None, mark: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    digest = yaml.safe_load(handed.read_text())["digest"]
+    if policy is not None and policy != "ask":
+        (owner.folder / "policy.yaml").write_text(f"approved: {policy.format(digest=digest)}")
+        policy = str(owner.folder / "policy.yaml")
+    look = check.Checklist()
+    check.of_approval(look, digest, policy)
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line.startswith(f"{mark} approval")
+    assert digest in line
+    assert not look.failed
 
 
 @pytest.mark.long
@@ -486,4 +509,5 @@ def test_flower_says_whether_it_knows_a_key_and_activates_nobody(
         assert "it knows the key" in capsys.readouterr().out
         assert check.check_node([*common, key, str(tmp_path / "unknown")], None) == 1
         assert "✗ SuperLink" in capsys.readouterr().out
-        assert "registered" in link.connection.nodes(), "it would be online if it were activated"
+        states = [node["status"] for node in link.connection.nodes()]
+        assert "registered" in states, "it would be online if it were activated"

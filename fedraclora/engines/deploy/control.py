@@ -67,8 +67,8 @@ class Connection:
         run = self._call("run", str(app), self.name, "-c", str(run_config))
         return int(str(self._read(run, "run-id", "took no run")))
 
-    def nodes(self) -> list[str]:
-        """List the states of its registered nodes: online, offline or registered.
+    def nodes(self) -> list[dict[str, object]]:
+        """List its registered nodes, as ``flwr supernode list --format json`` does.
 
         Raises:
             ConfigError: If there is no file of connections; Flower would create one.
@@ -80,7 +80,16 @@ class Connection:
                 f"root-certificates in [superlink.{self.name}], or set FLWR_HOME to its folder"
             )
         listed = self._read(self._call("supernode", "list", self.name), "nodes", "is silent")
-        return [str(node["status"]) for node in listed]
+        return [dict(node) for node in listed]
+
+    def unregister(self, node: int) -> None:
+        """Remove a node: its key is refused from now on.
+
+        Raises:
+            EngineError: If the SuperLink refuses.
+        """
+        done = self._call("supernode", "unregister", str(node), self.name)
+        self._read(done, "node-id", f"did not remove node {node}")
 
     def known(self) -> dict[str, object]:
         """Read addresses of connections by name; empty if Flower itself reports an error."""
@@ -109,14 +118,22 @@ class Connection:
             "and root-certificates of the connection are those of the SuperLink"
         )
 
-    def running(self) -> list[int]:
-        """List the runs that have not ended, whoever started them.
+    def runs(self) -> list[dict[str, object]]:
+        """List its runs, whoever started them, as ``flwr list --format json`` does.
 
         Raises:
             EngineError: If it does not respond.
         """
         listed = self._read(self._call("list", self.name), "runs", "is silent")
-        states = {int(run["run-id"]): Status(str(run["status"]), "") for run in listed}
+        return [dict(run) for run in listed]
+
+    def running(self) -> list[int]:
+        """List the runs that have not ended.
+
+        Raises:
+            EngineError: If it does not respond.
+        """
+        states = {int(str(run["run-id"])): Status(str(run["status"]), "") for run in self.runs()}
         return [run for run, status in states.items() if not status.ended]
 
     def status(self, run: int) -> Status:

@@ -15,6 +15,7 @@ from typing_extensions import override
 
 from fedraclora.config.settings import DeployConfig
 from fedraclora.engines.base import Traffic
+from fedraclora.engines.deploy.federation import FederationFiles
 from fedraclora.engines.deploy.node_registry import NodeRegistry
 from fedraclora.engines.deploy.pulling import LOOKS, in_part, pulled
 from fedraclora.engines.deploy.straggler_monitor import StragglerMonitor
@@ -79,6 +80,7 @@ class DeployGrid(PostedGrid):
         settings: Seconds to wait, and how many clients are enough.
         known: Whether clients can build the initial weights themselves.
         ended: Tells whether the runtime has ended.
+        federation: The files of the operator; None if there are none.
 
     Attributes:
         registry: The node of each client, and the version of each node.
@@ -94,12 +96,13 @@ class DeployGrid(PostedGrid):
         *,
         known: bool,
         ended: Callable[[], bool] = lambda: False,
+        federation: FederationFiles | None = None,
     ) -> None:
         super().__init__(grid, ended=ended, pause=LOOKS)
         self.history, self.run_id, self.settings = history, run_id, settings
         self.first = 0 if known else None  # the version of a client without weights
         self.traffic: Traffic = Traffic()
-        self.registry = NodeRegistry(self)
+        self.registry = NodeRegistry(self, federation)
         self.one_by_one, self._cut = False, False
         self._missed: set[int] = set()  # clients without a reply to the last exchange with them
 
@@ -118,6 +121,7 @@ class DeployGrid(PostedGrid):
             self._post(node, left, waiting, seconds)
         found += self.receive(waiting, end, left=left)
         self._note_returns(found)
+        self.registry.keep_facts()
         return found
 
     def _note_returns(self, found: Sequence[Answered]) -> None:
@@ -130,6 +134,8 @@ class DeployGrid(PostedGrid):
 
     def by_node(self, asks: Sequence[Ask]) -> tuple[Queues, list[Answered]]:
         """Sort requests for single clients by node, for its messages; report absent clients."""
+        if asks:
+            self.registry.begin(asks[0].request.round_)
         nodes = self.registry.gather([client for ask in asks for client in ask.clients])
         mine, absent = dict[int, list[Ask]](), list[Answered]()
         for ask in asks:
@@ -315,6 +321,7 @@ class DeployGrid(PostedGrid):
         """
         if reply.has_error():
             return self._failed(reply, envelope)
+        self.registry.replied(envelope.node)
         if not reply.has_content():
             return NoAnswer("its reply is empty")
         try:

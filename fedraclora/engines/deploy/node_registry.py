@@ -7,6 +7,7 @@ registered first at the SuperLink serves it, whatever the order of their replies
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -18,16 +19,21 @@ from flwr.serverapp import Grid
 
 from fedraclora.config.settings import DeployConfig
 from fedraclora.engines.base import Traffic
+from fedraclora.engines.deploy.federation import FederationFiles, NodeFacts, Wishes
 from fedraclora.engines.deploy.pulling import in_part, pulled
 from fedraclora.engines.node_config import node_name
+from fedraclora.engines.owner.history import now
 from fedraclora.engines.owner.refusal import OwnerRefusal
 from fedraclora.engines.replies import FORMAT, OWNER_REFUSES, UNREADABLE, check_format
-from fedraclora.errors import AbsentError, EngineError, WireError
+from fedraclora.errors import AbsentError, ConfigError, EngineError, WireError
 from fedraclora.flower_internals import message_bytes
 from fedraclora.wire.fields import printable, shown, whole_number
 
+log = logging.getLogger(__name__)
+
 PARTS = 10.0  # seconds for the parts of a reply, which is small
 PATIENCE = 60.0  # seconds for further nodes to report their clients, once enough have
+DRAINED = OwnerRefusal("the operator has drained it (`fedraclora federation undrain`)")
 AGAIN = 20.0  # seconds without a reply until a node is asked again, doubled each time
 
 
@@ -72,13 +78,18 @@ class NodeRegistry:
 
     Args:
         post: Sends its questions.
+        federation: Where the operator's wishes are, and what is known of nodes is kept; or None.
 
     Attributes:
         versions: The version that a node reports; None: no weights.
     """
 
-    def __init__(self, post: RegistryContext) -> None:
-        self.post = post
+    def __init__(self, post: RegistryContext, federation: FederationFiles | None = None) -> None:
+        self.post, self.federation = post, federation
+        self._round: int | None = None
+        self._drained: frozenset[int] = frozenset()  # nodes that take part in no further round
+        self._replied: dict[int, str] = {}  # node -> when its last reply was read
+        self._kept: dict[int, NodeFacts] = {}  # what the files say by now
         self.versions: dict[int, int | None] = {}
         self.names: dict[int, str] = {}  # node -> the name that its owner gave it
         self._registered: dict[int, str] = {}  # node -> when it was registered
@@ -105,6 +116,58 @@ class NodeRegistry:
         self._look()
         return question not in self._asked
 
+    def begin(self, round_: int) -> None:
+        """Do what the operator wants before a new round: pause, and leave out drained nodes."""
+        if round_ == self._round:
+            return
+        self._round, told = round_, False
+        while (wishes := self._wishes()).paused:
+            if not told:
+                self.post.tell(
+                    f"paused before round {round_}, until `fedraclora federation resume`"
+                )
+            told = True
+            self.post.wait("the operator had ended the pause")
+        if told:
+            self.post.tell(f"the pause before round {round_} has ended")
+        self._drained = wishes.drained
+
+    def _wishes(self) -> Wishes:
+        """Read what the operator wants; as before if it cannot be read."""
+        before = Wishes(drained=self._drained)
+        try:
+            return before if self.federation is None else self.federation.wishes()
+        except ConfigError as error:
+            log.warning("the operator's wishes stay as they were: %s", error)
+            return before
+
+    def replied(self, node: int) -> None:
+        """Record that a reply of a node was read."""
+        self._replied[node] = now()
+
+    def keep_facts(self) -> None:
+        """Keep what is known of the nodes, for `fedraclora federation status`."""
+        if self.federation is None:
+            return
+        known = self._serving.keys() | self._replied.keys()
+        facts = {}
+        for node in known:
+            why = self._unfit.get(node)
+            clients = self._serving.get(node) or (() if why is None else why[0].clients)
+            facts[node] = NodeFacts(
+                self.names.get(node, ""),
+                (*clients,),
+                self._replied.get(node, ""),
+                "" if why is None else str(why[0]),
+            )
+        if facts == self._kept:
+            return
+        self._kept = facts
+        try:
+            self.federation.note(facts)
+        except (EngineError, ConfigError, OSError) as error:  # of no importance for the run
+            log.info("what is known of the nodes is not kept: %s", error)
+
     def gather(self, clients: Sequence[int]) -> dict[int, int]:
         """Wait until enough clients are connected; return the node of each.
 
@@ -119,6 +182,7 @@ class NodeRegistry:
         self._serving = {n: c for n, c in self._serving.items() if c}
         while True:
             self._look()
+            self.keep_facts()
             nodes = self._nodes()
             found = {c: nodes[c] for c in clients if c in nodes}
             now = time.monotonic()
@@ -135,6 +199,7 @@ class NodeRegistry:
                     f"{settings.wait:g} s (engine.wait), {enough} are wanted "
                     f"(engine.min_clients); missing are {missing[:10]}" + "".join(unfit)
                 )
+            self._drained &= self._wishes().drained  # the operator may want a node back
             self.post.wait("enough clients were connected")
 
     def _waits(self, now: float) -> bool:
@@ -209,6 +274,7 @@ class NodeRegistry:
         The node is asked whether it serves before it is sent another message of a round.
         """
         why = OwnerRefusal.read(text)
+        self.replied(node)
         if why.name:
             self.names[node] = why.name
         self._exclude(node, why)
@@ -236,7 +302,8 @@ class NodeRegistry:
             )
         else:
             what = f"with engine.min_clients={settings.min_clients} rounds may go on without it"
-        self.post.tell(f"{self._unfit_now(node)}; it is asked again, and {what}")
+        asked = "" if node in self._drained else "it is asked again, and "
+        self.post.tell(f"{self._unfit_now(node)}; {asked}{what}")
 
     def _look(self) -> None:
         """Ask new nodes for their clients, and read the replies that have arrived."""
@@ -255,6 +322,9 @@ class NodeRegistry:
             if now > when + AGAIN:  # its owner may have approved the run
                 self._unfit[node] = why, now
                 self._serving.pop(node, None)
+        for node in there.keys() & self._drained:
+            clients = self._serving.get(node) or self._unfit.get(node, (DRAINED, 0))[0].clients
+            self._exclude(node, replace(DRAINED, clients=(*clients,)))
         for node in sorted(there.keys() - self._serving - {q.node for q in self._asked.values()}):
             self._ask(Question(node, now, now, AGAIN))
         for name, asked in list(self._asked.items()):
@@ -288,6 +358,7 @@ class NodeRegistry:
         """Record a node's clients, its version and its name."""
         self._serving[node] = mine
         self._unfit.pop(node, None)
+        self.replied(node)
         self._reported = {(n, why) for n, why in self._reported if n != node}
         self.versions[node] = version
         if name:

@@ -49,11 +49,13 @@ class RunRequest:
         run: Flower's number of the run: another one when it is resumed.
         digest: Its digest.
         text: Its description, in lines for a terminal.
+        code: The SHA-256 of its app bundle.
     """
 
     run: int
     digest: str
     text: str
+    code: str
 
     @classmethod
     def of(cls, run: int, app: bytes, config: Mapping[str, object]) -> RunRequest:
@@ -67,7 +69,7 @@ class RunRequest:
         digest, code = digest_of(app, config), hashlib.sha256(app).hexdigest()
         rows = {"run": str(run), "digest": digest}
         rows["code"] = f"{len(app) / 1e6:.2f} MB, SHA-256 {code}"
-        return cls(run, digest, in_lines(rows | _settings(config)))
+        return cls(run, digest, in_lines(rows | _settings(config)), code)
 
 
 def in_lines(rows: Mapping[str, str]) -> str:
