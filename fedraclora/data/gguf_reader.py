@@ -1,9 +1,9 @@
 """Read GGUF files in transformers at a third of the seconds.
 
-Transformers parses the whole metadata whenever it loads a tokenizer, a configuration or weights from
-a GGUF file. ``gguf.GGUFReader`` slices a ``numpy.memmap`` for each of the hundred thousand strings
-of a vocabulary, and a slice of a memmap costs five times one of an array. The table of tensor names
-is built anew for each module of a model.
+Transformers parses the whole metadata whenever it loads a tokenizer, a configuration or weights
+from a GGUF file. ``gguf.GGUFReader`` slices a ``numpy.memmap`` for each of the hundred thousand
+strings of a vocabulary, and a slice of a memmap costs five times one of an array. The table of
+tensor names is built anew for each module of a model.
 """
 
 from __future__ import annotations
