@@ -21,6 +21,7 @@ from fedraclora.config.build import PreparedTask
 from fedraclora.config.builder import TaskBuilder
 from fedraclora.config.run_config import RunConfig
 from fedraclora.data.partition import spread_clients
+from fedraclora.engines.base import add_up
 from fedraclora.errors import DivergenceError
 from fedraclora.evaluation.metrics import lower_of
 from fedraclora.loggers import logging_to
@@ -287,6 +288,11 @@ def summarize(run: RunBuilder, seconds: float) -> dict[str, object]:
     if dropped:
         more["dropped"] = sum(len(refusals) for refusals in dropped)
         more["asked"] = sum(int(str(row.get("asked", 0))) for row in ledger.rows)
+    transport: dict[str, dict[str, int]] = {}
+    for row in ledger.rows:
+        if isinstance(nodes := row.get("transport"), dict):
+            add_up(transport, nodes)
+    more |= {"transport": transport} if transport else {}
     if run.engine.elsewhere and (missed := Counter(of_failures(ledger.rows))):
         more["missed"] = {str(client): missed[client] for client in sorted(missed)}
     stopping = Stopping(run.config.stop, lower=lower_of(run.built.task.info))

@@ -30,6 +30,8 @@ from fedraclora.strategies.methods import METHODS
 from fedraclora.strategies.runner import execute
 from fedraclora.weights.update import WeightHistory
 
+BUNDLE = "bundle"  # key of the run config: bytes of the app's bundle
+
 app = ServerApp()
 
 
@@ -45,10 +47,12 @@ def main(grid: FlowerGrid, context: Context) -> None:
 
     folder, ended = Path(str(config.output.dir)).expanduser(), watch()
     known, shared = not config.pretrain.epochs, config.output.shared
-    settings = settings_of(config)
+    settings, bundle = settings_of(config), int(context.run_config.get(BUNDLE, 0))
 
     def engine(name: str = "") -> Engine:
-        return on_hosts(grid, settings, folder, name, known=known, shared=shared, ended=ended)
+        return on_hosts(
+            grid, settings, folder, name, known=known, shared=shared, ended=ended, bundle=bundle
+        )
 
     told = [EventRecord()]
     with noticed():
@@ -68,6 +72,7 @@ def on_hosts(
     known: bool,
     shared: bool,
     ended: Callable[[], bool],
+    bundle: int = 0,
 ) -> Engine:
     """Create the engine of real SuperNodes; each message brings the updates that its clients need.
 
@@ -79,6 +84,7 @@ def on_hosts(
         known: Whether clients can build the initial weights themselves.
         shared: Whether other users may access the folder.
         ended: Tells whether the runtime has ended.
+        bundle: Bytes of the app's bundle, which each node downloads.
     """
     history = WeightHistory()
 
@@ -93,6 +99,7 @@ def on_hosts(
             known=known,
             ended=ended,
             federation=FederationFiles.of(os.environ),
+            bundle=bundle,
         )
 
     return Engine(history, make_grid, history.recall, elsewhere=True)

@@ -10,10 +10,11 @@ from types import SimpleNamespace
 from fedraclora import flower_internals
 from fedraclora.binding import PlainDict, section
 from fedraclora.commands import CODE
+from fedraclora.engines.flower_patches import FLWR, patch
 from fedraclora.engines.owner.request import RunRequest
 from fedraclora.private_folder import PrivateFolder
 from fedraclora.strategies.builder import RunBuilder
-from fedraclora.strategies.server_app import config_from_text
+from fedraclora.strategies.server_app import BUNDLE, config_from_text
 from fedraclora.strategies.wrappers import method_of
 
 ABOVE_THE_APP = ("commands", "compose", "conf", "experiments", "launch.py", "terminal", "tuning")
@@ -50,14 +51,14 @@ class ServerRun(RunBuilder):
 
 def write_app(run: ServerRun, folder: Path) -> tuple[Path, Path]:
     """Write the Flower app and its run config; return the app's folder and the config file."""
+    copy_app(folder / "app")
     run_config = folder / "run.toml"
     # Every JSON string is a valid TOML string.
     text = json.dumps(json.dumps(run.config.plain))
     sends, _ = method_of(run.config, run.built.task).floats(run.plan, 1)
-    told = {"resume": run.resume, "sends": int(sends)}
+    told = {"resume": run.resume, "sends": int(sends), BUNDLE: len(bundle_of(folder / "app"))}
     lines = [f"cfg-json = {text}", *(f"{key} = {json.dumps(value)}" for key, value in told.items())]
     run_config.write_text("\n".join([*lines, ""]))
-    copy_app(folder / "app")
     return folder / "app", run_config
 
 
@@ -69,9 +70,15 @@ def owner_request(run: ServerRun) -> RunRequest:
 
 def request_of_files(folder: Path, file: Path) -> RunRequest:
     """Describe the run of an app's folder and its config file, as `write_app` wrote them."""
-    app = flower_internals.app_bundle(folder)
+    app = bundle_of(folder)
     overrides = SimpleNamespace(override_config=flower_internals.config_overrides(file))
     return RunRequest.of(0, app, flower_internals.run_config(app, overrides))
+
+
+def bundle_of(folder: Path) -> bytes:
+    """Build the bundle of an app, as Flower's command line does when we call it."""
+    patch(FLWR)
+    return flower_internals.app_bundle(folder)
 
 
 def copy_app(folder: Path) -> None:

@@ -23,7 +23,7 @@ from typing import Any
 from fedraclora.compose.words import check_word
 from fedraclora.engines.flower_patches import AT_SOCKETS, NODE, OWNED, why_without
 from fedraclora.engines.owner.gate import ASK
-from fedraclora.engines.owner.history import HISTORY, OUT, REFUSED, Entry, History
+from fedraclora.engines.owner.history import HISTORY, OUT, REFUSED, WIRE, Entry, History
 from fedraclora.engines.owner.policy import Policy
 from fedraclora.engines.programs import RUNNER
 from fedraclora.errors import ConfigError
@@ -127,7 +127,7 @@ def print_history(state: Path) -> int:
         each = [history_row(part, part[0].round or "-") for part in parts]
         known = [row["samples"] for row in each if row["samples"] is not None]
         rows += [{**history_row(own, "all"), "samples": max(known, default=None)}, *each]
-    TextTable.of(rows, [f"{len(entries)} messages, each in {history.file}"]).print()
+    TextTable.of(rows, [f"{len(entries)} entries, each in {history.file}"]).print()
     return 0
 
 
@@ -135,7 +135,7 @@ def history_row(entries: Sequence[Entry], round_: str) -> dict[str, Any]:
     """Sum up messages of a run."""
     from fedraclora.terminal.progress import size
 
-    received = sum(entry.bytes for entry in entries if entry.way != OUT)
+    received = sum(entry.bytes for entry in entries if entry.way not in {OUT, WIRE})
     sent = sum(entry.bytes for entry in entries if entry.way == OUT)
     samples = [entry.samples for entry in entries if entry.samples is not None]
     return {
@@ -144,6 +144,7 @@ def history_row(entries: Sequence[Entry], round_: str) -> dict[str, Any]:
         "first (UTC)": entries[0].time[:19].replace("T", " "),
         "received": size(received),
         "sent": size(sent),
+        "wire": size(sum(entry.bytes for entry in entries if entry.way == WIRE)),
         "samples": sum(samples) if samples else None,
         "seconds": round(sum(entry.seconds or 0.0 for entry in entries), 1),
         "refused": sum(entry.way == REFUSED for entry in entries),

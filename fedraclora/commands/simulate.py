@@ -6,7 +6,7 @@ import hashlib
 import math
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import hydra
@@ -44,6 +44,16 @@ FAILED: list[str] = []
 SHOWS = ("--cfg", "-c", "--info", "-i", "--hydra-help")  # Hydra's flags that only print
 
 
+def rows_of_nodes(summary: PlainDict) -> Iterator[tuple[str, str]]:
+    """Yield what a deployment sent to each node and got, and which clients it missed how often."""
+    moved, missed = summary.get("transport"), summary.get("missed")
+    for node, ways in moved.items() if isinstance(moved, dict) else ():
+        told = ", ".join(f"{way} {size(int(count))}" for way, count in sorted(ways.items()))
+        yield "node", f"{node}: {told}"
+    for client, rounds in missed.items() if isinstance(missed, dict) else ():
+        yield "missing", f"client {client} in {rounds} of {summary['rounds']} rounds"
+
+
 def print_outcome(summary: PlainDict, folder: Path, plain: Plain) -> None:
     """Print the results of a run as a table."""
     table = Table(show_header=False, box=None)
@@ -73,9 +83,8 @@ def print_outcome(summary: PlainDict, folder: Path, plain: Plain) -> None:
     if "asked" in summary:
         dropped = f"{summary['dropped']} of {summary['asked']} times that a client was asked"
         table.add_row("dropped", dropped)
-    missed = summary.get("missed")
-    for client, rounds in missed.items() if isinstance(missed, dict) else ():
-        table.add_row("missing", f"client {client} in {rounds} of {summary['rounds']} rounds")
+    for title, text in rows_of_nodes(summary):
+        table.add_row(title, text)
     for key, protected in (("privacy", "clients"), ("sample_privacy", "samples")):
         if key in summary:
             epsilon, delta = (number(summary, key, part) for part in ("epsilon", "delta"))

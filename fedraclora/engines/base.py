@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from fedraclora.privacy.secagg import SecAggTerms
@@ -35,11 +35,26 @@ class Traffic:
         serialized: Bytes of messages in both directions, as written.
         sent: The request of each message: twice if it was sent twice, and none if its clients were
             not connected.
+        nodes: The same bytes by node and way: ``down``, ``up``, and ``bundle`` (the app's).
     """
 
     fetched: int = 0
     serialized: int = 0
     sent: list[Ask] = field(default_factory=list)
+    nodes: dict[str, dict[str, int]] = field(default_factory=dict)
+
+    def count(self, node: str, way: str, size: int) -> None:
+        """Count bytes between the server and a node."""
+        self.serialized += size
+        add_up(self.nodes, {node: {way: size}})
+
+
+def add_up(total: dict[str, dict[str, int]], more: Mapping[str, Mapping[str, int]]) -> None:
+    """Add bytes of nodes to others, by node and way."""
+    for node, ways in more.items():
+        own = total.setdefault(node, {})
+        for way, size in ways.items():
+            own[way] = own.get(way, 0) + size
 
 
 class Grid(ABC):

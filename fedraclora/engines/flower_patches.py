@@ -28,6 +28,7 @@ import sys
 import tempfile
 import time
 import traceback
+import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from contextvars import ContextVar
@@ -49,6 +50,7 @@ SOCKETS = "FEDRACLORA_SOCKETS"  # environment variable: addresses that are Unix 
 LINK, NODE, EXECUTOR = "flower-superlink", "flower-supernode", "flower-superexec"
 CLIENT_APP = "flwr-clientapp"
 NODE_EXECUTOR = f"{EXECUTOR} of a node"  # the same as `EXECUTOR`, with the patches of a node
+FLWR = "flwr"  # Flower's command line
 SERVER = "the server of a run"  # in the process that Flower starts for its ServerApp
 ANY = "any other program"
 ADDRESS = ("127.0.0.1", "2")  # placeholder for the socket of a node's own API
@@ -606,8 +608,25 @@ def pull_in_time() -> None:
     put(GRID, pull_objects=pull_parts)
 
 
+# --- bundle: compress the bundle of an app
+
+
+def compress_bundles() -> None:
+    """Make Flower's command line compress what it writes into the bundle of an app."""
+    date = import_module(BUILD).FAB_DATE
+
+    def write_compressed(file: zipfile.ZipFile, name: str, contents: bytes) -> zipfile.ZipFile:
+        about = zipfile.ZipInfo(name, date)
+        about.compress_type = zipfile.ZIP_DEFLATED
+        file.writestr(about, contents)
+        return file
+
+    put(BUILD, write_to_zip=write_compressed)
+
+
 # --- the table
 
+BUILD = "flwr.cli.build"
 CLIENT = "flwr.supercore.protobuf.client"
 SUPERLINK = "flwr.superlink.cli.flower_superlink"
 SUPERNODE = "flwr.supernode.cli.flower_supernode"
@@ -665,7 +684,9 @@ OWNER = Patch(  # applied if its data owner asks for it; without it such a node 
         f"{NODE_LOOP}:pull_object": "pull_object; pull_object(_, _)",
         f"{NODE_LOOP}:send": "send; send(_, _, _)",
         f"{NODE_LOOP}:_insert_message": "_insert_message(_, _, _)",
+        f"{FLEET}:FleetHttpClient": "FleetHttpClient.from_server_address(_, _, _, interceptors)",
     },
+    takes={f"{CLIENT}:ProtobufClient._send": "self, context, *, stream"},
     programs={},
 )
 PATCHES = (  # `fork` first: it must fork before there are threads
@@ -744,6 +765,14 @@ PATCHES = (  # `fork` first: it must fork before there are threads
             "max_time, max_tries_per_object, initial_backoff, backoff_cap"
         },
         programs={SERVER: pull_in_time},
+    ),
+    Patch(
+        "bundle",
+        "Compresses the bundle of an app, whose files Flower stores as they are. Without it each "
+        "node downloads 2.7 MB once, with it 0.9 MB.",
+        uses={f"{BUILD}:write_to_zip": "write_to_zip(_, _, _)"},
+        takes={f"{BUILD}:write_to_zip": "zipfile_obj, filename, contents"},
+        programs={FLWR: compress_bundles},
     ),
 )
 

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing_extensions import override
 
 from fedraclora.engines import flower_patches
-from fedraclora.engines.flower_patches import ALL, AT_SOCKETS, SOCKETS, UNPATCHED
+from fedraclora.engines.flower_patches import ALL, AT_SOCKETS, FLWR, SOCKETS, UNPATCHED
 from fedraclora.errors import EngineError
 
 log = logging.getLogger(__name__)
@@ -112,8 +112,10 @@ def command_line(environ: Mapping[str, str]) -> dict[str, str]:
 
 
 def flwr_of(environ: Mapping[str, str]) -> list[str]:
-    """Return how to call Flower's command line: unchanged if no address is a socket."""
-    return [sys.executable, "-P", str(RUNNER), "flwr"] if SOCKETS in environ else ["flwr"]
+    """Return how to call Flower's command line: with its patches if it is that of this Python."""
+    found = shutil.which(FLWR, path=environ.get("PATH"))
+    own = found is not None and Path(found).parent == Path(sys.executable).parent
+    return [sys.executable, "-P", str(RUNNER), FLWR] if own or SOCKETS in environ else [FLWR]
 
 
 def flwr(

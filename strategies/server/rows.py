@@ -8,7 +8,7 @@ from functools import cache
 
 import torch
 
-from fedraclora.engines.base import Traffic
+from fedraclora.engines.base import Traffic, add_up
 from fedraclora.protocol.method import State
 from fedraclora.run.ledger import Row
 from fedraclora.run.recorder import Stopwatch
@@ -24,6 +24,7 @@ class Cost:
         up, down: Bytes that clients sent and received.
         fetched: Bytes of their catch-up.
         transport: Further bytes of messages that leave the machine.
+        nodes: All bytes of messages, by node and way.
         watch: Measures the seconds.
     """
 
@@ -31,6 +32,7 @@ class Cost:
     down: int = 0
     fetched: int = 0
     transport: int | None = None
+    nodes: dict[str, dict[str, int]] = field(default_factory=dict)
     watch: Stopwatch = field(default_factory=Stopwatch)
 
     def count(self, exchange: Exchange, traffic: Traffic | None) -> None:
@@ -67,6 +69,7 @@ class Cost:
         catch_up.fetch(asked[~torch.isin(asked, failed)])
         self.fetched = sent.fetched
         self.transport = sent.serialized - self.up - self.down - self.fetched
+        add_up(self.nodes, sent.nodes)
 
     def add(self, part: Cost) -> Row:
         """Add the cost of a measurement; return its bytes up, and down with catch-up."""
@@ -74,6 +77,7 @@ class Cost:
         self.fetched += part.fetched
         if part.transport is not None:
             self.transport = (self.transport or 0) + part.transport
+        add_up(self.nodes, part.nodes)
         return {"uplink_bytes": part.up, "downlink_bytes": part.down + part.fetched}
 
 
@@ -109,6 +113,7 @@ def ledger_row(
         "downlink_bytes": cost.down,
         "catchup_bytes": cost.fetched,
         **({} if cost.transport is None else {"transport_bytes": cost.transport}),
+        **({"transport": cost.nodes} if cost.nodes else {}),
         "uplink_total": totals[0] + cost.up,
         "downlink_total": totals[1] + cost.down + cost.fetched,
         **({} if exchange.rounding is None else {"rounding_up": exchange.rounding}),

@@ -122,6 +122,8 @@ def test_weights_and_what_all_share_are_sent_to_a_node_once(
         payload = sum(int(str(done[-1][f"{k}_total"])) for k in ("uplink", "downlink"))
         transport = sum(int(str(row["transport_bytes"])) for row in done[1:])
         assert payload + transport == sum(map(message_bytes, network.posted))
+        by_node = [ways for row in done[1:] for ways in row["transport"].values()]  # type: ignore[attr-defined]
+        assert sum(sum(ways.values()) for ways in by_node) == payload + transport
     assert len(digests) == 1
     (down, fetched), (one, once), (several, twice) = (sizes[n] for n in ("alone", "one", "several"))
     assert fetched[1] > 0

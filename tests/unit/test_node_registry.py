@@ -189,3 +189,17 @@ def test_a_node_that_refuses_in_a_round_is_asked_whether_it_serves(make: Make) -
     assert "not approved" in who.refused(9, NORTH)
     assert who.gather([0, 1]) == {0: 3}
     assert link.asked == [3, 9, 9]
+
+
+def test_the_bundle_is_counted_once_for_each_node_that_replies(make: Make) -> None:
+    """Under its name, also what was sent before that was known; one that refuses has it, too."""
+    _, post, link = make(Link({3: [0], 9: [1]}, refused={9: NORTH}), min_clients=1)
+    who = NodeRegistry(post, bundle=100_000)
+    for _ in range(3):
+        who.gather([0, 1])
+    link.refused.clear()
+    who.gather([0, 1])
+    moved = post.traffic.nodes
+    assert {*moved} == {"3", "north"}
+    assert {ways["bundle"] for ways in moved.values()} == {100_000}
+    assert sum(sum(ways.values()) for ways in moved.values()) == post.traffic.serialized

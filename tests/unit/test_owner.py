@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import tomllib
@@ -12,6 +13,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import httpx
 import pytest
 from flwr.app import ConfigRecord, Message, RecordDict
 from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects, get_object_tree
@@ -22,11 +24,21 @@ from fedraclora.commands.app import owner_request, write_app
 from fedraclora.commands.deploy import prepare
 from fedraclora.engines.flower_patches import OWNED
 from fedraclora.engines.owner.gate import APPROVED, ASK, Gate, RefusedError, ask_owner
-from fedraclora.engines.owner.history import IN, OUT, REFUSED, Entry, History, now, used
+from fedraclora.engines.owner.history import (
+    DOWNLOAD,
+    IN,
+    OUT,
+    REFUSED,
+    WIRE,
+    Entry,
+    History,
+    now,
+    used,
+)
 from fedraclora.engines.owner.policy import Limits, Policy
 from fedraclora.engines.owner.refusal import OwnerRefusal
 from fedraclora.engines.owner.request import RunRequest, digest_of
-from fedraclora.engines.owner.watch import NodeWatch
+from fedraclora.engines.owner.watch import NodeWatch, Wire
 from fedraclora.engines.replies import OWNER_REFUSES
 from fedraclora.errors import ConfigError
 from fedraclora.experiments.faults.grid import become_a_task
@@ -267,7 +279,7 @@ class Node:
         self.message.metadata.__dict__["_run_id"] = run
         self.message.metadata.__dict__["_message_id"] = "m"
         self.replies = list[Message]()
-        self.apps, self.app = 0, b"app"
+        self.apps, self.app, self.called = 0, b"app", hashlib.sha256(b"app").hexdigest()
         self.state = SimpleNamespace(get_node_id=lambda: 3, store_message=self.replies.append)
         self.store = SimpleNamespace(preregister=lambda *_: None, put=lambda *_: None)
         self.pull = watch.pulling(self.flower_pulls)
@@ -299,7 +311,7 @@ class Node:
             object_store=self.store,
             node_config={"name": "north", "partition-ids": "0,2-3"},
             receive=lambda: (self.message, get_object_tree(self.message)),
-            get_run=lambda run: SimpleNamespace(fab_hash="h", run_id=run),
+            get_run=lambda run: SimpleNamespace(fab_hash=self.called, run_id=run),
             get_fab=self.get_fab,
             pull_object=lambda _, name: objects[name].deflate(),
         )
@@ -319,7 +331,9 @@ def test_what_comes_and_goes_is_written_down_with_its_bytes(tmp_path: Path) -> N
     reply = RecordDict({"job": ConfigRecord({"y": b"12345"})})
     there.replies = [Message(reply, reply_to=there.message)]
     there.push(there.state, there.store, lambda *_: None, lambda *_: None)
-    came, went = history.entries()
+    entries = [e for e in history.entries() if e.way != WIRE]
+    bundle, came, went = entries
+    assert (bundle.way, bundle.bytes) == (DOWNLOAD, len(there.app))
     bytes_ = [
         sum(len(o.deflate()) for o in get_all_nested_objects(m).values())
         + flower_internals.announcement_bytes(m, get_object_tree(m))
@@ -346,9 +360,10 @@ def test_a_refused_message_reaches_no_code_of_the_run(tmp_path: Path) -> None:
     assert RUN.digest in said.why
     assert (said.name, said.clients) == ("north", (0, 2, 3))
     there.push(there.state, there.store, lambda *_: None, lambda *_: None)
-    assert [e.way for e in history.entries()] == [REFUSED, REFUSED]
+    refused = [e for e in history.entries() if e.way == REFUSED]
+    assert {e.way for e in history.entries()} == {DOWNLOAD, REFUSED, WIRE}
     size = flower_internals.announcement_bytes(there.message, get_object_tree(there.message))
-    assert [e.bytes for e in history.entries()] == [size, size]
+    assert [e.bytes for e in refused] == [size, size]
 
 
 @pytest.mark.parametrize(
@@ -366,11 +381,50 @@ def test_an_app_that_is_another_than_the_one_that_was_approved_is_refused(tmp_pa
     watch = NodeWatch(Gate(policy(tmp_path, f"approved: [{RUN.digest}]"), history), history)
     there = Node(watch)
     assert there.come() == 7
-    assert not watch.apps  # Flower has it
     there.app = b"other"
+    watch.apps.clear()
     assert there.come() == 7  # Flower asks again in this test
     (reply,) = there.replies
     assert reply.error.code == OWNER_REFUSES
+
+
+@pytest.mark.usefixtures("config")
+def test_a_bundle_is_downloaded_once_for_all_runs_that_have_it(tmp_path: Path) -> None:
+    """Under its SHA-256; one that is not what it is called is kept for nobody."""
+    history = History(tmp_path)
+    watch = NodeWatch(Gate(None, history), history)
+    nodes = [Node(watch, run) for run in (7, 8)]
+    for there in nodes:
+        there.called = hashlib.sha256(there.app).hexdigest()
+        assert there.come() == there.message.metadata.run_id
+    assert [there.apps for there in nodes] == [1, 0]
+    bundles = [e for e in history.entries() if e.way == DOWNLOAD]
+    assert [e.run for e in bundles] == [7]
+    other = Node(watch, 9)
+    other.app, other.called = b"another", nodes[0].called[::-1]
+    other.come()
+    assert other.apps == 2
+
+
+def test_all_that_a_node_sends_and_receives_is_counted() -> None:
+    class Client:
+        def _send(self, context: Any, *, stream: bool = False) -> httpx.Response:
+            context.request.headers["signature"] = "s" * 100
+            return httpx.Client(transport=httpx.MockTransport(answer)).send(context.request)
+
+    def answer(request: httpx.Request) -> httpx.Response:
+        return httpx.Response(200, content=iter([b"r" * 1000]))
+
+    wire = Wire()
+    client = wire.counting(Client)()
+    for size in (0, 5000):
+        request = httpx.Request("POST", "http://link/pull", content=b"x" * size)
+        client._send(SimpleNamespace(request=request))
+    took = wire.take()
+    assert took["requests"] == 2
+    assert 5000 + 2 * 100 < took["sent"] < 5000 + 2 * 500
+    assert 2000 < took["received"] < 2 * 1500
+    assert wire.take() == {"sent": 0, "received": 0, "requests": 0}
 
 
 def test_a_node_gets_what_its_owner_asks_for(

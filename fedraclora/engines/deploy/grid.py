@@ -16,7 +16,7 @@ from typing_extensions import override
 from fedraclora.config.settings import DeployConfig
 from fedraclora.engines.base import Traffic
 from fedraclora.engines.deploy.federation import FederationFiles
-from fedraclora.engines.deploy.node_registry import NodeRegistry
+from fedraclora.engines.deploy.node_registry import DOWN, NodeRegistry
 from fedraclora.engines.deploy.pulling import LOOKS, in_part, pulled
 from fedraclora.engines.deploy.straggler_monitor import StragglerMonitor
 from fedraclora.engines.post import PostedGrid
@@ -81,6 +81,7 @@ class DeployGrid(PostedGrid):
         known: Whether clients can build the initial weights themselves.
         ended: Tells whether the runtime has ended.
         federation: The files of the operator; None if there are none.
+        bundle: Bytes of the app's bundle.
 
     Attributes:
         registry: The node of each client, and the version of each node.
@@ -97,12 +98,13 @@ class DeployGrid(PostedGrid):
         known: bool,
         ended: Callable[[], bool] = lambda: False,
         federation: FederationFiles | None = None,
+        bundle: int = 0,
     ) -> None:
         super().__init__(grid, ended=ended, pause=LOOKS)
         self.history, self.run_id, self.settings = history, run_id, settings
         self.first = 0 if known else None  # the version of a client without weights
         self.traffic: Traffic = Traffic()
-        self.registry = NodeRegistry(self, federation)
+        self.registry = NodeRegistry(self, federation, bundle)
         self.one_by_one, self._cut = False, False
         self._missed: set[int] = set()  # clients without a reply to the last exchange with them
 
@@ -182,9 +184,9 @@ class DeployGrid(PostedGrid):
                 ]
             )
             for name, reply in came:
-                if isinstance(reply, Message):
-                    self.traffic.serialized += message_bytes(reply)
                 envelope = waiting.pop(name, None)
+                if isinstance(reply, Message):
+                    self.registry.count_reply(reply.metadata.src_node_id, reply)
                 if envelope is None:
                     self.incidents.append("a second reply to a message was ignored")
                     continue
@@ -309,7 +311,8 @@ class DeployGrid(PostedGrid):
 
     def count(self, envelope: Envelope) -> None:
         """Add a sent message to the traffic."""
-        self.traffic.serialized += message_bytes(envelope.message)
+        node = self.registry.label(envelope.node)
+        self.traffic.count(node, DOWN, message_bytes(envelope.message))
         self.traffic.sent.append(envelope.ask)
         self.traffic.fetched += envelope.fetched
 

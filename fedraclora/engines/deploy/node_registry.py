@@ -18,7 +18,7 @@ from flwr.app import ConfigRecord, Message, RecordDict
 from flwr.serverapp import Grid
 
 from fedraclora.config.settings import DeployConfig
-from fedraclora.engines.base import Traffic
+from fedraclora.engines.base import Traffic, add_up
 from fedraclora.engines.deploy.federation import FederationFiles, NodeFacts, Wishes
 from fedraclora.engines.deploy.pulling import in_part, pulled
 from fedraclora.engines.node_config import node_name
@@ -31,6 +31,7 @@ from fedraclora.wire.fields import printable, shown, whole_number
 
 log = logging.getLogger(__name__)
 
+UP, DOWN, BUNDLE = "up", "down", "bundle"  # ways of bytes in the ledger
 PARTS = 10.0  # seconds for the parts of a reply, which is small
 PATIENCE = 60.0  # seconds for further nodes to report their clients, once enough have
 DRAINED = OwnerRefusal("the operator has drained it (`fedraclora federation undrain`)")
@@ -79,13 +80,20 @@ class NodeRegistry:
     Args:
         post: Sends its questions.
         federation: Where the operator's wishes are, and what is known of nodes is kept; or None.
+        bundle: Bytes of the app's bundle, which each node downloads.
 
     Attributes:
         versions: The version that a node reports; None: no weights.
     """
 
-    def __init__(self, post: RegistryContext, federation: FederationFiles | None = None) -> None:
-        self.post, self.federation = post, federation
+    def __init__(
+        self,
+        post: RegistryContext,
+        federation: FederationFiles | None = None,
+        bundle: int = 0,
+    ) -> None:
+        self.post, self.federation, self.bundle = post, federation, bundle
+        self._loaded: set[int] = set()  # nodes that have downloaded the bundle
         self._round: int | None = None
         self._drained: frozenset[int] = frozenset()  # nodes that take part in no further round
         self._replied: dict[int, str] = {}  # node -> when its last reply was read
@@ -140,6 +148,26 @@ class NodeRegistry:
         except ConfigError as error:
             log.warning("the operator's wishes stay as they were: %s", error)
             return before
+
+    def label(self, node: int) -> str:
+        """Name a node in the ledger: by its name, or until it is known by its number."""
+        return self.names.get(node) or str(node)
+
+    def _call(self, node: int, name: str) -> None:
+        """Record the name of a node, also of its traffic so far."""
+        if name:
+            self.names[node] = name
+            moved = self.post.traffic.nodes.pop(str(node), {})
+            add_up(self.post.traffic.nodes, {name: moved} if moved else {})
+
+    def count_reply(self, node: int, reply: Message) -> None:
+        """Count the bytes of a reply, and with the first one those of the app's bundle."""
+        loaded = not reply.has_error() or reply.error.code == OWNER_REFUSES
+        if loaded and node not in self._loaded:
+            self._loaded.add(node)
+            if self.bundle:
+                self.post.traffic.count(self.label(node), BUNDLE, self.bundle)
+        self.post.traffic.count(self.label(node), UP, message_bytes(reply))
 
     def replied(self, node: int) -> None:
         """Record that a reply of a node was read."""
@@ -275,8 +303,7 @@ class NodeRegistry:
         """
         why = OwnerRefusal.read(text)
         self.replied(node)
-        if why.name:
-            self.names[node] = why.name
+        self._call(node, why.name)
         self._exclude(node, why)
         return self._unfit_now(node)
 
@@ -332,7 +359,7 @@ class NodeRegistry:
             try:
                 for reply in pulled(post.grid, [name], time.monotonic() + PARTS):
                     del self._asked[name]
-                    post.traffic.serialized += message_bytes(reply)
+                    self.count_reply(asked.node, reply)
                     if in_part(reply):
                         self._ask(replace(asked, at=now))
                         continue
@@ -350,7 +377,7 @@ class NodeRegistry:
         ttl = self.post.settings.timeout
         query = Message(content, question.node, "query.partition", ttl=ttl)
         (name,) = self.post.grid.push_messages([query])
-        self.post.traffic.serialized += message_bytes(query)
+        self.post.traffic.count(self.label(question.node), DOWN, message_bytes(query))
         self._asked[name] = question
         return name
 
@@ -361,8 +388,7 @@ class NodeRegistry:
         self.replied(node)
         self._reported = {(n, why) for n, why in self._reported if n != node}
         self.versions[node] = version
-        if name:
-            self.names[node] = name
+        self._call(node, name)
 
 
 def _told(clients: Sequence[int]) -> str:

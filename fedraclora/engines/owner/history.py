@@ -17,6 +17,10 @@ HISTORY = "history.jsonl"
 TRAIN = "train"  # how Flower's kinds of messages begin in which clients train
 LONGEST = 1 << 14  # bytes of an entry
 IN, OUT, REFUSED = "in", "out", "refused"
+DOWNLOAD = "bundle"  # the way of an app's bundle, which is downloaded
+WIRE = (
+    "wire"  # the way of all that the node has sent and received by HTTP since the last such entry
+)
 
 
 @dataclass(frozen=True)
@@ -25,13 +29,14 @@ class Entry:
 
     Attributes:
         time: When it came or went, ISO 8601 in UTC.
-        way: `IN`, `OUT`, or `REFUSED`: it came, and no code of the run has seen it.
+        way: `IN`, `OUT`, or `REFUSED`: it came, and no code of the run has seen it; or `DOWNLOAD`,
+            or `WIRE`, in which messages and bundle are contained.
         digest: The digest of the run.
         run: Flower's number of the run.
         node: Flower's number of this node.
         round: The round; empty for a message outside of rounds.
         kind: Flower's type of the message, as ``train.cohort``.
-        bytes: Bytes of its content.
+        bytes: Bytes of its content; of `WIRE` both ways, with headers, without TLS.
         records: Bytes of each kind of record in it.
         seconds: Of a reply: since its message came.
         samples: Of a reply of training: on how many samples, as the run's code says.

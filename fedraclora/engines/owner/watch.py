@@ -6,6 +6,7 @@ their content come and go as arguments.
 
 from __future__ import annotations
 
+import hashlib
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -19,15 +20,15 @@ from flwr.app import ConfigRecord, Error, Message
 
 from fedraclora import flower_internals
 from fedraclora.engines import flower_patches
-from fedraclora.engines.flower_patches import NODE_LOOP
+from fedraclora.engines.flower_patches import FLEET, NODE_LOOP
 from fedraclora.engines.owner.gate import Gate, RefusedError
-from fedraclora.engines.owner.history import IN, OUT, REFUSED, Entry, History, now
+from fedraclora.engines.owner.history import DOWNLOAD, IN, OUT, REFUSED, WIRE, Entry, History, now
 from fedraclora.engines.owner.refusal import OwnerRefusal
 from fedraclora.engines.owner.request import RunRequest
 from fedraclora.engines.replies import OWNER_REFUSES, RECORDS
 
 NUMBERS, SAMPLES = "chunk", "samples"  # where the small records of a reply have them
-KEPT = 4  # app bundles of runs that were refused, which are not fetched again
+KEPT = 4  # app bundles that are not downloaded again
 
 Function = Callable[..., Any]
 
@@ -60,6 +61,45 @@ class Content:
             self.samples = self.samples if samples is None else samples
 
 
+@dataclass
+class Wire:
+    """Count what a node sends and receives by HTTP: requests without a message, and headers, too.
+
+    Attributes:
+        sent, received: Bytes since they were taken.
+        requests: Their number.
+    """
+
+    sent: int = 0
+    received: int = 0
+    requests: int = 0
+
+    def counting(self, client: Any) -> Any:
+        """Derive a class from Flower's HTTP client that counts its requests."""
+        wire = self
+
+        def send(own: Any, context: Any, **named: Any) -> Any:
+            wire.requests += 1
+            response = client._send(own, context, **named)  # noqa: SLF001
+            request = context.request  # with a signature by now
+            wire.sent += len(request.content) + header_bytes(request)
+            wire.received += int(response.num_bytes_downloaded) + header_bytes(response)
+            return response
+
+        return type(client.__name__, (client,), {"_send": send})
+
+    def take(self) -> dict[str, int]:
+        """Return the counts, and begin anew."""
+        found = {"sent": self.sent, "received": self.received, "requests": self.requests}
+        self.sent = self.received = self.requests = 0
+        return found
+
+
+def header_bytes(message: Any) -> int:
+    """Count the bytes of the headers of a request or response, as HTTP/1.1 writes them."""
+    return sum(len(name) + len(value) + 4 for name, value in message.headers.raw)
+
+
 class NodeWatch:
     """Check and write down the messages of this process's SuperNode.
 
@@ -69,9 +109,10 @@ class NodeWatch:
     """
 
     def __init__(self, gate: Gate, history: History) -> None:
-        self.gate, self.history = gate, history
+        self.gate, self.history, self.wire = gate, history, Wire()
         self.runs: dict[int, tuple[RunRequest, Any]] = {}  # with Flower's description
-        self.apps: dict[int, Any] = {}  # app bundles that Flower has not stored yet
+        self.apps: dict[str, Any] = {}  # app bundles by their SHA-256
+        self.downloaded: dict[int, int] = {}  # run -> bytes of its bundle, until they are noted
         self.began: dict[str, float] = {}  # message -> when it came
 
     def pulling(self, pull: Function) -> Function:
@@ -107,9 +148,11 @@ class NodeWatch:
                 reason = refused.refusal.write(named.get("node_config", {}))
                 reply = Message(Error(OWNER_REFUSES, reason), reply_to=came[0])
                 flower_internals.insert_message(reply, state, object_store)
+                self.note_bundle(came[0], node)
                 self.note(REFUSED, came[0], node, content, why=str(refused))
                 return int(came[0].metadata.run_id)
             if run is not None:
+                self.note_bundle(came[0], node)
                 self.began[came[0].metadata.message_id] = time.monotonic()
                 self.note(IN, came[0], node, content)
             return run
@@ -137,6 +180,7 @@ class NodeWatch:
                 for message, content in sent:
                     if not (message.has_error() and message.error.code == OWNER_REFUSES):
                         self.note(OUT, message, state.get_node_id(), content)
+                    self.note_wire(message, state.get_node_id())
 
         return pushed
 
@@ -144,11 +188,20 @@ class NodeWatch:
         """Get the description and the app of a run, if it is new."""
         if run not in self.runs:
             about = get_run(run)
-            app = get_fab(about.fab_hash, run)
+            app = self.fetch(about.fab_hash, run, get_fab)
             self.runs[run] = request_of(about, app), about
+
+    def fetch(self, name: str, run: int, get_fab: Function) -> Any:
+        """Return an app bundle, which is downloaded once for all runs that have the same one."""
+        if name not in self.apps:
+            app = get_fab(name, run)
+            self.downloaded[run] = len(app.content)
+            if hashlib.sha256(app.content).hexdigest() != name:
+                return app  # it is not what it is called: nothing is kept under this name
             while len(self.apps) >= KEPT:
                 del self.apps[next(iter(self.apps))]
-            self.apps[run] = app
+            self.apps[name] = app
+        return self.apps[name]
 
     def app_of(self, run: int, get_fab: Function) -> Any:
         """Return the app that the owner was shown, for Flower to store.
@@ -156,16 +209,31 @@ class NodeWatch:
         Raises:
             RefusedError: If the SuperLink has another one by now.
         """
-        if (app := self.apps.pop(run, None)) is None:
-            request, about = self.runs[run]
-            app = get_fab(about.fab_hash, run)
-            if request_of(about, app).digest != request.digest:
-                why = f"the app of the run with digest {request.digest} has changed"
-                raise RefusedError(OwnerRefusal(why))
+        request, about = self.runs[run]
+        app = self.fetch(about.fab_hash, run, get_fab)
+        if request_of(about, app).digest != request.digest:
+            why = f"the app of the run with digest {request.digest} has changed"
+            raise RefusedError(OwnerRefusal(why))
         return app
 
+    def note_bundle(self, message: Message, node: int) -> None:
+        """Add a downloaded bundle to the history."""
+        if size := self.downloaded.pop(message.metadata.run_id, 0):
+            self.note(DOWNLOAD, message, node, Content(announced=size))
+
+    def note_wire(self, message: Message, node: int) -> None:
+        """Add what was sent and received since the last message to the history."""
+        took = self.wire.take()
+        self.note(WIRE, message, node, Content(took), size=took["sent"] + took["received"])
+
     def note(
-        self, way: str, message: Message, node: int, content: Content, why: str | None = None
+        self,
+        way: str,
+        message: Message,
+        node: int,
+        content: Content,
+        why: str | None = None,
+        size: int | None = None,
     ) -> None:
         """Add a message to the history."""
         about, replies = message.metadata, way == OUT
@@ -179,7 +247,7 @@ class NodeWatch:
                 node=node,
                 round=about.group_id,
                 kind=about.message_type,
-                bytes=content.size,
+                bytes=content.size if size is None else size,
                 records=content.records or None,
                 seconds=None if began is None else round(time.monotonic() - began, 3),
                 samples=content.samples if replies else None,
@@ -219,3 +287,5 @@ def install(options: Mapping[str, str | None]) -> None:
         _pull_and_store_message=watch.pulling(loop._pull_and_store_message),  # noqa: SLF001
         _push_messages=watch.pushing(loop._push_messages),  # noqa: SLF001
     )
+    fleet = import_module(FLEET)  # its client is perhaps patched by now
+    flower_patches.put(FLEET, FleetHttpClient=watch.wire.counting(fleet.FleetHttpClient))
