@@ -69,7 +69,7 @@ def serialized(content: RecordDict) -> RecordDict:
 
 def array_bytes(content: RecordDict) -> int:
     """Bytes of the numbers in a message: flat arrays, without numpy's own header."""
-    record = serialized(content)["arrays"]
+    record = content["arrays"]
     assert isinstance(record, ArrayRecord)
     assert ["flat"] <= [*record] <= ["flat", "coefficients"]
     arrays = [array.numpy() for array in record.values()]
@@ -96,6 +96,7 @@ def test_the_uplink_of_the_ledger_is_the_formula_and_the_message(done: Run, worl
         total += row["uplink_bytes"]
         assert row["uplink_bytes"] == up * ITEM * COHORT
         assert row["uplink_bytes"] == sum(array_bytes(c) for c in contents)
+        assert array_bytes(serialized(contents[0])) == array_bytes(contents[0])
         assert row["uplink_total"] == total
 
 
@@ -105,6 +106,7 @@ def test_the_downlink_of_the_ledger_is_the_message(done: Run, world: World) -> N
     for round_, (row, contents) in enumerate(zip(done.rows, asked, strict=True), start=1):
         _, down = done.strategy.method.floats(world.plan, round_)
         numbers = sum(array_bytes(c) for c in contents)
+        assert array_bytes(serialized(contents[0])) == array_bytes(contents[0])
         charged = numbers + SEED_BYTES * sum(seeds(c) for c in contents)
         total += row["downlink_bytes"] + row["catchup_bytes"]
         assert row["downlink_bytes"] == charged

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -91,16 +91,42 @@ def fedavg_without_head() -> Run:
     return run(world, make_method("fedavg"), RAGGED, rounds=2, cohort=4)
 
 
-@pytest.fixture(scope="module")
-def whole_run(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Variant], tuple[Run, Path]]:
-    """Runs of five rounds that were never stopped, and their folders."""
-    made: dict[str, tuple[Run, Path]] = {}
+@dataclass(frozen=True)
+class WholeRun:
+    """A run that was never stopped, its folder, and what the server held before each round."""
 
-    def give(variant: Variant) -> tuple[Run, Path]:
+    done: Run
+    folder: Path
+    bases: list[Tree]
+    weights: list[Tree]
+
+
+@pytest.fixture(scope="module")
+def whole_run(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Variant], WholeRun]:
+    """Runs of five rounds."""
+    made: dict[str, WholeRun] = {}
+
+    def ran(variant: Variant) -> WholeRun:
+        method, folder = method_of(variant), tmp_path_factory.mktemp("whole")
+        bases: list[Tree] = []
+        measured: list[Tree] = []
+        weights = type(method).weights
+
+        def watched(self: Method, state: State, draw: Draw, own: Tree | None = None) -> Tree:
+            found = weights(self, state, draw, own)
+            if own is None:
+                bases.append({n: t.clone() for n, t in state.base.items()})
+                measured.append({n: t.clone() for n, t in found.items()})
+            return found
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(type(method), "weights", watched)
+            done = run(make_world(), method, RAGGED, rounds=5, cohort=3, folder=folder)
+        return WholeRun(done, folder, bases, measured)
+
+    def give(variant: Variant) -> WholeRun:
         if (name := label(variant)) not in made:
-            folder = tmp_path_factory.mktemp("whole")
-            done = run(make_world(), method_of(variant), RAGGED, rounds=5, cohort=3, folder=folder)
-            made[name] = done, folder
+            made[name] = ran(variant)
         return made[name]
 
     return give
@@ -281,10 +307,11 @@ def test_uniform_weights_differ_from_examples_where_clients_do(
 def test_a_run_that_is_resumed_ends_with_the_same_bits(
     variant: Variant,
     world: World,
-    whole_run: Callable[[Variant], tuple[Run, Path]],
+    whole_run: Callable[[Variant], WholeRun],
     tmp_path: Path,
 ) -> None:
-    method, cohort, (whole, folder) = method_of(variant), 3, whole_run(variant)
+    method, cohort, kept = method_of(variant), 3, whole_run(variant)
+    whole, folder = kept.done, kept.folder
     part = tmp_path / "part"
     run(world, method, RAGGED, rounds=2, cohort=cohort, folder=part)
     rest = run(world, method, RAGGED, rounds=5, cohort=cohort, folder=part, resume=True)
@@ -303,24 +330,28 @@ def test_a_run_that_is_resumed_ends_with_the_same_bits(
 # That the chain of each variant leads to its last base is shown where its bytes are counted.
 @defaults_short
 @every_variant
-def test_the_chain_on_disk_rebuilds_the_base_to_the_bit(
-    variant: Variant, world: World, whole_run: Callable[[Variant], tuple[Run, Path]]
+def test_the_chain_on_disk_rebuilds_the_base_and_weights_of_every_round_to_the_bit(
+    variant: Variant, whole_run: Callable[[Variant], WholeRun]
 ) -> None:
-    done, folder = whole_run(variant)
-    rebuilt = state_at(folder, 5).base
-    assert_equal_trees(rebuilt, done.strategy.state.base)
-    part = run(world, method_of(variant), RAGGED, rounds=2, cohort=3)
-    assert_equal_trees(state_at(folder, 2).base, part.strategy.state.base)
+    kept, method = whole_run(variant), method_of(variant)
+    draw = kept.done.strategy.draw
+    assert len(kept.weights) >= 6
+    for round_ in range(6):
+        assert_equal_trees(state_at(kept.folder, round_).base, kept.bases[round_])
+        wanted = kept.weights[round_]
+        assert_equal_trees(weights_at(kept.folder, round_, method, draw), wanted)
+    last = weights_at(kept.folder, None, method, draw)  # of the checkpoint
+    assert_equal_trees(last, kept.weights[5])
     with pytest.raises(CheckpointError, match="not round 6"):
-        state_at(folder, 6)
+        state_at(kept.folder, 6)
 
 
 @defaults_short
 @every_variant
 def test_a_compacted_chain_rebuilds_what_it_keeps_to_the_bit(
-    variant: Variant, whole_run: Callable[[Variant], tuple[Run, Path]], tmp_path: Path
+    variant: Variant, whole_run: Callable[[Variant], WholeRun], tmp_path: Path
 ) -> None:
-    method, (_, folder) = method_of(variant), whole_run(variant)
+    method, folder = method_of(variant), whole_run(variant).folder
     shutil.copytree(folder / "chain", tmp_path / "chain")
     shutil.copytree(folder / "checkpoint", tmp_path / "checkpoint")
     assert compact(tmp_path, 2).rounds == "0 to 4 in steps of 2, 5"
@@ -329,30 +360,6 @@ def test_a_compacted_chain_rebuilds_what_it_keeps_to_the_bit(
         assert_equal_trees(after.base, before.base)
         assert_equal_trees(after.carried, before.carried)
         assert after.counters == before.counters
-
-
-@defaults_short
-@every_variant
-def test_the_chain_on_disk_rebuilds_the_weights_of_every_round_to_the_bit(
-    variant: Variant, world: World, tmp_path: Path
-) -> None:
-    method, measured = method_of(variant), []
-    weights = type(method).weights
-
-    def watched(self: Method, state: State, draw: Draw, own: Tree | None = None) -> Tree:
-        found = weights(self, state, draw, own)
-        if own is None:
-            measured.append(found)
-        return found
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(type(method), "weights", watched)
-        done = run(world, method, RAGGED, rounds=4, cohort=3, folder=tmp_path)
-    assert len(measured) >= 5
-    for round_, wanted in enumerate(measured[:5]):
-        assert_equal_trees(weights_at(tmp_path, round_, method, done.strategy.draw), wanted)
-    last = weights_at(tmp_path, None, method, done.strategy.draw)  # of the checkpoint
-    assert_equal_trees(last, measured[4])
 
 
 @forms_short

@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-import pytest
 from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 
 import fedraclora
@@ -52,8 +51,15 @@ def test_enough_shares_give_the_secret_back() -> None:
     secret = bytes(range(48))
     shares = internals.create_shares(secret, 2, 3)
     assert internals.join_shares(shares[1:]) == secret
-    with pytest.raises(ValueError, match="shares"):
-        internals.join_shares([shares[0], bytes([9]) + shares[1][1:]])
+    refused = 0
+    for point in range(9, 17):  # what comes of wrong shares has by chance, seldom, the right form
+        try:
+            found = internals.join_shares([shares[0], bytes([point]) + shares[1][1:]])
+        except ValueError as error:
+            refused += "shares" in str(error)
+        else:
+            assert found != secret
+    assert refused
 
 
 def test_the_arguments_of_a_node_are_parsed_as_flower_does() -> None:
