@@ -25,9 +25,10 @@ CORES := $(shell getconf _NPROCESSORS_ONLN)
 SIDE_BY_SIDE := --numprocesses $(shell echo $$(($(CORES) < 4 ? $(CORES) + 1 : 4))) --dist loadfile \
 	--no-loadscope-reorder
 # Slow tests: in `make test-slow` all of them; in CI those of an installed copy and its wheels, of
-# deployments, of a run on Ray, and of kills.
+# deployments, of a run on Ray, of kills, and of kept tables.
 SLOW := slow and not long and not smoke and not gpu
-CI_SLOW := tests/layout tests/config/test_quiet.py tests/equivalence/test_deploy*.py tests/resume
+CI_SLOW := tests/layout tests/config/test_quiet.py tests/equivalence/test_deploy*.py tests/resume \
+	tests/docs/test_kept_results.py
 PEERS := flower pfl fedlab fedjax
 
 # The number of threads fixes the order of sums inside matrix products, and so the last bits.

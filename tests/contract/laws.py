@@ -150,8 +150,7 @@ LAWS = (
         "`LayerUpdate(merged=...)`",
         (
             "the_links_rebuild_the_base_to_the_bit",
-            "the_chain_on_disk_rebuilds_the_base_to_the_bit",
-            "the_chain_on_disk_rebuilds_the_weights_of_every_round_to_the_bit",
+            "the_chain_on_disk_rebuilds_the_base_and_weights_of_every_round_to_the_bit",
             "a_compacted_chain_rebuilds_what_it_keeps_to_the_bit",
         ),
     ),

@@ -12,7 +12,6 @@ from fedraclora.commands import RESULTS
 from fedraclora.experiments.records import MAKERS, PACKED, keep_figures, shown_figures
 
 TABLES = (".md", ".csv")
-LARGE = {"slow_links", "frontier"}  # over a second
 
 
 def tables(folder: Path) -> dict[str, bytes]:
@@ -20,9 +19,8 @@ def tables(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in found if path.name != "README.md"}
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=[pytest.mark.slow] * (n in LARGE)) for n in MAKERS]
-)
+@pytest.mark.slow  # together eight seconds; CI runs them
+@pytest.mark.parametrize("name", MAKERS)
 def test_tables_follow_from_their_runs(name: str, tmp_path: Path) -> None:
     MAKERS[name](RESULTS / name, tmp_path)
     assert tables(tmp_path) == tables(RESULTS / name)

@@ -193,6 +193,7 @@ def test_a_cache_that_is_not_what_it_was_is_replaced_once(harm: str, tmp_path: P
     assert sorted(asked) == [0, 0, 0, 1, 1, 1, 1, 2, 2, 2]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "words",
     [

@@ -26,7 +26,7 @@ from fedraclora.run.ledger import read_ledger, round_seconds
 from fedraclora.tree import digest
 from tests.common import simulated
 
-WORDS = ("data=digits", "pretrain=none", "output.progress=false")
+WORDS = ("data=digits", "pretrain=none", "output.progress=false", "local.lr=0.05")
 SMALL: dict[str, Any] = {"model": {"hidden": [7]}, "clients": 6, "clients_per_round": 3}
 STUDY = "output=study"  # no pictures, no chain
 

@@ -23,6 +23,7 @@ from fedraclora.data.own_loss import OwnLoss, check_loss
 from fedraclora.errors import ConfigError, FedRacLoraError
 from fedraclora.rng import generator, torch_normal
 from fedraclora.terminal.opening import introduction
+from tests.common import FIXED
 
 torch.set_num_threads(1)
 QUIET = ("output.progress=false",)
@@ -291,7 +292,7 @@ def test_a_loss_that_says_nothing_hides_no_classes(words: tuple[str, ...], parti
     x, y = (torch.cat(each) for each in zip(*clients(), strict=True))
     given = {"model": net(), "data": (x, y), "clients": 2, "partition": partition, "rounds": 1}
     losses = silent, "cross_entropy"
-    runs = [fedraclora.simulate(*QUIET, *words, **given, loss=loss) for loss in losses]
+    runs = [fedraclora.simulate(*QUIET, *FIXED, *words, **given, loss=loss) for loss in losses]
     one, other = (run.rows[1]["metrics"] for run in runs)
     assert one == pytest.approx(other, abs=1e-6)
     counts = [run.builder.built.label_counts(torch.arange(2)).tolist() for run in runs]

@@ -25,6 +25,7 @@ from fedraclora.data.samples import Samples
 from fedraclora.data.task import LOSSES
 from fedraclora.errors import ConfigError, DataError, FedRacLoraError
 from fedraclora.evaluation.evaluate import _Words, predict
+from tests.common import FIXED
 
 QUIET = "output.progress=false"
 DRAW = np.random.default_rng(3)
@@ -43,7 +44,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     FRAME[60:][["dose", "age"]].to_csv(place / "new.csv", index=False)
     fedraclora.simulate(
         *(QUIET, "data=table", f"data.file={place}/train.csv", f"data.test_file={place}/test.csv"),
-        *("data.label=kind", "data.features=[age,dose]", "model.hidden=[8]", "local.lr=0.1"),
+        *("data.label=kind", "data.features=[age,dose]", "model.hidden=[8]", *FIXED),
         *("output.plots=false", "evaluate.batch_size=7"),
         clients=3,
         rounds=2,
@@ -160,7 +161,14 @@ def test_data_that_have_changed_are_not_taken_for_those_of_the_run(
 def test_a_number_is_answered_on_its_own_scale_and_dropped_rows_have_none() -> None:
     rows = FRAME.assign(dose=[np.nan, *FRAME.dose[1:]])
     run = fedraclora.simulate(
-        *(QUIET, "data.missing=drop", "local.lr=0.3", "local.epochs=5", "data.features=[age,dose]"),
+        *(
+            QUIET,
+            "data.missing=drop",
+            "local.lr=0.3",
+            "engine.chunk=8",
+            "local.epochs=5",
+            "data.features=[age,dose]",
+        ),
         data=rows,
         target="score",
         clients=2,
@@ -199,7 +207,9 @@ def test_images_are_read_as_those_of_the_run(tmp_path: Path) -> None:
     np.savez(tmp_path / "new.npz", images=images[30:], labels=names[30:])
     np.savez(tmp_path / "bare.npz", x=images[30:])
     words = (QUIET, "data=arrays", f"data.file={tmp_path}/own.npz", "output.plots=false")
-    run = fedraclora.simulate(*words, model="linear", clients=2, rounds=1, folder=tmp_path / "run")
+    run = fedraclora.simulate(
+        *FIXED, *words, model="linear", clients=2, rounds=1, folder=tmp_path / "run"
+    )
     run = fedraclora.read_run(tmp_path / "run")
     last = run.rows[-1]["metrics"]
     assert run.evaluate(tmp_path / "new.npz") == run.evaluate((images[30:], names[30:])) == last
@@ -250,7 +260,14 @@ def test_classes_are_told_by_name_where_some_were_chosen() -> None:
 @pytest.mark.parametrize("words", [["method=fedsa_lora"], ["head=personal"]])
 def test_a_model_of_which_clients_keep_a_part_is_refused(words: list[str]) -> None:
     run = fedraclora.simulate(
-        QUIET, "data=digits", "pretrain=none", *words, clients=2, clients_per_round=2, rounds=1
+        QUIET,
+        *FIXED,
+        "data=digits",
+        "pretrain=none",
+        *words,
+        clients=2,
+        clients_per_round=2,
+        rounds=1,
     )
     for call in (run.evaluate, lambda: run.predict("test")):
         with pytest.raises(ConfigError, match="each client keeps"):
@@ -333,7 +350,7 @@ def test_inputs_are_those_of_the_run() -> None:
 def test_a_class_is_answered_as_its_column_has_it(values: list[Any]) -> None:
     frame = FRAME[["age", "dose"]].assign(kind=np.array(values)[1 * (FRAME.kind == "ill")])
     run = fedraclora.simulate(
-        *(QUIET, "local.lr=0.3", "local.epochs=5", "data.missing=drop"),
+        *(QUIET, "local.lr=0.3", "engine.chunk=8", "local.epochs=5", "data.missing=drop"),
         data=frame,
         target="kind",
         clients=3,
@@ -357,7 +374,7 @@ def test_whole_numbers_of_a_file_are_numbers_also_beside_rows_without_an_answer(
     frame.assign(dose=[np.nan, *frame.dose[1:]]).to_csv(tmp_path / "new.csv", index=False)
     fedraclora.simulate(
         *(QUIET, "data=table", f"data.file={tmp_path}/train.csv", "data.label=kind"),
-        *("data.missing=drop", "model.hidden=[4]", "output.plots=false"),
+        *("data.missing=drop", "model.hidden=[4]", "output.plots=false", *FIXED),
         clients=2,
         clients_per_round=2,
         rounds=1,
@@ -423,7 +440,7 @@ def test_a_run_answers_from_any_folder(tmp_path: Path, monkeypatch: pytest.Monke
     FRAME.to_csv(began / "train.csv", index=False)
     monkeypatch.chdir(began)
     words = ("data=table", "data.file=train.csv", "data.label=kind", "data.features=[age,dose]")
-    run = fedraclora.simulate(QUIET, *words, clients=3, rounds=1, folder=began / "run")
+    run = fedraclora.simulate(QUIET, *FIXED, *words, clients=3, rounds=1, folder=began / "run")
     wanted = run.predict(FRAME)
     monkeypatch.chdir(elsewhere)
     found = fedraclora.read_run(began / "run")

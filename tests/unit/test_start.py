@@ -18,6 +18,7 @@ import fedraclora
 from fedraclora.errors import CheckpointError, ConfigError, DataError, ModelError
 from fedraclora.models.adapter import merge_adapter
 from fedraclora.models.built import seeded
+from tests.common import FIXED
 from tests.unit.test_export import loaded, numbers, trained
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning:peft")
@@ -34,7 +35,7 @@ def run(start: Path | None, folder: Path | None = None, *, rounds: int = 0, **ke
     x, y = numbers(80)
     given = {"model": net(), "method": {"name": "fed_rac_lora", "rank": 2}} | keys
     return fedraclora.simulate(
-        *("output.progress=false", *(["output.plots=false"] if folder else [])),
+        *("output.progress=false", *FIXED, *(["output.plots=false"] if folder else [])),
         data=[(x[k::4], y[k::4]) for k in range(4)],
         test=numbers(30, 9),
         rounds=rounds,
@@ -59,6 +60,7 @@ def plain_run(folder: Path | None, start: Path | None = None, **keys: Any):
     """Run by choices alone, so that its config is all that it takes."""
     return fedraclora.simulate(
         *("output.progress=false", "data=virtual", "data.held_out=50", "data.samples=20"),
+        *FIXED,
         *(["output.plots=false"] if folder else []),
         **{
             "model": {"name": "mlp", "hidden": [9]},

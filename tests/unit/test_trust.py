@@ -23,9 +23,17 @@ from fedraclora.protocol.program import ClientProgram
 from fedraclora.run.digests import write_digests
 from fedraclora.strategies.weights import load_weights
 from fedraclora.trust import VARIABLE, foreign, names_in, restricted_imports, trust, trusting
+from tests.common import FIXED
 
 SMALL = ("data=digits", "data.labels=null", "pretrain=none", "partition=iid", "model.hidden=[6]")
-SMALL += ("clients=4", "clients_per_round=4", "rounds=1", "output=study", "output.sync=false")
+SMALL += (
+    "clients=4",
+    "clients_per_round=4",
+    "rounds=1",
+    "output=study",
+    "output.sync=false",
+    *FIXED,
+)
 MINE = """
 import functools, os, pathlib, subprocess
 from os import system
