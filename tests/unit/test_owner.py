@@ -32,8 +32,8 @@ from fedraclora.engines.owner.history import (
     WIRE,
     Entry,
     History,
+    Tally,
     now,
-    used,
 )
 from fedraclora.engines.owner.policy import Limits, Policy
 from fedraclora.engines.owner.refusal import OwnerRefusal
@@ -266,7 +266,35 @@ def test_a_history_goes_on_after_a_line_that_a_kill_has_cut(tmp_path: Path) -> N
     assert len(history.entries()) == 1
     History(tmp_path).add(entry(OUT, bytes=5))
     assert [e.way for e in history.entries()] == [IN, OUT]
-    assert used(history.entries()) == Limits(1, 5e-6, 0.0)
+    tally = Tally(history.file)
+    tally.update()
+    assert tally.of_run(RUN.digest).limits == Limits(1, 5e-6, 0.0)
+
+
+def test_what_was_used_is_added_up_as_it_comes(tmp_path: Path) -> None:
+    """Of several nodes in one file; a file that was moved away is begun anew."""
+    history, other = History(tmp_path), History(tmp_path)
+    tally = Tally(history.file)
+    for number in range(1, 4):
+        history.add(entry(IN, round=str(number)))
+        other.add(entry(OUT, round=str(number), bytes=500_000, seconds=360.0))
+        tally.update()
+        wanted = Limits(number, number / 2, number / 10)
+        for found in (tally.of_run(RUN.digest), tally.of_day(now()[:10])):
+            assert found.limits == wanted
+    tally.update()
+    assert tally.of_run(RUN.digest).limits == wanted
+    with history.file.open("a") as file:
+        file.write('{"time": "2026')  # of a kill
+    tally.update()
+    history.file.unlink()
+    History(tmp_path).add(entry(IN))
+    tally.update()
+    assert tally.of_run(RUN.digest).limits == Limits(1, 0.0, 0.0)
+    with history.file.open("a") as file:
+        file.write("{}\n")
+    with pytest.raises(ConfigError, match="no entry"):
+        tally.update()
 
 
 class Node:

@@ -8,7 +8,7 @@ from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
-from fedraclora.engines.owner.history import History, used
+from fedraclora.engines.owner.history import History, Tally
 from fedraclora.engines.owner.policy import Limits, Policy
 from fedraclora.engines.owner.refusal import OwnerRefusal
 from fedraclora.engines.owner.request import RunRequest
@@ -50,6 +50,7 @@ class Gate:
         if self.ask is not None:
             self.file = history.file.with_name(APPROVED)
         self._declined: set[str] = set()
+        self._tally = Tally(history.file)
         self._told: dict[int, set[str]] = {}  # run -> texts, until it may train
 
     def check(self, run: RunRequest, kind: str, round_: str) -> None:
@@ -106,18 +107,17 @@ class Gate:
         """Return the limit that a run, or this day, has reached."""
         if policy.run == policy.day == Limits():
             return None
-        entries, today = self.history.entries(), datetime.now(UTC).date()
-        of_run = [e for e in entries if e.digest == run.digest]
-        of_day = [e for e in entries if e.time.startswith(today.isoformat())]
+        self._tally.update()
+        today = datetime.now(UTC).date()
         until = f"{today + timedelta(days=1)} 00:00 UTC"
         for limits, own, of, end in (
-            (policy.run, of_run, "run", ""),
-            (policy.day, of_day, "day", until),
+            (policy.run, self._tally.of_run(run.digest), "run", ""),
+            (policy.day, self._tally.of_day(today.isoformat()), "day", until),
         ):
             # A round has several messages: the last one that is allowed is brought to its end.
-            began = any(e.is_training and (e.run, e.round) == (run.run, round_) for e in own)
-            left = replace(limits, rounds=None) if round_ and began else limits
-            if reached := left.reached(used(own)):
+            began = bool(round_) and (run.run, round_) in own.rounds
+            left = replace(limits, rounds=None) if began else limits
+            if reached := left.reached(own.limits):
                 return OwnerRefusal(f"its owner's limit is reached: {reached} of a {of}", end)
         return None
 

@@ -5,8 +5,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -16,6 +15,7 @@ from fedraclora.errors import ConfigError
 HISTORY = "history.jsonl"
 TRAIN = "train"  # how Flower's kinds of messages begin in which clients train
 LONGEST = 1 << 14  # bytes of an entry
+DATE = len("2026-12-31")
 IN, OUT, REFUSED = "in", "out", "refused"
 DOWNLOAD = "bundle"  # the way of an app's bundle, which is downloaded
 WIRE = (
@@ -122,13 +122,80 @@ class History:
         return found
 
 
-def used(entries: Iterable[Entry]) -> Limits:
-    """Add up what a part of the history took, in the units of limits."""
-    rounds, sent, seconds = set[tuple[int, str]](), 0, 0.0
-    for entry in entries:
+@dataclass
+class Usage:
+    """Add up what a part of the history took.
+
+    Attributes:
+        rounds: The rounds in which this node trained, with Flower's number of the run.
+        sent: Bytes that it sent.
+        seconds: From messages to their replies.
+    """
+
+    rounds: set[tuple[int, str]] = field(default_factory=set)
+    sent: int = 0
+    seconds: float = 0.0
+
+    def add(self, entry: Entry) -> None:
+        """Add an entry."""
         if entry.way == OUT:
-            sent += entry.bytes
-            seconds += entry.seconds or 0.0
+            self.sent += entry.bytes
+            self.seconds += entry.seconds or 0.0
         if entry.is_training:
-            rounds.add((entry.run, entry.round))
-    return Limits(len(rounds), sent / 1e6, seconds / 3600)
+            self.rounds.add((entry.run, entry.round))
+
+    @property
+    def limits(self) -> Limits:
+        """Return it in the units of limits."""
+        return Limits(len(self.rounds), self.sent / 1e6, self.seconds / 3600)
+
+
+class Tally:
+    """Adds up a history by run and day, and reads only what is new in its file.
+
+    A year has more entries than could be read for each message.
+
+    Args:
+        file: The file of a `History`.
+    """
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+        self._begin_anew()
+
+    def _begin_anew(self) -> None:
+        self._read, self._runs, self._days = 0, dict[str, Usage](), dict[str, Usage]()
+
+    def update(self) -> None:
+        """Read the entries that were added; all of them if the file is another.
+
+        Raises:
+            ConfigError: If a line is no entry.
+        """
+        if self.file.stat().st_size < self._read:
+            self._begin_anew()
+        with self.file.open("rb") as file:
+            file.seek(self._read)
+            new = file.read()
+        whole = new[: new.rfind(b"\n") + 1]
+        for line in whole.splitlines():
+            try:
+                entry = Entry(**json.loads(line))
+            except (ValueError, TypeError) as error:
+                raise ConfigError(
+                    f"{self.file}: {line[:80]!r} is no entry of a history ({error}). "
+                    "Move the file away to begin anew"
+                ) from error
+            for table, key in ((self._runs, entry.digest), (self._days, entry.time[:DATE])):
+                table.setdefault(key, Usage()).add(entry)
+        self._read += len(whole)
+        for day in sorted(self._days)[:-2]:
+            del self._days[day]
+
+    def of_run(self, digest: str) -> Usage:
+        """Return what the runs with a digest took."""
+        return self._runs.get(digest, Usage())
+
+    def of_day(self, day: str) -> Usage:
+        """Return what a day took, ``2026-12-31``: today or the day before."""
+        return self._days.get(day, Usage())
