@@ -1,9 +1,9 @@
-"""A thousand rounds of a deployment: memory, handles, sockets and processes along the run.
+"""A thousand rounds of a deployment: memory, handles, sockets, processes and files along the run.
 
     python -m fedraclora.experiments.long_run out=DIR [rounds=1000]
 
-It runs ``fedraclora deploy nodes=2`` with a tiny model, looks at all its processes every few
-seconds, and writes ``samples.jsonl`` and
+It runs ``fedraclora deploy nodes=2`` with a tiny model and histories of the owners, looks at all
+its processes and files every few seconds, and writes ``samples.jsonl`` and
 ``table.md``: what each kind of process held at a tenth of the run and at its end, and the slope of
 a line through all that was seen in between, by 100 rounds.
 """
@@ -23,6 +23,7 @@ import numpy as np
 
 from fedraclora.commands.status import reported
 from fedraclora.compose.words import key_values
+from fedraclora.engines.flower_patches import OWNED
 from fedraclora.errors import ConfigError
 from fedraclora.experiments.faults.network import RANK
 
@@ -41,6 +42,8 @@ KINDS = {
     "deploy": "command",
 }
 Held = dict[str, float]
+# Of the folder of the measurement, what is below: sockets, logs and caches; histories; the run's.
+FOLDERS = {"Flower's files and caches": "tmp", "histories": "state", "run folder": "run"}
 
 
 def below(pid: int) -> Iterator[int]:
@@ -80,6 +83,15 @@ def look(pid: int) -> dict[str, Held]:
     return found
 
 
+def stored(folder: Path) -> Held:
+    """Count the files below a folder, and their megabytes."""
+    sizes = []
+    for path in folder.rglob("*"):
+        with suppress(OSError):  # it has just been removed
+            sizes.append(path.lstat().st_size)
+    return {"files": len(sizes), "MB": sum(sizes) / 1e6}
+
+
 def table(samples: Sequence[Mapping[str, object]]) -> str:
     """Write what was held at a tenth of the run and at its end, and the slope by 100 rounds.
 
@@ -92,8 +104,12 @@ def table(samples: Sequence[Mapping[str, object]]) -> str:
         "| kind | what | start | end | most | slope by 100 rounds |",
         "|---|---|---|---|---|---|",
     ]
-    for kind in dict.fromkeys(KINDS.values()):
-        for what in ("processes", "MB", "handles", "sockets"):
+    kinds: dict[str, Sequence[str]] = dict.fromkeys(
+        KINDS.values(), ("processes", "MB", "handles", "sockets")
+    )
+    kinds |= dict.fromkeys(FOLDERS, ("files", "MB"))
+    for kind, whats in kinds.items():
+        for what in whats:
             curve = np.array([each.get(kind, {}).get(what, 0.0) for each in kept])  # type: ignore[attr-defined]
             slope = 100 * np.polyfit(rounds, curve, 1)[0]
             ends = [np.median(curve[:5]), np.median(curve[-5:]), curve.max()]
@@ -108,10 +124,13 @@ def run(folder: Path, rounds: int) -> None:
     """Run, and look meanwhile."""
     words = [*WORDS, *RANK, f"rounds={rounds}", f"output.dir={folder / 'run'}"]
     command = [sys.executable, "-m", "fedraclora.commands.cli", "deploy", "nodes=2", *words]
+    (folder / "tmp").mkdir()
+    owned = json.dumps({"policy": None, "state": str(folder / "state")})
+    environ = {**os.environ, "TMPDIR": str(folder / "tmp"), OWNED: owned}
     ledger, samples = folder / "run" / "ledger.jsonl", list[dict[str, object]]()
     with (
         (folder / "log").open("w") as log,
-        subprocess.Popen(command, stdout=log, stderr=log) as process,
+        subprocess.Popen(command, stdout=log, stderr=log, env=environ) as process,
         (folder / "samples.jsonl").open("w") as record,
     ):
         while process.poll() is None:
@@ -119,7 +138,9 @@ def run(folder: Path, rounds: int) -> None:
             done = max(0, ledger.read_bytes().count(b"\n") - 1) if ledger.is_file() else 0
             if not done:
                 continue
-            samples.append({"round": done, "seconds": time.monotonic(), "held": look(process.pid)})
+            seen = look(process.pid)
+            seen |= {kind: stored(folder / name) for kind, name in FOLDERS.items()}
+            samples.append({"round": done, "seconds": time.monotonic(), "held": seen})
             record.write(json.dumps(samples[-1]) + "\n")
             record.flush()
             if len(samples) > 20:
