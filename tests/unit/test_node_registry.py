@@ -109,6 +109,8 @@ def test_a_node_whose_answer_was_lost_is_asked_again(make: Make) -> None:
 def test_a_node_that_never_answers_holds_up_one_exchange(make: Make) -> None:
     who, _, link = make(Link({3: [0], 7: [1]}, {7: [1e9]}), min_clients=1, timeout=3600.0)
     assert who.gather([0, 1]) == {0: 3}
+    assert "node 7" in who.absence(1)
+    assert "not connected" not in who.absence(1)
     assert link.now <= PATIENCE + 1
     began = link.now
     for _ in range(20):
@@ -141,6 +143,19 @@ def test_a_question_of_silence_holds_nobody_up(make: Make) -> None:
     began = link.now
     assert who.gather([0, 1]) == {0: 3, 1: 7}
     assert link.now == began
+
+
+def test_a_long_silence_is_told_once_with_who_is_silent(make: Make) -> None:
+    who, _, link = make(Link({3: [0]}))
+    watch = StragglerMonitor(who)
+    link.now += 10
+    watch.late(["client 0"])  # half of all replies take 10 s
+    link.now += 35
+    assert not watch.overdue(["client 1 (north)"])
+    link.now += 10
+    assert not watch.overdue([])
+    assert "client 1 (north)" in watch.overdue(["client 1 (north)"])
+    assert not watch.overdue(["client 1 (north)"])
 
 
 def test_an_absent_client_is_named_with_the_node_that_served_it(make: Make) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from collections import Counter
@@ -30,11 +31,14 @@ from fedraclora.engines.records import (
 from fedraclora.engines.replies import FORMAT, OWNER_REFUSES, STALE, UNREADABLE
 from fedraclora.errors import ClientError, WireError
 from fedraclora.flower_internals import message_bytes
+from fedraclora.run.log import NOTICE
 from fedraclora.weights.update import WeightHistory
 from fedraclora.wire.answers import Answer, Came, NoAnswer
 from fedraclora.wire.exchange import Ask
 from fedraclora.wire.fields import printable, shown
 from fedraclora.wire.together import Answered, join_asks, split_answer
+
+log = logging.getLogger(__name__)
 
 Queues = dict[int, list[list[Ask]]]  # for each node, the requests of each message to send
 Reply = tuple[str, Message | NoAnswer]  # a reply, with the number of the message that it answers
@@ -210,13 +214,19 @@ class DeployGrid(PostedGrid):
             if last:
                 break
             if waiting and not came:
-                self.wait("all clients had replied")
+                self._pause(monitor, waiting)
             came = ()
             for name in monitor.lost({name: envelope.node for name, envelope in waiting.items()}):
                 envelope = waiting.pop(name)
                 self.incidents.append(f"{envelope.who} was sent again what it had not received")
                 self._push_again(envelope, waiting, max(1.0, end - time.monotonic()))
         return found + (self._stragglers(waiting) if end == cut else [])
+
+    def _pause(self, monitor: StragglerMonitor, waiting: Mapping[str, Envelope]) -> None:
+        """Wait a moment for replies; tell the operator if one has been missing for long."""
+        if told := monitor.overdue([envelope.who for envelope in waiting.values()]):
+            log.log(NOTICE, "%s", told)
+        self.wait("all clients had replied")
 
     def _stragglers(self, waiting: Mapping[str, Envelope]) -> list[Answered]:
         """Say of clients without a reply why the round goes on without them."""

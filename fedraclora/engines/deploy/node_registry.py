@@ -287,6 +287,9 @@ class NodeRegistry:
         for node, (why, _) in self._unfit.items():
             if node == last or client in why.clients:
                 return self._unfit_now(node)
+        if silent := sorted({q.node for q in self._asked.values()} - self._serving.keys()):
+            names = ", ".join(map(self._name, silent))
+            return f"no node that has answered serves it, and {names} has not said what it serves"
         return "it is not connected" + ("" if last is None else f"; {self._name(last)} served it")
 
     def served_by(self, clients: Sequence[int]) -> str:

@@ -16,6 +16,7 @@ from fedraclora.engines.deploy.node_registry import NodeRegistry
 
 SILENT = 60.0  # seconds without a reply, after which Flower has also noticed a disconnected node
 SETTLED = 5.0  # seconds after that reply for other replies on their way
+OVERDUE = 30.0  # seconds beyond twice the median time until the operator hears who is silent
 LATE = 10.0  # seconds by which a reply is late, if that is twice the median time
 
 
@@ -30,6 +31,7 @@ class StragglerMonitor:
         self.registry = registry
         self.started_at = time.monotonic()
         self.took: list[float] = []  # seconds until each reply
+        self._told = False
         self._since: dict[str, float] = {}
         self._asked: dict[int, tuple[str, float]] = {}  # node -> request, and when it was sent
         self._answered: dict[int, float] = {}  # node -> when its reply was seen
@@ -65,6 +67,19 @@ class StragglerMonitor:
     def _half(self) -> float:
         """Return the seconds within which half of all replies came."""
         return sorted(self.took)[(len(self.took) - 1) // 2]
+
+    def overdue(self, who: Sequence[str]) -> str:
+        """Say once whose reply has not come for long; empty before, and after that.
+
+        Args:
+            who: Those whose reply is waited for.
+        """
+        waited = time.monotonic() - self.started_at
+        usual = 2 * self._half if self.took else 0.0
+        if self._told or not who or waited < OVERDUE + usual:
+            return ""
+        self._told = True
+        return f"no reply for {waited:.0f} s from {', '.join(sorted(who))}"
 
     def late(self, who: Sequence[str]) -> list[str]:
         """Record replies that arrived together; return a sentence if they were late."""
