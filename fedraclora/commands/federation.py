@@ -14,6 +14,7 @@ A node is named by its name or its number. What nodes serve, and the log, are in
 from __future__ import annotations
 
 import os
+import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
@@ -25,6 +26,7 @@ from fedraclora.errors import ConfigError, unknown
 from fedraclora.terminal.tables import TextTable
 
 LISTED = 20  # entries of the log
+LONGEST_STATE = 100  # characters of how a run ended: run.log has all
 
 
 def main(words: Sequence[str]) -> int:
@@ -193,7 +195,7 @@ def log_row(entry: dict[str, object], about: str, state: object) -> dict[str, ob
         "of": about or None,
         "digest": str(entry.get("digest", ""))[:12] or None,
         "code": str(entry.get("code", ""))[:12] or None,
-        "ended": state,
+        "ended": None if state is None else textwrap.shorten(str(state), LONGEST_STATE),
     }
 
 
