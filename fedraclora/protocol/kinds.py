@@ -19,6 +19,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 import numpy.typing as npt
@@ -129,43 +130,68 @@ class Scaled(Kind):
 
     @override
     def encode(self, x: Doubles, sizes: Sequence[int], draws: Draws) -> Bytes:
-        starts, lengths = _blocks(sizes)
-        scales = _scales(np.maximum.reduceat(np.abs(x), starts, axis=1), self.levels)
+        starts, lengths = _blocks(tuple(sizes))
+        largest = np.maximum(
+            np.maximum.reduceat(x, starts, axis=1), -np.minimum.reduceat(x, starts, axis=1)
+        )
+        scales = _scales(largest, self.levels)
         with np.errstate(invalid="ignore"):
-            steps = x / np.repeat(_powers(scales), lengths, axis=1)
-            whole = np.floor(steps + draws.offsets(x.shape))
-        codes = np.nan_to_num(whole).clip(-self.levels, self.levels).astype(np.int8)
+            whole = x * _spread(_powers(scales, -1), lengths)
+            whole += draws.offsets(x.shape)
+            np.floor(whole, out=whole)
+        if (scales == NO_NUMBER).any():
+            whole = np.nan_to_num(whole)
+        codes = np.clip(whole, -self.levels, self.levels, out=whole).astype(np.int8)
         return np.concatenate([scales, pack(codes.view(np.uint8), self.bits)], axis=1)
 
     @override
     def decode(self, packed: Bytes, sizes: Sequence[int], again: bool = True) -> Doubles:
-        _, lengths = _blocks(sizes)
+        _, lengths = _blocks(tuple(sizes))
         scales, codes = np.split(packed, [len(lengths)], axis=1)
         left = 8 - self.bits
         whole = (unpack(codes, self.bits, sum(sizes)) << left).view(np.int8) >> left
         if (whole < -self.levels).any():
             raise self.refused(f"a number below -{self.levels}")
-        return whole.astype(np.float64) * np.repeat(_powers(scales), lengths, axis=1)
+        return whole * _spread(_powers(scales), lengths)
 
 
 def pack(codes: Bytes, bits: int) -> Bytes:
     """Pack the low bits of codes [K, P], the first ones lowest; each row begins at a byte."""
     if bits == 8:
         return codes
-    low = np.unpackbits(codes[..., None], axis=-1, count=bits, bitorder="little")
-    return np.packbits(low.reshape(len(codes), -1), axis=-1, bitorder="little")
+    K, P = codes.shape
+    wide = np.zeros((K, -(-P // 8) * 8), np.uint8)
+    np.bitwise_and(codes, (1 << bits) - 1, out=wide[:, :P])
+    words = wide.view("<u8")  # of eight codes, a byte each
+    for joined in (1, 2, 4):
+        words = (words | words >> joined * (8 - bits)) & _lanes(2 * joined, bits)
+    packed = words[..., None].view(np.uint8)[..., :bits]
+    return packed.reshape(K, -1)[:, : (P * bits + 7) // 8]
 
 
 def unpack(packed: Bytes, bits: int, count: int) -> Bytes:
     """Read ``count`` codes of each row back, [K, count]."""
     if bits == 8:
         return packed
-    low = np.unpackbits(packed, axis=-1, count=count * bits, bitorder="little")
-    each = low.reshape(len(packed), count, bits)
-    return np.packbits(each, axis=-1, bitorder="little")[..., 0]
+    K, words = len(packed), -(-count // 8)
+    room = np.zeros((K, words * bits), np.uint8)
+    room[:, : packed.shape[1]] = packed
+    wide = np.zeros((K, words, 8), np.uint8)
+    wide[..., :bits] = room.reshape(K, words, bits)
+    found = wide.view("<u8")[..., 0]
+    for joined in (4, 2, 1):
+        found = (found | found << joined * (8 - bits)) & _lanes(joined, bits)
+    return found[..., None].view(np.uint8).reshape(K, -1)[:, :count]
 
 
-def _blocks(sizes: Sequence[int]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+def _lanes(joined: int, bits: int) -> np.uint64:
+    """Return the bits of a word that codes take, if so many of them lie side by side."""
+    lane = (1 << joined * bits) - 1
+    return np.uint64(sum(lane << at for at in range(0, 64, 8 * joined)))
+
+
+@lru_cache(maxsize=64)
+def _blocks(sizes: tuple[int, ...]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
     """Compute the start of each block, and the numbers in it."""
     each = np.asarray(sizes, np.int64)
     ends = np.cumsum(each)
@@ -183,8 +209,16 @@ def _scales(largest: Doubles, levels: int) -> Bytes:
     return found
 
 
-def _powers(scales: Bytes) -> Doubles:
-    """Compute scales from their bytes."""
-    found = np.ldexp(1.0, scales.astype(np.int64) - ZERO)
+def _powers(scales: Bytes, sign: int = 1) -> Doubles:
+    """Compute scales from their bytes, or their inverses."""
+    found = np.ldexp(1.0, sign * (scales.astype(np.int64) - ZERO))
     found[scales == NO_NUMBER] = np.nan
     return found
+
+
+def _spread(values: Doubles, lengths: npt.NDArray[np.int64]) -> Doubles:
+    """Repeat the value of each block for its numbers, [K, blocks] to [K, P]."""
+    if (lengths == BLOCK).all():  # several times as fast
+        wide = np.broadcast_to(values[..., None], (*values.shape, BLOCK))
+        return wide.reshape(len(values), -1)
+    return np.repeat(values, lengths, axis=1)

@@ -8,6 +8,7 @@ merged, stored and resent numbers have the same bits. Other code only uses the i
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -43,6 +44,12 @@ def packed_bytes(sizes: Sizes, kind: str) -> torch.Tensor:
     """
     each = torch.as_tensor(sizes, dtype=torch.int64)
     return each.sum(-1) * WIDTHS[kind] if kind in WIDTHS else ROUNDINGS[kind].size(each)
+
+
+@lru_cache(maxsize=1024)  # asked for each message
+def row_bytes(sizes: tuple[int, ...], kind: str) -> int:
+    """Return the bytes of one row of quantized tensors; see `packed_bytes`."""
+    return int(packed_bytes(sizes, kind))
 
 
 def encode(
@@ -85,7 +92,7 @@ def sent_bytes(tensors: Sequence[torch.Tensor], kind: str, coding: str = NONE) -
     """Return the bytes of tensors sent together; coded ones count as their frame."""
     sizes = [tensor.numel() for tensor in tensors]
     if coding == NONE or kind in WIDTHS:
-        return int(packed_bytes(sizes, kind))
+        return row_bytes(tuple(sizes), kind)
     flat = torch.cat([torch.zeros(0), *(tensor.detach().cpu().flatten() for tensor in tensors)])
     return len(encode(flat, sizes, kind, coding=coding))
 
@@ -101,7 +108,7 @@ def decode(
         WireError: If its size or type is wrong, it contains values that `encode` does not produce,
             or its coding is damaged.
     """
-    size = int(packed_bytes(sizes, kind))
+    size = row_bytes(tuple(sizes), kind)
     if axes == raw.dim() == 1 and raw.dtype == torch.uint8 and len(raw) < size:
         try:
             raw = unframed(raw, size)

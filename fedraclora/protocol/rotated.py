@@ -57,7 +57,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache, lru_cache
 from itertools import pairwise
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -75,13 +75,15 @@ LEVELS = {  # of either sign, and g: the value of one standard deviation
     4: ((3, 9, 15, 22, 29, 37, 48, 63), 23.07),
 }
 ADDED = {1: 0.571, 2: 0.133, 3: 0.036, 4: 0.01}
-FINE = 26  # bits of x
-AT_ONCE = 1 << 20  # numbers of a row that are rotated together
+FINE, COARSE = 26, 24  # bits of x, and of one that has been rounded
+MOST = 1000  # exponents of powers of two that are surely a float64
+AT_ONCE = 1 << 16  # numbers that are rotated together: they fit a cache
 LOWEST, TOP, NO_NUMBER = -149, 254, (255, 128)  # exponents of s: the first, and how many more
 SIGNS, FOUND = 1 << 16, 16  # number of sets of signs, and how many of them are tried
 REST = Scaled(8)
 
 Whole = npt.NDArray[np.int64]
+Reals = TypeVar("Reals", Doubles, npt.NDArray[np.float32])
 
 
 class Rotated(Kind):
@@ -89,7 +91,7 @@ class Rotated(Kind):
 
     Attributes:
         levels: The value of each code [2^bits].
-        table: The code of the level nearest to (i - 128) / 2 and a bit, for i from 0 to 255.
+        table: The code of the level nearest to i / 2 and a bit, by the byte of i, -128 to 127.
     """
 
     def __init__(self, bits: int) -> None:
@@ -97,7 +99,8 @@ class Rotated(Kind):
         self.bits, above = bits, np.array(LEVELS[bits][0], np.float64)
         self.levels = np.concatenate([-above[::-1], above])
         middle = [a + b for a, b in pairwise(self.levels)]  # twice the midpoints between two levels
-        self.table = np.searchsorted(middle, np.arange(-128, 128), side="right").astype(np.uint8)
+        below = np.arange(256).astype(np.int8)  # in the order of their bytes
+        self.table = np.searchsorted(middle, below, side="right").astype(np.uint8)
 
     @override
     def size(self, sizes: torch.Tensor) -> torch.Tensor:
@@ -109,7 +112,7 @@ class Rotated(Kind):
 
     @override
     def encode(self, x: Doubles, sizes: Sequence[int], draws: Draws) -> Bytes:
-        plan, K = _plan(tuple(sizes)), len(x)
+        plan, K = _plan(tuple(sizes), len(x)), len(x)
         known = np.full((K, plan.tensors), -1)
         if draws.again:
             known[:] = [self._known(row, plan) for row in x]
@@ -138,20 +141,23 @@ class Rotated(Kind):
 
     @override
     def decode(self, packed: Bytes, sizes: Sequence[int], again: bool = True) -> Doubles:
-        plan, K = _plan(tuple(sizes)), len(packed)
+        plan, K = _plan(tuple(sizes), len(packed)), len(packed)
         ends = np.cumsum([2 * plan.tensors, 2 * plan.blocks, plan.rotated * self.bits // 8])
         told, s, codes, rest = (np.ascontiguousarray(p) for p in np.split(packed, ends, axis=1))
         turns = told.view("<u2")
         if again and (turns >= FOUND).any():
             raise self.refused(f"a number of signs above {FOUND - 1}, of what is sent on,")
         signs, scales = _signs(turns), self._read(s.reshape(K, plan.blocks, 2))
-        q, at = self.levels[unpack(codes, self.bits, plan.rotated)], 0
+        each_code, at = unpack(codes, self.bits, plan.rotated), 0
         x = np.empty((K, sum(sizes)))
         for part in plan.parts:
             end = at + len(part.tensors) * part.length
-            each = hadamard(q[:, at:end].reshape(K, -1, part.length))
+            q = self.levels.astype(np.float32)[each_code[:, at:end]]  # as are all sums of them
+            each = hadamard(q.reshape(K, -1, part.length))
             each *= signs[:, part.tensors, : part.length]
-            part.put(x, each * scales[:, part.place, None] + 0.0)  # turns -0 into 0
+            blocks = each * scales[:, part.place, None]
+            blocks += 0.0  # turns -0 into 0
+            part.put(x, blocks)
             at = end
         if plan.rests:
             x[:, plan.rest] = REST.decode(rest, plan.rests)
@@ -202,14 +208,19 @@ class Rotated(Kind):
                 if not (block.any() and np.isfinite(block).all()):
                     continue
                 tried.add(tensor)
+                if (_whole(block)[0] % (1 << FINE - COARSE)).any():
+                    left[tensor] = left[tensor][:0]
+                    continue
                 signs = _signs(left[tensor][None])[0, :, : part.length]
                 fits, *_ = self._exact(_Blocks.of(np.broadcast_to(block, signs.shape), signs))
                 left[tensor] = left[tensor][fits]
         return [int(each[0]) if len(each) else -1 for each in left]
 
     def _nearest(self, doubled: Doubles) -> Bytes:
-        """Return the codes of the levels nearest to numbers, which are given times 2."""
-        return self.table[(np.floor(doubled).clip(-128, 127) + 128).astype(np.uint8)]
+        """Return the codes of the levels nearest to numbers, given times 2 and overwritten."""
+        np.floor(doubled, out=doubled)
+        np.clip(doubled, -128, 127, out=doubled)
+        return self.table[doubled.astype(np.int8).view(np.uint8)]
 
     def _read(self, s: Bytes) -> Doubles:
         """Read scales [..., 2]."""
@@ -240,15 +251,11 @@ class _Blocks:
 
     @classmethod
     def of(cls, x: Doubles, signs: npt.NDArray[np.int8]) -> _Blocks:
-        largest = np.abs(x).max(-1)
-        finite = np.isfinite(largest)
-        _, exponent = np.frexp(np.where(finite, largest, 0.0))
-        exponent = exponent.astype(np.int64) - FINE
-        whole = np.rint(np.ldexp(np.where(finite[..., None], x, 0.0), -exponent[..., None]))
+        whole, exponent, finite = _whole(x)
         squares = whole.astype(np.int64)
-        return cls(
-            hadamard(whole * signs), np.einsum("...i,...i", squares, squares), exponent, finite
-        )
+        norm = np.einsum("...i,...i", squares, squares)
+        whole *= signs
+        return cls(hadamard(whole), norm, exponent, finite)
 
     def __getitem__(self, rows: Any) -> _Blocks:
         return _Blocks(*(each[rows] for each in vars(self).values()))
@@ -309,8 +316,9 @@ class _Plan:
 
 
 @lru_cache(maxsize=64)
-def _plan(sizes: tuple[int, ...]) -> _Plan:
-    """Plan how tensors of these sizes are cut."""
+def _plan(sizes: tuple[int, ...], rows: int) -> _Plan:
+    """Plan how so many rows of tensors of these sizes are cut."""
+    at_once = max(1, AT_ONCE // (max(1, rows) * LENGTHS[0])) * LENGTHS[0]
     starts = np.cumsum([0, *sizes])[:-1].tolist()
     rotated = [(start, n) for start, n in zip(starts, sizes, strict=True) if n >= BLOCK]
     parts, blocks, firsts = [], 0, [start for start, _ in rotated]
@@ -319,10 +327,10 @@ def _plan(sizes: tuple[int, ...]) -> _Plan:
         for i, (start, n) in enumerate(rotated):
             first, end = firsts[i], start + n // length * length
             firsts[i] = end
-            spans += [(i, a, min(a + AT_ONCE, end)) for a in range(first, end, AT_ONCE)]
+            spans += [(i, a, min(a + at_once, end)) for a in range(first, end, at_once)]
         while spans:
             some = [spans.pop(0)]
-            while spans and sum(b - a for _, a, b in [*some, spans[0]]) <= AT_ONCE:
+            while spans and sum(b - a for _, a, b in [*some, spans[0]]) <= at_once:
                 some.append(spans.pop(0))
             tensors = [i for i, a, b in some for _ in range(a, b, length)]
             place = slice(blocks, blocks + len(tensors))
@@ -332,6 +340,22 @@ def _plan(sizes: tuple[int, ...]) -> _Plan:
     places = np.concatenate([*rest, np.zeros(0, np.int64)])
     rests = [n % BLOCK for n in sizes if n % BLOCK]
     return _Plan(parts, len(rotated), blocks, sum(sizes) - len(places), places, rests)
+
+
+def _whole(x: Doubles) -> tuple[Doubles, Whole, npt.NDArray[np.bool_]]:
+    """Round blocks [..., d] to integers of 26 bits; return these, and see `_Blocks`."""
+    largest = np.maximum(x.max(-1), -x.min(-1))
+    finite = np.isfinite(largest)
+    if not finite.all():
+        x, largest = np.where(finite[..., None], x, 0.0), np.where(finite, largest, 0.0)
+    _, exponents = np.frexp(largest)
+    exponent = exponents.astype(np.int64) - FINE
+    # Scaling by a power of two is exact, in two steps where one of them is no float64.
+    first = -exponent // 2 if np.abs(exponent).max(initial=0) > MOST else -exponent
+    whole: Doubles = x * np.ldexp(1.0, first)[..., None]
+    if (rest := -exponent - first).any():
+        whole *= np.ldexp(1.0, rest)[..., None]
+    return np.rint(whole, out=whole), exponent, finite
 
 
 def _scales(s: Doubles, u: Doubles) -> Bytes:
@@ -347,31 +371,35 @@ def _scales(s: Doubles, u: Doubles) -> Bytes:
 
 def _signs(turns: npt.NDArray[np.integer]) -> npt.NDArray[np.int8]:
     """Draw sets of signs by their numbers: [K, T] to [K, T, 1024]."""
-    each = [_sign_set(turn) for turn in turns.flat]
-    return np.array(each, np.int8).reshape(*turns.shape, LENGTHS[0])
+    raw = np.frombuffer(b"".join(map(_sign_bits, turns.flat)), np.uint8)
+    signs = np.unpackbits(raw).view(np.int8).reshape(*turns.shape, LENGTHS[0])
+    signs *= 2
+    signs -= 1
+    return signs
 
 
-@lru_cache(maxsize=4096)
-def _sign_set(turn: int) -> npt.NDArray[np.int8]:
-    raw = np.frombuffer(generator(0, "signs", turn).bytes(LENGTHS[0] // 8), np.uint8)
-    return np.unpackbits(raw).astype(np.int8) * 2 - 1
+@lru_cache(maxsize=SIGNS)  # of 128 bytes each
+def _sign_bits(turn: int) -> bytes:
+    return generator(0, "signs", turn).bytes(LENGTHS[0] // 8)
 
 
-def hadamard(x: Doubles) -> Doubles:
+def hadamard(x: Reals) -> Reals:
     """Multiply each of the last axis, of d numbers, by the d x d Hadamard matrix H.
 
     It uses H_d = H_a (x) H_c with d = a c: two products of small matrices.
     """
     *lead, d = x.shape
-    a, c = _matrix(d.bit_length() - 1 >> 1), _matrix(d.bit_length() >> 1)
+    bits = d.bit_length() - 1
+    a, c = (_matrix(k, x.dtype.char) for k in (bits >> 1, bits + 1 >> 1))
     z = (x.reshape(-1, len(c)) @ c).reshape(-1, len(a), len(c)).swapaxes(1, 2)
     z = (z.reshape(-1, len(a)) @ a).reshape(-1, len(c), len(a)).swapaxes(1, 2)
-    return z.reshape(*lead, d)
+    found: Reals = z.reshape(*lead, d)
+    return found
 
 
 @cache
-def _matrix(k: int) -> Doubles:
-    found = np.ones((1, 1))
+def _matrix(k: int, kind: str) -> npt.NDArray[np.floating]:
+    found = np.ones((1, 1), kind)
     for _ in range(k):
         found = np.block([[found, found], [found, -found]])
     return found

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from math import isfinite, prod
+from math import prod
 
 import torch
 
@@ -18,7 +18,7 @@ from fedraclora.errors import WireError
 from fedraclora.protocol.coding import decompressed
 from fedraclora.protocol.instructions import opening_rows
 from fedraclora.protocol.method import RoundInstructions
-from fedraclora.protocol.quantized import WIDTHS, decode, encode, packed_bytes
+from fedraclora.protocol.quantized import WIDTHS, decode, encode, row_bytes
 from fedraclora.protocol.rank_budgets import uploaded_mask, uploaded_numbers
 from fedraclora.rng import generator
 from fedraclora.tree import Tree
@@ -80,20 +80,21 @@ class ChangeCodec:
         found, starts = rows.clone(), self._starts(self.clients)
         purpose = seed, "uplink", round_, self.sent.program.stream
         for index, kept, sizes in self._alike(torch.arange(len(rows))):
-            change = (rows[index] - starts[index])[:, kept]
+            start = starts[index][:, kept]
+            change = rows[index][:, kept].sub_(start)
             if residues is not None:
                 change += residues[index][:, kept]
             rngs = [generator(*purpose, client) for client in self.clients[index].tolist()]
             nearest = residues is not None
             codes = encode(change, sizes, self.kind, rngs, nearest=nearest, again=False)
             back = decode(codes, sizes, self.kind, axes=2, again=False)
-            put(found, index, kept, starts[index][:, kept] + back)
+            put(found, index, kept, start.add_(back))
+            left = torch.sub(change, back, out=back)
             if residues is not None:
-                put(residues, index, kept, change - back)
+                put(residues, index, kept, left)
             coded.codes += codes
-            for was, now in zip(change, back, strict=True):
-                error = float((now - was).norm() / was.norm())
-                coded.errors.append(error if isfinite(error) else 0.0)
+            errors = left.norm(dim=1) / change.norm(dim=1)
+            coded.errors += errors.nan_to_num(0.0, posinf=0.0).tolist()
         return found
 
     def decode(
@@ -119,7 +120,7 @@ class ChangeCodec:
         """
         places = torch.searchsorted(self.clients, clients)
         parts = [
-            (index, kept, sizes, int(packed_bytes(sizes, self.kind)))
+            (index, kept, sizes, row_bytes(tuple(sizes), self.kind))
             for index, kept, sizes in self._alike(places)
         ]
         if lengths is not None:
@@ -165,7 +166,7 @@ def uploaded_bytes(sent: RoundInstructions, cohort: int, kind: str) -> torch.Ten
     """Return the bytes of the numbers that each client of a round sends back, int64 [K]."""
     if kind in WIDTHS:
         return uploaded_numbers(sent, cohort) * WIDTHS[kind]
-    each = [packed_bytes(sizes, kind) for _, sizes in _parts(sent, cohort)]
+    each = [row_bytes(tuple(sizes), kind) for _, sizes in _parts(sent, cohort)]
     return torch.tensor(each, dtype=torch.int64)
 
 
@@ -182,6 +183,9 @@ def _parts(sent: RoundInstructions, cohort: int) -> Iterator[tuple[Kept, list[in
 
 def put(rows: torch.Tensor, index: torch.Tensor, kept: Kept, values: torch.Tensor) -> None:
     """Put values into some rows, at the kept places of each."""
+    if isinstance(kept, slice):  # all numbers
+        rows[index] = values
+        return
     some = rows[index]
     some[:, kept] = values
     rows[index] = some
