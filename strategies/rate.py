@@ -11,7 +11,8 @@ c was fitted to tuned rates (docs/records/rates.md): for AdamW on pretrained tra
 only on images of digits. The rate is the median over layers. Where both factors are trained from
 given numbers, a is the mean of the lengths of A's rows and B's columns. In s B R A, where R [r, r]
 alone is trained, a is the product of both. A step of R reaches the m outputs through B, and so
-sqrt(r / m) as far as one of B: AdamW's rate is larger by the inverse, and c is that of B.
+sqrt(r / m) as far as one of B: AdamW's rate is larger by the inverse, and c is that of B. A method
+that trains B and A by turns has the rate of one that trains both.
 
 Whole weights that AdamW trains need a smaller rate than factors, the smaller the more inputs n a
 layer has, as in muP (Yang et al., arXiv 2203.03466): `DENSE` / n, with the median n.
@@ -22,6 +23,7 @@ Where no rule knows the run, `first_rate` is where the search begins.
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from statistics import mean, median
 
 import torch
@@ -29,6 +31,7 @@ from torch import nn
 
 from fedraclora.config.build import PreparedTask, plan_of
 from fedraclora.config.run_config import RunConfig
+from fedraclora.errors import FedRacLoraError
 from fedraclora.protocol.method import (
     Adapter,
     Draw,
@@ -58,11 +61,29 @@ def rule_rate(config: RunConfig, built: PreparedTask) -> float | None:
     unbounded = local.optimizer == "sgd" and built.task.loss == "squared_error"
     if local.is_own or not is_known(local) or unbounded:
         return None
-    downlink = first_downlink(config, built)
+    downlink = downlink_of(config, built)
     if not downlink.adapters and downlink.program.plain and local.optimizer == "adamw":
         return dense_rate(built.task.model)
-    rate = rate_of(downlink, local.optimizer, steps_of(local, built))
+    rate = rate_of(_by_turns(downlink, config, built), local.optimizer, steps_of(local, built))
     return None if rate is None else float(f"{rate:.2g}")
+
+
+def _by_turns(
+    downlink: RoundInstructions, config: RunConfig, built: PreparedTask
+) -> RoundInstructions:
+    """Mark factors as trained that the second round trains in place of the first round's."""
+    if not method_of(config, built.task).traits.varies:
+        return downlink
+    try:
+        later = downlink_of(config, built, round_=2).adapters
+    except FedRacLoraError:  # a method of the user's may need the first round's results
+        return downlink
+    adapters = dict(downlink.adapters)
+    for name in adapters.keys() & later.keys():
+        turns = {label: f for label, f in later[name].factors.items() if f.trained}
+        if turns.keys() <= adapters[name].factors.keys():
+            adapters[name] = replace(adapters[name], factors=adapters[name].factors | turns)
+    return replace(downlink, adapters=adapters)
 
 
 def first_rate(config: RunConfig, built: PreparedTask) -> float:
@@ -70,7 +91,7 @@ def first_rate(config: RunConfig, built: PreparedTask) -> float:
     kind = "own" if config.local.is_own else config.local.optimizer
     if kind in FIRST_RATES:
         return FIRST_RATES[kind]
-    if first_downlink(config, built).adapters:
+    if downlink_of(config, built).adapters:
         return FIRST_ADAPTIVE
     return dense_rate(built.task.model)
 
@@ -81,11 +102,12 @@ def dense_rate(model: nn.Module) -> float:
     return float(f"{DENSE / median(inputs):.2g}") if inputs else FIRST_ADAPTIVE
 
 
-def first_downlink(config: RunConfig, built: PreparedTask) -> RoundInstructions:
-    """Return what the method of a run sends to clients in the first round."""
+def downlink_of(config: RunConfig, built: PreparedTask, round_: int = 1) -> RoundInstructions:
+    """Return what the method of a run sends to clients in a round, from the initial state."""
     plan, draw, base = plan_of(config, built.task), Draw(config.seed), weights_of(built.task.model)
     method = method_of(config, built.task)
-    return first_instructions(method, method.initial_state(base, plan, draw), draw, built.cohort)
+    state = method.initial_state(base, plan, draw)
+    return first_instructions(method, state, draw, built.cohort, round_=round_)
 
 
 def is_known(local: LocalConfig) -> bool:

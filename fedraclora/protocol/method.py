@@ -386,17 +386,20 @@ def config_name(kind: type) -> str:
     return module if inside else f"{kind.__module__}:{kind.__qualname__}"
 
 
-def first_instructions(method: Method, state: State, draw: Draw, clients: int) -> RoundInstructions:
-    """Build the instructions of round 1, to read its shapes before a run.
+def first_instructions(
+    method: Method, state: State, draw: Draw, clients: int, *, round_: int = 1
+) -> RoundInstructions:
+    """Build the instructions of a round from the initial state, to read its shapes before a run.
 
     Args:
         method: The algorithm.
         state: The state before round 1. Not modified.
         draw: The run's sketches.
         clients: Number of clients, with equal weights.
+        round_: From 1.
     """
     cohort = Cohort(torch.arange(clients), torch.ones(clients, dtype=torch.float64))
-    return method.open_round(state, 1, cohort, draw)
+    return method.open_round(state, round_, cohort, draw)
 
 
 def check_method(method: Any) -> None:

@@ -179,6 +179,15 @@ def test_a_small_inner_factor_has_a_higher_rate_under_adamw() -> None:
     assert layer_rate(Adapter({"B": B, "R": to_train((3, 3))}, 0.5), "adamw", 4) is None
 
 
+def test_a_method_that_trains_two_factors_by_turns_has_the_rate_of_both() -> None:
+    def known(method: str) -> float | None:
+        words = [*TASK, "local.optimizer=adamw", f"method={method}"]
+        run = RunBuilder(from_plain(resolved(composed(words)), METHODS))
+        return rate.rule_rate(run.config, run.built)
+
+    assert known("rolora") == known("fedavg_lora") != known("ffa_lora")
+
+
 def rate_used(run: RunResult) -> float:
     """The learning rate of a run."""
     return float(str(section(run.config, "local")["lr"]))
