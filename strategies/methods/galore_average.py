@@ -45,7 +45,7 @@ import torch
 from typing_extensions import override
 
 from fedraclora.limits import Count, Limited, Positive
-from fedraclora.lowrank.algebra import fix_signs
+from fedraclora.lowrank.algebra import fix_signs, low_rank_svd
 from fedraclora.protocol.method import Cohort, Draw, Plan, RoundInstructions, State
 from fedraclora.protocol.plan import Rank, rank_notes, resolve_rank
 from fedraclora.protocol.program import ClientChunk, ClientProgram, Rates
@@ -114,7 +114,7 @@ def leading_vectors(G: torch.Tensor, projection: Projection) -> torch.Tensor:
         [min(m, n), r]: orthonormal columns, signed by their largest entry; zero where the gradient
         has no more directions.
     """
-    u, s, vt = torch.linalg.svd(G, full_matrices=False)
+    u, s, vt = low_rank_svd(G)  # its rank is at most the number of samples or tokens of a batch
     P = (u if projection.left else vt.mT)[:, : projection.rank]
     least = 10 * max(G.shape) * torch.finfo(G.dtype).eps * s[0]
     signed, _ = fix_signs(P, P.mT)
