@@ -122,7 +122,8 @@ def low_rank_svd(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torc
             u, s, vt = torch.linalg.svd(inside, full_matrices=False)
             return q @ u, s, vt
         columns *= 2
-    return torch.linalg.svd(matrix, full_matrices=False)
+    u, s, vt = torch.linalg.svd(matrix, full_matrices=False)
+    return u, s, vt
 
 
 @lru_cache(maxsize=8)
