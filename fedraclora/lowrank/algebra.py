@@ -5,15 +5,9 @@ No function forms an m x n matrix if the factors are enough.
 
 from __future__ import annotations
 
-from functools import lru_cache
-
 import torch
 
 from fedraclora.errors import ShapeError
-from fedraclora.rng import generator, torch_normal
-
-COLUMNS = 32  # of the first sketch of a matrix
-SLACK = 8  # roundings of its norm that may be left of it
 
 Product = tuple[torch.Tensor, torch.Tensor]  # [m, q] and [q, n], representing their product
 
@@ -86,49 +80,6 @@ def truncated_product(
     keep = min(rank, s.shape[0])
     left, right = fix_signs(ql @ u[:, :keep], vt[:keep] @ qr.mT)
     return left, s[:keep], right
-
-
-def low_rank_svd(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Compute the SVD of a matrix; the lower its rank, the less it costs.
-
-    A random sketch G Omega of few columns spans the range of a matrix G of that rank. Q is its
-    orthonormal basis. If G - Q Q^T G is not above rounding, the SVD of the small matrix Q^T G gives
-    that of G; else the sketch gets twice the columns, up to a quarter of the smaller side. Beyond
-    that, and for small matrices, the SVD of G is computed.
-
-    Args:
-        matrix: G [m, n].
-
-    Returns:
-        ``U`` [m, k], ``S`` [k] and ``Vt`` [k, n]; k is at least the rank of G up to rounding.
-
-    References:
-        Halko, Martinsson and Tropp, *Finding structure with randomness*, SIAM Review 53(2), 2011,
-        arXiv 0909.4061, algorithm 4.2 (their error is estimated, here it is computed).
-
-    Example:
-        >>> u, s, vt = low_rank_svd(torch.ones(200, 300))
-        >>> len(s), round(float(s[0] ** 2))
-        (32, 60000)
-    """
-    if matrix.shape[0] > matrix.shape[1]:  # fewer rows to keep
-        v, s, ut = low_rank_svd(matrix.mT)
-        return ut.mT, s, v.mT
-    columns, rounding = COLUMNS, torch.linalg.vector_norm(matrix) * torch.finfo(matrix.dtype).eps
-    while 4 * columns <= len(matrix):
-        q, _ = torch.linalg.qr(matrix @ _sketch(matrix.shape[1], columns).to(matrix))
-        inside = q.mT @ matrix
-        if torch.linalg.vector_norm(matrix - q @ inside) <= SLACK * rounding:
-            u, s, vt = torch.linalg.svd(inside, full_matrices=False)
-            return q @ u, s, vt
-        columns *= 2
-    u, s, vt = torch.linalg.svd(matrix, full_matrices=False)
-    return u, s, vt
-
-
-@lru_cache(maxsize=8)
-def _sketch(rows: int, columns: int) -> torch.Tensor:
-    return torch_normal(generator(0, "range", rows), rows, columns)
 
 
 def fix_signs(left: torch.Tensor, right: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -40,21 +40,26 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import torch
 from typing_extensions import override
 
 from fedraclora.limits import Count, Limited, Positive
-from fedraclora.lowrank.algebra import fix_signs, low_rank_svd
+from fedraclora.lowrank.algebra import fix_signs
 from fedraclora.protocol.method import Cohort, Draw, Plan, RoundInstructions, State
 from fedraclora.protocol.plan import Rank, rank_notes, resolve_rank
 from fedraclora.protocol.program import ClientChunk, ClientProgram, Rates
+from fedraclora.rng import generator, torch_normal
 from fedraclora.strategies.methods.fedavg import FedAvg
 from fedraclora.strategies.shared.common import as_matrices, turned
 from fedraclora.training.localconfig import LocalConfig, moment_kinds
 from fedraclora.training.optimizer import CohortOptimizer
 from fedraclora.tree import Tree
 from fedraclora.wire.fields import whole_number
+
+COLUMNS = 32  # of the first sketch of a gradient
+SLACK = 8  # roundings of its norm that may be left of it
 
 
 @dataclass(frozen=True)
@@ -107,6 +112,49 @@ class Projection:
             value.view(*value.shape[:2], -1).baddbmm_(left, right, alpha=scale)
 
 
+def low_rank_svd(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Compute the SVD of a matrix; the lower its rank, the less it costs.
+
+    A random sketch G Omega of few columns spans the range of a matrix G of that rank. Q is its
+    orthonormal basis. If G - Q Q^T G is not above rounding, the SVD of the small matrix Q^T G gives
+    that of G; else the sketch gets twice the columns, up to a quarter of the smaller side. Beyond
+    that, and for small matrices, the SVD of G is computed.
+
+    Args:
+        matrix: G [m, n].
+
+    Returns:
+        ``U`` [m, k], ``S`` [k] and ``Vt`` [k, n]; k is at least the rank of G up to rounding.
+
+    References:
+        Halko, Martinsson and Tropp, *Finding structure with randomness*, SIAM Review 53(2), 2011,
+        arXiv 0909.4061, algorithm 4.2 (their error is estimated, here it is computed).
+
+    Example:
+        >>> u, s, vt = low_rank_svd(torch.ones(200, 300))
+        >>> len(s), round(float(s[0] ** 2))
+        (32, 60000)
+    """
+    if matrix.shape[0] > matrix.shape[1]:  # fewer rows to keep
+        v, s, ut = low_rank_svd(matrix.mT)
+        return ut.mT, s, v.mT
+    columns, rounding = COLUMNS, torch.linalg.vector_norm(matrix) * torch.finfo(matrix.dtype).eps
+    while 4 * columns <= len(matrix):
+        q, _ = torch.linalg.qr(matrix @ _sketch(matrix.shape[1], columns).to(matrix))
+        inside = q.mT @ matrix
+        if torch.linalg.vector_norm(matrix - q @ inside) <= SLACK * rounding:
+            u, s, vt = torch.linalg.svd(inside, full_matrices=False)
+            return q @ u, s, vt
+        columns *= 2
+    u, s, vt = torch.linalg.svd(matrix, full_matrices=False)
+    return u, s, vt
+
+
+@lru_cache(maxsize=8)
+def _sketch(rows: int, columns: int) -> torch.Tensor:
+    return torch_normal(generator(0, "range", rows), rows, columns)
+
+
 def leading_vectors(G: torch.Tensor, projection: Projection) -> torch.Tensor:
     """Compute P of one gradient [m, n]: its leading singular vectors on the smaller side.
 
@@ -114,7 +162,7 @@ def leading_vectors(G: torch.Tensor, projection: Projection) -> torch.Tensor:
         [min(m, n), r]: orthonormal columns, signed by their largest entry; zero where the gradient
         has no more directions.
     """
-    u, s, vt = low_rank_svd(G)  # its rank is at most the number of samples or tokens of a batch
+    u, s, vt = low_rank_svd(G)  # its rank is at most the samples, or tokens, of a batch
     P = (u if projection.left else vt.mT)[:, : projection.rank]
     least = 10 * max(G.shape) * torch.finfo(G.dtype).eps * s[0]
     signed, _ = fix_signs(P, P.mT)

@@ -16,6 +16,7 @@ from fedraclora.strategies.methods.galore_average import (
     ProjectGradients,
     Projection,
     leading_vectors,
+    low_rank_svd,
 )
 from fedraclora.training.extras.settings import LocalSettings
 from fedraclora.training.moments import begin_moments, blank_moments, moment_shapes
@@ -143,3 +144,35 @@ def test_a_basis_does_not_depend_on_the_signs_of_an_svd() -> None:
     torch.testing.assert_close(P.mT @ P, torch.eye(3).double(), rtol=1e-12, atol=1e-12)
     assert all(column[column.abs().argmax()] > 0 for column in P.T)
     assert not leading_vectors(torch.zeros(5, 8), projection).any()
+
+
+@pytest.mark.parametrize("shape", [(300, 200), (200, 300), (40, 500)])
+@pytest.mark.parametrize("rank", [0, 3, 60, 200])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_svd_of_a_matrix_of_any_rank(
+    shape: tuple[int, int], rank: int, dtype: torch.dtype
+) -> None:
+    rng = generator(0, "low rank", *shape, rank)
+    left, right = torch_normal(rng, shape[0], rank), torch_normal(rng, rank, shape[1])
+    matrix = (left @ right).to(dtype)
+    u, s, vt = low_rank_svd(matrix)
+    slack = 50 * torch.finfo(dtype).eps
+    scale = float(torch.linalg.norm(matrix)) or 1.0
+    assert float(torch.linalg.norm(u * s @ vt - matrix)) <= slack * scale
+    eye = torch.eye(len(s), dtype=dtype)
+    torch.testing.assert_close(u.mT @ u, eye, rtol=0, atol=slack)
+    torch.testing.assert_close(vt @ vt.mT, eye, rtol=0, atol=slack)
+    whole = torch.linalg.svdvals(matrix)[: len(s)]
+    torch.testing.assert_close(s, whole, rtol=0, atol=slack * scale)
+
+
+def test_the_svd_of_a_matrix_of_low_rank_is_a_small_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+    svd = torch.linalg.svd
+    monkeypatch.setattr(
+        torch.linalg, "svd", lambda m, **given: seen.append(m.shape) or svd(m, **given)
+    )
+    rng = generator(0, "low rank", "small")
+    low_rank_svd(torch_normal(rng, 300, 9) @ torch_normal(rng, 9, 200))
+    low_rank_svd(torch_normal(rng, 300, 40) @ torch_normal(rng, 40, 200))
+    assert [*map(tuple, seen)] == [(32, 300), (200, 300)]

@@ -11,7 +11,6 @@ from fedraclora.errors import ShapeError
 from fedraclora.lowrank.algebra import (
     balanced_factors,
     fix_signs,
-    low_rank_svd,
     negated,
     product_norm,
     stack_products,
@@ -19,7 +18,6 @@ from fedraclora.lowrank.algebra import (
     sylvester,
     truncated_product,
 )
-from fedraclora.rng import generator, torch_normal
 from tests.common import normal
 
 sizes = st.integers(1, 7)
@@ -151,35 +149,3 @@ def test_a_sylvester_equation_is_solved_where_it_can_be(lost: bool) -> None:
     found = sylvester(left, right, target)
     torch.testing.assert_close(left @ found + found @ right, target, rtol=1e-9, atol=1e-11)
     assert bool(found.isfinite().all())
-
-
-@pytest.mark.parametrize("shape", [(300, 200), (200, 300), (40, 500)])
-@pytest.mark.parametrize("rank", [0, 3, 60, 200])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_the_svd_of_a_matrix_of_any_rank(
-    shape: tuple[int, int], rank: int, dtype: torch.dtype
-) -> None:
-    rng = generator(0, "low rank", *shape, rank)
-    left, right = torch_normal(rng, shape[0], rank), torch_normal(rng, rank, shape[1])
-    matrix = (left @ right).to(dtype)
-    u, s, vt = low_rank_svd(matrix)
-    slack = 50 * torch.finfo(dtype).eps
-    scale = float(torch.linalg.norm(matrix)) or 1.0
-    assert float(torch.linalg.norm(u * s @ vt - matrix)) <= slack * scale
-    eye = torch.eye(len(s), dtype=dtype)
-    torch.testing.assert_close(u.mT @ u, eye, rtol=0, atol=slack)
-    torch.testing.assert_close(vt @ vt.mT, eye, rtol=0, atol=slack)
-    whole = torch.linalg.svdvals(matrix)[: len(s)]
-    torch.testing.assert_close(s, whole, rtol=0, atol=slack * scale)
-
-
-def test_the_svd_of_a_matrix_of_low_rank_is_a_small_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    seen = []
-    svd = torch.linalg.svd
-    monkeypatch.setattr(
-        torch.linalg, "svd", lambda m, **given: seen.append(m.shape) or svd(m, **given)
-    )
-    rng = generator(0, "low rank", "small")
-    low_rank_svd(torch_normal(rng, 300, 9) @ torch_normal(rng, 9, 200))
-    low_rank_svd(torch_normal(rng, 300, 40) @ torch_normal(rng, 40, 200))
-    assert [*map(tuple, seen)] == [(32, 300), (200, 300)]
