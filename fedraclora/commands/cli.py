@@ -24,13 +24,8 @@ COMMANDS += ("predict", "export")
 COMMANDS += ("compact", "report", "watch", "study", "tune", "theory", "init", "bench")
 HELP = {"-h", "--help"}
 VERBOSE = {"-v", "--verbose"}
-BY_DOCSTRING = (
-    "compare",
-    "deploy",
-    "federation",
-    "theory",
-    "bench",
-)  # their help is their module's docstring
+# Their help is their module's docstring.
+BY_DOCSTRING = ("compare", "deploy", "federation", "theory", "bench")
 # Modules of the commands that are not `fedraclora.commands.<name>`.
 HOMES = {name: f"fedraclora.experiments.{name}.command" for name in ("bench", "theory")}
 HOMES |= {"study": "fedraclora.commands.study.run", "report": "fedraclora.commands.report.page"}

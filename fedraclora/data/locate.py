@@ -208,8 +208,8 @@ def from_pretrained(kind: Any, source: str, local: bool, key: str, **given: obje
             missing for a GGUF file.
         DataError: If nothing can be loaded, or a GGUF file is damaged.
     """
-    reading: AbstractContextManager[None]
-    place, reading = source, nullcontext()
+    place = source
+    reading: AbstractContextManager[None] = nullcontext()
     if source.endswith(GGUF) and local:
         path = Path(source)
         read_gguf_header(path, key)

@@ -76,7 +76,7 @@ LEVELS = {  # of either sign, and g: the value of one standard deviation
 }
 ADDED = {1: 0.571, 2: 0.133, 3: 0.036, 4: 0.01}
 FINE, COARSE = 26, 24  # bits of x, and of one that has been rounded
-MOST = 1000  # exponents of powers of two that are surely a float64
+MOST = 1000  # below it float64 has both 2^e and 2^-e
 AT_ONCE = 1 << 16  # numbers that are rotated together: they fit a cache
 LOWEST, TOP, NO_NUMBER = -149, 254, (255, 128)  # exponents of s: the first, and how many more
 SIGNS, FOUND = 1 << 16, 16  # number of sets of signs, and how many of them are tried
@@ -152,7 +152,8 @@ class Rotated(Kind):
         x = np.empty((K, sum(sizes)))
         for part in plan.parts:
             end = at + len(part.tensors) * part.length
-            q = self.levels.astype(np.float32)[each_code[:, at:end]]  # as are all sums of them
+            # Sums of levels are integers that float32 represents exactly.
+            q = self.levels.astype(np.float32)[each_code[:, at:end]]
             each = hadamard(q.reshape(K, -1, part.length))
             each *= signs[:, part.tensors, : part.length]
             blocks = each * scales[:, part.place, None]
@@ -208,6 +209,7 @@ class Rotated(Kind):
                 if not (block.any() and np.isfinite(block).all()):
                     continue
                 tried.add(tensor)
+                # A rounded block has at most 24 of the 26 bits: most new ones are told by that.
                 if (_whole(block)[0] % (1 << FINE - COARSE)).any():
                     left[tensor] = left[tensor][:0]
                     continue
@@ -343,7 +345,7 @@ def _plan(sizes: tuple[int, ...], rows: int) -> _Plan:
 
 
 def _whole(x: Doubles) -> tuple[Doubles, Whole, npt.NDArray[np.bool_]]:
-    """Round blocks [..., d] to integers of 26 bits; return these, and see `_Blocks`."""
+    """Round blocks [..., d] to integers of 26 bits; return them, `exponent` and `finite`."""
     largest = np.maximum(x.max(-1), -x.min(-1))
     finite = np.isfinite(largest)
     if not finite.all():

@@ -58,10 +58,7 @@ def test_curves_lie_within_their_bounds(name: str) -> None:
         assert curve.holds, f"{curve.quantity} lies {curve.excess:.3g} above its bound"
 
 
-@pytest.mark.parametrize(
-    "name",
-    ["rates/isotropic: r = 4", pytest.param("links/isotropic: links of 4", marks=pytest.mark.slow)],
-)
+@pytest.mark.parametrize("name", ["rates/isotropic: r = 4", "links/isotropic: links of 4"])
 def test_the_bound_of_the_isotropic_quadratic_is_the_expectation(name: str) -> None:
     curve = judged(replace(CASES[name], rounds=12)).curves["gap"]
     assert (abs(curve.mean - curve.bound)[1:] <= 4 * curve.error[1:]).all()

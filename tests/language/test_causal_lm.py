@@ -250,13 +250,7 @@ def test_outputs_are_formed_at_labels_alone(
     assert loss == pytest.approx(same, rel=1e-5)
 
 
-@pytest.mark.parametrize(
-    "method",
-    [
-        "fedavg_lora",
-        *(pytest.param(m, marks=pytest.mark.slow) for m in ("ffa_lora", "pool_rac_lora")),
-    ],
-)
+@pytest.mark.parametrize("method", ["fedavg_lora", "ffa_lora", "pool_rac_lora"])
 def test_a_narrow_base_stays_as_it_is(method: str, questions: Path, tokenizer: str) -> None:
     words = (f"method={method}", "rounds=2", "evaluate.generate=null", "bias=frozen")
     wide = run(questions, tokenizer, *words)

@@ -647,7 +647,6 @@ def test_a_run_under_a_schedule_counts_as_a_whole(feeding: Feeding) -> None:
     )  # at the bytes of all rounds
 
 
-@pytest.mark.slow
 def test_going_on_with_other_sizes_is_refused(twice: tuple[Path, list[Any], TuningResult]) -> None:
     with pytest.raises(CheckpointError, match="sizes"):
         tuned(twice[0], "tune.runs=9", "tune.sizes=[2]")

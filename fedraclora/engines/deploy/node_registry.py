@@ -293,7 +293,7 @@ class NodeRegistry:
         return "it is not connected" + ("" if last is None else f"; {self._name(last)} served it")
 
     def served_by(self, clients: Sequence[int]) -> str:
-        """Name clients with their nodes, for a sentence that goes on after "is" or "are"."""
+        """Return the clients, their nodes and the verb of a sentence: "client 3 (north) is"."""
         names = dict.fromkeys(self.names.get(self._node.get(c, -1), "") for c in clients)
         told = ", ".join(filter(None, names))
         verb = "is" if len(clients) == 1 else "are"

@@ -18,9 +18,8 @@ LONGEST = 1 << 14  # bytes of an entry
 DATE = len("2026-12-31")
 IN, OUT, REFUSED = "in", "out", "refused"
 DOWNLOAD = "bundle"  # the way of an app's bundle, which is downloaded
-WIRE = (
-    "wire"  # the way of all that the node has sent and received by HTTP since the last such entry
-)
+# The way of all that the node has sent and received by HTTP since the last such entry.
+WIRE = "wire"
 
 
 @dataclass(frozen=True)
@@ -108,18 +107,28 @@ class History:
         Raises:
             ConfigError: If a line is no entry, except for the last, which may be cut.
         """
-        lines = self.file.read_text(encoding="utf-8").splitlines()
-        found = []
-        for number, line in enumerate(lines, 1):
-            try:
-                found.append(Entry(**json.loads(line)))
-            except (ValueError, TypeError) as error:
-                if number < len(lines):
-                    raise ConfigError(
-                        f"{self.file}, line {number}: this is no entry of a history ({error}). "
-                        "Move the file away to begin anew"
-                    ) from error
-        return found
+        return read_entries(self.file)[0]
+
+
+def read_entries(file: Path, start: int = 0) -> tuple[list[Entry], int]:
+    """Read the whole lines of a history from a byte on; return them, and where they end.
+
+    Raises:
+        ConfigError: If one is no entry.
+    """
+    with file.open("rb") as opened:
+        opened.seek(start)
+        new = opened.read()
+    whole, found = new[: new.rfind(b"\n") + 1], list[Entry]()
+    for line in whole.splitlines():
+        try:
+            found.append(Entry(**json.loads(line)))
+        except (ValueError, TypeError) as error:
+            raise ConfigError(
+                f"{file}: {line[:80]!r} is no entry of a history ({error}). "
+                "Move the file away to begin anew"
+            ) from error
+    return found, start + len(whole)
 
 
 @dataclass
@@ -174,21 +183,10 @@ class Tally:
         """
         if self.file.stat().st_size < self._read:
             self._begin_anew()
-        with self.file.open("rb") as file:
-            file.seek(self._read)
-            new = file.read()
-        whole = new[: new.rfind(b"\n") + 1]
-        for line in whole.splitlines():
-            try:
-                entry = Entry(**json.loads(line))
-            except (ValueError, TypeError) as error:
-                raise ConfigError(
-                    f"{self.file}: {line[:80]!r} is no entry of a history ({error}). "
-                    "Move the file away to begin anew"
-                ) from error
+        added, self._read = read_entries(self.file, self._read)
+        for entry in added:
             for table, key in ((self._runs, entry.digest), (self._days, entry.time[:DATE])):
                 table.setdefault(key, Usage()).add(entry)
-        self._read += len(whole)
         for day in sorted(self._days)[:-2]:
             del self._days[day]
 

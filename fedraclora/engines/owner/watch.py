@@ -80,7 +80,7 @@ class Wire:
 
         def send(own: Any, context: Any, **named: Any) -> Any:
             wire.requests += 1
-            response = client._send(own, context, **named)  # noqa: SLF001
+            response = client._send(own, context, **named)  # noqa: SLF001  Flower has no hook here
             request = context.request  # with a signature by now
             wire.sent += len(request.content) + header_bytes(request)
             wire.received += int(response.num_bytes_downloaded) + header_bytes(response)
