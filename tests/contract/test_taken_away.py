@@ -1,7 +1,9 @@
 """A method goes with its file, its row and its YAML, and what is left is whole.
 
-All go at once, but for those on which others build and which shared tests take as examples. The
-laboratory, `experiments`, compares methods and is left out, as it is of the wheel.
+All go at once, and each by itself. Those stay on which others build and which shared tests take as
+examples. Types are checked with all gone: no file of a method is imported by another, so the types
+hold with fewer gone. The laboratory, `experiments`, compares methods and is left out, as it is of
+the wheel.
 """
 
 from __future__ import annotations
@@ -12,10 +14,13 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 
 import pytest
+from rest import LIBRARIES, tried
 
 from fedraclora.strategies.methods import METHODS
 
@@ -26,16 +31,7 @@ METHODS_OF_FILE = {
     file: {n for n, kind in METHODS.items() if kind.__module__.endswith(f".{file}")}
     for file in FILES
 }
-PARTS = ("fedraclora", "strategies", "clients", "conf", "pyproject.toml", "README.md", "LICENSE")
-IMPORTED = """
-import importlib, pkgutil, fedraclora
-names = [m.name for m in pkgutil.walk_packages(fedraclora.__path__, "fedraclora.")]
-for name in names:
-    if not name.startswith("fedraclora.experiments") and not name.endswith("__main__"):
-        importlib.import_module(name)
-from fedraclora.strategies.methods import METHODS
-print(sorted(METHODS))
-"""
+PARTS = ("fedraclora", "strategies", "clients", "conf", "pyproject.toml")
 
 
 def imports(path: Path) -> Iterator[str]:
@@ -73,10 +69,8 @@ def test_a_methods_tests_are_parameters_of_the_table_or_a_file_of_its_own() -> N
     assert found == TESTS.keys()
 
 
-@pytest.fixture(scope="module")
-def rest(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A copy of what is installed, without the other methods."""
-    folder = tmp_path_factory.mktemp("rest")
+def copied(folder: Path) -> Path:
+    """A copy of what is installed."""
     for part in PARTS:
         source = ROOT / part
         if source.is_dir():
@@ -84,51 +78,87 @@ def rest(tmp_path_factory: pytest.TempPathFactory) -> Path:
             shutil.copytree(source, folder / part, symlinks=True, ignore=ignored)
         else:
             shutil.copy(source, folder / part)
-    table = folder / "strategies/methods/__init__.py"
-    text = table.read_text(encoding="utf-8")
-    for file in FILES - KEPT:
-        (folder / f"strategies/methods/{file}.py").unlink()
-        kinds = {METHODS[name].__name__ for name in METHODS_OF_FILE[file]}
-        text = re.sub(rf"^from \S+\.{file} import .*\n", "", text, flags=re.MULTILINE)
-        text = re.sub(rf'^    "\w+": ({"|".join(kinds)}),\n', "", text, flags=re.MULTILINE)
-        for name in METHODS_OF_FILE[file]:
-            (folder / f"conf/method/{name}.yaml").unlink(missing_ok=True)
-            for preset in (folder / "conf/experiment").glob("*.yaml"):
-                if re.search(rf"/method: {name}$", preset.read_text(), flags=re.MULTILINE):
-                    preset.unlink()
-    table.write_text(text, encoding="utf-8")
     return folder
 
 
-def done(folder: Path, *words: str) -> str:
-    environment = os.environ | {"PYTHONPATH": str(folder)}
-    found = subprocess.run(
-        [sys.executable, *words],
-        cwd=folder,
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert found.returncode == 0, (found.stdout + found.stderr)[-3000:]
-    return found.stdout
+def take_away(folder: Path, names: set[str]) -> None:
+    """Take methods out of a copy: rows, YAML, presets, and files that no other row names."""
+    table = folder / "strategies/methods/__init__.py"
+    text = table.read_text(encoding="utf-8")
+    for file, all_ in METHODS_OF_FILE.items():
+        if all_ <= names:
+            (folder / f"strategies/methods/{file}.py").unlink()
+            text = re.sub(rf"^from \S+\.{file} import .*\n", "", text, flags=re.MULTILINE)
+    for name in names:
+        text = re.sub(rf'^    "{name}": \w+,\n', "", text, flags=re.MULTILINE)
+        (folder / f"conf/method/{name}.yaml").unlink(missing_ok=True)
+        for preset in (folder / "conf/experiment").glob("*.yaml"):
+            if re.search(rf"/method: {name}$", preset.read_text(), flags=re.MULTILINE):
+                preset.unlink()
+    table.write_text(text, encoding="utf-8")
+
+
+@pytest.fixture(scope="module")
+def rest(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy without all methods of other files."""
+    folder = copied(tmp_path_factory.mktemp("rest"))
+    take_away(folder, set().union(*(METHODS_OF_FILE[file] for file in FILES - KEPT)))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy from which methods are taken and to which they return."""
+    return copied(tmp_path_factory.mktemp("whole"))
+
+
+@pytest.fixture
+def without(whole: Path, tmp_path: Path) -> Iterator[Callable[[str], Path]]:
+    """Give the copy without a method, until the end of a test."""
+    parts = ("strategies/methods", "conf/method", "conf/experiment")
+    for part in parts:
+        shutil.copytree(whole / part, tmp_path / part)
+
+    def give(name: str) -> Path:
+        take_away(whole, {name})
+        return whole
+
+    yield give
+    for part in parts:
+        shutil.rmtree(whole / part)
+        shutil.copytree(tmp_path / part, whole / part)
+
+
+@pytest.fixture(scope="module")
+def processes() -> Iterator[ProcessPoolExecutor]:
+    """Processes for one call each, with the libraries but without the project."""
+    context = get_context("forkserver")
+    context.set_forkserver_preload(LIBRARIES)
+    with ProcessPoolExecutor(1, mp_context=context, max_tasks_per_child=1) as pool:
+        yield pool
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", sorted({*METHODS} - KEPT))
+def test_without_one_method_the_rest_is_imported_and_runs(
+    method: str, without: Callable[[str], Path], processes: ProcessPoolExecutor
+) -> None:
+    other = "fedavg_lora" if METHODS[method] is METHODS["fed_rac_lora"] else "fed_rac_lora"
+    left = processes.submit(tried, without(method), [other]).result()
+    assert left == sorted({*METHODS} - {method})
 
 
 @pytest.mark.long
-def test_every_module_of_the_rest_is_imported(rest: Path) -> None:
-    found = done(rest, "-c", IMPORTED)
-    assert found.splitlines()[-1] == str(sorted(set().union(*(METHODS_OF_FILE[f] for f in KEPT))))
+def test_the_rest_is_imported_and_runs(rest: Path, processes: ProcessPoolExecutor) -> None:
+    left = processes.submit(tried, rest, ["fedavg_lora", "ffa_lora"]).result()
+    assert left == sorted(set().union(*(METHODS_OF_FILE[f] for f in KEPT)))
 
 
 @pytest.mark.long
 def test_the_rest_has_all_types(rest: Path) -> None:
-    done(rest, "-m", "mypy", "--cache-dir", str(rest / "cache"))
-
-
-@pytest.mark.long
-@pytest.mark.parametrize("method", ["fedavg_lora", "ffa_lora"])
-def test_the_rest_composes_and_runs(rest: Path, method: str) -> None:
-    small = ["clients=4", "clients_per_round=2", "rounds=1", "pretrain=none", "data=digits"]
-    command = ("-m", "fedraclora.commands.cli", "simulate", f"method={method}", *small)
-    done(rest, *command, "--cfg", "job")
-    done(rest, *command, f"output.dir={rest / method}")
+    command = [sys.executable, "-m", "mypy", "--cache-dir", str(rest / "cache")]
+    environment = os.environ | {"PYTHONPATH": str(rest)}
+    done = subprocess.run(
+        command, cwd=rest, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
