@@ -157,8 +157,8 @@ def run(nodes: Nodes, method: Any, rounds: int = 3, **options: Any) -> tuple[Any
     """Run by Flower's `start`, as in somebody's ServerApp."""
     options = {"min_available_nodes": len(nodes.nodes), "fraction_evaluate": 0.0} | options
     kind = options.pop("kind", flower.LowRank)
+    initial = ArrayRecord(options.pop("initial", network().state_dict()))
     strategy = kind(method, options.pop("model", network()), **options)
-    initial = ArrayRecord(network().state_dict())
     return strategy, strategy.start(grid=nodes, initial_arrays=initial, num_rounds=rounds)
 
 

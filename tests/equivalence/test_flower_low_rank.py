@@ -21,12 +21,15 @@ from flwr.serverapp.strategy import (
 )
 from flwr.serverapp.strategy.strategy_utils import validate_message_reply_consistency
 from torch import nn
+from typing_extensions import override
 
 import fedraclora
 from fedraclora import flower
 from fedraclora.client import Round, Trained
 from fedraclora.errors import ClientError, ConfigError, FedRacLoraError
 from fedraclora.flower_internals import message_bytes
+from fedraclora.protocol.link import Plan
+from fedraclora.protocol.program import ClientProgram
 from fedraclora.strategies.methods import METHODS
 from fedraclora.strategies.methods.fed_rac_lora import FedRacLora
 from fedraclora.strategies.methods.fedavg import FedAvg as FullAverage
@@ -53,6 +56,20 @@ pytestmark = pytest.mark.filterwarnings(
 )
 
 
+class Keeping(FedAvgLora):
+    """A method whose clients keep a factor."""
+
+    client_state = True
+
+
+class Programmed(FedAvgLora):
+    """A method whose clients do more than plain steps."""
+
+    @override
+    def program(self, plan: Plan) -> ClientProgram:
+        return ClientProgram()
+
+
 def own(round_: Round) -> Trained:
     """The same training, as a function for `simulate`."""
     model = round_.install(network())
@@ -66,10 +83,14 @@ def own(round_: Round) -> Trained:
         FedRacLora(rank=2, alpha=3),
         FedRacLora(rank=2, alpha=3, merge_every=2, train="A"),
         FedAvgLora(rank=2, alpha=3),
-        pytest.param(METHODS["pool_rac_lora"](rank=2, alpha=3), marks=pytest.mark.long),
         pytest.param(FullAverage(), marks=pytest.mark.long),
+        *(
+            pytest.param(kind(rank=2, alpha=3), marks=pytest.mark.long)
+            for kind in METHODS.values()
+            if kind().recurs
+        ),
     ],
-    ids=["fed_rac_lora", "links of two rounds", "fedavg_lora", "pool_rac_lora", "fedavg"],
+    ids=repr,
 )
 def test_rounds_of_flowers_loop_have_the_bits_of_simulate(method: Any, tmp_path: Path) -> None:
     strategy, result = run(nodes_of(tmp_path), method)
@@ -300,38 +321,31 @@ def test_options_of_fedavg_go_on_to_work(
     assert most in {8 + 3 * k for k in range(4)}
 
 
-@pytest.mark.parametrize(
-    ("options", "why"),
-    [
-        (
-            {"method": METHODS["fedsa_lora"](rank=1)},
-            "LowRank.*keeps a part of the model",
-        ),
-        ({"method": METHODS["slora"](rank=1)}, "sparse"),
-        ({"method": FedRacLora(rank=1, init="gradient")}, "gradient"),
-        ({"method": FedRacLora}, "an instance"),
-        ({"arrayrecord_key": "weights"}, "arrayrecord_key"),
-        ({"uplink": "int7"}, "uplink.*int7.*int8"),
-        ({"uplink": "int8", "downlink_coding": "zstd"}, "downlink_coding.*float32"),
-        ({"head": "personal"}, "head=personal"),
-    ],
-)
-def test_what_cannot_be_is_refused_by_name(
-    options: dict[str, Any], why: str, tmp_path: Path
-) -> None:
+STATE = network().state_dict()
+# What is refused at the start: what it is given, and key words of the message.
+REFUSED: dict[str, tuple[dict[str, Any], str]] = {
+    "factors of clients": ({"method": Keeping(rank=1)}, "LowRank.*keeps a part"),
+    "a client program": ({"method": Programmed(rank=1)}, "client program"),
+    "two exchanges": ({"method": FedRacLora(rank=1, init="gradient")}, "gradient"),
+    "a class": ({"method": FedRacLora}, "instance"),
+    "a key of arrays": ({"arrayrecord_key": "weights"}, "arrayrecord_key"),
+    "a number format": ({"uplink": "int7"}, "uplink.*int7.*int8"),
+    "coded floats": ({"uplink": "int8", "downlink_coding": "zstd"}, "downlink_coding.*float32"),
+    "a personal head": ({"head": "personal"}, "head=personal"),
+    "an array too few": (
+        {"initial": {n: t for n, t in STATE.items() if n != "0.weight"}},
+        r"initial_arrays.*state_dict",
+    ),
+    "an array too many": ({"initial": STATE | {"x": STATE["0.bias"]}}, "initial_arrays"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_cannot_be_is_refused_by_name(name: str, tmp_path: Path) -> None:
+    options, why = REFUSED[name]
     options = {"method": FedRacLora(rank=1)} | options
     with pytest.raises(ConfigError, match=why):
         run(nodes_of(tmp_path, 2), options.pop("method"), **options)
-
-
-@pytest.mark.parametrize(
-    "harm", [lambda a: a.pop("0.weight"), lambda a: a.update({"x": a["0.bias"]})]
-)
-def test_arrays_that_are_not_the_models_are_refused(harm: Any, tmp_path: Path) -> None:
-    arrays = ArrayRecord(network().state_dict())
-    harm(arrays)
-    with pytest.raises(ConfigError, match=r"initial_arrays.*state_dict"):
-        flower.LowRank(FedRacLora(rank=1), network()).start(nodes_of(tmp_path, 2), arrays, 1)
 
 
 def test_arrays_that_another_changed_between_rounds_are_refused(tmp_path: Path) -> None:

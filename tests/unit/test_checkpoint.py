@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors import SafetensorError
+from safetensors.torch import save_file
 
 from fedraclora.errors import CheckpointError
 from fedraclora.tree import Tree
@@ -99,19 +101,6 @@ def test_any_truncated_file_is_refused(tmp_path: Path) -> None:
             load_checkpoint(tmp_path)
 
 
-def test_a_safetensors_file_of_others_is_refused(tmp_path: Path) -> None:
-    from safetensors.torch import save_file
-
-    save_file({"w": torch.ones(2)}, tmp_path / CHECKPOINT)
-    with pytest.raises(CheckpointError, match="not a checkpoint"):
-        load_checkpoint(tmp_path)
-
-
-def test_a_missing_checkpoint_says_what_to_do(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match=r"no checkpoint .*safetensors: give resume"):
-        load_checkpoint(tmp_path)
-
-
 @pytest.mark.parametrize("station", ["os.replace", "os.fsync"])
 def test_a_kill_while_saving_leaves_the_old_checkpoint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, station: str
@@ -192,16 +181,37 @@ def test_cut_links_removes_later_rounds_only(tmp_path: Path) -> None:
     assert list(read_links(tmp_path / "absent")) == []
 
 
-def test_a_damaged_or_renamed_link_is_named(tmp_path: Path) -> None:
-    chain(tmp_path, [1, 2])
-    (tmp_path / "000002.safetensors").rename(tmp_path / "000005.safetensors")
-    with pytest.raises(CheckpointError, match=r"000005\.safetensors .*link of round 2"):
-        list(read_links(tmp_path))
-    data = bytearray((tmp_path / "000001.safetensors").read_bytes())
+def of_others(folder: Path) -> None:
+    save_file({"w": torch.ones(2)}, folder / CHECKPOINT)
+
+
+def renamed(folder: Path) -> None:
+    chain(folder, [1, 2])
+    (folder / "000002.safetensors").rename(folder / "000005.safetensors")
+
+
+def damaged(folder: Path) -> None:
+    chain(folder, [1, 2])
+    data = bytearray((folder / "000001.safetensors").read_bytes())
     data[-1] ^= 4
-    (tmp_path / "000001.safetensors").write_bytes(data)
-    with pytest.raises(CheckpointError, match=r"000001\.safetensors is damaged"):
-        list(read_links(tmp_path))
+    (folder / "000001.safetensors").write_bytes(data)
+
+
+# What is in a folder, what reads it, and key words of the error.
+REFUSED: dict[str, tuple[Callable[[Path], object], Callable[[Path], object], str]] = {
+    "nothing": (lambda _: None, load_checkpoint, "no checkpoint .*safetensors.*resume"),
+    "a file of others": (of_others, load_checkpoint, "not a checkpoint"),
+    "a link of another round": (renamed, read_links, r"000005\.safetensors .*round 2"),
+    "a damaged link": (damaged, read_links, r"000001\.safetensors.*damaged"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_is_no_checkpoint_and_no_link_is_named(name: str, tmp_path: Path) -> None:
+    write, read, why = REFUSED[name]
+    write(tmp_path)
+    with pytest.raises(CheckpointError, match=why):
+        list(read(tmp_path))  # type: ignore[call-overload]
 
 
 leaves = st.none() | st.booleans() | st.integers() | st.text(max_size=3) | st.lists(st.integers())
