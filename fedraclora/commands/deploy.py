@@ -42,7 +42,7 @@ from fedraclora.errors import ConfigError, EngineError
 from fedraclora.launch import choose
 from fedraclora.limits import Count
 from fedraclora.private_folder import PrivateFolder
-from fedraclora.run.events import NOTICE, ROUND, ROW, STOPPED, SUMMARY, TEXT, Event
+from fedraclora.run.events import NOTICE, ROUND, ROW, STOPPED, SUMMARY, TEXT, TIME, Event
 from fedraclora.run.folder import amend, begin_folder, locked_folder, refuse_existing, write_summary
 from fedraclora.run.ledger import Ledger
 from fedraclora.run.log import LOG, logged
@@ -222,6 +222,7 @@ class RunListener:
         self._tail: deque[str] = deque(maxlen=KEPT)
         self._begun, self._stack = False, ExitStack()
         self._logs = False
+        self._noticed: set[tuple[str, object]] = set()
 
     def __enter__(self) -> RunListener:
         """Open the log, if there is a folder by now."""
@@ -251,15 +252,19 @@ class RunListener:
         elif event.kind == STOPPED:
             self.run.checkpoint = kept_round(event.value)
         elif event.kind == NOTICE:
-            self._notice(str(event.value.get(TEXT)))
+            self._notice(str(event.value.get(TEXT)), event.value.get(TIME))
         elif not self._begun:  # a broken log stream starts again from its first line
             self._begun = True
             self._open_log()
             self.progress.open(event.value, self.run.plain, self.run.folder)
 
-    def _notice(self, text: str) -> None:
+    def _notice(self, text: str, time_: object) -> None:
         """Show a warning of the server once: a broken stream repeats it."""
-        if self.progress.notice(text) and self.record is not None:  # else the server logs it there
+        if (text, time_) in self._noticed:
+            return
+        self._noticed.add((text, time_))
+        self.progress.notice(text)
+        if self.record is not None:  # else the server logs it there
             log.log(NOTICE_LEVEL, "%s", text)
 
     def keep_tail(self) -> str:

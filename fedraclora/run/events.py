@@ -24,7 +24,7 @@ from fedraclora.run.recorder import checkpoint_meta
 MARK = "fedraclora-event "  # prefix of an event's line
 OPENING, ROW, SUMMARY = "opening", "row", "summary"
 NOTICE, STOPPED = "notice", "stopped"
-TEXT, ROUND = "text", "round"  # keys of those two
+TEXT, TIME, ROUND = "text", "time", "round"  # keys of those two
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ class NoticeHandler(logging.Handler):
 
     @override
     def emit(self, record: logging.LogRecord) -> None:
-        write_event(NOTICE, {TEXT: record.getMessage()})
+        write_event(NOTICE, {TEXT: record.getMessage(), TIME: record.created})
 
 
 @contextmanager

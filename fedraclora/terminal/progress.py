@@ -130,12 +130,10 @@ class RunProgress(Callback):
         self._news = time.monotonic()
         self._write(text)
 
-    def notice(self, text: str) -> bool:
-        """Show at once, and once, what the row of a round will repeat; return whether it is new."""
-        if new := text not in self._noticed:
-            self._noticed.add(text)
-            self.say(text)
-        return new
+    def notice(self, text: str) -> None:
+        """Show at once what the row of the round may repeat; the row does not show it again."""
+        self._noticed.add(text)
+        self.say(text)
 
     def stopping(self, what: str) -> None:
         """Show that something is being stopped, instead of the current round."""
@@ -169,6 +167,7 @@ class RunProgress(Callback):
         heard = self._noticed | {record.getMessage() for record in self._heard.buffer}
         for text in [text for text in told if text not in heard][:TOLD]:
             self.say(f"round {round_:.0f}: {text}")
+        self._noticed -= {*told}  # in a later round it is news
         out = left_out(row)
         for text in [text for text in out if text not in self._left_out][:TOLD]:
             self.say(f"round {round_:.0f}: {text}")

@@ -1,0 +1,164 @@
+"""An operator steers a federation of real processes: what is asked of it happens, and is kept."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typing_extensions import override
+
+from fedraclora.commands import cli
+from fedraclora.engines.deploy.federation import FederationFiles
+from fedraclora.engines.deploy.local import LocalDeployment
+from fedraclora.engines.flower_patches import SOCKETS
+from fedraclora.engines.programs import CONNECTION, Program
+from fedraclora.experiments.faults.network import RANK, SMALL
+from fedraclora.experiments.faults.real import wait_for
+from fedraclora.experiments.faults.trials import absent, final_weights
+from fedraclora.run.ledger import read_ledger
+from fedraclora.run.log import LOG
+from tests.common import summary_of
+
+pytestmark = pytest.mark.long
+
+ROUNDS = ["rounds=120"]
+PAUSED = 3  # rounds that a run could have done while it is paused
+
+
+class Clinics(LocalDeployment):
+    """A deployment whose nodes have names: ``clinic0`` and so on."""
+
+    @override
+    def node(self, secure: Any, log: str, config: str) -> Program:
+        return super().node(secure, log, f"{config} name='clinic{log[4]}'")
+
+
+class Operator:
+    """Types commands on the SuperLink's host, and follows one run."""
+
+    def __init__(
+        self,
+        clinics: Clinics,
+        folder: Path,
+        capsys: pytest.CaptureFixture[str],
+    ) -> None:
+        self.clinics, self.folder, self.capsys = clinics, folder, capsys
+        self.files = FederationFiles.of(clinics.environ)
+
+    def begin(self, *words: str) -> subprocess.Popen[bytes]:
+        """Start a run as a process of its own, which says in a file what it says."""
+        command = [sys.executable, "-m", "fedraclora.commands.cli", "deploy"]
+        command += [f"connection={CONNECTION}", *words, "output.progress=true"]
+        with self.folder.with_suffix(".said").open("a") as said:
+            return subprocess.Popen(command, env=self.clinics.environ, stdout=said, stderr=said)
+
+    def __call__(self, *words: str) -> str:
+        """Run ``fedraclora federation``; return what it prints."""
+        self.capsys.readouterr()
+        assert cli.run("federation", [*words, f"connection={CONNECTION}"]) == 0
+        return self.capsys.readouterr().out
+
+    def row(self, name: str) -> str:
+        """The line of ``status`` of a node."""
+        return next(line for line in self("status").splitlines() if name in line)
+
+    def rows(self) -> list[dict[str, Any]]:
+        """The ledger of the run so far, without what is measured before round 1."""
+        ledger = self.folder / "ledger.jsonl"
+        return read_ledger(ledger)[1:] if ledger.is_file() else []
+
+    def until(self, when: Callable[[list[dict[str, Any]]], bool], what: str) -> int:
+        """Wait until the ledger is so; return its last round."""
+        wait_for(lambda: when(self.rows()), what)
+        return len(self.rows())
+
+    def said(self) -> str:
+        """What the command and the log of the run have said."""
+        return self.folder.with_suffix(".said").read_text() + (self.folder / LOG).read_text()
+
+
+@pytest.fixture
+def operator(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Iterator[Operator]:
+    with Clinics([[0], [1], [2]]) as clinics:
+        for key in ("FLWR_HOME", SOCKETS):
+            monkeypatch.setenv(key, clinics.environ[key])
+        monkeypatch.setenv("COLUMNS", "250")
+        yield Operator(clinics, tmp_path / "run", capsys)
+
+
+def without(row: dict[str, Any]) -> list[int]:
+    """The clients that a round left out."""
+    return [failure["client"] for failure in row["failures"]]
+
+
+def test_a_federation_is_paused_drained_and_left_by_a_node(operator: Operator) -> None:
+    folders = [f"output.dir={operator.folder}", f"engine.folder={operator.folder}-there"]
+    words = [*SMALL, *RANK, *ROUNDS, "engine.min_clients=2", "engine.wait=120", *folders]
+    run = operator.begin(*words)
+    operator.until(lambda rows: len(rows) >= 2, "round 2")
+    for k in range(3):
+        row = operator.row(f"clinic{k}")
+        assert "online" in row
+        assert f" {k} " in row.partition(f"clinic{k}")[2]
+    assert "has not ended" in operator("status")
+
+    operator("pause")
+    wait_for(lambda: "paused before round" in operator.said(), "the pause")
+    before = len(operator.rows())
+    assert "paused" in operator("status")  # takes as long as several rounds
+    assert len(operator.rows()) == before
+    operator("resume")
+    operator.until(lambda rows: len(rows) > before, "a round after the pause")
+
+    operator("drain", "clinic2")
+    drained = operator.until(lambda rows: without(rows[-1]) == [2], "a round without clinic2")
+    assert "drained" in operator.rows()[-1]["failures"][0]["reason"]
+    assert "drained" in operator.row("clinic2")
+    operator("undrain", "clinic2")
+    operator.until(lambda rows: len(rows) > drained and not without(rows[-1]), "its return")
+
+    (node,) = (n for n, facts in operator.files.nodes().items() if facts.name == "clinic2")
+    operator("drain", "clinic2")
+    operator.until(lambda rows: without(rows[-1]) == [2], "a round without clinic2")
+    operator("remove", "clinic2")
+    assert "clinic2" not in operator("status")
+    process = operator.clinics.nodes[2]
+    assert process is not None
+    wait_for(lambda: process.ended, "the end of the node that was removed")
+    process.end()
+    again = operator.clinics.start_node(2)
+    wait_for(lambda: again.ended, "the end of the node whose key is refused")
+    assert again.process.returncode != 0
+    assert "not registered" in again.file.read_text()
+    again.end()
+    removed = len(operator.rows())
+
+    assert run.wait(600) == 0, operator.said()
+    rows = operator.rows()
+    assert len(rows) == 120
+    assert removed < 120  # otherwise the test has shown nothing of the rounds after
+    assert all(without(row) == [2] for row in rows[removed:])
+    missing = {row["round"]: without(row) for row in rows}
+    wanted = final_weights([*ROUNDS, "engine.min_clients=2"], absent(missing))
+    assert summary_of(operator.folder)["weights_digest"] == wanted
+
+    said = operator.folder.with_suffix(".said").read_text().splitlines()
+    drains = [line for line in said if line.startswith("clinic2") and "drained" in line]
+    assert len(drains) == 2  # each is said at once, though the words are the same
+
+    log = operator("log")
+    entries = operator.files.entries()
+    assert [e["what"] for e in entries] == [
+        *["start", "pause", "resume", "drain", "undrain", "drain", "remove", "end"]
+    ]
+    assert entries[-1]["status"] == "completed"
+    assert {e["node"] for e in entries if "node" in e} == {node}
+    for key in ("digest", "code"):
+        assert entries[0][key][:12] in log
+    assert entries[0]["who"] in log
