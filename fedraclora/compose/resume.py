@@ -9,7 +9,7 @@ from pathlib import Path
 
 from fedraclora.binding import PlainDict, section
 from fedraclora.config.build import pick_device
-from fedraclora.config.resuming import free_keys, plans_rounds
+from fedraclora.config.resuming import CLIENTS, GROWS, SHARE, fixed_clients, free_keys, plans_rounds
 from fedraclora.config.run_config import ENGINE_IN_DIGEST, digested
 from fedraclora.errors import CheckpointError, ConfigError, EngineError, FedRacLoraError
 from fedraclora.run.digests import known_data
@@ -86,9 +86,18 @@ def resume_config(
             + "\n  ".join(refused)
             + f"\n{how} to resume it, or start a new run without resume"
         )
-    if "data.root" in new and (typed is None or "data.root" in typed):
-        taken["data.root"] = new["data.root"]
+    if CLIENTS in taken:
+        taken |= {
+            key: taken[CLIENTS] for key in GROWS if key in old and key not in (CLIENTS, SHARE)
+        }
+    taken |= _root(new, typed)
     return with_changes({**stored, "engine": engine, "output": output}, taken)
+
+
+def _root(new: PlainDict, typed: Sequence[str] | None) -> PlainDict:
+    """Return the folder of the data if this call gives one."""
+    key = "data.root"
+    return {key: new[key]} if key in new and (typed is None or key in typed) else {}
 
 
 def _refuse_others(
@@ -188,6 +197,8 @@ def _refusal(folder: Path, key: str, stored: Mapping[str, object], plain: PlainD
         return None if _device(str(plain["device"])) == before else ""
     if key == "rounds":
         return _refused_rounds(folder, stored, int(str(plain["rounds"])))
+    if key in GROWS:
+        return _refused_clients(stored, plain)
     if key.startswith("data.") and key in free_keys(stored):
         known = key.partition(".")[2] in known_data(folder)
         return None if known else " (without a checksum that the data are the same)"
@@ -206,6 +217,16 @@ def _refused_rounds(folder: Path, stored: Mapping[str, object], rounds: int) -> 
     if is_finished(folder) and read_summary(folder).get("stopped"):
         return f" (it was ended by stop.patience or a callback, after round {done})"
     return None
+
+
+def _refused_clients(stored: Mapping[str, object], plain: PlainDict) -> str | None:
+    """Explain why a run cannot be resumed with another number of clients; None if it can."""
+    if (why := fixed_clients(stored)) is not None:
+        return f" ({why})"
+    before, after = (config.get(CLIENTS) for config in (stored, plain))
+    if isinstance(before, int) and isinstance(after, int) and after > before:
+        return None
+    return f" (clients may join, with a {CLIENTS} above {before}; one that leaves is away)"
 
 
 def _device(name: str) -> str | None:

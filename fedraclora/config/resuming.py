@@ -10,6 +10,8 @@ from fedraclora.binding import Plain
 ALWAYS = ("max_failures",)
 MEASURED = ("evaluate.every", "evaluate.batch_size", "evaluate.clients_every")
 PATHS = ("file", "samples", "test_file", "tokenizer")  # keys of data that name files
+CLIENTS, SHARE = "clients", "clients_per_round"
+GROWS = (CLIENTS, f"data.{CLIENTS}", SHARE)  # keys that change if further clients join a run
 
 
 def free_keys(plain: Plain) -> tuple[str, ...]:
@@ -23,6 +25,8 @@ def free_keys(plain: Plain) -> tuple[str, ...]:
       server measures; with ``stop.patience`` that decides when the run ends.
     - ``rounds``, where nothing is planned over all of them.
     - Files and folders of the data may lie elsewhere: what is in them is known by digest.
+    - The number of clients, where further ones may join a run (`fixed_clients`). It does change
+      the rounds after: the ledger says from which round on.
 
     Args:
         plain: The config of the run.
@@ -30,7 +34,22 @@ def free_keys(plain: Plain) -> tuple[str, ...]:
     stops = _get(plain, "stop", "patience") is not None
     measured = () if stops else MEASURED
     rounds = () if plans_rounds(plain) else ("rounds",)
-    return (*ALWAYS, *measured, *rounds, *(f"data.{key}" for key in PATHS))
+    clients = () if fixed_clients(plain) else GROWS
+    return (*ALWAYS, *measured, *rounds, *clients, *(f"data.{key}" for key in PATHS))
+
+
+def fixed_clients(plain: Plain) -> str | None:
+    """Say why no further client may join a run that is resumed; None: one may.
+
+    Samples of the clients so far stay theirs only if each brings its own, and the privacy of a run
+    is accounted for a number of clients.
+    """
+    for group, wanted in (("engine", "deploy"), ("data", "own"), ("privacy", "none")):
+        if (found := _get(plain, group, "name")) != wanted:
+            return f"further clients may join a run with {group}={wanted}; here is {group}={found}"
+    if _get(plain, "local", "name") == "dp_sgd":
+        return "further clients may not join a run with local=dp_sgd"
+    return None
 
 
 def plans_rounds(plain: Plain) -> str | None:

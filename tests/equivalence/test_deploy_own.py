@@ -12,11 +12,14 @@ import torch
 
 from fedraclora.clients import node as client_node
 from fedraclora.clients.cache import CACHE
+from fedraclora.commands import deploy
+from fedraclora.compose.resume import resume_config
 from fedraclora.data.encoders.array import SampleSpec, gathered
 from fedraclora.data.per_client import read_own
 from fedraclora.data.sources.own import own_samples
-from fedraclora.errors import ClientError, ConfigError, DataError
+from fedraclora.errors import CheckpointError, ClientError, ConfigError, DataError
 from fedraclora.experiments.faults.network import Network, composed, rows, serve
+from fedraclora.experiments.faults.trials import absent
 from fedraclora.imports import import_object
 from fedraclora.terminal.opening import introduction
 from tests.campaigns.wire import raw
@@ -125,6 +128,54 @@ def test_a_client_whose_samples_change_is_refused_by_name_and_nobody_else(
     digest = json.loads(note.read_text())["samples"]
     sent = [m for m in network.posted if m.has_content()]
     assert not any(digest.encode() in raw(m.content) for m in sent)  # it stays where it is
+
+
+@pytest.mark.slow
+def test_a_client_joins_a_run_that_is_resumed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The bits are those of a run that it belonged to from the start, and was away from."""
+    monkeypatch.setenv("FEDRACLORA_TRUST", "clinic")
+    nodes = {n: {"partition-id": n, "data": "clinic.data:owner"} for n in range(3)}
+    first, folder = Network(tmp_path / "cache", {n: nodes[n] for n in (0, 1)}), tmp_path / "run"
+    samples = "data.samples=clinic.data:owner"
+    words = [*WORDS, samples, "engine=deploy", "rounds=2", "clients=2", "clients_per_round=100%"]
+    serve(composed([*words, f"output.dir={folder}"]), first)
+    grown = deploy.prepare([f"resume={folder}", "clients=3", "rounds=4"], 3)
+    serve(grown.plain, Network(tmp_path / "cache", nodes), resume=True)  # type: ignore[arg-type]
+    joined = rows(folder)
+    assert [row["cohort"] for row in joined[1:]] == [2, 2, 3, 3]
+    assert [row["failures"] for row in joined[1:]] == [[]] * 4
+    assert "clients: 2 -> 3" in str(joined[3]["incidents"])
+    assert joined[3]["catchup_bytes"] > joined[4]["catchup_bytes"]  # type: ignore[operator]
+    away = absent({1: [2], 2: [2]})
+    run(
+        tmp_path / "all",
+        Network(tmp_path / "other", nodes, away),
+        "engine.min_clients=2",
+        "rounds=4",
+    )  # type: ignore[arg-type]
+    found, wanted = (summary_of(tmp_path / name) for name in ("run", "all"))
+    assert found["weights_digest"] == wanted["weights_digest"]
+    assert found["clients"] == 3
+
+
+@pytest.mark.parametrize(
+    ("words", "typed", "said"),
+    [
+        ([], ["clients=2"], "above 3"),
+        ([], ["clients_per_round=2"], "above 3"),
+        (["local=dp_sgd", "local.dp.noise_multiplier=1"], ["clients=4"], "dp_sgd"),
+        (["engine=inline", "data.samples=clinic.data:owner"], ["clients=4"], "engine=deploy"),
+    ],
+)
+def test_clients_of_a_run_neither_leave_nor_join_where_its_numbers_would_be_wrong(
+    words: list[str], typed: list[str], said: str, tmp_path: Path
+) -> None:
+    stored = composed([*WORDS, "engine=deploy", *words])
+    plain = composed([*WORDS, "engine=deploy", *words, *typed])
+    with pytest.raises(CheckpointError, match=f"{typed[0].partition('=')[0]}: .*{said}"):
+        resume_config(tmp_path, stored, plain, [typed[0].partition("=")[0]])
 
 
 @pytest.mark.slow
