@@ -74,6 +74,10 @@ class EngineError(FedRacLoraError):
     """The engine did not start, or failed; the message says why."""
 
 
+class StoppedError(EngineError):
+    """The run was stopped from outside, between two rounds or within one that is not closed."""
+
+
 class ClientError(FedRacLoraError):
     """A client failed; the message names the client and the round."""
 

@@ -22,6 +22,8 @@ from fedraclora.engines import flower_patches
 from fedraclora.engines.base import Engine, Grid
 from fedraclora.engines.deploy.federation import FederationFiles
 from fedraclora.engines.deploy.grid import DeployGrid
+from fedraclora.engines.deploy.stopping import StopSignals
+from fedraclora.engines.owner.request import FOLLOWED, RESUME
 from fedraclora.errors import ConfigError
 from fedraclora.run.events import EventRecord, noticed
 from fedraclora.run.folder import run_id
@@ -42,20 +44,29 @@ def main(grid: FlowerGrid, context: Context) -> None:
     Raises:
         ConfigError: If it is missing, or its engine is not ``deploy``.
     """
-    resume = bool(context.run_config.get("resume", False))
+    resume = bool(context.run_config.get(RESUME, False))
     config = config_from_text(str(context.run_config.get("cfg-json", "")), resuming=resume)
 
     folder, ended = Path(str(config.output.dir)).expanduser(), watch()
     known, shared = not config.pretrain.epochs, config.output.shared
     settings, bundle = settings_of(config), int(context.run_config.get(BUNDLE, 0))
+    stops = StopSignals()
 
     def engine(name: str = "") -> Engine:
         return on_hosts(
-            grid, settings, folder, name, known=known, shared=shared, ended=ended, bundle=bundle
+            grid,
+            settings,
+            folder,
+            name,
+            known=known,
+            shared=shared,
+            ended=ended,
+            bundle=bundle,
+            stops=stops,
         )
 
-    told = [EventRecord()]
-    with noticed():
+    told = [EventRecord(int(context.run_config.get(FOLLOWED, 0)))]
+    with noticed(), stops.handled():
         execute(
             RunBuilder(
                 config, folder, resume=resume, engine=engine(), callbacks=told, probing=engine
@@ -73,6 +84,7 @@ def on_hosts(
     shared: bool,
     ended: Callable[[], bool],
     bundle: int = 0,
+    stops: StopSignals | None = None,
 ) -> Engine:
     """Create the engine of real SuperNodes; each message brings the updates that its clients need.
 
@@ -85,6 +97,7 @@ def on_hosts(
         shared: Whether other users may access the folder.
         ended: Tells whether the runtime has ended.
         bundle: Bytes of the app's bundle, which each node downloads.
+        stops: Ends an exchange when the run is stopped.
     """
     history = WeightHistory()
 
@@ -100,6 +113,7 @@ def on_hosts(
             ended=ended,
             federation=FederationFiles.of(os.environ),
             bundle=bundle,
+            stops=stops,
         )
 
     return Engine(history, make_grid, history.recall, elsewhere=True)

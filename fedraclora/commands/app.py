@@ -11,8 +11,9 @@ from fedraclora import flower_internals
 from fedraclora.binding import PlainDict, section
 from fedraclora.commands import CODE
 from fedraclora.engines.flower_patches import FLWR, patch
-from fedraclora.engines.owner.request import RunRequest
+from fedraclora.engines.owner.request import FOLLOWED, RESUME, SENDS, RunRequest
 from fedraclora.private_folder import PrivateFolder
+from fedraclora.run.ledger import reached_round
 from fedraclora.strategies.builder import RunBuilder
 from fedraclora.strategies.server_app import BUNDLE, config_from_text
 from fedraclora.strategies.wrappers import method_of
@@ -56,7 +57,8 @@ def write_app(run: ServerRun, folder: Path) -> tuple[Path, Path]:
     # Every JSON string is a valid TOML string.
     text = json.dumps(json.dumps(run.config.plain))
     sends, _ = method_of(run.config, run.built.task).floats(run.plan, 1)
-    told = {"resume": run.resume, "sends": int(sends), BUNDLE: len(bundle_of(folder / "app"))}
+    told = {RESUME: run.resume, SENDS: int(sends), BUNDLE: len(bundle_of(folder / "app"))}
+    told[FOLLOWED] = reached_round(run.folder) if run.resume else 0
     lines = [f"cfg-json = {text}", *(f"{key} = {json.dumps(value)}" for key, value in told.items())]
     run_config.write_text("\n".join([*lines, ""]))
     return folder / "app", run_config

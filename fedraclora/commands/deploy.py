@@ -38,7 +38,7 @@ from fedraclora.engines.deploy.federation import FederationFiles
 from fedraclora.engines.deploy.local import LocalDeployment
 from fedraclora.engines.flower_patches import ALL, UNPATCHED
 from fedraclora.engines.programs import command_line
-from fedraclora.errors import ConfigError, EngineError
+from fedraclora.errors import CheckpointError, ConfigError, EngineError
 from fedraclora.launch import choose
 from fedraclora.limits import Count
 from fedraclora.private_folder import PrivateFolder
@@ -47,6 +47,8 @@ from fedraclora.run.folder import amend, begin_folder, locked_folder, refuse_exi
 from fedraclora.run.ledger import Ledger
 from fedraclora.run.log import LOG, logged
 from fedraclora.run.log import NOTICE as NOTICE_LEVEL
+from fedraclora.run.recorder import checkpoint_meta
+from fedraclora.run.stopped import stop_kind
 from fedraclora.schema import bound
 from fedraclora.terminal.progress import RunProgress
 from fedraclora.trust import is_function
@@ -54,6 +56,7 @@ from fedraclora.trust import is_function
 PATCHED, QUEUE = "deploy.patched", "deploy.queue"
 OWN_KEYS = ("connection", "nodes", PATCHED, QUEUE)
 TURN = 5.0  # seconds between looks whether other runs have ended
+SAVED = 35.0  # seconds in which a server notices that it is stopped, and saves the run
 KEPT = 40  # lines of the server's log that are kept if a run fails
 
 log = logging.getLogger(__name__)
@@ -193,6 +196,7 @@ def follow(run: ServerRun, connection: Connection, record: Record | None) -> Non
             except KeyboardInterrupt:
                 progress.stopping(f"run {number}")
                 connection.stop(number)
+                run.checkpoint = saved_round(run.config.output.dir)
                 raise
             status = connection.status(number)
             if not status.completed or not heard.summary:
@@ -276,6 +280,23 @@ class RunListener:
             return ""
         log.info("the last lines of the server's log:\n%s", tail)
         return f" (the last lines of the server's log are in {self.run.folder / LOG})"
+
+
+def saved_round(there: object) -> int | None:
+    """Wait until the server has saved a run that is stopped; return the round of its checkpoint.
+
+    Args:
+        there: The server's folder.
+
+    Returns:
+        None if the folder is on another host, or is another user's.
+    """
+    folder, end = Path(str(there)).expanduser(), time.monotonic() + SAVED
+    with suppress(OSError, CheckpointError):
+        while folder.is_dir() and stop_kind(folder) is None and time.monotonic() < end:
+            time.sleep(PAUSE)
+        return kept_round(checkpoint_meta(folder))
+    return None
 
 
 def kept_round(value: Mapping[str, object]) -> int | None:

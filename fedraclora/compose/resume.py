@@ -167,11 +167,11 @@ def _progress(folder: Path, there: Callable[[], int | None] | None) -> str:
     done, config = reached_round(folder), read_config(folder)
     every = int(str(section(config, "output")["checkpoint_every"]))
     kept = checkpoint_meta(folder).get("round") if there is None else there()
+    done = max(done, int(str(kept or 0)))  # the server's last rows may not have come
     if there is not None and kept is None and (last := done - done % every) < done:
         stands = (
-            f"and goes on after round {last}, the server's last regular checkpoint: rounds "
-            f"{last + 1} to {done} are trained again, unless it saved one at its end "
-            f"(output.checkpoint_every={every}; with 1 no round is lost)"
+            "and goes on there if the server could save it as it stopped. Otherwise it goes on "
+            f"after round {last}, its last regular checkpoint (output.checkpoint_every={every})"
         )
     elif there is not None and kept is None:
         stands = "where the server has a checkpoint"

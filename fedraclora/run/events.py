@@ -17,7 +17,7 @@ from typing_extensions import override
 
 from fedraclora.binding import PlainDict
 from fedraclora.run.callback import Callback, RunStart
-from fedraclora.run.ledger import Row
+from fedraclora.run.ledger import Row, read_ledger
 from fedraclora.run.log import PROJECT
 from fedraclora.run.recorder import checkpoint_meta
 
@@ -59,15 +59,24 @@ class Event:
 
 
 class EventRecord(Callback):
-    """Print the events of a run."""
+    """Print the events of a run.
 
-    def __init__(self) -> None:
+    Args:
+        followed: The last round that whoever follows the run has; those after it are printed again
+            when the run is resumed.
+    """
+
+    def __init__(self, followed: int = 0) -> None:
+        self._followed = followed
         self._folder: Path | None = None
 
     @override
     def begin(self, run: RunStart) -> None:
         self._folder = run.folder
         write_event(OPENING, run.facts)
+        if run.done > self._followed and run.folder is not None:
+            for row in read_ledger(run.folder / "ledger.jsonl")[self._followed + 1 : run.done + 1]:
+                write_event(ROW, row)
 
     @override
     def row(self, row: Row) -> None:

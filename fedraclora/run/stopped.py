@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from fedraclora.errors import CheckpointError, DivergenceError
+from fedraclora.errors import CheckpointError, DivergenceError, StoppedError
 from fedraclora.weights.files import write_text
 
 STOPPED = "stopped.json"
@@ -19,7 +19,7 @@ def note_stop(folder: Path, done: int, error: BaseException) -> None:
         done: The last round that was closed.
         error: What ended it.
     """
-    kind = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
+    kind = "interrupted" if isinstance(error, KeyboardInterrupt | StoppedError) else "failed"
     if isinstance(error, DivergenceError):
         kind = "diverged"
     otherwise = "by Ctrl-C or a signal" if kind == "interrupted" else type(error).__name__

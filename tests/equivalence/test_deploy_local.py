@@ -30,6 +30,8 @@ from fedraclora.experiments.faults.real import Drill, client_processes, wait_for
 from fedraclora.experiments.faults.trials import absent, final_weights
 from fedraclora.run.ledger import number, read_ledger
 from fedraclora.run.log import LOG
+from fedraclora.run.recorder import checkpoint_meta
+from fedraclora.run.stopped import stop_kind
 from tests.common import simulated, summary_of
 from tests.equivalence.listeners import listeners, needs_proc
 from tests.strangers import as_stranger, needs_root
@@ -277,7 +279,7 @@ def test_a_run_that_fails_has_its_words_and_its_status(
 def test_a_command_that_is_interrupted_leaves_no_process(sign: int, tmp_path: Path) -> None:
     """And it can be gone on with."""
     folder = tmp_path / "run"
-    words = [*WORDS, "rounds=40", "nodes=2", f"output.dir={folder}", "output.checkpoint_every=1"]
+    words = [*WORDS, "rounds=400", "nodes=2", f"output.dir={folder}"]
     environ = {**os.environ, "TMPDIR": str(tmp_path)}
     command = [sys.executable, "-m", "fedraclora.commands.cli", "deploy", *words]
     process = subprocess.Popen(command, env=environ, stderr=subprocess.PIPE, text=True)
@@ -292,6 +294,8 @@ def test_a_command_that_is_interrupted_leaves_no_process(sign: int, tmp_path: Pa
     assert process.returncode == 130
     assert "interrupted after round" in said
     assert f"resume with: fedraclora deploy nodes=2 resume={folder}" in said
+    assert checkpoint_meta(folder)["round"] == len(read_ledger(ledger)) - 1  # no round is lost
+    assert stop_kind(folder) == "interrupted"
     assert not [*tmp_path.glob("fedraclora-*")]
     listed = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True, check=True)
     assert str(tmp_path) not in listed.stdout

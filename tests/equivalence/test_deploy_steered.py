@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from typing_extensions import override
 
 from fedraclora.commands import cli
 from fedraclora.engines.deploy.federation import FederationFiles
-from fedraclora.engines.deploy.local import LocalDeployment
+from fedraclora.engines.deploy.local import LocalDeployment, make_node_key
 from fedraclora.engines.flower_patches import SOCKETS
 from fedraclora.engines.programs import CONNECTION, Program
 from fedraclora.experiments.faults.network import RANK, SMALL
 from fedraclora.experiments.faults.real import wait_for
 from fedraclora.experiments.faults.trials import absent, final_weights
+from fedraclora.imports import import_object
 from fedraclora.run.ledger import read_ledger
 from fedraclora.run.log import LOG
 from tests.common import summary_of
@@ -83,9 +86,18 @@ class Operator:
 
 @pytest.fixture
 def operator(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    request: pytest.FixtureRequest,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> Iterator[Operator]:
-    with Clinics([[0], [1], [2]]) as clinics:
+    """An operator of as many clinics as the test says, each with a client and its own samples."""
+    monkeypatch.syspath_prepend(str(Path(__file__).resolve().parents[2] / "docs" / "deploy"))
+    owner = import_object("data", "clinic.data:owner")
+    for client in range(3):
+        x, y = owner(client)
+        np.savez(tmp_path / f"{client}.npz", x=x, target=y)
+    with Clinics([[k] for k in range(request.param)], data=str(tmp_path)) as clinics:
         for key in ("FLWR_HOME", SOCKETS):
             monkeypatch.setenv(key, clinics.environ[key])
         monkeypatch.setenv("COLUMNS", "250")
@@ -97,6 +109,7 @@ def without(row: dict[str, Any]) -> list[int]:
     return [failure["client"] for failure in row["failures"]]
 
 
+@pytest.mark.parametrize("operator", [3], indirect=True)
 def test_a_federation_is_paused_drained_and_left_by_a_node(operator: Operator) -> None:
     folders = [f"output.dir={operator.folder}", f"engine.folder={operator.folder}-there"]
     words = [*SMALL, *RANK, *ROUNDS, "engine.min_clients=2", "engine.wait=120", *folders]
@@ -162,3 +175,30 @@ def test_a_federation_is_paused_drained_and_left_by_a_node(operator: Operator) -
     for key in ("digest", "code"):
         assert entries[0][key][:12] in log
     assert entries[0]["who"] in log
+
+
+@pytest.mark.parametrize("operator", [2], indirect=True)
+def test_a_clinic_joins_a_run_that_is_interrupted_and_no_round_is_lost(operator: Operator) -> None:
+    """By Ctrl-C, between two regular checkpoints."""
+    folder, clinics = operator.folder, operator.clinics
+    words = ["data=own", "data.classes=10", "data.shape=[64]", "model.hidden=[12]", *RANK]
+    words += ["local.lr=0.1", "clients=2", "rounds=400", "output=study"]
+    run = operator.begin(*words, f"output.dir={folder}", f"engine.folder={folder}-there")
+    operator.until(lambda rows: len(rows) >= 3, "round 3")
+    run.send_signal(signal.SIGINT)
+    assert run.wait(120) == 130
+    done = len(read_ledger(folder.with_name("run-there") / "ledger.jsonl")) - 1
+    assert f"with a checkpoint after round {done}: 0 will be run again" in operator.said()
+    assert f"resume={folder}" in operator.said()
+
+    clinics.register(make_node_key(clinics.key(2)))
+    clinics.served, clinics.nodes = [[0], [1], [2]], [*clinics.nodes, None]
+    clinics.start_node(2)
+    run = operator.begin(f"resume={folder}", "clients=3", f"rounds={done + 2}")
+    assert run.wait(600) == 0, operator.said()
+    rows = operator.rows()
+    assert [row["round"] for row in rows] == [*range(1, done + 3)]
+    assert [row["cohort"] for row in rows] == [2] * done + [3] * 2
+    assert not any(row["failures"] for row in rows)
+    assert "run again" not in str([row.get("incidents") for row in rows])
+    assert "clinic2" in operator("status")

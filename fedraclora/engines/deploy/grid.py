@@ -19,6 +19,7 @@ from fedraclora.engines.base import Traffic
 from fedraclora.engines.deploy.federation import FederationFiles
 from fedraclora.engines.deploy.node_registry import DOWN, NodeRegistry
 from fedraclora.engines.deploy.pulling import LOOKS, in_part, pulled
+from fedraclora.engines.deploy.stopping import StopSignals
 from fedraclora.engines.deploy.straggler_monitor import StragglerMonitor
 from fedraclora.engines.post import PostedGrid
 from fedraclora.engines.records import (
@@ -86,6 +87,7 @@ class DeployGrid(PostedGrid):
         ended: Tells whether the runtime has ended.
         federation: The files of the operator; None if there are none.
         bundle: Bytes of the app's bundle.
+        stops: Ends an exchange when the run is stopped.
 
     Attributes:
         registry: The node of each client, and the version of each node.
@@ -103,8 +105,10 @@ class DeployGrid(PostedGrid):
         ended: Callable[[], bool] = lambda: False,
         federation: FederationFiles | None = None,
         bundle: int = 0,
+        stops: StopSignals | None = None,
     ) -> None:
         super().__init__(grid, ended=ended, pause=LOOKS)
+        self.stops = stops or StopSignals()
         self.history, self.run_id, self.settings = history, run_id, settings
         self.first = 0 if known else None  # the version of a client without weights
         self.traffic: Traffic = Traffic()
@@ -118,8 +122,12 @@ class DeployGrid(PostedGrid):
 
         Raises:
             ClientError: If too few of the clients are connected in time.
-            EngineError: If the runtime ended.
+            EngineError: If the runtime ended, or the run is stopped.
         """
+        with self.stops.waiting():
+            return self._ask(asks, timeout)
+
+    def _ask(self, asks: Sequence[Ask], timeout: float | None) -> list[Answered]:
         seconds = self.settings.timeout if timeout is None else timeout
         left, found = self.by_node(asks)
         waiting, end = dict[str, Envelope](), time.monotonic() + seconds

@@ -17,7 +17,9 @@ from typing import Any
 
 from fedraclora.wire.fields import printable
 
-SETTINGS, SENDS, RESUME = "cfg-json", "sends", "resume"  # keys of a run's config
+SETTINGS, SENDS = "cfg-json", "sends"  # keys of a run's config
+# Whether it is resumed, and after which round the operator's ledger ends.
+RESUME, FOLLOWED = "resume", "followed"
 SECTIONS = ("method", "model", "data", "local", "compression", "privacy", "secure", "evaluate")
 FOLDERS = (("output", "dir"), ("engine", "folder"))  # of the server
 WIDTH, LONGEST = 100, 4000  # characters of a line, and of the settings of a section
@@ -31,7 +33,7 @@ def digest_of(app: bytes, config: Mapping[str, object]) -> str:
         config: Its run config.
     """
     code = hashlib.sha256(app).hexdigest()
-    settings = {key: value for key, value in config.items() if key != RESUME}
+    settings = {key: value for key, value in config.items() if key not in (RESUME, FOLLOWED)}
     with suppress(LookupError, TypeError, ValueError):  # another app has other settings
         plain = json.loads(str(settings[SETTINGS]))
         for group, key in FOLDERS:
