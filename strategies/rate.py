@@ -14,6 +14,10 @@ alone is trained, a is the product of both. A step of R reaches the m outputs th
 sqrt(r / m) as far as one of B: AdamW's rate is larger by the inverse, and c is that of B. A method
 that trains B and A by turns has the rate of one that trains both.
 
+The changes of layers add up in the output of a deep model. Where AdamW adapts more layers than
+`DEEPEST`, as many as in the deepest model that c was fitted to, the rate falls with the square root
+of their number, as in depth-muP (Yang et al., arXiv 2310.02244).
+
 Whole weights that AdamW trains need a smaller rate than factors, the smaller the more inputs n a
 layer has, as in muP (Yang et al., arXiv 2203.03466): `DENSE` / n, with the median n.
 
@@ -52,6 +56,7 @@ FIRST_RATES = {"sgd": 0.1, "own": 1.0}  # of the user's own function the rate is
 FIRST_ADAPTIVE = 0.003  # of optimizers whose steps have about the length of the rate
 DENSE = 0.1  # whole weights: 0.00026 for layers of 384 inputs
 NARROWEST = 96  # of the layers that c was fitted to: narrower ones would have huge rates
+DEEPEST = 37  # adapted layers, of a transformer of six blocks and a pooler
 
 
 def rule_rate(config: RunConfig, built: PreparedTask) -> float | None:
@@ -135,7 +140,10 @@ def rate_of(downlink: RoundInstructions, optimizer: str, steps: float) -> float 
     """
     rates = [layer_rate(adapter, optimizer, steps) for adapter in downlink.adapters.values()]
     known = [rate for rate in rates if rate is not None]
-    return median(known) if known and len(known) == len(rates) else None
+    if not known or len(known) < len(rates):
+        return None
+    deep = max(1.0, len(rates) / DEEPEST) if optimizer == "adamw" else 1.0
+    return median(known) / math.sqrt(deep)
 
 
 def layer_rate(adapter: Adapter, optimizer: str, steps: float) -> float | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import shlex
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -41,12 +42,13 @@ from fedraclora.strategies.server.round_step import RoundStep
 from fedraclora.tree import weights_of
 
 RESULTS = Path(__file__).parents[2] / "experiments" / "results"
-SHAPES = {  # [m, n] of the layers of a model, by its choice
+SHAPES = {  # [m, n] of the layers of a block, by the choice of a model
     "hf": [(384, 384)] * 4 + [(1536, 384), (384, 1536)],
     "gpt": [(288, 96), (96, 96), (384, 96), (96, 384)],
     "causal_lm": [(576, 576)] * 2 + [(192, 576)] * 2 + [(1536, 576)] * 2 + [(576, 1536)],
     "mlp": [(128, 784), (10, 128)],
 }
+BLOCKS = {"hf": 6, "gpt": 3, "causal_lm": 30, "mlp": 1}
 # By the kind of what clients train: one factor of two, and both.
 ONE = {"fed_rac_lora", "ffa_lora", "pool_rac_lora"}
 BOTH = {"fedavg_lora", "lora_fair", "fedex_lora", "flora_stacking", "lora"}
@@ -60,8 +62,10 @@ def rule(config: dict[str, Any]) -> float:
     plan = make_plan(model, (), head_policy="lora")
     state = method.initial_state(weights_of(model), plan, Draw(0))
     sent = method.open_round(state, 1, Cohort(torch.arange(4), torch.ones(4)), Draw(0))
+    blocks = range(BLOCKS[config["model"]["name"]])
+    adapters = {f"{i}.{name}": a for i in blocks for name, a in sent.adapters.items()}
     local = config["local"]
-    rate = rate_of(sent, local["optimizer"], local["steps"] or 37.5)
+    rate = rate_of(replace(sent, adapters=adapters), local["optimizer"], local["steps"] or 37.5)
     assert rate is not None
     return rate
 
@@ -90,6 +94,7 @@ TASKS = {
     "Rotten Tomatoes": "rotten_tomatoes_links",
     "Shakespeare": "shakespeare_links",
     "SmolLM2": "smollm2",
+    "SmolLM2, tuned again": "smollm2_choices",
 }
 
 
