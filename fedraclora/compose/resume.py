@@ -9,7 +9,14 @@ from pathlib import Path
 
 from fedraclora.binding import PlainDict, section
 from fedraclora.config.build import pick_device
-from fedraclora.config.resuming import CLIENTS, GROWS, SHARE, fixed_clients, free_keys, plans_rounds
+from fedraclora.config.resuming import (
+    CLIENTS,
+    DATA_CLIENTS,
+    GROWS,
+    fixed_clients,
+    free_keys,
+    plans_rounds,
+)
 from fedraclora.config.run_config import ENGINE_IN_DIGEST, digested
 from fedraclora.errors import CheckpointError, ConfigError, EngineError, FedRacLoraError
 from fedraclora.run.digests import known_data
@@ -86,10 +93,8 @@ def resume_config(
             + "\n  ".join(refused)
             + f"\n{how} to resume it, or start a new run without resume"
         )
-    if CLIENTS in taken:
-        taken |= {
-            key: taken[CLIENTS] for key in GROWS if key in old and key not in (CLIENTS, SHARE)
-        }
+    if CLIENTS in taken and DATA_CLIENTS in old:
+        taken[DATA_CLIENTS] = taken[CLIENTS]
     taken |= _root(new, typed)
     return with_changes({**stored, "engine": engine, "output": output}, taken)
 
@@ -226,7 +231,7 @@ def _refused_clients(stored: Mapping[str, object], plain: PlainDict) -> str | No
     before, after = (config.get(CLIENTS) for config in (stored, plain))
     if isinstance(before, int) and isinstance(after, int) and after > before:
         return None
-    return f" (clients may join, with a {CLIENTS} above {before}; one that leaves is away)"
+    return f" (clients may join: set {CLIENTS} above {before}; one that leaves counts as absent)"
 
 
 def _device(name: str) -> str | None:

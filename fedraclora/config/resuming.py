@@ -10,8 +10,8 @@ from fedraclora.binding import Plain
 ALWAYS = ("max_failures",)
 MEASURED = ("evaluate.every", "evaluate.batch_size", "evaluate.clients_every")
 PATHS = ("file", "samples", "test_file", "tokenizer")  # keys of data that name files
-CLIENTS, SHARE = "clients", "clients_per_round"
-GROWS = (CLIENTS, f"data.{CLIENTS}", SHARE)  # keys that change if further clients join a run
+CLIENTS, DATA_CLIENTS = "clients", "data.clients"
+GROWS = (CLIENTS, DATA_CLIENTS, "clients_per_round")  # change if further clients join a run
 
 
 def free_keys(plain: Plain) -> tuple[str, ...]:
@@ -39,14 +39,16 @@ def free_keys(plain: Plain) -> tuple[str, ...]:
 
 
 def fixed_clients(plain: Plain) -> str | None:
-    """Say why no further client may join a run that is resumed; None: one may.
+    """Say why no further client may join a run that is resumed; None if one may.
 
     Samples of the clients so far stay theirs only if each brings its own, and the privacy of a run
     is accounted for a number of clients.
     """
     for group, wanted in (("engine", "deploy"), ("data", "own"), ("privacy", "none")):
         if (found := _get(plain, group, "name")) != wanted:
-            return f"further clients may join a run with {group}={wanted}; here is {group}={found}"
+            return (
+                f"further clients may join only with {group}={wanted}; this run has {group}={found}"
+            )
     if _get(plain, "local", "name") == "dp_sgd":
         return "further clients may not join a run with local=dp_sgd"
     return None

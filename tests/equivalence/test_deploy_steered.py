@@ -53,7 +53,7 @@ class Operator:
         self.files = FederationFiles.of(clinics.environ)
 
     def begin(self, *words: str) -> subprocess.Popen[bytes]:
-        """Start a run as a process of its own, which says in a file what it says."""
+        """Start a run as a process of its own, whose output goes to a file."""
         command = [sys.executable, "-m", "fedraclora.commands.cli", "deploy"]
         command += [f"connection={CONNECTION}", *words, "output.progress=true"]
         with self.folder.with_suffix(".said").open("a") as said:

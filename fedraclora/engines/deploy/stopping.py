@@ -19,8 +19,8 @@ class StopSignals:
     """Raise an error for a signal, but only where a run waits for clients.
 
     Elsewhere a round is being closed: a checkpoint of half of it would be wrong. Flower handles
-    these signals by an exit in the middle of whatever runs, without a checkpoint. A second signal
-    is Flower's again.
+    these signals by an exit in the middle of whatever runs, without a checkpoint. It still handles
+    a second signal.
     """
 
     def __init__(self) -> None:
@@ -28,7 +28,7 @@ class StopSignals:
 
     @contextmanager
     def handled(self) -> Iterator[None]:
-        """Handle signals inside; in another thread than the main one, where none comes, not."""
+        """Handle signals inside. In other threads than the main one, none arrives."""
         with ExitStack() as stack:
             if threading.current_thread() is threading.main_thread():
                 for number in SIGNALS:
