@@ -61,6 +61,18 @@ def kill_resident(host: Host) -> Undo:
     return nothing
 
 
+def reset(host: Host) -> Undo:
+    """Break every open connection of the host; both ends are told."""
+    host.run(["ss", "-K", "state", "connected"], root=True)
+    return nothing
+
+
+def kill(host: Host) -> Undo:
+    """Kill every process; who supervises it starts the node again."""
+    host.kill()
+    return nothing
+
+
 # What is done, when, and for how many seconds (at least, at most); 0: until the round has ended.
 HOST_FAULTS: dict[str, tuple[Callable[[Host], Undo], str, float, float]] = {
     "cut as its reply leaves": (cut, "sent", 1, 6),
@@ -76,6 +88,17 @@ HOST_FAULTS: dict[str, tuple[Callable[[Host], Undo], str, float, float]] = {
     "cut for 80 s": (cut, "received", 80, 80),
     "the server is cut": (cut, "", 2, 6),
 }
+# The same, where each is looked at alone.
+ALONE_FAULTS: dict[str, tuple[Callable[[Host], Undo], str, float, float]] = {
+    **HOST_FAULTS,
+    "connections reset as its reply leaves": (reset, "sent", 0, 0),
+    "connections reset at any time": (reset, "", 0, 0),
+    "stopped for 40 s": (stop, "", 40, 40),
+    "node killed": (kill, "", 0, 0),
+    "the server is stopped": (stop, "", 2, 6),
+    "connections of the server reset": (reset, "", 0, 0),
+}
+OF_SERVER = ("the server is cut", "the server is stopped", "connections of the server reset")
 RARE = {"cut for 20 s": 2, "cut for 80 s": 1, "the server is cut": 2, "moves at any time": 3}
 AT_ONCE = 3
 
@@ -85,13 +108,15 @@ class HostFault:
     """One thing that happens to a host.
 
     Attributes:
-        kind: Of `HOST_FAULTS`, or what a whole act does.
+        kind: Of `ALONE_FAULTS`, or what a whole act does.
         client: Whom it concerns; -1: the server.
         host: Of whom.
         when: A number in [0, 1) that says when in the round, where nothing else does.
         seconds: For how long; 0: until the round has ended.
         round_: In which it came; None: it has not.
         ended: The last round in which it lasted.
+        slow: Rounds that took longer than they should, until they were as before; None: not
+            counted.
     """
 
     kind: str
@@ -101,6 +126,7 @@ class HostFault:
     seconds: float
     round_: int | None = None
     ended: int | None = None
+    slow: int | None = None
     began: float = 0.0
     counters: tuple[int, int] = (0, 0)
     undo: Undo = field(default=nothing)
@@ -113,7 +139,7 @@ class HostFault:
             since: Seconds since it began.
             usual: Seconds that a round takes.
         """
-        do, trigger, _, _ = HOST_FAULTS[self.kind]
+        do, trigger, _, _ = ALONE_FAULTS[self.kind]
         if self.round_ is None:
             sent, received = self.host.sent(), self.host.received()
             passed = {
@@ -154,4 +180,21 @@ def drawn(
                 faults.append(
                     HostFault(kind, -1 if server else client, host, rng.random(), seconds)
                 )
+        yield faults
+
+
+def drawn_alone(
+    rng: np.random.Generator, deployment: Deployment, number: int, together: int
+) -> Iterator[list[HostFault]]:
+    """Yield acts of so many faults, each at another host: every kind in turn, at drawn hosts."""
+    kinds = [list(ALONE_FAULTS)[k] for k in rng.permutation(len(ALONE_FAULTS))]
+    bag = [kinds[k % len(kinds)] for k in range(number)]
+    for first in range(0, number, together):
+        faults = list[HostFault]()
+        clients = rng.permutation(len(deployment.owners))
+        for kind, client in zip(bag[first : first + together], clients.tolist(), strict=False):
+            server = kind in OF_SERVER
+            host = deployment.server if server else deployment.owners[client]
+            seconds = rng.uniform(*ALONE_FAULTS[kind][2:])
+            faults.append(HostFault(kind, -1 if server else client, host, rng.random(), seconds))
         yield faults

@@ -1,11 +1,12 @@
 """Faults of networks and hosts, by the hundred, in a deployment on hosts of their own.
 
     python -m fedraclora.experiments.faults.network_campaign out=DIR [faults=200] [seed=0]
-        [faketime=LIBRARY]
+        [faketime=LIBRARY] [alone=NUMBER]
 
 Runs of a SuperLink and four nodes, each on a host of a bed (`fedraclora.experiments.hosts`), with
-50 faults each. Links are cut in the middle of a message, crawl and come back; hosts move, stop, and
-have no room; in each run the SuperLink, or its whole host, is killed, and the run is resumed; with
+50 faults each; with ``alone`` 30, so many at once, and then none until rounds are as before: no
+fault may make more than two rounds slow. Links are cut in the middle of a message, crawl and come
+back; connections are reset; hosts move, stop, are killed, and have no room; in each run the SuperLink, or its whole host, is killed, and the run is resumed; with
 Debian's ``libfaketime`` nodes of one more run have clocks that are minutes and an hour off. The
 final weights must be, bit for bit, those of a run in one process that leaves out whom the ledger
 names, and no round may last longer than its time-outs. Runs whose results are in DIR are not run
@@ -33,6 +34,7 @@ from fedraclora.experiments.faults.links import (
     ROOM,
     HostFault,
     drawn,
+    drawn_alone,
     move,
 )
 from fedraclora.experiments.faults.network import SMALL
@@ -45,6 +47,12 @@ from fedraclora.run.folder import provenance, read_summary
 # Weights whole both ways: a message has 100 kB.
 WORDS = ["method=fedavg", "model.hidden=[256]", "engine.min_clients=1", "engine.retries=3"]
 NODES, TOGETHER = 4, 50  # nodes, and faults of a run
+ALONE = 30  # faults of a run with ``alone``
+SLOW, CALM = (
+    10.0,
+    2,
+)  # seconds besides the fault and usual ones; rounds after which all is as before
+MOST_SLOW, ROUNDS_OF_ACT = 2, 8
 WORDS += [f"clients={NODES}", f"clients_per_round={NODES}"]
 REPLACED = {word.split("=")[0] for word in ("rounds=", *WORDS)}
 TIMEOUT, WAIT = 100.0, 300.0
@@ -64,9 +72,11 @@ class Campaign:
     Args:
         bed: Its hosts.
         rounds: Of the run.
+        calm: Whether rounds are waited for that are as before, after each act.
     """
 
-    def __init__(self, bed: Bed, rounds: int) -> None:
+    def __init__(self, bed: Bed, rounds: int, *, calm: bool = False) -> None:
+        self.calm = calm
         for owner in bed.hosts[1:]:
             owner.own(CACHE, ROOM)
         self.deployment = Deployment(bed)
@@ -83,8 +93,8 @@ class Campaign:
     def inject(self, faults: Sequence[HostFault]) -> None:
         """Let things happen, in this round or those after, until all have come and gone."""
         waiting, at, began = list(faults), len(self.deployment.rows()), time.monotonic()
-        end = began + PATIENCE
-        while waiting and not self.over:
+        end, first = began + PATIENCE, at
+        while (waiting or (self.calm and not self._is_calm(faults, first, at))) and not self.over:
             self.deployment.supervise()
             now = len(self.deployment.rows())
             if now != at:
@@ -98,7 +108,27 @@ class Campaign:
                 raise TimeoutError(f"round {at} has not ended for {PATIENCE:g} s")
             time.sleep(0.03)
         self.came += [fault for fault in faults if fault.ended is not None]
+        if self.calm:
+            self._count_slow(faults, range(first, at))
         print(f"{len(self.came)}: round {at}, {[f.kind for f in faults]}", flush=True)
+
+    def _is_slow(self, faults: Sequence[HostFault], at: int) -> bool:
+        """Tell whether a round took longer than it should, besides its faults."""
+        here = [f.seconds for f in faults if f.round_ and f.round_ <= at <= (f.ended or at)]
+        return self.lasted.get(at, 0.0) > SLOW + 2 * self.usual + max(here, default=0.0)
+
+    def _is_calm(self, faults: Sequence[HostFault], first: int, at: int) -> bool:
+        """Tell whether the last rounds, after all faults, were as before."""
+        last = range(at - CALM, at)
+        ended = max((fault.ended or at for fault in faults), default=first - 1)
+        return last.start > ended and not any(self._is_slow(faults, r) for r in last)
+
+    def _count_slow(self, faults: Sequence[HostFault], rounds: range) -> None:
+        """Take down how many rounds of an act were slow."""
+        for fault in faults:
+            mine = [r for r in rounds if fault.round_ is not None and r >= fault.round_]
+            fault.slow = sum(self._is_slow(faults, r) for r in mine)
+        print([round(self.lasted.get(r, 0.0), 1) for r in rounds], flush=True)
 
     @property
     def over(self) -> bool:
@@ -127,6 +157,11 @@ class Campaign:
         self.note(
             "the server's host is killed, and moves" if host else "the SuperLink is killed", -1, at
         )
+        if self.calm:
+            killed = self.came[-1]
+            self.inject([])
+            rounds = range((killed.ended or at) + 1, len(self.deployment.rows()))
+            killed.slow = sum(self._is_slow([], r) for r in rounds)
 
     def shift_clocks(self, library: Path) -> None:
         """Start nodes again whose clocks are off; then as they were."""
@@ -171,13 +206,15 @@ class Campaign:
             longest = max((self.lasted.get(r, 0.0) for r in here), default=0.0)
             if longest > (3 + 1) * TIMEOUT + WAIT + SLACK:
                 verdict = f"a round took {longest:.0f} s"
+            if (fault.slow or 0) > MOST_SLOW:
+                verdict = f"{fault.slow} rounds were slow"
             if self.stands_out(fault, here) and not reasons and not notes:
                 verdict = "the ledger does not name it"
             said.append(
                 {
                     "kind": fault.kind, "client": fault.client, "round": at, "verdict": verdict,
                     "lost": [str(r)[:200] for r in reasons], "incidents": notes,
-                    "seconds": round(longest, 1),
+                    "seconds": round(longest, 1), "slow": fault.slow,
                 }
             )  # fmt: skip
         return said
@@ -207,8 +244,10 @@ def names(note: object, fault: HostFault) -> bool:
 
 def network_table(said: Sequence[Said]) -> str:
     """Write what came of the faults, one row for each kind."""
+    alone = any(s.get("slow") is not None for s in said)
     lines = ["| fault | injected | ended right | left out | seconds (median, most) |"]
-    lines += ["|---|---:|---:|---:|---:|"]
+    lines[0] += " slow rounds, most |" * alone
+    lines += ["|---|---:|---:|---:|---:|" + "---:|" * alone]
     for kind in dict.fromkeys([*HOST_FAULTS, *(str(s["kind"]) for s in said)]):
         mine = [s for s in said if s["kind"] == kind]
         if not mine:
@@ -217,18 +256,29 @@ def network_table(said: Sequence[Said]) -> str:
         lost = sum(bool(s["lost"]) for s in mine)
         seconds = sorted(float(str(s["seconds"])) for s in mine)
         took = f"{seconds[len(seconds) // 2]:.0f}, {seconds[-1]:.0f}"
-        lines.append(f"| {kind} | {len(mine)} | {right} | {lost} | {took} |")
+        slow = f" {max(int(str(s.get('slow') or 0)) for s in mine)} |" * alone
+        lines.append(f"| {kind} | {len(mine)} | {right} | {lost} | {took} |{slow}")
     right = sum(s["verdict"] == RIGHT for s in said)
-    return "\n".join([*lines, f"| **all** | **{len(said)}** | **{right}** | | |", ""])
+    last = f"| **all** | **{len(said)}** | **{right}** | | |" + " |" * alone
+    return "\n".join([*lines, last, ""])
 
 
-def sitting(folder: Path, k: int, number: int, seed: int, clocks: Path | None) -> list[Said]:
+def sitting(
+    folder: Path, k: int, number: int, seed: int, clocks: Path | None, alone: int = 0
+) -> list[Said]:
     """Inject so many faults into one run; say what came of each."""
     rng = np.random.default_rng([seed, k])
     with Bed(NODES + 1, rate=RATE) as bed:
-        run = Campaign(bed, rounds=20 + (number if clocks is None else 40))
+        rounds = number if clocks is None else 40
+        if alone:
+            rounds = ROUNDS_OF_ACT * (number // alone + 2)
+        run = Campaign(bed, rounds=20 + rounds, calm=bool(alone))
         try:
-            acts = list(drawn(rng, run.deployment, number))
+            acts = list(
+                drawn_alone(rng, run.deployment, number, alone)
+                if alone
+                else drawn(rng, run.deployment, number)
+            )
             print([len(faults) for faults in acts], flush=True)
             for act, faults in enumerate(acts):
                 for fault in faults:
@@ -252,19 +302,19 @@ def sitting(folder: Path, k: int, number: int, seed: int, clocks: Path | None) -
 def main(words: Sequence[str] | None = None) -> int:
     """Run the campaign; the status is 1 if a fault ended wrong."""
     group = key_values(sys.argv[1:] if words is None else words)
-    if "out" not in group or group.keys() - {"out", "faults", "seed", "faketime"}:
+    if "out" not in group or group.keys() - {"out", "faults", "seed", "faketime", "alone"}:
         raise ConfigError(
-            "network_campaign takes out=DIR, faults=NUMBER, seed= and faketime=LIBRARY"
+            "network_campaign takes out=DIR, faults=NUMBER, seed=, faketime=LIBRARY, alone=NUMBER"
         )
     folder = Path(str(group["out"]))
     folder.mkdir(parents=True, exist_ok=True)
     library = Path(str(group["faketime"])).resolve(strict=True) if "faketime" in group else None
     number, seed = int(str(group.get("faults", 200))), int(str(group.get("seed", 0)))
-    said = list[Said]()
+    said, alone = list[Said](), int(str(group.get("alone", 0)))
 
     def go_on(k: int, faults: int, clocks: Path | None) -> None:
         if not (results := folder / f"campaign{k}.jsonl").is_file():
-            found = sitting(folder, k, faults, seed, clocks)
+            found = sitting(folder, k, faults, seed, clocks, alone)
             results.write_text("".join(json.dumps(s) + "\n" for s in found))
         said.extend(map(json.loads, results.read_text().splitlines()))
         (folder / "table.md").write_text(network_table(said))
@@ -273,7 +323,7 @@ def main(words: Sequence[str] | None = None) -> int:
         go_on(999, 0, library)
     k = 0
     while len(said) < number:
-        go_on(k, min(TOGETHER, number - len(said)), None)
+        go_on(k, min(ALONE if alone else TOGETHER, number - len(said)), None)
         k += 1
     facts = {"faults": len(said), **provenance()}
     (folder / "facts.json").write_text(json.dumps(facts, indent=1) + "\n")
