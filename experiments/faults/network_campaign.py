@@ -6,11 +6,11 @@
 Runs of a SuperLink and four nodes, each on a host of a bed (`fedraclora.experiments.hosts`), with
 50 faults each; with ``alone`` 30, so many at once, and then none until rounds are as before: no
 fault may make more than two rounds slow. Links are cut in the middle of a message, crawl and come
-back; connections are reset; hosts move, stop, are killed, and have no room; in each run the SuperLink, or its whole host, is killed, and the run is resumed; with
-Debian's ``libfaketime`` nodes of one more run have clocks that are minutes and an hour off. The
-final weights must be, bit for bit, those of a run in one process that leaves out whom the ledger
-names, and no round may last longer than its time-outs. Runs whose results are in DIR are not run
-again.
+back; connections are reset; hosts move, stop, are killed, and have no room; in each run the
+SuperLink, or its whole host, is killed, and the run is resumed; with Debian's ``libfaketime`` nodes
+of one more run have clocks that are minutes and an hour off. The final weights must be, bit for
+bit, those of a run in one process that leaves out whom the ledger names, and no round may last
+longer than its time-outs. Runs whose results are in DIR are not run again.
 """
 
 from __future__ import annotations
