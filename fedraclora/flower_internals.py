@@ -51,6 +51,13 @@ def message_bytes(message: Message) -> int:
     return sum(len(part.deflate()) for part in get_all_nested_objects(message).values())
 
 
+def push_refused() -> type[Exception]:
+    """Return Flower's error for a part of a message that the SuperLink refuses."""
+    from flwr.supercore.inflatable.inflatable_utils import ObjectPushError
+
+    return ObjectPushError
+
+
 # --- shares of a secret --------------------------------------------------------------------------
 
 

@@ -117,6 +117,7 @@ class HostFault:
         ended: The last round in which it lasted.
         slow: Rounds that took longer than they should, until they were as before; None: not
             counted.
+        ended_run: Why the run ended while it lasted, each time.
     """
 
     kind: str
@@ -127,6 +128,7 @@ class HostFault:
     round_: int | None = None
     ended: int | None = None
     slow: int | None = None
+    ended_run: list[str] = field(default_factory=list)
     began: float = 0.0
     counters: tuple[int, int] = (0, 0)
     undo: Undo = field(default=nothing)

@@ -10,7 +10,8 @@ back; connections are reset; hosts move, stop, are killed, and have no room; in 
 SuperLink, or its whole host, is killed, and the run is resumed; with Debian's ``libfaketime`` nodes
 of one more run have clocks that are minutes and an hour off. The final weights must be, bit for
 bit, those of a run in one process that leaves out whom the ledger names, and no round may last
-longer than its time-outs. Runs whose results are in DIR are not run again.
+longer than its time-outs. A run that ends by a fault is resumed, which the results say. Runs whose
+results are in DIR are not run again.
 """
 
 from __future__ import annotations
@@ -48,11 +49,10 @@ from fedraclora.run.folder import provenance, read_summary
 WORDS = ["method=fedavg", "model.hidden=[256]", "engine.min_clients=1", "engine.retries=3"]
 NODES, TOGETHER = 4, 50  # nodes, and faults of a run
 ALONE = 30  # faults of a run with ``alone``
-SLOW, CALM = (
-    10.0,
-    2,
-)  # seconds besides the fault and usual ones; rounds after which all is as before
-MOST_SLOW, ROUNDS_OF_ACT = 2, 8
+SLOW = 10.0  # seconds of a round besides those of its faults and usual ones
+CALM = 2  # rounds that are not slow, after which all is as before
+MOST_SLOW, ROUNDS_OF_ACT = 2, 10
+MOST_ENDS = 3  # times that one act may end the run
 WORDS += [f"clients={NODES}", f"clients_per_round={NODES}"]
 REPLACED = {word.split("=")[0] for word in ("rounds=", *WORDS)}
 TIMEOUT, WAIT = 100.0, 300.0
@@ -73,6 +73,9 @@ class Campaign:
         bed: Its hosts.
         rounds: Of the run.
         calm: Whether rounds are waited for that are as before, after each act.
+
+    Attributes:
+        ends: Why the run ended and had to be resumed, each time.
     """
 
     def __init__(self, bed: Bed, rounds: int, *, calm: bool = False) -> None:
@@ -80,7 +83,7 @@ class Campaign:
         for owner in bed.hosts[1:]:
             owner.own(CACHE, ROOM)
         self.deployment = Deployment(bed)
-        self.rounds, self.came = rounds, list[HostFault]()
+        self.rounds, self.came, self.ends = rounds, list[HostFault](), list[str]()
         self.words = [w for w in SMALL if w.split("=")[0] not in REPLACED]
         self.words += [*WORDS, f"rounds={rounds}"]
         more = [f"engine.timeout={TIMEOUT:g}", f"engine.wait={WAIT:g}"]
@@ -93,9 +96,11 @@ class Campaign:
     def inject(self, faults: Sequence[HostFault]) -> None:
         """Let things happen, in this round or those after, until all have come and gone."""
         waiting, at, began = list(faults), len(self.deployment.rows()), time.monotonic()
-        end, first = began + PATIENCE, at
-        while (waiting or (self.calm and not self._is_calm(faults, first, at))) and not self.over:
+        end, first, ends = began + PATIENCE, at, len(self.ends)
+        while waiting or (self.calm and not self._is_calm(faults, first, at)):
             self.deployment.supervise()
+            if self.over and not self._goes_on(ends):
+                break
             now = len(self.deployment.rows())
             if now != at:
                 self.lasted[at] = time.monotonic() - began
@@ -107,10 +112,28 @@ class Campaign:
             if time.monotonic() > end:
                 raise TimeoutError(f"round {at} has not ended for {PATIENCE:g} s")
             time.sleep(0.03)
+        for fault in faults:
+            if fault.round_ is not None and fault.ended is None:
+                fault.undo()
+            fault.ended_run = self.ends[ends:]
         self.came += [fault for fault in faults if fault.ended is not None]
         if self.calm:
             self._count_slow(faults, range(first, at))
         print(f"{len(self.came)}: round {at}, {[f.kind for f in faults]}", flush=True)
+
+    def _goes_on(self, ends: int) -> bool:
+        """Resume a run that has ended before its last round, as its operator would.
+
+        Args:
+            ends: How often it had ended before what happens now.
+        """
+        if len(self.deployment.rows()) > self.rounds or len(self.ends) >= ends + MOST_ENDS:
+            return False
+        said = self.deployment.server.path("run.log").read_text().strip().splitlines()
+        self.ends.append(said[-1][:400] if said else "without a word")
+        print(f"resumed: {self.ends[-1]}", flush=True)
+        self.run = self.deployment.begin([], resume=True)
+        return True
 
     def _is_slow(self, faults: Sequence[HostFault], at: int) -> bool:
         """Tell whether a round took longer than it should, besides its faults."""
@@ -186,7 +209,12 @@ class Campaign:
 
     def verdicts(self) -> list[Said]:
         """Wait for the end, and say of each fault what came of it."""
-        wait_for(lambda: self.run.poll() is not None, "the end of the run", PATIENCE)
+        ends = len(self.ends)
+        wait_for(
+            lambda: self.run.poll() is not None and not self._goes_on(ends),
+            "the end of the run",
+            PATIENCE,
+        )
         rows = {int(str(row["round"])): row for row in self.deployment.rows()[1:]}
         missing = {
             at: {f["client"]: f["reason"] for f in row["failures"]}  # type: ignore[attr-defined]
@@ -208,13 +236,15 @@ class Campaign:
                 verdict = f"a round took {longest:.0f} s"
             if (fault.slow or 0) > MOST_SLOW:
                 verdict = f"{fault.slow} rounds were slow"
+            if fault.ended_run:
+                verdict = "the run ended, and was resumed"
             if self.stands_out(fault, here) and not reasons and not notes:
                 verdict = "the ledger does not name it"
             said.append(
                 {
                     "kind": fault.kind, "client": fault.client, "round": at, "verdict": verdict,
                     "lost": [str(r)[:200] for r in reasons], "incidents": notes,
-                    "seconds": round(longest, 1), "slow": fault.slow,
+                    "seconds": round(longest, 1), "slow": fault.slow, "ended": fault.ended_run,
                 }
             )  # fmt: skip
         return said

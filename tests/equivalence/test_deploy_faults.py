@@ -14,12 +14,14 @@ from typing import Any
 import pytest
 import torch
 from flwr.app import Error, Message
+from flwr.supercore.inflatable.inflatable_utils import ObjectPushError
 from typing_extensions import override
 
 from fedraclora.engines.asks import read_ask
 from fedraclora.engines.deploy import grid, node_registry, straggler_monitor
 from fedraclora.engines.deploy.pulling import NOT_WHOLE
-from fedraclora.engines.records import read_answer
+from fedraclora.engines.deploy.pushing import PUSHES
+from fedraclora.engines.records import read_answer, unfolded
 from fedraclora.errors import AbsentError, ClientError
 from fedraclora.experiments.faults.harms import (
     BEHAVIOURS,
@@ -37,6 +39,7 @@ from fedraclora.experiments.faults.network import (
     deploy,
     nodes_for,
     rows,
+    with_content,
 )
 from fedraclora.flower_internals import message_bytes
 from fedraclora.protocol.uplinks import Uplinks
@@ -133,6 +136,30 @@ def test_a_node_whose_disk_is_full_says_so_in_a_sentence(
     for failure in failures:
         assert f"/{ONE}: No space left" in failure["reason"]
         assert "make room" in failure["reason"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("times", [1, PUSHES])
+def test_a_push_that_the_superlink_refuses_ends_no_run(tmp_path: Path, times: int) -> None:
+    """Pushed again, or if that fails, too, in another try of the round."""
+    refused = Counter[str]()
+
+    class Refusing(Network):
+        @override
+        def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+            (message,) = messages
+            opened = with_content(message, unfolded(message.content))
+            if self.is_training(message) and at_fault(opened):
+                refused["times"] += 1
+                if refused["times"] <= times:
+                    raise ObjectPushError("a part", 1, "session")
+            return super().push_messages(messages)
+
+    deploy(["engine.retries=1"], tmp_path / "run", Refusing(tmp_path / "cache", nodes_for(3)))
+    done = rows(tmp_path / "run")
+    assert done[ROUND]["failures"] == []
+    assert len(done[ROUND]["incidents"]) == times  # type: ignore[arg-type]
+    assert f"client {ONE}" in str(done[ROUND]["incidents"])
 
 
 @pytest.mark.slow

@@ -19,6 +19,7 @@ from fedraclora.engines.base import Traffic
 from fedraclora.engines.deploy.federation import FederationFiles
 from fedraclora.engines.deploy.node_registry import DOWN, NodeRegistry
 from fedraclora.engines.deploy.pulling import LOOKS, in_part, pulled
+from fedraclora.engines.deploy.pushing import pushed
 from fedraclora.engines.deploy.stopping import StopSignals
 from fedraclora.engines.deploy.straggler_monitor import StragglerMonitor
 from fedraclora.engines.post import PostedGrid
@@ -323,7 +324,7 @@ class DeployGrid(PostedGrid):
 
     def _push(self, envelope: Envelope) -> str:
         """Send a message; return Flower's number of it."""
-        (name,) = self.grid.push_messages([envelope.message])
+        name = pushed(self.grid, envelope.message, envelope.who, self.incidents)
         self.count(envelope)
         return name
 

@@ -21,6 +21,7 @@ from fedraclora.config.settings import DeployConfig
 from fedraclora.engines.base import Traffic, add_up
 from fedraclora.engines.deploy.federation import FederationFiles, NodeFacts, Wishes
 from fedraclora.engines.deploy.pulling import in_part, pulled
+from fedraclora.engines.deploy.pushing import pushed
 from fedraclora.engines.node_config import node_name
 from fedraclora.engines.owner.history import now
 from fedraclora.engines.owner.refusal import OwnerRefusal
@@ -379,7 +380,8 @@ class NodeRegistry:
         content = RecordDict({"job": ConfigRecord({"run": self.post.run_id, "format": FORMAT})})
         ttl = self.post.settings.timeout
         query = Message(content, question.node, "query.partition", ttl=ttl)
-        (name,) = self.post.grid.push_messages([query])
+        node = self._name(question.node)
+        name = pushed(self.post.grid, query, node, self.post.incidents)
         self.post.traffic.count(self.label(question.node), DOWN, message_bytes(query))
         self._asked[name] = question
         return name
