@@ -53,6 +53,7 @@ FIRST, LONGEST = 2, 5  # rounds at a rate
 NOISE = 0.005  # a smaller relative difference of losses tells nothing
 SAFE = 4  # rounds; after fewer, half a step below the best is taken
 RISEN = 10  # times the training loss of the first round: the run counts as diverged
+WORSE = 2  # times that loss, in the second round: a short run tries a lower rate
 RESTARTS = 4  # of a run that diverges at the rate that was found
 # What a rate that is too large ends in.
 FAILURES = (ClientError, ArithmeticError, torch.linalg.LinAlgError)  # type: ignore[attr-defined]
@@ -114,7 +115,7 @@ class Probe(RunBuilder):
     @cached_property
     @override
     def callbacks(self) -> Sequence[Callback]:
-        return ()
+        return (RisenLoss(),)
 
     @cached_property
     @override
@@ -131,7 +132,7 @@ class Probe(RunBuilder):
         # Neither a warm-up nor the end of a schedule tells how large steps may be.
         self.strategy.rate_scale = lambda _round, _rounds: 1.0
         self.strategy.run(self.grid, rounds)
-        last = self.recorder.ledger.rows[-(rounds // 2) :]
+        last = self.recorder.ledger.rows[-max(1, rounds // 2) :]
         return statistics.median(number(row, "train_loss") for row in last)
 
 
@@ -174,7 +175,7 @@ class RateSearch:
         try:
             rung.losses[rounds] = rung.probe.advance(rounds)
         except FAILURES as error:
-            ended = rung.probe.strategy.done + 1
+            ended = min(rounds, rung.probe.strategy.done + 1)
             rung.failed, rung.probe = f"round {ended}: {type(error).__name__}", None
             rung.error = error
             own = self.run.config.local.is_own and not isinstance(error, DivergenceError)
@@ -200,8 +201,12 @@ class RateSearch:
     def settle(self) -> None:
         """For a short run: try the first rate, and lower ones as long as it does not train."""
         for place in range(0, -WIDTH - 1, -1):
-            self.advance(self.rung(place), FIRST)
-            if not self.rungs[place].failed or self.is_blind:
+            rung = self.rung(place)
+            before = self.advance(rung, 1)
+            if self.advance(rung, FIRST) > WORSE * before:
+                rung.failed = rung.failed or f"round {FIRST}: the training loss has risen"
+                rung.probe = None
+            if not rung.failed or self.is_blind:
                 return
 
     @property
