@@ -32,6 +32,7 @@ from fedraclora.commands.cli import USAGE
 from fedraclora.commands.study.entries import DEVIATION, docstring, is_unverified
 from fedraclora.compatibility import KNOWN, PLACES, Feature
 from fedraclora.compose.choices import choice, groups, sections
+from fedraclora.config.keys import bullet
 from fedraclora.engines.flower_patches import PATCHES
 from fedraclora.errors import ConfigError
 from fedraclora.experiments.bench.table import side_by_side, tables
@@ -237,8 +238,14 @@ def _overview() -> TextTable:
         title, _, what = lines[name].partition(": ")
         mark = " †" if is_unverified(kind) else ""
         has = ", ".join(flag for flag, is_so in flags.items() if is_so)
-        rows.append((f"`{name}`{mark}", (what or title).rstrip("."), has))
-    return TextTable(("`method=`", "what it does", "traits"), tuple(rows), (), texts=3)
+        rows.append((f"`{name}`{mark}", (what or title).rstrip("."), has, held_to(kind)))
+    return TextTable(("`method=`", "what it does", "traits", "held to"), tuple(rows), (), texts=4)
+
+
+def held_to(kind: type[Method]) -> str:
+    """Return what an implementation was compared with: code, a number of the paper, or neither."""
+    said = bullet(docstring(kind), "Held to")
+    return "oracle" if not said else "number" if said.startswith("the paper") else "code"
 
 
 def _section(kind: type[Method], names: list[str]) -> str:
@@ -249,17 +256,11 @@ def _section(kind: type[Method], names: list[str]) -> str:
     text = docstring(kind)
     parts = text.replace("sum_k p_k", "mean_k").split("\n\n")
     formulas = [part.replace("``", "") for part in parts if part.startswith("    ")]
-    up, source = (_bullet(text, name) for name in ("Uplink", "Source"))
+    up, source = (bullet(text, name) for name in ("Uplink", "Source"))
     up = PER_MATRIX.sub("", re.split(r"(?<=[.;]) ", up)[0][:-1])
     source = ARXIV.sub(r"[\1](https://arxiv.org/abs/\1)", TITLE.sub("", source))
     facts = f"Up: {up}.{also} {source}"
     return "\n\n".join((f"### [{names[0]}](../{path})", *formulas, facts)) + "\n"
-
-
-def _bullet(text: str, name: str) -> str:
-    """Give what a docstring says under a name, in one line."""
-    (found,) = re.findall(rf"^- {name}: (.*?)(?=\n- |\Z)", text, re.DOTALL | re.MULTILINE)
-    return " ".join(found.split())
 
 
 def usage() -> str:

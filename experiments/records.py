@@ -28,6 +28,7 @@ from fedraclora.commands.study import leaderboard, tables
 from fedraclora.commands.study.entries import read_results
 from fedraclora.errors import unknown
 from fedraclora.experiments import found_rates, frontier
+from fedraclora.experiments.authors.__main__ import write_table as write_table_of_authors
 from fedraclora.experiments.faults.campaign import faults_table
 from fedraclora.experiments.faults.network_campaign import network_table
 from fedraclora.experiments.faults.trials import TrialOutcome
@@ -96,6 +97,7 @@ PACKED = ("runs.jsonl", "campaign.jsonl", "theory.json")  # what tables are made
 
 # By the folder of results: what writes its tables into another folder.
 MAKERS: dict[str, Callable[[Path, Path], None]] = {
+    "authors": write_table_of_authors,
     "frontier": tables_of_frontier,
     "theory": tables_of_theory,
     "faults": table_of_faults,

@@ -10,6 +10,7 @@ file of the same name.
 from __future__ import annotations
 
 import json
+import sys
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
@@ -25,7 +26,7 @@ from fedraclora.binding import OWN_GROUPS, row_of
 from fedraclora.compatibility import compatibility_note
 from fedraclora.compose import CONF
 from fedraclora.compose.presets import readable, take_own
-from fedraclora.config.keys import help_of, node_of, nodes, summary
+from fedraclora.config.keys import bullet, help_of, node_of, nodes, summary
 from fedraclora.config.run_config import NAMED, SECTIONS, RunConfig, targets_of
 from fedraclora.config.table_rows import BESIDE, GIVEN
 from fedraclora.errors import unknown
@@ -218,6 +219,8 @@ def keys_of(group: str, name: str, *, folders: Sequence[Path] = ()) -> str:
     about = [summary(_row(group, name))] if file is None else _comment(file)
     kind = CHOICE_ROWS.get(group, {}).get(name)
     beside = compatibility_note(kind) if kind else ""
+    held = bullet(sys.modules[kind.__module__].__doc__ or "", "Held to") if kind else ""
+    beside = "  ".join(filter(None, (held and f"Held to {held}", beside)))
     about += [*textwrap.wrap(beside, WIDTH, break_on_hyphens=False), ""]
     head = [f"  {line}".rstrip() for line in about]
     return "\n".join([f"{group}={name}", *head, *key_lines(group, name, folders=folders)])

@@ -144,6 +144,12 @@ def summary(target: Target) -> str:
     return inspect.cleandoc(target.__doc__ or "").partition("\n")[0].replace("``", "")
 
 
+def bullet(text: str, name: str) -> str:
+    """Return what a docstring says under ``- NAME:``, in one line; empty if it does not."""
+    found = re.search(rf"^- {name}: (.*?)(?=\n- |\Z)", text, re.DOTALL | re.MULTILINE)
+    return " ".join(found[1].split()) if found else ""
+
+
 def tables_of(target: Target) -> Iterator[tuple[str, tuple[str, Target]]]:
     """List the classes of each key that is a group itself: key -> name, class."""
     for key in inspect.signature(target).parameters:

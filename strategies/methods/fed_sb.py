@@ -9,6 +9,7 @@
 - Server: one mean, K r^2 operations.
 - Source: Singhal et al., *Fed-SB: a silver bullet for extreme communication efficiency and
   performance in (private) federated LoRA fine-tuning*, arXiv 2502.15436; LoRA-SB: arXiv 2411.19557.
+- Held to: putssander/fed-sb at 1d437e4: the server's step, 3 rounds.
 - Departures: B and A are drawn with orthonormal columns and rows, and R starts at zero, so that a
   run starts from W. LoRA-SB computes all three from the singular value decomposition of a gradient
   that clients average before the first round. That start costs up to m n numbers per client, and

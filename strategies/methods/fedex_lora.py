@@ -16,6 +16,7 @@ of the last client is zero, so the rank is (K - 1) r. ``residual_rank`` truncate
   O((m + n) (K r)^2 + (K r)^3), and a merge of 2 m n residual_rank.
 - Source: Singhal et al., *FedEx-LoRA: exact aggregation for federated and efficient fine-tuning of
   large language models*, ACL 2025, arXiv 2410.09432.
+- Held to: CERT-Lab/fedex-lora at 2fa2e4a: the server's step, 3 rounds.
 - Departures: none known; both sums have the aggregation weights p_k of the run.
 """
 

@@ -17,6 +17,7 @@ factor starts at zero.
 - Server: K SVDs of r x r matrices and products of O(K (m + n) r^2).
 - Source: Zhang et al., *FedRot-LoRA: mitigating rotational misalignment in federated LoRA*, ICML
   2026, arXiv 2602.23638; the rule is that of its code, ``rotation_align_optimization_soft``.
+- Held to: haoran-zh/FedRot-LoRA at 36a67ef: the alignment and the mean, 4 rounds, full and half.
 - Departures: the server rotates the factors; in the paper clients do before they send. The means
   are the same, but the server must see each client's own factors. If the nearest rotation is not
   unique (a singular value is zero), the library decides, as in the code.

@@ -11,6 +11,7 @@ new direction.
 - Server: one mean, then two QRs and an SVD of an r x r matrix, O((m + n) r^2).
 - Source: Lee et al., *FedSVD: adaptive orthogonalization for private federated learning with LoRA*,
   NeurIPS 2025, arXiv 2505.12805.
+- Held to: sw-programmer/FedSVD at 480898d: the server's step, 3 rounds.
 - Departures: the first A is drawn with orthonormal rows. We compute the SVD from the factors; the
   public code forms the m x n product. The results are equal, except for rows of A without a
   singular value: here they stay in the span of A, in the code they are arbitrary. The head follows

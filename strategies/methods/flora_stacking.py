@@ -11,6 +11,7 @@
 - Server: it stacks the K products; the merge costs 2 m n K r operations.
 - Source: Wang et al., *FLoRA: federated fine-tuning large language models with heterogeneous
   low-rank adaptations*, NeurIPS 2024, arXiv 2409.05976. Not the FLORA of arXiv 2402.03293.
+- Held to: ATP-1010/FederatedLLM at 7bea158: the server's step, 3 rounds.
 - Departures: the clients of a round start from one drawing, sent as a seed; in the public code each
   has its own. The scale is alpha / r for all clients; the paper's is alpha / r_k.
 """

@@ -16,6 +16,7 @@
 - Server: two means and a merge of 4 m n r operations; an SVD of each matrix before the first round.
 - Source: Yan et al., *Federated residual low-rank adaptation of large language models*, ICLR 2025,
   OpenReview e0rQRMUhs7 (no arXiv number was found).
+- Held to: IAMJackYan/FRLoRA at c29baad: the start and the server's step, 3 rounds.
 - Departures: the run's aggregation weights; the public code has uniform ones.
 """
 

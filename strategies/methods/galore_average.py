@@ -16,6 +16,7 @@
 - Source: Mahla, Jadhav and Ramakrishnan, *Why gradient subspace? Identifying and mitigating LoRA's
   bottlenecks in federated fine-tuning of large language models*, arXiv 2410.23111; GaLore: Zhao et
   al., ICML 2024, arXiv 2403.03507.
+- Held to: jiaweizzhao/GaLore at 2cc66f8: the client's optimizer, 8 steps.
 - Departures: from GaLore's code (``galore_torch``: projector ``std``, AdamW). The code adds Adam's
   eps before it corrects the second moment, and decays weights after the step; here both are as in
   ``torch.optim``. The code projects a square matrix from the right; here from the left, as in the

@@ -1,0 +1,97 @@
+"""The toy problem of a server's step: one matrix, four clients, replies that are drawn."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import peft
+import torch
+
+from fedraclora.lowrank.layers import LayerView
+from fedraclora.protocol.method import Cohort, Draw, Method, Plan
+from fedraclora.protocol.uplinks import Uplinks
+from fedraclora.rng import generator, torch_normal
+from fedraclora.tree import Tree
+
+M, N, R, ALPHA, CLIENTS, ROUNDS = 8, 11, 3, 5.0, 4, 3
+SCALE = ALPHA / R
+SIZES = (3, 8, 1, 4)  # samples of clients, where their weights differ
+EQUAL = (1, 1, 1, 1)
+DRAW = Draw(3)
+PLACE = "base_model.model.w."  # of a layer under PEFT
+
+
+def weight() -> torch.Tensor:
+    """Draw the base weight W, float64 [m, n]."""
+    return torch_normal(generator(0, "weight"), M, N)
+
+
+class Server:
+    """Our server, to which a check gives the replies of each round.
+
+    Args:
+        method: It.
+        sizes: Weights of the clients.
+    """
+
+    def __init__(self, method: Method, sizes: Sequence[float] = EQUAL) -> None:
+        self.method = method
+        weights = torch.tensor(sizes, dtype=torch.float64)
+        self.cohort = Cohort(torch.arange(len(sizes)), weights / weights.sum())
+        plan = Plan({"w": LayerView("linear", (M, N))}, shapes={"w": (M, N)})
+        self.state = method.initial_state({"w": weight()}, plan, DRAW)
+        self.number = 0
+
+    def open(self) -> dict[str, torch.Tensor]:
+        """Begin a round; return the factors that clients get, by label, [r, n] and the like."""
+        self.number += 1
+        self.sent = self.method.open_round(self.state, self.number, self.cohort, DRAW)
+        factors = self.sent.adapters["w"].factors
+        return {label: factor.draw().double() for label, factor in factors.items()}
+
+    def replies(self) -> list[dict[str, torch.Tensor]]:
+        """Draw what each client trained: the factors that it got, and a change of each."""
+        start = self.start = self.open()
+        trained = [k for k, f in self.sent.adapters["w"].factors.items() if f.trained]
+        rng = generator(self.number, "replies")
+        return [
+            {k: start[k] + torch_normal(rng, *start[k].shape) for k in trained}
+            for _ in range(len(self.cohort))
+        ]
+
+    def close(self, replies: Sequence[Mapping[str, torch.Tensor]]) -> Tree:
+        """End the round; return the weights that the server has then."""
+        layout = self.sent.layout
+        rows = torch.stack(
+            [layout.pack({f"w/{k}": value for k, value in reply.items()}) for reply in replies]
+        )
+        uplinks = Uplinks(self.cohort.clients, self.cohort.weights, layout, rows)
+        self.state = self.method.close_round(self.state, self.sent, uplinks)
+        return self.method.weights(self.state, DRAW)
+
+
+def difference(ours: torch.Tensor, theirs: torch.Tensor) -> float:
+    """Return the largest difference, relative to the largest number of theirs."""
+    return float((ours.double() - theirs.double()).abs().max() / theirs.double().abs().max())
+
+
+def adapted(layer: torch.nn.Module) -> torch.nn.Module:
+    """Put PEFT's LoRA on a layer [m, n], whose tensors are below `PLACE` then."""
+    model = torch.nn.Sequential()
+    model.add_module("w", layer)
+    turned = not isinstance(layer, torch.nn.Linear)
+    config = peft.LoraConfig(r=R, lora_alpha=ALPHA, target_modules=["w"], fan_in_fan_out=turned)
+    found: torch.nn.Module = peft.get_peft_model(model, config)
+    return found
+
+
+class Worst:
+    """The largest difference of each thing that is compared, over rounds."""
+
+    def __init__(self) -> None:
+        self.found: dict[str, float] = {}
+
+    def add(self, **pairs: tuple[torch.Tensor, torch.Tensor]) -> None:
+        """Compare pairs of ours and theirs."""
+        for name, pair in pairs.items():
+            self.found[name] = max(self.found.get(name, 0.0), difference(*pair))
