@@ -161,7 +161,7 @@ def test_runs_that_are_cut_or_are_written_have_the_same_bits(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = finished(name).weights
-    assert_equal_trees(finished(name, chunk=3).weights, whole)
+    assert_equal_trees(finished(name, chunk=2).weights, whole)
     put_on_the_wire(monkeypatch)
     assert_equal_trees(finished(name).weights, whole)
 

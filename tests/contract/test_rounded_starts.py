@@ -111,7 +111,7 @@ def with_initial(name: str, initial: str | None = None) -> Method:
 def asked_in(done: Run, clients: int) -> list[dict[str, Asked]]:
     """What both ends know of each round, and the names of what is trained in it."""
     found = []
-    for content in done.worker.asked[:: -(-clients // 2)]:  # of two clients each
+    for content in done.worker.asked[:: -(-clients // 3)]:  # of three clients each
         sent, _ = unpack_downlink(content)
         layers = {}
         for name, adapter in sent.adapters.items():

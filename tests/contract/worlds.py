@@ -90,7 +90,7 @@ WALKS = {
 }  # as many steps as there are anywhere below
 WALKING = {"fedkseed", "decomfl", "ferret"}  # whole weights, along directions from a seed
 BY_LOSSES = WALKING - {"ferret"}  # without gradients
-RAGGED = LocalSettings(lr=0.1, epochs=2, batch_size=4, momentum=0.5)
+RAGGED = LocalSettings(lr=0.1, epochs=1, batch_size=4, momentum=0.5)
 
 
 # --- methods -------------------------------------------------------------------------------------
@@ -636,7 +636,7 @@ def run(
     *,
     rounds: int,
     cohort: int | None = None,
-    chunk: int = 2,
+    chunk: int = 3,
     seed: int = 1,
     weights: str = "samples",
     aggregator: Aggregator = mean,

@@ -27,7 +27,7 @@ from fedraclora.tree import Layout, Tree
 from tests.reference.client import train_one
 
 ATOL = 1e-10
-CHUNKS = 2, len(SIZES)
+CHUNKS = 3, len(SIZES)
 
 
 KINDS = list({kind: name for name, kind in reversed(METHODS.items())}.values())  # one of a class

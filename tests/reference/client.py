@@ -307,7 +307,9 @@ def with_seeded_dropout(
     context = CohortContext(active=1, clients=torch.tensor([client]), seed=seed, round_=round_)
     if not any(isinstance(module, nn.Dropout) for module in model.modules()):
         return model.eval(), context
-    copied = copy.deepcopy(model).eval()
+    # The weights of a forward pass are given to it: those of the model need no copy.
+    shared = {id(parameter): parameter for parameter in model.parameters()}
+    copied = copy.deepcopy(model, shared).eval()
     for name, module in list(copied.named_modules()):
         if isinstance(module, nn.Dropout):
             parent, _, leaf = name.rpartition(".")
