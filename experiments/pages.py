@@ -245,7 +245,8 @@ def _overview() -> TextTable:
 def held_to(kind: type[Method]) -> str:
     """Return what an implementation was compared with: code, a number of the paper, or neither."""
     said = bullet(docstring(kind), "Held to")
-    return "oracle" if not said else "number" if said.startswith("the paper") else "code"
+    found = [word for word, mark in (("code", " at "), ("number", "the paper's")) if mark in said]
+    return ", ".join(found) or "oracle"
 
 
 def _section(kind: type[Method], names: list[str]) -> str:

@@ -1,0 +1,99 @@
+"""FedSLoP: whole rounds of ``run_round_fedslop_torch``, training included, on their network.
+
+Their sketches come from `torch.randn` and a QR: it is given ours, whose rows are orthonormal
+already, so that both project on the same subspace. Clients train on all their samples at once.
+Momentum begins anew in each round: their clients keep it, in full shape, so that later steps leave
+the subspace of the round, and an update has more numbers than are counted for it.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from unittest.mock import patch
+
+import torch
+from torch import nn
+
+import fedraclora
+from fedraclora.experiments.authors.check import CodeCheck, Findings
+from fedraclora.experiments.authors.code import Repository
+from fedraclora.experiments.authors.toy import ROUNDS, Worst
+from fedraclora.protocol.method import Cohort, Draw
+from fedraclora.protocol.plan import make_plan
+from fedraclora.protocol.uplinks import Uplinks
+from fedraclora.rng import generator, torch_normal
+from fedraclora.strategies.methods.fed_rac_lora import FedRacLora
+from fedraclora.tree import weights_of
+
+CLIENTS, SAMPLES, RANK, SEED = 3, 6, 5, 11
+STEPS, LR, MOMENTUM = 4, 0.02, 0.8
+UNUSED = ("algorithm", "torchvision")
+
+
+def samples() -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Draw those of each client: pictures [N, 784] and classes [N]."""
+    rng = generator(0, "pictures")
+    inputs = torch_normal(rng, CLIENTS, SAMPLES, 784).float()
+    targets = torch.from_numpy(rng.integers(10, size=(CLIENTS, SAMPLES)))
+    return [*zip(inputs, targets, strict=True)]
+
+
+def sketches(model: nn.Module) -> Iterator[list[torch.Tensor]]:
+    """Draw those of our rounds, [n, r], one layer after another."""
+    method, draw = FedRacLora(rank=RANK, sketch="orthonormal"), Draw(SEED)
+    plan = make_plan(model, ("fc2",), head_policy="lora", bias_policy="full")
+    cohort = Cohort(torch.arange(CLIENTS), torch.ones(CLIENTS).double())
+    state = method.initial_state(weights_of(model), plan, draw)
+    for round_ in range(1, ROUNDS + 1):
+        sent = method.open_round(state, round_, cohort, draw)
+        yield [adapter.factors["A"].draw().mT.float() for adapter in sent.adapters.values()]
+        unchanged = torch.zeros(CLIENTS, sent.layout.size)
+        uplinks = Uplinks(cohort.clients, cohort.weights, sent.layout, unchanged)
+        state = method.close_round(state, sent, uplinks)
+
+
+def our_model(model: nn.Module, rounds: int) -> nn.Module:
+    """Train by our method from the weights of a model."""
+    words = ["method=fedslop", f"method.rank={RANK}", f"clients_per_round={CLIENTS}"]
+    words += [f"seed={SEED}", f"rounds={rounds}", "head=lora", "bias=full", "output.dir=null"]
+    words += ["local.batch_size=0", f"local.steps={STEPS}", f"local.lr={LR}"]
+    words += [f"local.momentum={MOMENTUM}", "output.progress=false", "local.clip=null"]
+    run = fedraclora.simulate(*words, model=model, data=samples(), test=0)
+    return run.model()
+
+
+def compare(code: Repository) -> Findings:
+    """Compare all weights after each round."""
+    worst = Worst()
+    path = "code/experiment_mnist_federated_torch.py"
+    setting = {"lr": LR, "local_epochs": STEPS, "momentum": MOMENTUM, "proj_rank": RANK}
+    with code.modules(path, root="code", unused=UNUSED) as [module]:
+        theirs = module.SimpleMLP()
+        rng = generator(0, "network")
+        with torch.no_grad():
+            for value in theirs.parameters():
+                value.copy_(0.05 * torch_normal(rng, *value.shape))
+        start = copy.deepcopy(theirs)
+        for round_, drawn in enumerate(sketches(start), 1):
+            given = iter(drawn)
+            with patch.object(module.torch, "randn", lambda *_, given=given, **__: next(given)):
+                theirs, _ = module.run_round_fedslop_torch(
+                    theirs,
+                    [[pair] for pair in samples()],
+                    torch.device("cpu"),
+                    {},
+                    {**setting, "client_fraction": 1.0, "round": round_},
+                )
+            ours = our_model(start, round_).state_dict()
+            worst.add(**{n: (ours[n], value) for n, value in theirs.state_dict().items()})
+    return worst.found
+
+
+CHECK = CodeCheck(
+    "fedslop",
+    "pkumelon/FedSLoP",
+    "b7af998",
+    f"whole rounds with training, {ROUNDS} rounds",
+    compare,
+)
