@@ -159,9 +159,15 @@ def remove(connection: Connection, files: FederationFiles, word: str) -> None:
             f"connection={connection.name} {word}` first, and remove it when that round has ended"
         )
     connection.unregister(node)
-    files.wish(replace(wishes, drained=wishes.drained - {node}))
+    files.wish(replace(wishes, drained=wishes.drained - {node}, removed=wishes.removed | {node}))
     files.audit("remove", node=node, name=word)
-    print(f"node {node} is removed: the SuperLink refuses its key")
+    facts = files.nodes().get(node, NodeFacts())
+    about = [f"node {node}"] * bool(facts.name)
+    about += [f"clients {', '.join(map(str, facts.clients))}"] * bool(facts.clients)
+    who = (facts.name or f"node {node}") + (f" ({', '.join(about)})" if about else "")
+    print(
+        f"{who} is removed: the SuperLink refuses its key, and a run says so before its next round"
+    )
 
 
 def show_log(connection: Connection, files: FederationFiles) -> None:

@@ -164,6 +164,8 @@ def test_a_federation_is_paused_drained_and_left_by_a_node(operator: Operator) -
     said = operator.folder.with_suffix(".said").read_text().splitlines()
     drains = [line for line in said if line.startswith("clinic2") and "drained" in line]
     assert len(drains) == 2  # each is said at once, though the words are the same
+    (line,) = (line for line in said if "is removed" in line)
+    assert "client 2 (clinic2)" in line
 
     log = operator("log")
     entries = operator.files.entries()

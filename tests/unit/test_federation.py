@@ -20,7 +20,7 @@ from fedraclora.engines.deploy.federation import (
     Wishes,
 )
 from fedraclora.engines.deploy.node_registry import NodeRegistry
-from fedraclora.errors import ConfigError
+from fedraclora.errors import AbsentError, ConfigError
 from tests.campaigns.claims import Link, Waiting, clocks
 
 
@@ -98,6 +98,39 @@ def test_a_run_that_waits_for_a_drained_node_goes_on_when_it_is_wanted(
     assert 40 < link.now < 70
 
 
+def test_a_run_says_once_that_a_node_of_its_own_was_removed_and_whom_it_served(
+    files: FederationFiles, link: Link
+) -> None:
+    post = Waiting(link, min_clients=1)
+    files.wish(Wishes(removed=frozenset({4})))  # before this run: it knows nothing of it
+    who = NodeRegistry(post, files)
+    who.begin(1)
+    assert who.gather([0, 1]) == {0: 3, 1: 9}
+    assert not post.incidents
+    files.wish(Wishes(removed=frozenset({4, 9})))
+    del link.nodes[9]
+    for round_ in (2, 3):
+        who.begin(round_)
+        assert who.gather([0, 1]) == {0: 3}
+    (said,) = post.incidents
+    assert "client 1 is removed" in said
+    assert "removed" in who.absence(1)
+
+
+def test_a_run_that_waits_says_that_a_node_was_removed(files: FederationFiles, link: Link) -> None:
+    def remove() -> None:
+        files.wish(Wishes(removed=frozenset({9})))
+
+    post = Operator(link, 40.0, remove, wait=100.0)
+    who = NodeRegistry(post, files)
+    who.begin(1)
+    assert who.gather([0, 1]) == {0: 3, 1: 9}
+    del link.nodes[9]
+    with pytest.raises(AbsentError):
+        who.gather([0, 1])
+    assert "client 1 is removed" in post.incidents[-1]
+
+
 def test_wishes_that_cannot_be_read_change_nothing(files: FederationFiles, link: Link) -> None:
     files.wish(Wishes(drained=frozenset({9})))
     who = NodeRegistry(Waiting(link, min_clients=1), files)
@@ -170,7 +203,7 @@ def test_the_status_names_nodes_their_clients_and_why_they_are_absent(
 
 
 def test_a_node_in_a_round_is_drained_before_it_is_removed(
-    known: type[Known], files: FederationFiles
+    known: type[Known], files: FederationFiles, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(ConfigError, match="drain"):
         act("remove", "north")
@@ -178,7 +211,8 @@ def test_a_node_in_a_round_is_drained_before_it_is_removed(
     act("drain", "north")
     act("remove", "north")
     assert known.removed == [9, 3]
-    assert files.wishes() == Wishes()
+    assert "north (node 3, clients 0, 1) is removed" in capsys.readouterr().out
+    assert files.wishes() == Wishes(removed=frozenset({3, 9}))
     assert [e["what"] for e in files.entries()] == ["remove", "drain", "remove"]
 
 

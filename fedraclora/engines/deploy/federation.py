@@ -32,10 +32,12 @@ class Wishes:
     Attributes:
         paused: Whether runs wait before their next round.
         drained: Nodes that take part in no further round, by Flower's number.
+        removed: Nodes whose keys were removed, by Flower's number; it does not use one again.
     """
 
     paused: bool = False
     drained: frozenset[int] = frozenset()
+    removed: frozenset[int] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -78,7 +80,8 @@ class FederationFiles:
         """
         found = self._read(WISHES)
         try:
-            return Wishes(bool(found.get("paused")), frozenset(map(int, found.get("drained", ()))))
+            nodes = (frozenset(map(int, found.get(key, ()))) for key in ("drained", "removed"))
+            return Wishes(bool(found.get("paused")), *nodes)
         except (TypeError, ValueError) as error:
             raise ConfigError(f"{self.folder / WISHES} is damaged: {error}. Remove it") from error
 
@@ -86,6 +89,7 @@ class FederationFiles:
         """Write the operator's wishes."""
         with self._open():
             found = {"paused": wishes.paused, "drained": sorted(wishes.drained)}
+            found |= {"removed": sorted(wishes.removed)}
             write_text(self.folder / WISHES, json.dumps(found))
 
     def nodes(self) -> dict[int, NodeFacts]:

@@ -97,6 +97,7 @@ class NodeRegistry:
         self._loaded: set[int] = set()  # nodes that have downloaded the bundle
         self._round: int | None = None
         self._drained: frozenset[int] = frozenset()  # nodes that take part in no further round
+        self._removed: frozenset[int] = frozenset()  # nodes that the operator has removed
         self._replied: dict[int, str] = {}  # node -> when its last reply was read
         self._kept: dict[int, NodeFacts] = {}  # what the files say by now
         self.versions: dict[int, int | None] = {}
@@ -140,10 +141,21 @@ class NodeRegistry:
         if told:
             self.post.tell(f"the pause before round {round_} has ended")
         self._drained = wishes.drained
+        self._note_removed(wishes.removed)
+
+    def _note_removed(self, removed: frozenset[int]) -> None:
+        """Tell which nodes of this run the operator has removed since this was last called."""
+        for node in sorted((removed - self._removed) & self._registered.keys()):
+            clients = [c for c, last in self._node.items() if last == node]
+            who = self.served_by(clients) if clients else f"{self._name(node)} is"
+            self.post.tell(
+                f"{who} removed (`fedraclora federation remove`): the SuperLink refuses the key"
+            )
+        self._removed = removed
 
     def _wishes(self) -> Wishes:
         """Read what the operator wants; as before if it cannot be read."""
-        before = Wishes(drained=self._drained)
+        before = Wishes(drained=self._drained, removed=self._removed)
         try:
             return before if self.federation is None else self.federation.wishes()
         except ConfigError as error:
@@ -228,7 +240,9 @@ class NodeRegistry:
                     f"{settings.wait:g} s (engine.wait), {enough} are wanted "
                     f"(engine.min_clients); missing are {missing[:10]}" + "".join(unfit)
                 )
-            self._drained &= self._wishes().drained  # the operator may want a node back
+            wishes = self._wishes()
+            self._drained &= wishes.drained  # the operator may want a node back
+            self._note_removed(wishes.removed)
             self.post.wait("enough clients were connected")
 
     def _waits(self, now: float) -> bool:
@@ -285,6 +299,8 @@ class NodeRegistry:
     def absence(self, client: int) -> str:
         """Say why a client is absent, and which node served it last."""
         last = self._node.get(client)
+        if last in self._removed:
+            return f"the operator has removed {self._name(last)}, which served it"
         for node, (why, _) in self._unfit.items():
             if node == last or client in why.clients:
                 return self._unfit_now(node)
