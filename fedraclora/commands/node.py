@@ -22,13 +22,15 @@ from typing import Any
 
 from fedraclora.compose.words import check_word
 from fedraclora.engines.flower_patches import AT_SOCKETS, NODE, OWNED, why_without
+from fedraclora.engines.owner.entries import OUT, REFUSED, WIRE, Entry
 from fedraclora.engines.owner.gate import ASK
-from fedraclora.engines.owner.history import HISTORY, OUT, REFUSED, WIRE, Entry, History
+from fedraclora.engines.owner.history import HISTORY, History
 from fedraclora.engines.owner.policy import Policy
 from fedraclora.engines.programs import RUNNER
 from fedraclora.errors import ConfigError
 
 # Flower also accepts abbreviated options.
+EARLIER = (0, "earlier")  # the row of messages of which sums are left
 OF_THE_API = ["--host", "--port", "--isolation", "--superexec-auth-secret-file"]
 OF_THE_API += ["--ssl-certfile", "--ssl-keyfile", "--ssl-ca-certfile"]
 
@@ -122,9 +124,10 @@ def print_history(state: Path) -> int:
     rows = []
     for digest in dict.fromkeys(entry.digest for entry in entries):
         own = [entry for entry in entries if entry.digest == digest]
-        rounds = dict.fromkeys((entry.run, entry.round) for entry in own)
-        parts = [[e for e in own if (e.run, e.round) == key] for key in rounds]
-        each = [history_row(part, part[0].round or "-") for part in parts]
+        parts = dict[tuple[int, str], list[Entry]]()
+        for e in own:
+            parts.setdefault((e.run, e.round or "-") if e.of is None else EARLIER, []).append(e)
+        each = [history_row(part, round_) for (_, round_), part in parts.items()]
         known = [row["samples"] for row in each if row["samples"] is not None]
         rows += [{**history_row(own, "all"), "samples": max(known, default=None)}, *each]
     TextTable.of(rows, [f"{len(entries)} entries, each in {history.file}"]).print()
@@ -138,6 +141,7 @@ def history_row(entries: Sequence[Entry], round_: str) -> dict[str, Any]:
     received = sum(entry.bytes for entry in entries if entry.way not in {OUT, WIRE})
     sent = sum(entry.bytes for entry in entries if entry.way == OUT)
     samples = [entry.samples for entry in entries if entry.samples is not None]
+    earlier = any(entry.of is not None for entry in entries)  # then the largest is known alone
     return {
         "run": entries[0].digest[:8],
         "round": round_,
@@ -145,7 +149,7 @@ def history_row(entries: Sequence[Entry], round_: str) -> dict[str, Any]:
         "received": size(received),
         "sent": size(sent),
         "wire": size(sum(entry.bytes for entry in entries if entry.way == WIRE)),
-        "samples": sum(samples) if samples else None,
+        "samples": (max(samples) if earlier else sum(samples)) if samples else None,
         "seconds": round(sum(entry.seconds or 0.0 for entry in entries), 1),
-        "refused": sum(entry.way == REFUSED for entry in entries),
+        "refused": sum(entry.of or 1 for entry in entries if entry.way == REFUSED),
     }

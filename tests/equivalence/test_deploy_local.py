@@ -22,7 +22,8 @@ from fedraclora.compose.overrides import composed
 from fedraclora.engines.deploy.control import COMPLETED
 from fedraclora.engines.deploy.local import LocalDeployment, make_identity, make_node_key
 from fedraclora.engines.flower_patches import OWNED, PATCHES
-from fedraclora.engines.owner.history import IN, OUT, REFUSED, TRAIN, History
+from fedraclora.engines.owner.entries import IN, OUT, REFUSED, TRAIN
+from fedraclora.engines.owner.history import History
 from fedraclora.engines.programs import Address, Program
 from fedraclora.errors import EngineError
 from fedraclora.experiments.bench.usage import descendants

@@ -16,10 +16,12 @@ from typing_extensions import override
 from fedraclora.commands import cli
 from fedraclora.engines.deploy.federation import FederationFiles
 from fedraclora.engines.deploy.local import LocalDeployment, make_node_key
-from fedraclora.engines.flower_patches import SOCKETS
-from fedraclora.engines.programs import CONNECTION, Program
+from fedraclora.engines.flower_patches import AT_SOCKETS, SOCKETS, UNPATCHED
+from fedraclora.engines.owner.entries import OUT
+from fedraclora.engines.owner.history import History
+from fedraclora.engines.programs import CONNECTION, Address, Program
 from fedraclora.experiments.faults.network import RANK, SMALL
-from fedraclora.experiments.faults.real import wait_for
+from fedraclora.experiments.faults.real import client_processes, pgrep, wait_for
 from fedraclora.experiments.faults.trials import absent, final_weights
 from fedraclora.imports import import_object
 from fedraclora.run.ledger import read_ledger
@@ -204,3 +206,78 @@ def test_a_clinic_joins_a_run_that_is_interrupted_and_no_round_is_lost(operator:
     assert not any(row["failures"] for row in rows)
     assert "run again" not in str([row.get("incidents") for row in rows])
     assert "clinic2" in operator("status")
+
+
+class OwnersNode(Program):
+    """``fedraclora node``, as an owner types it."""
+
+    def __init__(self, words: list[str], environ: dict[str, str], file: Path) -> None:
+        self.name, self.file = "fedraclora node", file
+        command = [sys.executable, "-m", "fedraclora.commands.cli", "node", *words]
+        with file.open("ab") as log:
+            self.process = subprocess.Popen(
+                command,
+                env=environ,
+                stdin=subprocess.PIPE,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+            )
+
+
+class Owners(Clinics):
+    """Clinics whose owners start the nodes, each with a history in a folder of its own."""
+
+    @override
+    def node(self, secure: Any, log: str, config: str) -> Program:
+        at = Address.choose(self.home / log, 0, self.environ)
+        words = [*secure, "--superlink", str(self.at), "--host", "127.0.0.1"]
+        words += ["--port", str(at.port), "--state", str(self.home / f"state{log[4]}")]
+        words += ["--node-config", f"{config} name='clinic{log[4]}'"]
+        return OwnersNode(words, dict(self.environ), self.home / log)
+
+    def trained(self, k: int) -> set[int]:
+        """The rounds that the history of an owner has a reply of."""
+        entries = History(self.home / f"state{k}").entries()
+        return {int(e.round) for e in entries if e.way == OUT and e.samples is not None}
+
+
+@pytest.mark.parametrize("sign", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_ends_a_node_or_a_run_and_no_round_is_lost(
+    sign: signal.Signals,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """As a service manager, or a terminal that closes, sends it to one process."""
+    monkeypatch.setenv(UNPATCHED, AT_SOCKETS.name)  # an address of the command line is refused else
+    folder, there = tmp_path / "run", tmp_path / "run-there"
+    with Owners([[0], [1], [2]]) as owners:
+        operator = Operator(owners, folder, capsys)
+        words = [*SMALL, *RANK, "rounds=400", "engine.min_clients=2", "engine.wait=300"]
+        run = operator.begin(*words, f"output.dir={folder}", f"engine.folder={there}")
+        operator.until(lambda rows: len(rows) >= 2, "round 2")
+
+        node, (resident,) = owners.nodes[1], client_processes(owners, 1)
+        assert node is not None
+        node.process.send_signal(sign)
+        node.process.wait(60)
+        wait_for(lambda: pgrep("-f", "fedraclora.clients.resident").count(resident) == 0, "its end")
+        operator.until(lambda rows: without(rows[-1]) == [1], "a round without the client")
+        node.end()
+        owners.start_node(1)
+        operator.until(lambda rows: not without(rows[-1]), "its return")
+
+        run.send_signal(sign)
+        assert run.wait(120) == 130
+        done = len(read_ledger(there / "ledger.jsonl")) - 1
+        assert f"with a checkpoint after round {done}: 0 will be run again" in operator.said()
+        run = operator.begin(f"resume={folder}", f"rounds={done + 2}")
+        assert run.wait(600) == 0, operator.said()
+        missing = {row["round"]: without(row) for row in operator.rows()}
+        assert [*missing] == [*range(1, done + 3)]
+        assert {client for own in missing.values() for client in own} == {1}
+        for k in range(3):
+            assert owners.trained(k) >= {r for r, own in missing.items() if k not in own}
+    wanted = final_weights([f"rounds={done + 2}", "engine.min_clients=2"], absent(missing))
+    assert summary_of(folder)["weights_digest"] == wanted

@@ -6,6 +6,8 @@ import hashlib
 import json
 import os
 import tomllib
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
@@ -23,21 +25,14 @@ from fedraclora.commands import node
 from fedraclora.commands.app import owner_request, write_app
 from fedraclora.commands.deploy import prepare
 from fedraclora.engines.flower_patches import OWNED
+from fedraclora.engines.owner import history as history_module
+from fedraclora.engines.owner.entries import DOWNLOAD, IN, OUT, REFUSED, WIRE, Entry, now
 from fedraclora.engines.owner.gate import APPROVED, ASK, Gate, RefusedError, ask_owner
-from fedraclora.engines.owner.history import (
-    DOWNLOAD,
-    IN,
-    OUT,
-    REFUSED,
-    WIRE,
-    Entry,
-    History,
-    Tally,
-    now,
-)
+from fedraclora.engines.owner.history import History, Tally
 from fedraclora.engines.owner.policy import Limits, Policy
 from fedraclora.engines.owner.refusal import OwnerRefusal
 from fedraclora.engines.owner.request import RunRequest, digest_of
+from fedraclora.engines.owner.rotation import line_of
 from fedraclora.engines.owner.watch import NodeWatch, Wire
 from fedraclora.engines.replies import OWNER_REFUSES
 from fedraclora.errors import ConfigError
@@ -295,6 +290,66 @@ def test_what_was_used_is_added_up_as_it_comes(tmp_path: Path) -> None:
         file.write("{}\n")
     with pytest.raises(ConfigError, match="no entry"):
         tally.update()
+
+
+def three_days(rounds: int) -> Iterator[Entry]:
+    """The messages of a run at two nodes of one owner, with a question and a refusal."""
+    yield entry(IN, round="", kind="query.partition", bytes=40, time="2026-01-01T09:00:00")
+    yield entry(REFUSED, round="1", bytes=70, time="2026-01-01T09:00:01")
+    for number in range(1, rounds + 1):
+        day = 1 + 3 * (number - 1) // rounds
+        about = {"round": str(number), "time": f"2026-01-0{day}T10:00:00.{number:03d}"}
+        for k in range(2):
+            yield entry(IN, bytes=200, node=k, **about)
+            more = {"samples": 30 + number % 7, "records": {"Array": 500}}
+            yield entry(OUT, bytes=500, node=k, seconds=0.5, **more, **about)
+            yield entry(WIRE, bytes=900, node=k, **about)
+
+
+def test_an_old_history_is_bounded_and_its_sums_are_those_of_all_messages(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rounds, largest = 64, 0
+    whole, rotated = History(tmp_path / "whole"), History(tmp_path / "rotated")
+    whole.file.write_bytes(b"".join(map(line_of, three_days(rounds))))
+    monkeypatch.setattr(history_module, "LARGEST", most := 10_000)
+    running = Tally(rotated.file)  # of a node that runs all the time
+    for each in three_days(rounds):
+        rotated.add(each)
+        running.update()
+        largest = max(largest, sum(f.stat().st_size for f in rotated.file.parent.iterdir()))
+    assert whole.file.stat().st_size > 8 * most
+    assert largest < 2 * most
+    known, anew = Tally(whole.file), Tally(rotated.file)
+    known.update()
+    anew.update()
+    for tally in (running, anew):
+        for day in ("2026-01-02", "2026-01-03"):
+            assert tally.of_day(day).limits == known.of_day(day).limits
+        assert tally.of_run(RUN.digest).limits == known.of_run(RUN.digest).limits
+    assert known.of_run(RUN.digest).limits == Limits(rounds, rounds / 1000, rounds / 3600)
+    rows = []
+    monkeypatch.setenv("COLUMNS", "200")
+    for state in ("whole", "rotated"):
+        assert node.main(["--history", f"--state={tmp_path}/{state}"]) == 0
+        printed = capsys.readouterr().out.splitlines()
+        rows.append(next(line.split() for line in printed if " all " in line))
+        assert any(" earlier " in line for line in printed) == (state == "rotated")
+    assert rows[0] == rows[1]
+
+
+def test_no_entry_of_two_nodes_is_lost_while_one_of_them_rotates(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(history_module, "LARGEST", 3_000)
+
+    def write(node: int) -> None:
+        for number in range(50):
+            History(tmp_path).add(entry(OUT, round=str(number), node=node, bytes=1))
+
+    with ThreadPoolExecutor(2) as threads:
+        list(threads.map(write, range(2)))
+    assert sum(e.bytes for e in History(tmp_path).entries()) == 100
 
 
 class Node:

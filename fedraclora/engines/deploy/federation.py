@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from fedraclora.engines.owner.history import now
+from fedraclora.engines.owner.entries import now
 from fedraclora.errors import ConfigError, EngineError
 from fedraclora.weights.files import write_text
 

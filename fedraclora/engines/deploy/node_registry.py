@@ -23,7 +23,7 @@ from fedraclora.engines.deploy.federation import FederationFiles, NodeFacts, Wis
 from fedraclora.engines.deploy.pulling import in_part, pulled
 from fedraclora.engines.deploy.pushing import pushed
 from fedraclora.engines.node_config import node_name
-from fedraclora.engines.owner.history import now
+from fedraclora.engines.owner.entries import now
 from fedraclora.engines.owner.refusal import OwnerRefusal
 from fedraclora.engines.replies import FORMAT, OWNER_REFUSES, UNREADABLE, check_format
 from fedraclora.errors import AbsentError, ConfigError, EngineError, WireError

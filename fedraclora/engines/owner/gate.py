@@ -115,7 +115,7 @@ class Gate:
             (policy.day, self._tally.of_day(today.isoformat()), "day", until),
         ):
             # A round has several messages: the last one that is allowed is brought to its end.
-            began = bool(round_) and (run.run, round_) in own.rounds
+            began = bool(round_) and own.has(run.run, round_)
             left = replace(limits, rounds=None) if began else limits
             if reached := left.reached(own.limits):
                 return OwnerRefusal(f"its owner's limit is reached: {reached} of a {of}", end)

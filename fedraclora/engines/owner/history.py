@@ -5,71 +5,27 @@ from __future__ import annotations
 import fcntl
 import json
 import os
-from dataclasses import asdict, dataclass, field
-from datetime import UTC, datetime
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import BinaryIO
 
+from fedraclora.engines.owner.entries import DATE, OUT, Entry
 from fedraclora.engines.owner.policy import Limits
+from fedraclora.engines.owner.rotation import LARGEST, line_of, rotate
 from fedraclora.errors import ConfigError
 
 HISTORY = "history.jsonl"
-TRAIN = "train"  # how Flower's kinds of messages begin in which clients train
 LONGEST = 1 << 14  # bytes of an entry
-DATE = len("2026-12-31")
-IN, OUT, REFUSED = "in", "out", "refused"
-DOWNLOAD = "bundle"  # the way of an app's bundle, which is downloaded
-# The way of all that the node has sent and received by HTTP since the last such entry.
-WIRE = "wire"
-
-
-@dataclass(frozen=True)
-class Entry:
-    """One message.
-
-    Attributes:
-        time: When it came or went, ISO 8601 in UTC.
-        way: `IN`, `OUT`, or `REFUSED`: it came, and no code of the run has seen it; or `DOWNLOAD`,
-            or `WIRE`, in which messages and bundle are contained.
-        digest: The digest of the run.
-        run: Flower's number of the run.
-        node: Flower's number of this node.
-        round: The round; empty for a message outside of rounds.
-        kind: Flower's type of the message, as ``train.cohort``.
-        bytes: Bytes of its content; of `WIRE` both ways, with headers, without TLS.
-        records: Bytes of each kind of record in it.
-        seconds: Of a reply: since its message came.
-        samples: Of a reply of training: on how many samples, as the run's code says.
-        why: Of a refused message.
-    """
-
-    time: str
-    way: str
-    digest: str
-    run: int
-    node: int
-    round: str
-    kind: str
-    bytes: int = 0
-    records: dict[str, int] | None = None
-    seconds: float | None = None
-    samples: int | None = None
-    why: str | None = None
-
-    @property
-    def is_training(self) -> bool:
-        """Return whether it is a message for which this node trained."""
-        return self.way == IN and self.kind.startswith(TRAIN)
-
-
-def now() -> str:
-    """Return the time of an entry."""
-    return datetime.now(UTC).isoformat(timespec="milliseconds")
+LAST = 1 << 10  # rounds that may still get messages
 
 
 class History:
     """Append entries to a file, and add up what was used.
 
-    Several nodes may share it. Entries are on the disk before a reply leaves.
+    Several nodes may share it. Entries are on the disk before a reply leaves. Beyond `LARGEST`
+    bytes, older ones are replaced by their sums (`rotation`).
 
     Args:
         folder: The owner's; it is made if it is missing.
@@ -88,18 +44,33 @@ class History:
             raise ConfigError(f"--state={folder}: {error}: give a folder of this user") from error
 
     def add(self, entry: Entry) -> None:
-        """Append an entry, in place of a last one that a kill has cut."""
-        found = {key: value for key, value in asdict(entry).items() if value is not None}
-        with self.file.open("r+b") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
+        """Append an entry, in place of a last one that a kill has cut.
+
+        A file that has become large is rotated before.
+        """
+        if self.file.stat().st_size > LARGEST:
+            with self._locked(), suppress(OSError):  # a full disk may yet have room for an entry
+                if self.file.stat().st_size > LARGEST:  # another node may have been first
+                    rotate(self.file, self.entries())
+        with self._locked() as file:
             end = file.seek(0, os.SEEK_END)
             file.seek(max(0, end - LONGEST))
             tail = file.read()
             file.seek(end - len(tail) + tail.rfind(b"\n") + 1)
-            file.write(json.dumps(found).encode() + b"\n")
+            file.write(line_of(entry))
             file.truncate()
             file.flush()
             os.fsync(file.fileno())
+
+    @contextmanager
+    def _locked(self) -> Iterator[BinaryIO]:
+        """Open the file, and lock it: the one that has its name by then."""
+        while True:
+            with self.file.open("r+b") as file:
+                fcntl.flock(file, fcntl.LOCK_EX)
+                if os.path.samestat(os.fstat(file.fileno()), self.file.stat()):
+                    yield file
+                    return
 
     def entries(self) -> list[Entry]:
         """Read all entries.
@@ -118,7 +89,16 @@ def read_entries(file: Path, start: int = 0) -> tuple[list[Entry], int]:
     """
     with file.open("rb") as opened:
         opened.seek(start)
-        new = opened.read()
+        found, size = entries_in(opened.read(), file)
+    return found, start + size
+
+
+def entries_in(new: bytes, file: Path) -> tuple[list[Entry], int]:
+    """Read the whole lines of bytes of a history; return them, and their length.
+
+    Raises:
+        ConfigError: If one is no entry.
+    """
     whole, found = new[: new.rfind(b"\n") + 1], list[Entry]()
     for line in whole.splitlines():
         try:
@@ -128,7 +108,7 @@ def read_entries(file: Path, start: int = 0) -> tuple[list[Entry], int]:
                 f"{file}: {line[:80]!r} is no entry of a history ({error}). "
                 "Move the file away to begin anew"
             ) from error
-    return found, start + len(whole)
+    return found, len(whole)
 
 
 @dataclass
@@ -136,27 +116,37 @@ class Usage:
     """Add up what a part of the history took.
 
     Attributes:
-        rounds: The rounds in which this node trained, with Flower's number of the run.
+        rounds: In how many rounds this node trained.
         sent: Bytes that it sent.
         seconds: From messages to their replies.
     """
 
-    rounds: set[tuple[int, str]] = field(default_factory=set)
+    rounds: int = 0
     sent: int = 0
     seconds: float = 0.0
+    _last: dict[tuple[int, str], None] = field(default_factory=dict)  # rounds, the latest last
 
     def add(self, entry: Entry) -> None:
         """Add an entry."""
+        self.rounds += entry.rounds or 0
         if entry.way == OUT:
             self.sent += entry.bytes
             self.seconds += entry.seconds or 0.0
-        if entry.is_training:
-            self.rounds.add((entry.run, entry.round))
+        if entry.of is None and entry.is_training:
+            key = (entry.run, entry.round)
+            self.rounds += key not in self._last
+            self._last[key] = None
+            if len(self._last) > LAST:
+                del self._last[next(iter(self._last))]
+
+    def has(self, run: int, round_: str) -> bool:
+        """Check whether this node trained in a round that is one of the latest."""
+        return (run, round_) in self._last
 
     @property
     def limits(self) -> Limits:
         """Return it in the units of limits."""
-        return Limits(len(self.rounds), self.sent / 1e6, self.seconds / 3600)
+        return Limits(self.rounds, self.sent / 1e6, self.seconds / 3600)
 
 
 class Tally:
@@ -169,7 +159,7 @@ class Tally:
     """
 
     def __init__(self, file: Path) -> None:
-        self.file = file
+        self.file, self._inode = file, 0
         self._begin_anew()
 
     def _begin_anew(self) -> None:
@@ -181,9 +171,14 @@ class Tally:
         Raises:
             ConfigError: If a line is no entry.
         """
-        if self.file.stat().st_size < self._read:
-            self._begin_anew()
-        added, self._read = read_entries(self.file, self._read)
+        with self.file.open("rb") as file:
+            about = os.fstat(file.fileno())
+            if about.st_ino != self._inode or about.st_size < self._read:
+                self._begin_anew()
+            self._inode = about.st_ino
+            file.seek(self._read)
+            added, size = entries_in(file.read(), self.file)
+        self._read += size
         for entry in added:
             for table, key in ((self._runs, entry.digest), (self._days, entry.time[:DATE])):
                 table.setdefault(key, Usage()).add(entry)

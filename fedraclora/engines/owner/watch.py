@@ -21,8 +21,9 @@ from flwr.app import ConfigRecord, Error, Message
 from fedraclora import flower_internals
 from fedraclora.engines import flower_patches
 from fedraclora.engines.flower_patches import FLEET, NODE_LOOP
+from fedraclora.engines.owner.entries import DOWNLOAD, IN, OUT, REFUSED, WIRE, Entry, now
 from fedraclora.engines.owner.gate import Gate, RefusedError
-from fedraclora.engines.owner.history import DOWNLOAD, IN, OUT, REFUSED, WIRE, Entry, History, now
+from fedraclora.engines.owner.history import History
 from fedraclora.engines.owner.refusal import OwnerRefusal
 from fedraclora.engines.owner.request import RunRequest
 from fedraclora.engines.replies import OWNER_REFUSES, RECORDS
