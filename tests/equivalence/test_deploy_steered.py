@@ -93,13 +93,15 @@ def operator(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> Iterator[Operator]:
-    """An operator of as many clinics as the test says, each with a client and its own samples."""
+    """An operator of as many clinics as the test says, which have own samples or those of a run."""
+    clinics_asked, own = request.param
     monkeypatch.syspath_prepend(str(Path(__file__).resolve().parents[2] / "docs" / "deploy"))
     owner = import_object("data", "clinic.data:owner")
     for client in range(3):
         x, y = owner(client)
         np.savez(tmp_path / f"{client}.npz", x=x, target=y)
-    with Clinics([[k] for k in range(request.param)], data=str(tmp_path)) as clinics:
+    served = [[k] for k in range(clinics_asked)]
+    with Clinics(served, data=str(tmp_path) if own else None) as clinics:
         for key in ("FLWR_HOME", SOCKETS):
             monkeypatch.setenv(key, clinics.environ[key])
         monkeypatch.setenv("COLUMNS", "250")
@@ -111,7 +113,7 @@ def without(row: dict[str, Any]) -> list[int]:
     return [failure["client"] for failure in row["failures"]]
 
 
-@pytest.mark.parametrize("operator", [3], indirect=True)
+@pytest.mark.parametrize("operator", [(3, False)], indirect=True)
 def test_a_federation_is_paused_drained_and_left_by_a_node(operator: Operator) -> None:
     folders = [f"output.dir={operator.folder}", f"engine.folder={operator.folder}-there"]
     words = [*SMALL, *RANK, *ROUNDS, "engine.min_clients=2", "engine.wait=120", *folders]
@@ -181,7 +183,7 @@ def test_a_federation_is_paused_drained_and_left_by_a_node(operator: Operator) -
     assert entries[0]["who"] in log
 
 
-@pytest.mark.parametrize("operator", [2], indirect=True)
+@pytest.mark.parametrize("operator", [(2, True)], indirect=True)
 def test_a_clinic_joins_a_run_that_is_interrupted_and_no_round_is_lost(operator: Operator) -> None:
     """By Ctrl-C, between two regular checkpoints."""
     folder, clinics = operator.folder, operator.clinics
@@ -214,7 +216,7 @@ class OwnersNode(Program):
     def __init__(self, words: list[str], environ: dict[str, str], file: Path) -> None:
         self.name, self.file = "fedraclora node", file
         command = [sys.executable, "-m", "fedraclora.commands.cli", "node", *words]
-        with file.open("ab") as log:
+        with file.open("wb") as log:
             self.process = subprocess.Popen(
                 command,
                 env=environ,
