@@ -157,7 +157,7 @@ class Record:
 
         A server that resumed from a checkpoint repeats rounds: they replace the earlier rows.
         """
-        if row in self.ledger.rows:
+        if self.ledger.has(row):
             return
         self.ledger.cut(int(str(row["round"])) - 1)
         self.ledger.append(row, sync=False)

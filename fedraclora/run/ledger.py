@@ -14,8 +14,10 @@ import json
 import math
 import os
 import sys
-from bisect import bisect_right
+from array import array
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import accumulate
 from pathlib import Path
 
 import numpy as np
@@ -23,11 +25,12 @@ import numpy.typing as npt
 import torch
 
 from fedraclora.errors import CheckpointError
+from fedraclora.run.stored_rows import SEAL, StoredRow, StoredRows
 from fedraclora.weights.files import keep_private, make_folder, naming_file, replacing
 
-Row = dict[str, object]
+Row = StoredRow
 BY_CLIENTS = "clients."  # prefix of clients' metrics
-_SEAL = "sha256"  # key of a line's checksum of its row and all earlier ones; readers do not see it
+SEAL_BYTES = hashlib.sha256().digest_size
 
 NONDETERMINISTIC = frozenset(
     {
@@ -43,7 +46,7 @@ NONDETERMINISTIC = frozenset(
 
 
 class Ledger:
-    """The rows of a run, in memory and in a file.
+    """The rows of a run, in a file or in memory.
 
     An existing file is continued: its rows are read, and an unfinished last line is removed.
 
@@ -59,13 +62,18 @@ class Ledger:
 
     def __init__(self, path: Path | None) -> None:
         self.path = path
-        self.rows: list[Row] = []
+        rows, data = list[Row](), b""
         if path is not None and path.exists():
             data = path.read_bytes()
-            self.rows = _parse(data, path)
-            if data and not data.endswith(b"\n"):
-                self._rewrite()
-        self._seals = [*seals(self.rows)]
+            rows = _parse(data, path)
+        lengths = (len(line) + 1 for line in data.split(b"\n")[: len(rows)])
+        self.rows: Sequence[Row] = (
+            rows if path is None else StoredRows(path, rows, accumulate(lengths))
+        )
+        self._rounds = array("q", map(_round, rows))
+        self._seals = bytearray(b"".join(map(bytes.fromhex, seals(rows))))
+        if data and not data.endswith(b"\n"):
+            self._cut(len(rows))
 
     def append(self, row: Mapping[str, object], *, sync: bool = True) -> None:
         """Add the row of one round and write it.
@@ -79,7 +87,7 @@ class Ledger:
             CheckpointError: If ``row["round"]`` is not an integer above the last row's, or a
                 value cannot be written.
         """
-        round_, last = row.get("round"), self.rows[-1]["round"] if self.rows else None
+        round_, last = row.get("round"), self._rounds[-1] if self._rounds else None
         if not isinstance(round_, int) or (isinstance(last, int) and round_ <= last):
             raise CheckpointError(
                 f"ledger {self.path or ''}: round={round_!r} of a row is not an integer above "
@@ -88,42 +96,54 @@ class Ledger:
         plain = {str(key): ledger_value(value, str(key)) for key, value in row.items()}
         text = json.dumps(plain, allow_nan=False)
         seal = _seal(self.seal(), text)
+        line = _line(text, seal)
         if self.path is not None:
             if not self.rows:
                 make_folder(self.path.parent)
                 self.path.touch()
                 keep_private(self.path)
             with naming_file(self.path), self.path.open("ab") as file:
-                file.write(_line(text, seal))
+                file.write(line)
                 file.flush()
                 if sync:
                     os.fsync(file.fileno())
-        self.rows.append(plain)
-        self._seals.append(seal)
+        if isinstance(self.rows, StoredRows):
+            self.rows.append(plain, len(line))
+        elif isinstance(self.rows, list):
+            self.rows.append(plain)
+        self._rounds.append(round_)
+        self._seals += bytes.fromhex(seal)
 
     def seal(self, round_: int | None = None) -> str:
         """Compute the checksum of all rows up to a round, with every column; empty without rows."""
-        count = len(self.rows)
-        if round_ is not None:
-            count = bisect_right(self.rows, round_, key=_round)
-        return self._seals[count - 1] if count else ""
+        count = len(self.rows) if round_ is None else bisect_right(self._rounds, round_)
+        return self._seals[(count - 1) * SEAL_BYTES : count * SEAL_BYTES].hex() if count else ""
+
+    def has(self, row: Mapping[str, object]) -> bool:
+        """Check whether a row is there, with every column."""
+        at = bisect_left(self._rounds, _round(row))
+        return at < len(self.rows) and self.rows[at] == row
 
     def cut(self, round_: int) -> None:
         """Drop the rows of all rounds after ``round_``, so that the run can be resumed there."""
-        rows = [row for row in self.rows if _round(row) <= round_]
-        if len(rows) < len(self.rows):
-            self.rows, self._seals = rows, self._seals[: len(rows)]
-            self._rewrite()
+        if (count := bisect_right(self._rounds, round_)) < len(self.rows):
+            self._cut(count)
+
+    def _cut(self, count: int) -> None:
+        """Keep the first rows alone."""
+        if isinstance(self.rows, StoredRows):
+            with replacing(self.rows.path) as partial, self.rows.path.open("rb") as file:
+                kept = file.read(self.rows.end(count))
+                # A kill may have cut the last line right before its end.
+                partial.write_bytes(kept + b"\n" * bool(kept and not kept.endswith(b"\n")))
+            self.rows.cut(count)
+        else:
+            self.rows = self.rows[:count]
+        del self._rounds[count:], self._seals[count * SEAL_BYTES :]
 
     def digest(self) -> str:
         """Hash the deterministic columns of all rows; see `digest_rows`."""
         return digest_rows(self.rows)
-
-    def _rewrite(self) -> None:
-        if self.path is not None:
-            with replacing(self.path) as partial:
-                lines = map(_line, map(json.dumps, self.rows), seals(self.rows))
-                partial.write_bytes(b"".join(lines))
 
 
 def read_ledger(path: Path) -> list[Row]:
@@ -271,7 +291,7 @@ def _parse(data: bytes, path: Path) -> list[Row]:
             least = _round(rows[-1]) + 1 if rows else 0
             if not isinstance(row, dict) or _round(row) < least:
                 raise ValueError(f"a row must be a mapping with a round from {least} on")
-            claimed = row.pop(_SEAL, None)
+            claimed = row.pop(SEAL, None)
             seal = _seal(seal, json.dumps(row))
             if claimed != seal:
                 raise ValueError("its checksum does not match, or an earlier row is missing")
@@ -293,7 +313,7 @@ def _round(row: Mapping[str, object]) -> int:
 
 def _line(text: str, seal: str) -> bytes:
     """Write a row as JSON, followed by its checksum."""
-    return f'{text[:-1]}, "{_SEAL}": "{seal}"}}\n'.encode()
+    return f'{text[:-1]}, "{SEAL}": "{seal}"}}\n'.encode()
 
 
 def _seal(before: str, text: str) -> str:

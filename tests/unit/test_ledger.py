@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import math
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -167,6 +168,35 @@ def test_cut_then_append_equals_never_having_gone_on(path: Path, tmp_path: Path)
         ledger.append(row(round_, seconds={"total": 99.0}))
     assert ledger.digest() == filled(None, 6).digest()
     assert [p.name for p in path.parent.iterdir()] == ["ledger.jsonl"]
+
+
+def test_rows_are_read_from_the_file_as_a_list_has_them(path: Path) -> None:
+    ledger, known = filled(path, 6), [*filled(None, 6).rows]
+    for again in (ledger, Ledger(path)):
+        assert [*again.rows] == known
+        assert [again.rows[k] for k in range(-6, 6)] == known + known
+        assert again.rows[1:5:2] == known[1:5:2]
+        for index in (6, -7):
+            with pytest.raises(IndexError):
+                again.rows[index]
+        assert all(map(again.has, known))
+        assert not again.has({**known[3], "loss": 17.0})
+        assert not again.has(row(6))
+
+
+def test_a_long_run_keeps_its_rows_in_the_file_alone(path: Path) -> None:
+    about = {"failures": [{"client": k, "reason": "it is not connected"} for k in range(20)]}
+    ledger = Ledger(path)
+    ledger.append(row(0, **about))
+    tracemalloc.start()
+    try:
+        for round_ in range(1, 201):
+            ledger.append(row(round_, **about), sync=False)
+        kept = tracemalloc.get_traced_memory()[0] / 200
+    finally:
+        tracemalloc.stop()
+    assert len(ledger.rows) == 201
+    assert kept < 200  # bytes a round: its checksum and place; the row has some 10,000
 
 
 def test_a_kill_while_cutting_leaves_the_old_rows(

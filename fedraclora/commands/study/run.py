@@ -194,13 +194,13 @@ def client_bytes(run: RunBuilder) -> int | None:
     return memory.weights + memory.training(1)
 
 
-def server_cpu_seconds(rows: list[Row]) -> float:
+def server_cpu_seconds(rows: Sequence[Row]) -> float:
     """Return the server's processor seconds per round, to open and close it: the median."""
     laps = column(rows, "cpu_seconds", "open") + column(rows, "cpu_seconds", "close")
     return round(float(np.median(laps[1:])), 6)
 
 
-def curve(rows: list[Row]) -> list[Line]:
+def curve(rows: Sequence[Row]) -> list[Line]:
     """Extract the points of a figure from a ledger: metrics, time and bytes of measured rounds."""
     points: list[Line] = []
     seconds = 0.0
