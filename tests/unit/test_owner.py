@@ -312,7 +312,7 @@ def test_an_old_history_is_bounded_and_its_sums_are_those_of_all_messages(
     rounds, largest = 64, 0
     whole, rotated = History(tmp_path / "whole"), History(tmp_path / "rotated")
     whole.file.write_bytes(b"".join(map(line_of, three_days(rounds))))
-    monkeypatch.setattr(history_module, "LARGEST", most := 10_000)
+    monkeypatch.setattr(history_module, "MOST_HISTORY", most := 10_000)
     running = Tally(rotated.file)  # of a node that runs all the time
     for each in three_days(rounds):
         rotated.add(each)
@@ -341,7 +341,7 @@ def test_an_old_history_is_bounded_and_its_sums_are_those_of_all_messages(
 def test_no_entry_of_two_nodes_is_lost_while_one_of_them_rotates(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(history_module, "LARGEST", 3_000)
+    monkeypatch.setattr(history_module, "MOST_HISTORY", 3_000)
 
     def write(node: int) -> None:
         for number in range(50):

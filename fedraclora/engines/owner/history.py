@@ -13,7 +13,7 @@ from typing import BinaryIO
 
 from fedraclora.engines.owner.entries import DATE, OUT, Entry
 from fedraclora.engines.owner.policy import Limits
-from fedraclora.engines.owner.rotation import LARGEST, line_of, rotate
+from fedraclora.engines.owner.rotation import MOST_HISTORY, line_of, rotate
 from fedraclora.errors import ConfigError
 
 HISTORY = "history.jsonl"
@@ -24,7 +24,7 @@ LAST = 1 << 10  # rounds that may still get messages
 class History:
     """Append entries to a file, and add up what was used.
 
-    Several nodes may share it. Entries are on the disk before a reply leaves. Beyond `LARGEST`
+    Several nodes may share it. Entries are on the disk before a reply leaves. Beyond `MOST_HISTORY`
     bytes, older ones are replaced by their sums (`rotation`).
 
     Args:
@@ -48,9 +48,9 @@ class History:
 
         A file that has become large is rotated before.
         """
-        if self.file.stat().st_size > LARGEST:
+        if self.file.stat().st_size > MOST_HISTORY:
             with self._locked(), suppress(OSError):  # a full disk may yet have room for an entry
-                if self.file.stat().st_size > LARGEST:  # another node may have been first
+                if self.file.stat().st_size > MOST_HISTORY:  # another node may have been first
                     rotate(self.file, self.entries())
         with self._locked() as file:
             end = file.seek(0, os.SEEK_END)

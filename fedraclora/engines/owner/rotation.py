@@ -15,7 +15,7 @@ from pathlib import Path
 
 from fedraclora.engines.owner.entries import DATE, OUT, Entry
 
-LARGEST = 1 << 24  # bytes of a history; a round takes about 1 kB of it
+MOST_HISTORY = 1 << 24  # bytes of a history; a round takes about 1 kB of it
 DAYS = 2  # whose sums are kept by day
 OLD = ".old"  # at the end of the name of the file that older entries move to
 
