@@ -102,6 +102,7 @@ MAKERS: dict[str, Callable[[Path, Path], None]] = {
     "theory": tables_of_theory,
     "faults": table_of_faults,
     "network_faults": table_of_network_faults,
+    "network_faults_alone": table_of_network_faults,
     "found_rates": tables_of_found_rates,
     "slow_links": lambda folder, out: write_slow_links(SlowLinks(folder), out),
     "wire": table_of_wire,

@@ -29,8 +29,8 @@ from fedraclora.engines.owner.policy import Policy
 from fedraclora.engines.programs import RUNNER
 from fedraclora.errors import ConfigError
 
-# Flower also accepts abbreviated options.
 EARLIER = (0, "earlier")  # the row of messages of which sums are left
+# Flower also accepts abbreviated options.
 OF_THE_API = ["--host", "--port", "--isolation", "--superexec-auth-secret-file"]
 OF_THE_API += ["--ssl-certfile", "--ssl-keyfile", "--ssl-ca-certfile"]
 

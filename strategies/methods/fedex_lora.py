@@ -17,7 +17,9 @@ of the last client is zero, so the rank is (K - 1) r. ``residual_rank`` truncate
 - Source: Singhal et al., *FedEx-LoRA: exact aggregation for federated and efficient fine-tuning of
   large language models*, ACL 2025, arXiv 2410.09432.
 - Held to: CERT-Lab/fedex-lora at 2fa2e4a: the server's step, 3 rounds.
-- Departures: none known; both sums have the aggregation weights p_k of the run.
+- Departures: both sums have the aggregation weights p_k of the run. In the public code all clients
+  have equal ones, and the residual of every layer is transposed, as GPT-2's ``Conv1D`` needs it and
+  ``torch.nn.Linear`` does not.
 """
 
 from __future__ import annotations
