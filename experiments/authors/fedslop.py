@@ -15,10 +15,9 @@ from unittest.mock import patch
 import torch
 from torch import nn
 
-import fedraclora
 from fedraclora.experiments.authors.check import CodeCheck, Findings
 from fedraclora.experiments.authors.code import Repository
-from fedraclora.experiments.authors.toy import ROUNDS, Worst
+from fedraclora.experiments.authors.toy import ROUNDS, ToySamples, Worst, drawn_network, trained
 from fedraclora.protocol.method import Cohort, Draw
 from fedraclora.protocol.plan import make_plan
 from fedraclora.protocol.uplinks import Uplinks
@@ -31,7 +30,7 @@ STEPS, LR, MOMENTUM = 4, 0.02, 0.8
 UNUSED = ("algorithm", "torchvision")
 
 
-def samples() -> list[tuple[torch.Tensor, torch.Tensor]]:
+def samples() -> list[ToySamples]:
     """Draw those of each client: pictures [N, 784] and classes [N]."""
     rng = generator(0, "pictures")
     inputs = torch_normal(rng, CLIENTS, SAMPLES, 784).float()
@@ -53,27 +52,15 @@ def sketches(model: nn.Module) -> Iterator[list[torch.Tensor]]:
         state = method.close_round(state, sent, uplinks)
 
 
-def our_model(model: nn.Module, rounds: int) -> nn.Module:
-    """Train by our method from the weights of a model."""
-    words = ["method=fedslop", f"method.rank={RANK}", f"clients_per_round={CLIENTS}"]
-    words += [f"seed={SEED}", f"rounds={rounds}", "head=lora", "bias=full", "output.dir=null"]
-    words += ["local.batch_size=0", f"local.steps={STEPS}", f"local.lr={LR}"]
-    words += [f"local.momentum={MOMENTUM}", "output.progress=false", "local.clip=null"]
-    run = fedraclora.simulate(*words, model=model, data=samples(), test=0)
-    return run.model()
-
-
 def compare(code: Repository) -> Findings:
     """Compare all weights after each round."""
     worst = Worst()
     path = "code/experiment_mnist_federated_torch.py"
+    words = ["method=fedslop", f"method.rank={RANK}", f"seed={SEED}", "head=lora", "bias=full"]
+    words += [f"local.steps={STEPS}", f"local.lr={LR}", f"local.momentum={MOMENTUM}"]
     setting = {"lr": LR, "local_epochs": STEPS, "momentum": MOMENTUM, "proj_rank": RANK}
     with code.modules(path, root="code", unused=UNUSED) as [module]:
-        theirs = module.SimpleMLP()
-        rng = generator(0, "network")
-        with torch.no_grad():
-            for value in theirs.parameters():
-                value.copy_(0.05 * torch_normal(rng, *value.shape))
+        theirs = drawn_network(module.SimpleMLP())
         start = copy.deepcopy(theirs)
         for round_, drawn in enumerate(sketches(start), 1):
             given = iter(drawn)
@@ -85,7 +72,7 @@ def compare(code: Repository) -> Findings:
                     {},
                     {**setting, "client_fraction": 1.0, "round": round_},
                 )
-            ours = our_model(start, round_).state_dict()
+            ours = trained(start, samples(), round_, *words).state_dict()
             worst.add(**{n: (ours[n], value) for n, value in theirs.state_dict().items()})
     return worst.found
 

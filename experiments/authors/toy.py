@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 import peft
 import torch
 
+import fedraclora
 from fedraclora.lowrank.layers import LayerView
 from fedraclora.protocol.method import Cohort, Draw, Method, Plan
 from fedraclora.protocol.uplinks import Uplinks
@@ -18,6 +19,7 @@ SCALE = ALPHA / R
 SIZES = (3, 8, 1, 4)  # samples of clients, where their weights differ
 EQUAL = (1, 1, 1, 1)
 DRAW = Draw(3)
+ToySamples = tuple[torch.Tensor, torch.Tensor]
 PLACE = "base_model.model.w."  # of a layer under PEFT
 
 
@@ -83,6 +85,31 @@ def adapted(layer: torch.nn.Module) -> torch.nn.Module:
     config = peft.LoraConfig(r=R, lora_alpha=ALPHA, target_modules=["w"], fan_in_fan_out=turned)
     found: torch.nn.Module = peft.get_peft_model(model, config)
     return found
+
+
+def drawn_network(model: torch.nn.Module) -> torch.nn.Module:
+    """Draw all parameters of a network, which is returned."""
+    rng = generator(0, "network")
+    with torch.no_grad():
+        for value in model.parameters():
+            value.copy_(0.05 * torch_normal(rng, *value.shape))
+    return model
+
+
+def trained(
+    model: torch.nn.Module, data: Sequence[ToySamples], rounds: int, *words: str
+) -> torch.nn.Module:
+    """Train by our simulator from the weights of a model; all clients, all samples at each step.
+
+    Args:
+        model: It stays as it is.
+        data: Inputs and targets of each client.
+        rounds: Of the run.
+        words: The method and what it needs, as on the command line.
+    """
+    fixed = [f"rounds={rounds}", f"clients_per_round={len(data)}", "local.batch_size=0"]
+    fixed += ["local.clip=null", "output.dir=null", "output.progress=false"]
+    return fedraclora.simulate(*words, *fixed, model=model, data=data, test=0).model()
 
 
 class Worst:

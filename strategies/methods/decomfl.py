@@ -16,6 +16,7 @@ is kept over rounds; every replica stores it beside the weights.
 - Client: 2 P forward passes per local step, no backward pass; K P d draws.
 - Source: Li et al., *Achieving dimension-free communication in federated learning via zeroth-order
   optimization*, ICLR 2025, arXiv 2405.15861, and its code (``cezo_fl``).
+- Held to: ZidongLiu/DeComFL at 0c426e6: whole rounds with training and catch-up, 3 rounds.
 - Departures: clients send the step c instead of the difference g, so that the server needs no step
   size. Under a learning rate schedule V therefore sums the steps as they were taken (torch
   multiplies V by the current step size). The mean has the run's aggregation weights; the code's is

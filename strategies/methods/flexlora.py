@@ -12,6 +12,7 @@
 - Server: two QRs and a small SVD of the stacked factors, O((m + n) (K r)^2 + (K r)^3).
 - Source: Bai et al., *Federated fine-tuning of large language models under heterogeneous tasks and
   client resources*, NeurIPS 2024, arXiv 2402.11505.
+- Held to: alibaba/FederatedScope at 1cb1ab76: the server's step, 3 rounds.
 - Departures: the scale is alpha / r for all clients; the paper's is alpha / r_k. Each factor gets
   the root of S; the public code puts S into B. The product is the same, local steps are not.
 """
