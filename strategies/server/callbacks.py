@@ -170,6 +170,8 @@ class Stopping(Callback):
     config: StopConfig = field(default_factory=StopConfig)
     validated: Callable[[Tree], dict[str, float]] | None = None
     lower: Collection[str] = ()
+    _seen: int = field(default=0, init=False, repr=False)  # rows that `ends` has read
+    _costs: list[float] = field(default_factory=list, init=False, repr=False)  # of these
 
     @override
     def measure(self, weights: Tree, round_: int) -> Row:
@@ -188,11 +190,17 @@ class Stopping(Callback):
     @override
     def ends(self, rows: Sequence[Row]) -> bool:
         """Check whether the last ``patience`` evaluations have not improved on one before them."""
-        costs = [cost for row in rows if (cost := self._cost(row)) is not None]
-        if self.config.patience is None or not costs:
+        if self.config.patience is None:
             return False
-        least, after = costs[0], 0
-        for cost in costs[1:]:
+        if len(rows) < self._seen:
+            self._seen, self._costs = 0, []
+        # A ledger reads its rows from its file, so each is asked for once.
+        self._costs += [c for row in rows[self._seen :] if (c := self._cost(row)) is not None]
+        self._seen = len(rows)
+        if not self._costs:
+            return False
+        least, after = self._costs[0], 0
+        for cost in self._costs[1:]:
             if cost < least - self.config.min_delta:
                 least, after = cost, 0
             else:

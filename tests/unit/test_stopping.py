@@ -95,9 +95,25 @@ def test_min_delta_is_a_key(tmp_path: Path) -> None:
 
 
 def test_a_metric_may_be_one_that_should_rise() -> None:
-    stop = Stopping(StopConfig("accuracy", 2))
-    assert not stop.ends(rows(0.5, 0.6, 0.7, metric="accuracy"))
-    assert stop.ends(rows(0.7, 0.6, 0.7, metric="accuracy"))
+    stop = StopConfig("accuracy", 2)
+    assert not Stopping(stop).ends(rows(0.5, 0.6, 0.7, metric="accuracy"))
+    assert Stopping(stop).ends(rows(0.7, 0.6, 0.7, metric="accuracy"))
+
+
+def test_each_row_is_asked_for_once() -> None:
+    """A ledger reads rows from its file; a run of many rounds would read all of it each round."""
+    asked = 0
+
+    class Counting(list[Row]):
+        def __getitem__(self, index: Any) -> Any:
+            nonlocal asked
+            found = super().__getitem__(index)
+            asked += len(found) if isinstance(index, slice) else 1
+            return found
+
+    stop, known = Stopping(StopConfig(patience=9)), rows(*(1.0 - k / 100 for k in range(50)))
+    assert not any(stop.ends(Counting(known[:k])) for k in range(1, 51))
+    assert asked == 50
 
 
 def test_without_patience_nothing_is_measured_and_nothing_stops() -> None:
