@@ -155,7 +155,7 @@ class Ladder:
         """Write the table: a row for each method that has run; without a ladder it ends early."""
         of_best = ["best of the ladder", f"{self.metric} there"]
         head = ["method", "rate found", self.metric, *of_best, "behind"]
-        rows = [head, ["---"] * len(head)]
+        rows = [head, ["---", *["---:"] * (len(head) - 1)]]
         for method in sorted(m for m, rate in self.runs if rate == "auto"):
             own = self.runs[method, "auto"]
             others = [r for (m, rate), r in self.runs.items() if m == method and rate != "auto"]

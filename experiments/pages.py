@@ -20,7 +20,9 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import cache
+from itertools import takewhile
 from pathlib import Path
 from string import Template
 
@@ -92,16 +94,25 @@ def _made(found: re.Match[str], results: Path) -> str:
         if rest:
             return side_by_side(folder, _words(head), _words(rest[0]))
         return tables(folder, _words(head)) if head else tables(folder)
+    texts = 1
     if found["kind"] == "table":
         cells = read_table(results / head)
         if rest:
             cells = [_chosen(row, _words(rest[0])) for row in cells]
+        else:
+            texts = texts_of(results / head)
     elif len(rest) == 2:
         cells = _beside(head, rest[0], _words(rest[1]), results)
     else:
         form = "<!-- beside FILE: COLUMN: TITLE=NAME, TITLE=NAME -->"
         raise ConfigError(f"{found['head'].strip()} does not say what to show; wanted: {form}")
-    return TextTable.of(cells).markdown()
+    return replace(TextTable.of(cells), texts=texts).markdown()
+
+
+def texts_of(path: Path) -> int:
+    """Count the first columns of a Markdown file's table that are not aligned as numbers."""
+    _, line, *_ = [line for line in path.read_text("utf-8").splitlines() if line.startswith("|")]
+    return len([*takewhile(lambda cell: not cell.strip().endswith(":"), line.split("|")[1:-1])])
 
 
 def _beside(file: str, column: str, names: list[str], results: Path) -> Cells:
