@@ -20,6 +20,7 @@ from fedraclora.experiments.authors.toy import (
     Server,
     Worst,
     adapted,
+    save_replies,
 )
 from fedraclora.strategies.methods.fedavg_lora import FedAvgLora
 
@@ -35,18 +36,11 @@ def compare(code: Repository) -> Findings:
     ):
         for epoch in range(ROUNDS):
             replies = ours.replies()
-            for k, reply in enumerate(replies):
-                place = Path(folder, str(epoch), f"local_output_{k}")
-                place.mkdir(parents=True)
-                named = {f"{PLACE}lora_{x}.weight": value.float() for x, value in reply.items()}
-                torch.save(named, place / "pytorch_model.bin")
+            places = [Path(folder, str(epoch), f"local_output_{k}") for k in clients]
+            save_replies(replies, places, PLACE + "lora_{}.weight")
             theirs = module.FedAvg(theirs, clients, folder, dict(enumerate(SIZES)), epoch)
             ours.close(replies)
-            state = theirs.state_dict()
-            worst.add(
-                B=(ours.state.carried["w/B"], state[PLACE + "lora_B.default.weight"]),
-                A=(ours.state.carried["w/A"], state[PLACE + "lora_A.default.weight"]),
-            )
+            worst.add_factors(ours, theirs)
     return worst.found
 
 

@@ -45,12 +45,9 @@ def compare(code: Repository) -> Findings:
             args = SimpleNamespace(lora_alpha=ALPHA, lora_r=R, rslora=False)
             theirs = module.aggregate_models_ours(theirs, named, args)
             ours.close(replies)
-            state = theirs.state_dict()
-            worst.add(
-                W=(ours.state.base["w"], state[PLACE + "base_layer.weight"].mT),
-                B=(ours.state.carried["w/B"], state[PLACE + "lora_B.default.weight"]),
-                A=(ours.state.carried["w/A"], state[PLACE + "lora_A.default.weight"]),
-            )
+            worst.add_factors(ours, theirs)
+            base = theirs.state_dict()[PLACE + "base_layer.weight"]
+            worst.add(W=(ours.state.base["w"], base.mT))
     return worst.found
 
 

@@ -8,11 +8,9 @@ from __future__ import annotations
 import tempfile
 from pathlib import Path
 
-import torch
-
 from fedraclora.experiments.authors.check import CodeCheck, Findings
 from fedraclora.experiments.authors.code import Repository
-from fedraclora.experiments.authors.toy import ROUNDS, SIZES, R, Server, Worst
+from fedraclora.experiments.authors.toy import ROUNDS, SIZES, R, Server, Worst, save_replies
 from fedraclora.strategies.methods.flexlora import FlexLora
 
 CODED_ALPHA = 16.0
@@ -29,12 +27,9 @@ def compare(code: Repository) -> Findings:
     ):
         for epoch in range(ROUNDS):
             replies = ours.replies()
-            for k, reply in enumerate(replies):
-                place = Path(folder, str(k), f"local_output_epoch_{epoch}")
-                place.mkdir(parents=True)
-                named = {f"w.lora_{x}.local.weight": t.float() for x, t in reply.items()}
-                torch.save(named, place / "pytorch_model.bin")
             clients, sizes = range(len(SIZES)), dict(enumerate(SIZES))
+            places = [Path(folder, str(k), f"local_output_epoch_{epoch}") for k in clients]
+            save_replies(replies, places, "w.lora_{}.local.weight")
             mean = aggregation.FlexLoRA(clients, folder, sizes, epoch)
             sent = adaptive.distribute_weight_fast(mean, ranks)
             ours.close(replies)

@@ -9,7 +9,16 @@ import torch
 
 from fedraclora.experiments.authors.check import CodeCheck, Findings
 from fedraclora.experiments.authors.code import Repository
-from fedraclora.experiments.authors.toy import ALPHA, ROUNDS, SCALE, SIZES, R, Server, Worst
+from fedraclora.experiments.authors.toy import (
+    ALPHA,
+    ROUNDS,
+    SCALE,
+    SIZES,
+    R,
+    Server,
+    Worst,
+    save_replies,
+)
 from fedraclora.strategies.methods.flora_stacking import FloraStacking
 
 
@@ -23,10 +32,8 @@ def compare(code: Repository) -> Findings:
     ):
         for epoch in range(ROUNDS):
             before, replies = ours.state.base["w"], ours.replies()
-            for k, reply in enumerate(replies):
-                place = Path(folder, str(epoch), f"local_output_{k}")
-                place.mkdir(parents=True)
-                torch.save({x: value.float() for x, value in reply.items()}, place / NAME)
+            places = [Path(folder, str(epoch), f"local_output_{k}") for k in clients]
+            save_replies(replies, places, "{}")
             sizes, ranks = dict(enumerate(SIZES)), [R] * len(SIZES)
             flags = {"heter": False, "zero_padding": False, "full": False}
             module.FedAvg(None, clients, folder, sizes, epoch, True, R, local_ranks=ranks, **flags)
@@ -37,7 +44,6 @@ def compare(code: Repository) -> Findings:
     return worst.found
 
 
-NAME = "pytorch_model.bin"
 CHECK = CodeCheck(
     "flora_stacking",
     "ATP-1010/FederatedLLM",

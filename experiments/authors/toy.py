@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import peft
 import torch
@@ -87,6 +88,20 @@ def adapted(layer: torch.nn.Module) -> torch.nn.Module:
     return found
 
 
+def save_replies(replies: Sequence[Tree], folders: Sequence[Path], name: str) -> None:
+    """Write the replies of clients into folders as code of PEFT does.
+
+    Args:
+        replies: Of each client, factors by label.
+        folders: Of each client; they are made.
+        name: Of a factor in the file, with ``{}`` for its label.
+    """
+    for reply, folder in zip(replies, folders, strict=True):
+        folder.mkdir(parents=True)
+        named = {name.format(label): value.float() for label, value in reply.items()}
+        torch.save(named, folder / "pytorch_model.bin")
+
+
 def drawn_network(model: torch.nn.Module) -> torch.nn.Module:
     """Draw all parameters of a network, which is returned."""
     rng = generator(0, "network")
@@ -122,3 +137,10 @@ class Worst:
         """Compare pairs of ours and theirs."""
         for name, pair in pairs.items():
             self.found[name] = max(self.found.get(name, 0.0), difference(*pair))
+
+    def add_factors(self, server: Server, model: torch.nn.Module) -> None:
+        """Compare the factors that the server carries with those of a layer under PEFT."""
+        state, carried = model.state_dict(), server.state.carried
+        for label in ("B", "A"):
+            theirs = state[f"{PLACE}lora_{label}.default.weight"]
+            self.add(**{label: (carried[f"w/{label}"], theirs)})
