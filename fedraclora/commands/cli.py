@@ -50,13 +50,22 @@ def main(words: Sequence[str] | None = None) -> None:
         return
     if words[0] in typed.FLAGS:
         if asked := typed.completion_words(words[1:], COMMANDS):
-            sys.argv = ["fedraclora", *asked]
-            with restricted_imports(()):
+            with hydra_arguments(["fedraclora", *asked]), restricted_imports(()):
                 importlib.import_module("fedraclora.commands.simulate").compose_and_run()
         return
     with ending_on_signals():
         status = run(words[0], words[1:])
     sys.exit(status)
+
+
+@contextmanager
+def hydra_arguments(words: Sequence[str]) -> Iterator[None]:
+    """Put words where Hydra reads the command line; afterwards it is as before."""
+    before, sys.argv = sys.argv, [*words]
+    try:
+        yield
+    finally:
+        sys.argv = before
 
 
 @contextmanager
@@ -106,11 +115,11 @@ def spelled_out(words: Sequence[str]) -> list[str]:
 def _run(command: str, words: Sequence[str]) -> int:
     if command in typed.COMPOSED:
         words = spelled_out(words)
-    sys.argv = [f"fedraclora {command}", *words]  # where Hydra looks
     home = HOMES.get(command, f"fedraclora.commands.{command}")
     if home.startswith("fedraclora.experiments."):
         require_laboratory(f"fedraclora {command}")
-    with watch_options(words) if command in WATCHED else nullcontext(words) as rest:
+    watched = watch_options(words) if command in WATCHED else nullcontext(words)
+    with hydra_arguments([f"fedraclora {command}", *words]), watched as rest:
         with exiting_on_signals():
             module = importlib.import_module(home)
         if HELP & {*words} and command in BY_DOCSTRING:

@@ -202,6 +202,13 @@ def test_no_bad_value_ends_in_a_traceback(simulate: Run, words: list[str]) -> No
     assert "training loss" not in error  # refused before it trains
 
 
+def test_a_command_leaves_the_command_line_of_its_process(tmp_path: Path) -> None:
+    before = [*sys.argv]
+    with pytest.raises(SystemExit):
+        main(["simulate", *SMALL, "rounds=0", f"output.dir={tmp_path / 'run'}"])
+    assert sys.argv == before
+
+
 # ---- A run that diverges ------------------------------------------------------------------------
 
 
