@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from fedraclora.commands import RESULTS
+from fedraclora.commands.status import reported
 from fedraclora.errors import ConfigError, unknown
 from fedraclora.experiments import authors
 from fedraclora.experiments.authors.check import CodeCheck
@@ -68,7 +69,8 @@ def write_table(folder: Path, out: Path) -> None:
     (out / FILE.with_suffix(".md").name).write_text(table.markdown(), encoding="utf-8")
 
 
-def main() -> None:
+@reported
+def main() -> int:
     """Run what the command names."""
     known = checks()
     parser = argparse.ArgumentParser(prog="python -m fedraclora.experiments.authors")
@@ -78,7 +80,7 @@ def main() -> None:
     asked = parser.parse_args()
     for name in asked.check:
         if name not in known:
-            raise SystemExit(str(unknown("check", name, known)))
+            raise unknown("check", name, known)
     results = kept()
     for name in asked.check or known:
         check = known[name]
@@ -91,7 +93,8 @@ def main() -> None:
             FILE.write_text("".join(f"{json.dumps(r)}\n" for r in ordered), encoding="utf-8")
             write_table(FILE.parent, FILE.parent)
             print(f"{name}: {results[name]['difference']}")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(main())

@@ -73,6 +73,7 @@ class StoredRows(Sequence[StoredRow]):
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Sequence) and self[:] == list(other)
 
+    # As that of a list, whose type the annotation of `object` does not foresee either.
     __hash__ = None  # type: ignore[assignment]
 
     def _read(self, indices: Iterable[int]) -> list[StoredRow]:
