@@ -29,7 +29,7 @@ from fedraclora.experiments.faults.network import RANK
 
 WORDS = [
     *["data=digits", "data.labels=null", "pretrain=none", "model.hidden=[12]", "local.lr=0.1"],
-    *["output.plots=false", "output.chain=false", "evaluate.every=50"],
+    *["output.plots=false", "output.chain=false", "evaluate.every=50", "local.steps=1"],
 ]
 PAUSE = 10.0  # seconds between looks
 # Of a command line, what it is; the first that is found.
@@ -42,8 +42,13 @@ KINDS = {
     "deploy": "command",
 }
 Held = dict[str, float]
-# Of the folder of the measurement, what is below: sockets, logs and caches; histories; the run's.
-FOLDERS = {"Flower's files and caches": "tmp", "histories": "state", "run folder": "run"}
+# Files of the measurement, by pattern: sockets, logs and caches; logs alone; histories; the run's.
+FOLDERS = {
+    "Flower's files and caches": "tmp/**/*",
+    "logs of all programs": "**/*log",
+    "histories": "state/**/*",
+    "run folder": "run/**/*",
+}
 
 
 def below(pid: int) -> Iterator[int]:
@@ -83,10 +88,10 @@ def look(pid: int) -> dict[str, Held]:
     return found
 
 
-def stored(folder: Path) -> Held:
-    """Count the files below a folder, and their megabytes."""
+def stored(folder: Path, pattern: str) -> Held:
+    """Count the files below a folder whose path matches a pattern, and their megabytes."""
     sizes = []
-    for path in folder.rglob("*"):
+    for path in folder.glob(pattern):
         with suppress(OSError):  # it has just been removed
             sizes.append(path.lstat().st_size)
     return {"files": len(sizes), "MB": sum(sizes) / 1e6}
@@ -139,7 +144,7 @@ def run(folder: Path, rounds: int) -> None:
             if not done:
                 continue
             seen = look(process.pid)
-            seen |= {kind: stored(folder / name) for kind, name in FOLDERS.items()}
+            seen |= {kind: stored(folder, pattern) for kind, pattern in FOLDERS.items()}
             samples.append({"round": done, "seconds": time.monotonic(), "held": seen})
             record.write(json.dumps(samples[-1]) + "\n")
             record.flush()

@@ -44,11 +44,16 @@ def records_from_bytes(data: Any) -> RecordDict:
     return recorddict_from_proto(Proto.FromString(data))
 
 
-def message_bytes(message: Message) -> int:
-    """Count the bytes of a message as Flower sends it: a tree of objects, large arrays in parts."""
+def part_sizes(message: Message) -> list[int]:
+    """Count the bytes of each part of a message: Flower sends each in a request of its own."""
     from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects
 
-    return sum(len(part.deflate()) for part in get_all_nested_objects(message).values())
+    return [len(part.deflate()) for part in get_all_nested_objects(message).values()]
+
+
+def message_bytes(message: Message) -> int:
+    """Count the bytes of a message as Flower sends it: a tree of objects, large arrays in parts."""
+    return sum(part_sizes(message))
 
 
 def push_refused() -> type[Exception]:

@@ -17,6 +17,7 @@ results are in DIR are not run again.
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import sys
 import time
@@ -238,7 +239,8 @@ class Campaign:
                 verdict = f"{fault.slow} rounds were slow"
             if fault.ended_run:
                 verdict = "the run ended, and was resumed"
-            if self.stands_out(fault, here) and not reasons and not notes:
+            away = fault.seconds >= AWAY and fault.client >= 0
+            if away and not reasons and not notes:
                 verdict = "the ledger does not name it"
             said.append(
                 {
@@ -249,27 +251,12 @@ class Campaign:
             )  # fmt: skip
         return said
 
-    def stands_out(self, fault: HostFault, rounds: range) -> bool:
-        """Check whether the ledger must name the client of a fault, which was away for long.
-
-        A reply is late beside those of the other half, so if half of the other nodes were away in
-        these rounds, too, it need not be.
-        """
-        away = {
-            other.client
-            for other in self.came
-            if (other.seconds >= AWAY or other.kind.startswith("moves"))
-            and (other.round_ or 0) <= rounds.stop - 1
-            and (other.ended or self.rounds) >= rounds.start
-        }
-        others = away - {fault.client, -1}
-        return fault.seconds >= AWAY and fault.client >= 0 and 2 * len(others) < NODES
-
 
 def names(note: object, fault: HostFault) -> bool:
     """Tell whether an incident names the client of a fault."""
     text = json.dumps(note, default=str)
-    return f"client {fault.client} " in text or f'"client": {fault.client}' in text
+    named = rf"clients? \[?(?:\d+, )*{fault.client}\b"
+    return re.search(named, text) is not None or f'"client": {fault.client}' in text
 
 
 def network_table(said: Sequence[Said]) -> str:

@@ -560,6 +560,8 @@ def patient(make: Callable[[], Any]) -> Callable[[], Any]:
             code = getattr(FlowerError.from_json(getattr(answer, "text", None)), "code", 0)
             if code == ApiErrorCode.FLEET_NODE_ACTIVATION_FAILED:
                 sys.stderr.write(f"{UNKNOWN_KEY}\n")
+            if getattr(answer, "status_code", 0) == 413:
+                sys.stderr.write(f"{too_large(answer.request.headers)}\n")
             broke = "handshake operation timed out" in str(error) or "EOF" in str(error)
             return not broke and gives_up(error)
 
@@ -583,6 +585,20 @@ def off(headers: Mapping[str, str]) -> str:
     return (
         f"the SuperLink refuses this node's signatures: the clock here is {told}, and Flower "
         f"allows {OLDEST} s behind to {EARLY} s ahead. Set the clock of this machine"
+    )
+
+
+def too_large(headers: Mapping[str, str]) -> str:
+    """Say that a request of this node was refused for its size, and what to do.
+
+    Args:
+        headers: Of the request.
+    """
+    megabytes = int(headers.get("content-length", 0)) / 1e6
+    return (
+        f"a request of {megabytes:.1f} MB was refused (HTTP 413): a proxy between this node and "
+        "the SuperLink accepts none of that size. Tell the operator to raise the limit "
+        f"(nginx: client_max_body_size {int(megabytes) + 2}m)"
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from typing import Any
@@ -9,10 +10,10 @@ from typing import Any
 import pytest
 
 from fedraclora.engines.deploy.node_registry import AGAIN, PATIENCE, NodeRegistry
-from fedraclora.engines.deploy.straggler_monitor import StragglerMonitor
+from fedraclora.engines.deploy.straggler_monitor import Pace, StragglerMonitor
 from fedraclora.engines.owner.refusal import OwnerRefusal
 from fedraclora.errors import ClientError, EngineError
-from tests.campaigns.claims import Link, Waiting, campaign, clocks
+from tests.campaigns.claims import STEP, Link, Waiting, campaign, clocks
 
 Make = Callable[..., tuple[NodeRegistry, Waiting, Link]]
 
@@ -156,6 +157,44 @@ def test_a_long_silence_is_told_once_with_who_is_silent(make: Make) -> None:
     assert not watch.overdue([])
     assert "client 1 (north)" in watch.overdue(["client 1 (north)"])
     assert not watch.overdue(["client 1 (north)"])
+
+
+def test_clients_that_were_away_together_are_named_beside_what_is_usual(make: Make) -> None:
+    """Half of the nodes replied late: beside each other they were on time."""
+    who, _, link = make(Link({3: [0, 1]}))
+    pace = Pace()
+    assert pace.usual("train") == math.inf
+    for half in (20.0, 1.0, 1.0, 25.0, 1.0):
+        pace.add("train", half)
+    pace.add("measure", 1000.0)
+    watch = StragglerMonitor(who, pace.usual("train"))
+    link.now += 11
+    assert not watch.late(["client 2"])
+    link.now += 9
+    (said,) = watch.late(["client 0 (north)", "client 1"])
+    assert all(word in said for word in ("client 0 (north)", "client 1", "20 s", "1 s"))
+    assert not StragglerMonitor(who, 5.0).late(["client 0"])
+
+
+def test_a_node_that_the_next_exchange_waits_for_is_named(make: Make) -> None:
+    who, post, link = make(Link({3: [0], 7: [1]}, {7: [30.0]}))
+    who.gather([0, 1])
+    assert link.now >= 30
+    assert not post.incidents  # it starts with the run
+    link.delays = {}
+    who.gather([0, 1])
+    assert not post.incidents
+    del link.nodes[7]
+
+    def come_back(what: str) -> None:
+        link.now += STEP
+        if link.now > gone + 25:
+            link.nodes[7] = [1]
+
+    post.wait, gone = come_back, link.now  # type: ignore[method-assign]
+    who.gather([0, 1])
+    (said,) = post.incidents
+    assert all(word in said for word in ("client 1 ", "25 s"))
 
 
 def test_an_absent_client_is_named_with_the_node_that_served_it(make: Make) -> None:

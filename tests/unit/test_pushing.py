@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from types import SimpleNamespace
 
+import httpx
+import numpy as np
 import pytest
-from flwr.app import ConfigRecord, Message, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
 from flwr.proto.message_pb2 import PushObjectRequest
 from flwr.proto.runtime_pb2 import PushAppMessagesRequest
 from flwr.supercore.inflatable.inflatable_object import iterate_object_tree
@@ -13,7 +16,7 @@ from flwr.supercore.run import Run
 from flwr.superlink.grid import http_grid
 
 from fedraclora.engines.deploy.pushing import PUSHES, pushed
-from fedraclora.errors import ClientError
+from fedraclora.errors import ClientError, EngineError
 from fedraclora.experiments.faults.grid import become_a_task
 
 
@@ -22,10 +25,12 @@ class Link:
 
     Args:
         lost: How many.
+        most: Bytes of a part that a proxy before it accepts.
     """
 
-    def __init__(self, lost: int) -> None:
+    def __init__(self, lost: int, most: float = math.inf) -> None:
         become_a_task()
+        self.most = most
         self.lost, self.sessions = lost, 0
         self.parts, self.messages = set[str](), set[str]()
 
@@ -50,6 +55,9 @@ class Link:
 
     def PushObject(self, request: PushObjectRequest) -> object:
         """Keep a part; refuse one that is here, as it is not asked for."""
+        if len(request.object_content) > self.most:
+            sent = httpx.Request("POST", "https://link")
+            raise httpx.HTTPStatusError("", request=sent, response=httpx.Response(413))
         self.parts.add(request.object_id)
         self.lost -= 1
         return SimpleNamespace(stored=self.lost < 0)
@@ -76,3 +84,11 @@ def test_a_superlink_that_goes_on_refusing_is_named_with_its_reason() -> None:
     with pytest.raises(ClientError, match=r"client 3 \(north\).*session may have expired"):
         pushed(link.grid(), message(), "client 3 (north)", [])
     assert link.sessions == PUSHES
+
+
+def test_a_message_over_the_limit_of_a_proxy_ends_the_run_with_its_size() -> None:
+    link, large = Link(lost=0, most=1 << 20), message()
+    large.content["arrays"] = ArrayRecord({"w": Array(np.zeros(400_000, "float32"))})
+    with pytest.raises(EngineError, match=r"client 3 \(north\).* 1\.6 MB.*client_max_body_size"):
+        pushed(link.grid(), large, "client 3 (north)", [])
+    assert link.sessions == 1

@@ -21,7 +21,7 @@ from fedraclora.engines.deploy.node_registry import DOWN, NodeRegistry
 from fedraclora.engines.deploy.pulling import LOOKS, in_part, pulled
 from fedraclora.engines.deploy.pushing import pushed
 from fedraclora.engines.deploy.stopping import StopSignals
-from fedraclora.engines.deploy.straggler_monitor import StragglerMonitor
+from fedraclora.engines.deploy.straggler_monitor import Pace, StragglerMonitor
 from fedraclora.engines.post import PostedGrid
 from fedraclora.engines.records import (
     JOB,
@@ -115,6 +115,7 @@ class DeployGrid(PostedGrid):
         self.traffic: Traffic = Traffic()
         self.registry = NodeRegistry(self, federation, bundle)
         self.one_by_one, self._cut = False, False
+        self._pace = Pace()
         self._missed: set[int] = set()  # clients without a reply to the last exchange with them
 
     @override
@@ -184,7 +185,8 @@ class DeployGrid(PostedGrid):
             left: Messages to send to a node after it has replied.
         """
         found, again, cut = list[Answered](), set[str](), math.inf
-        monitor = StragglerMonitor(self.registry)
+        kind = next((exchange_kind(envelope.ask) for envelope in waiting.values()), "")
+        monitor = StragglerMonitor(self.registry, self._pace.usual(kind))
         while waiting:
             end = min(end, cut := self._cutoff(found, monitor))
             last = time.monotonic() > end  # replies that had arrived by then are read
@@ -225,11 +227,19 @@ class DeployGrid(PostedGrid):
             if waiting and not came:
                 self._pause(monitor, waiting)
             came = ()
-            for name in monitor.lost({name: envelope.node for name, envelope in waiting.items()}):
-                envelope = waiting.pop(name)
-                self.incidents.append(f"{envelope.who} was sent again what it had not received")
-                self._push_again(envelope, waiting, max(1.0, end - time.monotonic()))
+            self._push_lost(monitor, waiting, max(1.0, end - time.monotonic()))
+        if monitor.took:
+            self._pace.add(kind, monitor.half)
         return found + (self._stragglers(waiting) if end == cut else [])
+
+    def _push_lost(
+        self, monitor: StragglerMonitor, waiting: dict[str, Envelope], seconds: float
+    ) -> None:
+        """Send again what nodes have not received."""
+        for name in monitor.lost({name: envelope.node for name, envelope in waiting.items()}):
+            envelope = waiting.pop(name)
+            self.incidents.append(f"{envelope.who} was sent again what it had not received")
+            self._push_again(envelope, waiting, seconds)
 
     def _pause(self, monitor: StragglerMonitor, waiting: Mapping[str, Envelope]) -> None:
         """Wait a moment for replies; tell the operator if one has been missing for long."""
@@ -388,6 +398,11 @@ class DeployGrid(PostedGrid):
 def is_error(reply: Message | NoAnswer) -> bool:
     """Check whether a reply is an error, perhaps Flower's own about a node that is gone."""
     return isinstance(reply, NoAnswer) or reply.has_error()
+
+
+def exchange_kind(ask: Ask) -> str:
+    """Name what is asked for: such exchanges take a like time."""
+    return f"{ask.request.measure} {None if ask.stage is None else ask.stage.name}"
 
 
 def by_chunk(asks: Iterable[Ask], size: int) -> Iterator[tuple[int, list[Ask]]]:

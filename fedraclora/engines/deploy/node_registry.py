@@ -36,6 +36,7 @@ UP, DOWN, BUNDLE = "up", "down", "bundle"  # ways of bytes in the ledger
 PARTS = 10.0  # seconds for the parts of a reply, which is small
 PATIENCE = 60.0  # seconds for further nodes to report their clients, once enough have
 DRAINED = OwnerRefusal("the operator has drained it (`fedraclora federation undrain`)")
+LATE = 10.0  # seconds by which a node or a reply is late, and stands in the ledger
 AGAIN = 20.0  # seconds without a reply until a node is asked again, doubled each time
 
 
@@ -218,7 +219,7 @@ class NodeRegistry:
         """
         settings = self.post.settings
         enough = min(settings.min_clients or len(clients), len(clients))
-        began = time.monotonic()
+        began, missing = time.monotonic(), dict[int, float]()  # client -> when it last was
         # other nodes may be repaired by now
         self._serving = {n: c for n, c in self._serving.items() if c}
         while True:
@@ -227,9 +228,11 @@ class NodeRegistry:
             nodes = self._nodes()
             found = {c: nodes[c] for c in clients if c in nodes}
             now = time.monotonic()
+            missing |= dict.fromkeys(set(clients) - found.keys(), now)
             if len(found) >= enough:
                 self._enough = now if self._enough is None else self._enough
                 if not self._waits(now):
+                    self._note_wait({c: at - began for c, at in missing.items() if c in found})
                     self._note_claims(nodes)
                     return found
             elif now > began + settings.wait:
@@ -244,6 +247,13 @@ class NodeRegistry:
             self._drained &= wishes.drained  # the operator may want a node back
             self._note_removed(wishes.removed)
             self.post.wait("enough clients were connected")
+
+    def _note_wait(self, seconds: dict[int, float]) -> None:
+        """Record clients that were away for long when they were to train, and had served before."""
+        late = sorted(c for c, s in seconds.items() if s >= LATE and c in self._node)
+        if late:
+            waited = f"after a wait of {max(seconds[c] for c in late):.0f} s"
+            self.post.incidents.append(f"{self.served_by(late)} there again, {waited}")
 
     def _waits(self, now: float) -> bool:
         """Check whether a connected node may still report its clients in time."""

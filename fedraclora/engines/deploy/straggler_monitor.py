@@ -9,15 +9,33 @@ ones.
 
 from __future__ import annotations
 
+import math
 import time
+from collections import deque
 from collections.abc import Mapping, Sequence
+from statistics import median
 
-from fedraclora.engines.deploy.node_registry import NodeRegistry
+from fedraclora.engines.deploy.node_registry import LATE, NodeRegistry
 
 SILENT = 60.0  # seconds without a reply, after which Flower has also noticed a disconnected node
 SETTLED = 5.0  # seconds after that reply for other replies on their way
 OVERDUE = 30.0  # seconds beyond twice the median time until the operator hears who is silent
-LATE = 10.0  # seconds by which a reply is late, if that is twice the median time
+EXCHANGES = 10  # of one kind, whose times say what is usual
+
+
+class Pace:
+    """Remember in which time half of all replies came, in the last exchanges of each kind."""
+
+    def __init__(self) -> None:
+        self._halves: dict[str, deque[float]] = {}
+
+    def usual(self, kind: str) -> float:
+        """Return the median over the last exchanges of a kind, in seconds; infinite before any."""
+        return median(self._halves[kind]) if kind in self._halves else math.inf
+
+    def add(self, kind: str, half: float) -> None:
+        """Record an exchange."""
+        self._halves.setdefault(kind, deque(maxlen=EXCHANGES)).append(half)
 
 
 class StragglerMonitor:
@@ -25,10 +43,11 @@ class StragglerMonitor:
 
     Args:
         registry: Asks their nodes.
+        usual: Seconds in which half of all replies come in other exchanges.
     """
 
-    def __init__(self, registry: NodeRegistry) -> None:
-        self.registry = registry
+    def __init__(self, registry: NodeRegistry, usual: float = math.inf) -> None:
+        self.registry, self.usual = registry, usual
         self.started_at = time.monotonic()
         self.took: list[float] = []  # seconds until each reply
         self._told = False
@@ -61,11 +80,11 @@ class StragglerMonitor:
 
     def deadline(self, wait: float) -> float:
         """Return when to stop waiting: so many seconds beyond twice the median time of a reply."""
-        return self.started_at + wait + 2 * self._half
+        return self.started_at + wait + 2 * self.half
 
     @property
-    def _half(self) -> float:
-        """Return the seconds within which half of all replies came."""
+    def half(self) -> float:
+        """Return the seconds within which half of all replies came; there must be one."""
         return sorted(self.took)[(len(self.took) - 1) // 2]
 
     def overdue(self, who: Sequence[str]) -> str:
@@ -75,19 +94,24 @@ class StragglerMonitor:
             who: Those whose reply is waited for.
         """
         waited = time.monotonic() - self.started_at
-        usual = 2 * self._half if self.took else 0.0
+        usual = 2 * self.half if self.took else 0.0
         if self._told or not who or waited < OVERDUE + usual:
             return ""
         self._told = True
         return f"no reply for {waited:.0f} s from {', '.join(sorted(who))}"
 
     def late(self, who: Sequence[str]) -> list[str]:
-        """Record replies that arrived together; return a sentence if they were late."""
+        """Record replies that arrived together; return a sentence if they were late.
+
+        They are late beside the others of this exchange, or beside other exchanges: half of the
+        nodes may have been away together.
+        """
         took = time.monotonic() - self.started_at
         self.took += [took] * len(who)
         if not who:
             return []
-        if took < LATE + 2 * self._half:
+        usual = min(self.half, self.usual)
+        if took < LATE + 2 * usual:
             return []
-        usual = f"half of all by then within {self._half:.0f} s"
-        return [f"{', '.join(sorted(who))} replied after {took:.0f} s, {usual}"]
+        said = f"half of all {'by then' if usual == self.half else 'usually'} within {usual:.0f} s"
+        return [f"{', '.join(sorted(who))} replied after {took:.0f} s, {said}"]
