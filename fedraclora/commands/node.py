@@ -7,7 +7,9 @@ with the run for which the operator's ``fedraclora deploy --check=FILE`` wrote t
 
 ``--approve=FILE`` trains only runs whose digest is in FILE, within the limits there;
 ``--approve=ask`` shows each new run on this terminal, and asks. ``--history`` prints what came and
-went. It is kept in ``--state=FOLDER``, without it ~/.local/state/fedraclora/node.
+went: sums of each run, and the last 50 rounds; ``--history=N`` the last N, ``--history=2026-12-31``
+those since a day (UTC), ``--history=all`` all. It is kept in ``--state=FOLDER``, without it
+~/.local/state/fedraclora/node.
 """
 
 from __future__ import annotations
@@ -18,18 +20,16 @@ import os
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
+from fedraclora.commands.node_history import LAST_ROUNDS, print_history
 from fedraclora.compose.words import check_word
 from fedraclora.engines.flower_patches import AT_SOCKETS, NODE, OWNED, why_without
-from fedraclora.engines.owner.entries import OUT, REFUSED, WIRE, Entry
 from fedraclora.engines.owner.gate import ASK
-from fedraclora.engines.owner.history import HISTORY, History
+from fedraclora.engines.owner.history import History
 from fedraclora.engines.owner.policy import Policy
 from fedraclora.engines.programs import RUNNER
 from fedraclora.errors import ConfigError
 
-EARLIER = (0, "earlier")  # the row of messages of which sums are left
 # Flower also accepts abbreviated options.
 OF_THE_API = ["--host", "--port", "--isolation", "--superexec-auth-secret-file"]
 OF_THE_API += ["--ssl-certfile", "--ssl-keyfile", "--ssl-ca-certfile"]
@@ -55,7 +55,7 @@ def main(words: Sequence[str]) -> int:
         return start(words, {})
     own, words = owner_words(words)
     if own.history:
-        return print_history(own.state or default_state())
+        return print_history(own.state or default_state(), own.history)
     if file is not None:
         from fedraclora.commands.check import check_node
 
@@ -73,7 +73,7 @@ def owner_words(words: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     """Separate what the owner of the data asks for from the arguments of Flower's program."""
     parser = argparse.ArgumentParser(prog="fedraclora node", add_help=False, allow_abbrev=False)
     parser.add_argument("--approve")
-    parser.add_argument("--history", action="store_true")
+    parser.add_argument("--history", nargs="?", const=LAST_ROUNDS)
     parser.add_argument("--state", type=Path)
     return parser.parse_known_args(words)
 
@@ -105,51 +105,3 @@ def watched(own: argparse.Namespace) -> dict[str, str]:
         print(f"this node keeps no history: {error}", file=sys.stderr)
         return {}
     return {OWNED: json.dumps({"policy": policy, "state": str(state)})}
-
-
-def print_history(state: Path) -> int:
-    """Print a row for each run, and one for each of its rounds.
-
-    Raises:
-        ConfigError: If there is no history, or it cannot be read.
-    """
-    if not (state / HISTORY).is_file():
-        raise ConfigError(
-            f"--state={state} has no {HISTORY}: no node of this user has kept one there"
-        )
-    from fedraclora.terminal.tables import TextTable  # with torch, which a node does not wait for
-
-    history = History(state)
-    entries = history.entries()
-    rows = []
-    for digest in dict.fromkeys(entry.digest for entry in entries):
-        own = [entry for entry in entries if entry.digest == digest]
-        parts = dict[tuple[int, str], list[Entry]]()
-        for e in own:
-            parts.setdefault((e.run, e.round or "-") if e.of is None else EARLIER, []).append(e)
-        each = [history_row(part, round_) for (_, round_), part in parts.items()]
-        known = [row["samples"] for row in each if row["samples"] is not None]
-        rows += [{**history_row(own, "all"), "samples": max(known, default=None)}, *each]
-    TextTable.of(rows, [f"{len(entries)} entries, each in {history.file}"]).print()
-    return 0
-
-
-def history_row(entries: Sequence[Entry], round_: str) -> dict[str, Any]:
-    """Sum up messages of a run."""
-    from fedraclora.terminal.progress import size
-
-    received = sum(entry.bytes for entry in entries if entry.way not in {OUT, WIRE})
-    sent = sum(entry.bytes for entry in entries if entry.way == OUT)
-    samples = [entry.samples for entry in entries if entry.samples is not None]
-    earlier = any(entry.of is not None for entry in entries)  # then the largest is known alone
-    return {
-        "run": entries[0].digest[:8],
-        "round": round_,
-        "first (UTC)": entries[0].time[:19].replace("T", " "),
-        "received": size(received),
-        "sent": size(sent),
-        "wire": size(sum(entry.bytes for entry in entries if entry.way == WIRE)),
-        "samples": (max(samples) if earlier else sum(samples)) if samples else None,
-        "seconds": round(sum(entry.seconds or 0.0 for entry in entries), 1),
-        "refused": sum(entry.of or 1 for entry in entries if entry.way == REFUSED),
-    }

@@ -191,7 +191,7 @@ def test_a_node_that_the_next_exchange_waits_for_is_named(make: Make) -> None:
         if link.now > gone + 25:
             link.nodes[7] = [1]
 
-    post.wait, gone = come_back, link.now  # type: ignore[method-assign]
+    post.wait, gone = come_back, link.now  # type: ignore[assignment,method-assign]
     who.gather([0, 1])
     (said,) = post.incidents
     assert all(word in said for word in ("client 1 ", "25 s"))

@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import replace
@@ -539,3 +539,41 @@ def test_history_is_printed_by_run_and_round(
     whole = next(row for row in rows if "all" in row)
     assert {"4.0", "14.0", "30", "3.0", "1"} <= {*whole}
     assert sum(RUN.digest[:8] in row for row in rows) == 4
+
+
+@pytest.mark.parametrize(
+    ("which", "rounds", "left"),
+    [
+        ("", range(71, 121), 70),
+        ("=2", (119, 120), 118),
+        ("=all", range(1, 121), 0),
+        ("=2026-01-07", (120,), 119),
+    ],
+)
+def test_the_last_rounds_of_a_long_history_are_printed_and_the_others_counted(
+    which: str,
+    rounds: Sequence[int],
+    left: int,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    history = History(tmp_path)
+    about = [(str(k), f"2026-01-0{1 + k // 20}T10:{k % 60:02d}:00.000") for k in range(1, 121)]
+    entries = [entry(IN, round=number, time=time) for number, time in about]
+    history.file.write_bytes(b"".join(map(line_of, sorted(entries, key=lambda e: e.time))))
+    assert node.main([f"--history{which}", f"--state={tmp_path}"]) == 0
+    printed = capsys.readouterr().out
+    rows = [line.partition(RUN.digest[:8])[2].split() for line in printed.splitlines()]
+    first, *others = [row[1] for row in rows if row]
+    assert first == "all"
+    assert sorted(map(int, others)) == [*rounds]
+    assert (f"{left} rounds before" in printed) == bool(left)
+
+
+@pytest.mark.parametrize("which", ["yesterday", "-3", "2026-13-01"])
+def test_rounds_of_a_history_that_cannot_be_meant_are_refused(which: str, tmp_path: Path) -> None:
+    History(tmp_path)
+    with pytest.raises(ConfigError, match=r"2026-12-31, or all"):
+        node.main([f"--history={which}", f"--state={tmp_path}"])
