@@ -219,7 +219,7 @@ class NodeRegistry:
         """
         settings = self.post.settings
         enough = min(settings.min_clients or len(clients), len(clients))
-        began, missing = time.monotonic(), dict[int, float]()  # client -> when it last was
+        began, away = time.monotonic(), dict[int, float]()  # client -> when it last was
         # other nodes may be repaired by now
         self._serving = {n: c for n, c in self._serving.items() if c}
         while True:
@@ -228,11 +228,11 @@ class NodeRegistry:
             nodes = self._nodes()
             found = {c: nodes[c] for c in clients if c in nodes}
             now = time.monotonic()
-            missing |= dict.fromkeys(set(clients) - found.keys(), now)
+            away |= dict.fromkeys(set(clients) - found.keys(), now)
             if len(found) >= enough:
                 self._enough = now if self._enough is None else self._enough
                 if not self._waits(now):
-                    self._note_wait({c: at - began for c, at in missing.items() if c in found})
+                    self._note_wait({c: at - began for c, at in away.items() if c in found})
                     self._note_claims(nodes)
                     return found
             elif now > began + settings.wait:
