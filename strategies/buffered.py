@@ -16,8 +16,8 @@ All data for later rounds are in the moments of the state, and therefore in the 
 
 References:
     Nguyen et al., *Federated learning with buffered asynchronous aggregation*, AISTATS 2022, arXiv
-    2106.06639 (FedBuff; its discount of stale replies, ``(1 + tau)^(-1/2)``, known from summaries).
-    Merges by sketch are ours.
+    2106.06639 (FedBuff), and FLSim, the code of its authors: its polynomial discount with exponent
+    1/2, and its learning rate at 1 / sum_i w_i. Merges by sketch are ours.
 """
 
 from __future__ import annotations

@@ -83,8 +83,9 @@ class Repository:
                 Path(folder, place).write_bytes(self.file(path))
             for name in unused:
                 for end in range(1, name.count(".") + 2):
-                    part = ".".join(name.split(".")[:end])
-                    if part == name or part not in sys.modules:
+                    parts = name.split(".")[:end]
+                    part, here = ".".join(parts), Path(folder, *parts).is_dir()
+                    if part == name or (part not in sys.modules and not here):
                         sys.modules[part] = Unused(part)
             sys.path.insert(0, folder)
             try:

@@ -15,21 +15,12 @@ from torch import nn
 
 from fedraclora.experiments.authors.check import CodeCheck, Findings
 from fedraclora.experiments.authors.code import Repository
-from fedraclora.experiments.authors.toy import (
-    ROUNDS,
-    M,
-    N,
-    ToySamples,
-    Worst,
-    drawn_network,
-    trained,
-)
+from fedraclora.experiments.authors.toy import ROUNDS, Worst, network, samples, trained
 from fedraclora.protocol.method import Draw
 from fedraclora.protocol.plan import make_plan
-from fedraclora.rng import generator, torch_normal
 from fedraclora.strategies.methods.decomfl import DeComFl
 
-CLIENTS, SAMPLES, SEED = 3, 6, 11
+SEED = 11
 STEPS, DIRECTIONS, EPS, LR = 2, 3, 0.05, 0.02
 ESTIMATORS = "cezo_fl/gradient_estimators/"
 FILES = (
@@ -43,19 +34,6 @@ FILES = (
     "cezo_fl/run_client_jobs.py",
     "cezo_fl/server.py",
 )
-
-
-def network() -> nn.Module:
-    """Draw a network of two layers without biases."""
-    layers = nn.Linear(N, M, bias=False), nn.Tanh(), nn.Linear(M, 4, bias=False)
-    return drawn_network(nn.Sequential(*layers))
-
-
-def samples() -> list[ToySamples]:
-    """Draw those of each client: [N, n] and classes [N]."""
-    rng = generator(0, "samples")
-    inputs = torch_normal(rng, CLIENTS, SAMPLES, N).float()
-    return [*zip(inputs, torch.from_numpy(rng.integers(4, size=(CLIENTS, SAMPLES))), strict=True)]
 
 
 def directions(model: nn.Module, seed: int, number: int) -> torch.Tensor:
@@ -99,7 +77,7 @@ def their_server(client: ModuleType, estimators: ModuleType, server: ModuleType)
         estimator = own.pop("estimator")
         made = client.ResetClient(dataloader=[pair], device=cpu, grad_estimator=estimator, **own)
         clients.append(made)
-    found = server.CeZO_Server(clients, cpu, CLIENTS, STEPS)
+    found = server.CeZO_Server(clients, cpu, len(clients), STEPS)
     own = parts(estimators)
     found.set_server_model_and_criterion(gradient_estimator=own.pop("estimator"), **own)
     return found

@@ -9,21 +9,22 @@ the subspace of the round, and an update has more numbers than are counted for i
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
 from unittest.mock import patch
 
 import torch
-from torch import nn
 
 from fedraclora.experiments.authors.check import CodeCheck, Findings
 from fedraclora.experiments.authors.code import Repository
-from fedraclora.experiments.authors.toy import ROUNDS, ToySamples, Worst, drawn_network, trained
-from fedraclora.protocol.method import Cohort, Draw
-from fedraclora.protocol.plan import make_plan
-from fedraclora.protocol.uplinks import Uplinks
+from fedraclora.experiments.authors.toy import (
+    ROUNDS,
+    ToySamples,
+    Worst,
+    drawn_network,
+    drawn_sketches,
+    trained,
+)
 from fedraclora.rng import generator, torch_normal
 from fedraclora.strategies.methods.fed_rac_lora import FedRacLora
-from fedraclora.tree import weights_of
 
 CLIENTS, SAMPLES, RANK, SEED = 3, 6, 5, 11
 STEPS, LR, MOMENTUM = 4, 0.02, 0.8
@@ -38,23 +39,9 @@ def samples() -> list[ToySamples]:
     return [*zip(inputs, targets, strict=True)]
 
 
-def sketches(model: nn.Module) -> Iterator[list[torch.Tensor]]:
-    """Draw those of our rounds, [n, r], one layer after another."""
-    method, draw = FedRacLora(rank=RANK, sketch="orthonormal"), Draw(SEED)
-    plan = make_plan(model, ("fc2",), head_policy="lora", bias_policy="full")
-    cohort = Cohort(torch.arange(CLIENTS), torch.ones(CLIENTS).double())
-    state = method.initial_state(weights_of(model), plan, draw)
-    for round_ in range(1, ROUNDS + 1):
-        sent = method.open_round(state, round_, cohort, draw)
-        yield [adapter.factors["A"].draw().mT.float() for adapter in sent.adapters.values()]
-        unchanged = torch.zeros(CLIENTS, sent.layout.size)
-        uplinks = Uplinks(cohort.clients, cohort.weights, sent.layout, unchanged)
-        state = method.close_round(state, sent, uplinks)
-
-
 def compare(code: Repository) -> Findings:
     """Compare all weights after each round."""
-    worst = Worst()
+    worst, method = Worst(), FedRacLora(rank=RANK, sketch="orthonormal")
     path = "code/experiment_mnist_federated_torch.py"
     words = ["method=fedslop", f"method.rank={RANK}", f"seed={SEED}", "head=lora", "bias=full"]
     words += [f"local.steps={STEPS}", f"local.lr={LR}", f"local.momentum={MOMENTUM}"]
@@ -62,7 +49,7 @@ def compare(code: Repository) -> Findings:
     with code.modules(path, root="code", unused=UNUSED) as [module]:
         theirs = drawn_network(module.SimpleMLP())
         start = copy.deepcopy(theirs)
-        for round_, drawn in enumerate(sketches(start), 1):
+        for round_, drawn in enumerate(drawn_sketches(start, method, SEED, "full", head="fc2"), 1):
             given = iter(drawn)
             with patch.object(module.torch, "randn", lambda *_, given=given, **__: next(given)):
                 theirs, _ = module.run_round_fedslop_torch(

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import peft
 import torch
+from torch import nn
+from typing_extensions import override
 
 import fedraclora
 from fedraclora.lowrank.layers import LayerView
 from fedraclora.protocol.method import Cohort, Draw, Method, Plan
+from fedraclora.protocol.plan import make_plan
 from fedraclora.protocol.uplinks import Uplinks
 from fedraclora.rng import generator, torch_normal
-from fedraclora.tree import Tree
+from fedraclora.tree import Tree, weights_of
 
 M, N, R, ALPHA, CLIENTS, ROUNDS = 8, 11, 3, 5.0, 4, 3
 SCALE = ALPHA / R
@@ -53,12 +58,13 @@ class Server:
         return {label: factor.draw().double() for label, factor in factors.items()}
 
     def replies(self) -> list[dict[str, torch.Tensor]]:
-        """Draw what each client trained: the factors that it got, and a change of each."""
+        """Draw what each client sends: the factors that it trained, and a change of each."""
         start = self.start = self.open()
-        trained = [k for k, f in self.sent.adapters["w"].factors.items() if f.trained]
+        factors = self.sent.adapters["w"].factors
+        sent = [k for k, f in factors.items() if f.trained and f.upload]
         rng = generator(self.number, "replies")
         return [
-            {k: start[k] + torch_normal(rng, *start[k].shape) for k in trained}
+            {k: start[k] + torch_normal(rng, *start[k].shape) for k in sent}
             for _ in range(len(self.cohort))
         ]
 
@@ -78,13 +84,13 @@ def difference(ours: torch.Tensor, theirs: torch.Tensor) -> float:
     return float((ours.double() - theirs.double()).abs().max() / theirs.double().abs().max())
 
 
-def adapted(layer: torch.nn.Module) -> torch.nn.Module:
+def adapted(layer: nn.Module) -> nn.Module:
     """Put PEFT's LoRA on a layer [m, n], whose tensors are below `PLACE` then."""
-    model = torch.nn.Sequential()
+    model = nn.Sequential()
     model.add_module("w", layer)
-    turned = not isinstance(layer, torch.nn.Linear)
+    turned = not isinstance(layer, nn.Linear)
     config = peft.LoraConfig(r=R, lora_alpha=ALPHA, target_modules=["w"], fan_in_fan_out=turned)
-    found: torch.nn.Module = peft.get_peft_model(model, config)
+    found: nn.Module = peft.get_peft_model(model, config)
     return found
 
 
@@ -102,7 +108,7 @@ def save_replies(replies: Sequence[Tree], folders: Sequence[Path], name: str) ->
         torch.save(named, folder / "pytorch_model.bin")
 
 
-def drawn_network(model: torch.nn.Module) -> torch.nn.Module:
+def drawn_network(model: nn.Module) -> nn.Module:
     """Draw all parameters of a network, which is returned."""
     rng = generator(0, "network")
     with torch.no_grad():
@@ -111,9 +117,63 @@ def drawn_network(model: torch.nn.Module) -> torch.nn.Module:
     return model
 
 
-def trained(
-    model: torch.nn.Module, data: Sequence[ToySamples], rounds: int, *words: str
-) -> torch.nn.Module:
+def network() -> nn.Module:
+    """Draw a network of two layers without biases: inputs [N, n], four classes."""
+    layers = nn.Linear(N, M, bias=False), nn.Tanh(), nn.Linear(M, 4, bias=False)
+    return drawn_network(nn.Sequential(*layers))
+
+
+def samples(clients: int = 3, each: int = 6) -> list[ToySamples]:
+    """Draw those of each client for the network: inputs [N, n] and classes [N]."""
+    rng = generator(0, "samples")
+    inputs = torch_normal(rng, clients, each, N).float()
+    return [*zip(inputs, torch.from_numpy(rng.integers(4, size=(clients, each))), strict=True)]
+
+
+class Scored(nn.Module):
+    """A network that returns its loss beside its outputs, as language models do."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    @override
+    def forward(self, input_ids: torch.Tensor, labels: torch.Tensor, **_: Any) -> SimpleNamespace:
+        """Compute both for samples."""
+        logits = self.inner(input_ids)
+        return SimpleNamespace(logits=logits, loss=nn.functional.cross_entropy(logits, labels))
+
+
+def scored_batches(pair: ToySamples) -> list[dict[str, torch.Tensor]]:
+    """Give the samples of a client as the one batch of a loader of texts."""
+    inputs, labels = pair
+    return [{"input_ids": inputs, "labels": labels, "attention_mask": torch.ones(len(labels))}]
+
+
+def drawn_sketches(
+    model: nn.Module, method: Method, seed: int, bias: str, head: str
+) -> Iterator[list[torch.Tensor]]:
+    """Draw the factors A of our rounds, [n, r], one layer after another; float32.
+
+    Args:
+        model: It has the layers, all of which are adapted.
+        method: Its frozen factor is A.
+        seed: Of the run.
+        bias: Whether biases are trained: ``full`` or ``frozen``.
+        head: The name of the last layer.
+    """
+    draw, one = Draw(seed), torch.ones(1, dtype=torch.float64)
+    plan = make_plan(model, (head,), head_policy="lora", bias_policy=bias)
+    state = method.initial_state(weights_of(model), plan, draw)
+    for number in range(1, ROUNDS + 1):
+        sent = method.open_round(state, number, Cohort(torch.arange(1), one), draw)
+        yield [adapter.factors["A"].draw().mT.float() for adapter in sent.adapters.values()]
+        unchanged = torch.zeros(1, sent.layout.size)
+        uplinks = Uplinks(torch.arange(1), one, sent.layout, unchanged)
+        state = method.close_round(state, sent, uplinks)
+
+
+def trained(model: nn.Module, data: Sequence[ToySamples], rounds: int, *words: str) -> nn.Module:
     """Train by our simulator from the weights of a model; all clients, all samples at each step.
 
     Args:
@@ -138,7 +198,7 @@ class Worst:
         for name, pair in pairs.items():
             self.found[name] = max(self.found.get(name, 0.0), difference(*pair))
 
-    def add_factors(self, server: Server, model: torch.nn.Module) -> None:
+    def add_factors(self, server: Server, model: nn.Module) -> None:
         """Compare the factors that the server carries with those of a layer under PEFT."""
         state, carried = model.state_dict(), server.state.carried
         for label in ("B", "A"):

@@ -120,7 +120,7 @@ class Rotated(Kind):
         for row, rng in zip(turns, draws.rngs, strict=False):
             row[:] = rng.integers(FOUND if draws.again else SIGNS, size=plan.tensors)
         turns = np.where(known < 0, turns, known)
-        u, signs = draws.offsets((K, plan.blocks)), _signs(turns)
+        u, signs = draws.offsets((K, plan.blocks)), signs_of(turns)
         scales, coded = [np.zeros((K, 0, 2), np.uint8)], [np.zeros((K, 0), np.uint8)]
         for part in plan.parts:
             here = _Blocks.of(part.cut(x), signs[:, part.tensors, : part.length])
@@ -147,7 +147,7 @@ class Rotated(Kind):
         turns = told.view("<u2")
         if again and (turns >= FOUND).any():
             raise self.refused(f"a number of signs above {FOUND - 1}, of what is sent on,")
-        signs, scales = _signs(turns), self._read(s.reshape(K, plan.blocks, 2))
+        signs, scales = signs_of(turns), self._read(s.reshape(K, plan.blocks, 2))
         each_code, at = unpack(codes, self.bits, plan.rotated), 0
         x = np.empty((K, sum(sizes)))
         for part in plan.parts:
@@ -213,7 +213,7 @@ class Rotated(Kind):
                 if (_whole(block)[0] % (1 << FINE - COARSE)).any():
                     left[tensor] = left[tensor][:0]
                     continue
-                signs = _signs(left[tensor][None])[0, :, : part.length]
+                signs = signs_of(left[tensor][None])[0, :, : part.length]
                 fits, *_ = self._exact(_Blocks.of(np.broadcast_to(block, signs.shape), signs))
                 left[tensor] = left[tensor][fits]
         return [int(each[0]) if len(each) else -1 for each in left]
@@ -371,7 +371,7 @@ def _scales(s: Doubles, u: Doubles) -> Bytes:
     return found.astype(np.uint8)
 
 
-def _signs(turns: npt.NDArray[np.integer]) -> npt.NDArray[np.int8]:
+def signs_of(turns: npt.NDArray[np.integer]) -> npt.NDArray[np.int8]:
     """Draw sets of signs by their numbers: [K, T] to [K, T, 1024]."""
     raw = np.frombuffer(b"".join(map(_sign_bits, turns.flat)), np.uint8)
     signs = np.unpackbits(raw).view(np.int8).reshape(*turns.shape, LENGTHS[0])

@@ -28,8 +28,10 @@ drawn. None never merges (FFA-LoRA).
 - Source: Malinovsky et al., *Randomized Asymmetric Chain of LoRA*, 2024, arXiv 2410.08305.
   FFA-LoRA: Sun et al., *Improving LoRA in privacy-preserving federated learning*, ICLR 2024,
   arXiv 2403.12313.
-- Held to: pkumelon/FedSLoP at b7af998: whole rounds with training, 3 rounds; and the paper's
-  Table 3: chains of one client within 1.3 points (docs/records/chains.md).
+- Held to: hammoudhasan/RACLora at 7354fd2: chains with AdamW, 3 merges;
+  pkumelon/FedSLoP at b7af998: whole rounds with training, 3 rounds;
+  Pengxin-Guo/FedSA-LoRA at fc276b5: what is trained, and the server's step, 3 rounds (FFA-LoRA);
+  and the paper's Table 3: chains of one client within 1.3 points (docs/records/chains.md).
 - Departures: the default sketch has orthonormal rows. They span the same space as the paper's
   Gaussian sketch, and the local step is then the step of the theory. We know the paper's federated
   algorithms only in outline, so the sampling of clients and the number of local steps are ours.

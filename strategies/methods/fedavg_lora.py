@@ -20,7 +20,8 @@ learning rate's warm-up after each merge; these are local settings (``local=relo
   ICASSP 2024, arXiv 2305.05644; LoRA: Hu et al., ICLR 2022, arXiv 2106.09685. COLA: Xia, Qin and
   Hazan, *Chain of LoRA*, 2024, arXiv 2401.04151. ReLoRA: Lialin et al., ICLR 2024, arXiv
   2307.05695.
-- Held to: JayZhang42/FederatedGPT-Shepherd at bcffa00: the server's step, 3 rounds.
+- Held to: JayZhang42/FederatedGPT-Shepherd at bcffa00: the server's step, 3 rounds;
+  Guitaricet/relora at 2881b5f: 3 merges, and the moments that are kept (ReLoRA).
 - Departures: a drawn A is Kaiming-uniform, as in PEFT. A drawn B is, too, with its own m as the
   fan-in (PEFT's rule would use r). COLA and ReLoRA are defined for one client; we also run them
   with several. ReLoRA first trains all weights for a while; set ``pretrain`` for that.

@@ -20,6 +20,7 @@ starts with one zero.
 - Source: Qin et al., *Federated full-parameter tuning of billion-sized language models with
   communication cost under 18 kilobytes*, ICML 2024, arXiv 2312.06353, and its code (FederatedScope,
   branch ``FedKSeed``).
+- Held to: alibaba/FederatedScope at d7e07487: whole rounds with training, plain and Pro, 3 rounds.
 - Departures: clients send steps instead of the differences g. The code multiplies the sums of all
   rounds by one lr, which must then be constant. z is drawn on the CPU in one precision, W_t is
   computed in float64 and rounded once, and measuring along z does not change W. In the code CPU and

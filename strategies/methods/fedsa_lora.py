@@ -10,6 +10,7 @@
 - Server: one mean, K r n operations.
 - Source: Guo et al., *Selective aggregation for low-rank adaptation in federated learning*, ICLR
   2025, arXiv 2410.01463.
+- Held to: Pengxin-Guo/FedSA-LoRA at fc276b5: the server's step, 3 rounds.
 - Departures: the head follows the settings of the run. In the public code each client keeps its
   own (``head=personal``).
 """

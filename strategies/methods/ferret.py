@@ -18,13 +18,15 @@ directions.
 - Client: its local training, and as many draws.
 - Source: Shu et al., *Ferret: federated full-parameter tuning at scale for large language models*,
   ICML 2025, arXiv 2409.06277, and its code.
-- Departures: E[z z^T] = I here, so that gamma is unbiased as in the paper. The code draws v within
+- Held to: allen4747/Ferret at 1a412a9: whole rounds with training, and the blocks, 3 rounds.
+- Departures: all clients use the same directions, as many for each block as its size says, so that
+  sums of clients are enough. In the code each client draws its own, more for a block whose update
+  is longer. E[z z^T] = I here, so that gamma is unbiased as in the paper. The code draws v within
   +-1/sqrt(d), for which E[v v^T] = I / (3 d), so that it recovers server_lr / 3 of an update: its
   server_lr of 10 is 10/3 here. Each block has new directions in each round. The code draws the
   directions of all rounds from one fixed set, and so never leaves one subspace; it does not count
   the bytes of their indices. The code's clipping of steps at 10, which is not linear, and its
-  momentum of gamma are left out. Blocks are the code's: consecutive weights up to nine tenths of
-  the median size.
+  momentum of gamma are left out. Blocks are the code's.
 """
 
 from __future__ import annotations
@@ -54,22 +56,22 @@ def blocks(
 ) -> list[tuple[tuple[str, ...], int]]:
     """Cut weights into blocks, and assign directions to them, as Ferret's public code does.
 
-    A block takes consecutive weights until it has nine tenths of the median size of one or more.
-    The largest block gets all directions; the others get a number relative to their size, at
-    least two.
+    A block takes consecutive weights as long as it has at most nine tenths of the median size of
+    one; a larger weight is a block of its own. The largest block gets all directions; the others
+    get a number relative to their size, at least two.
 
     Returns:
         Names and the number of directions of each block.
     """
     sizes = {name: prod(shape) for name, shape in shapes.items()}
-    enough, found, names = 0.9 * median(sizes.values()), list[tuple[str, ...]](), tuple[str, ...]()
-    for name in sizes:
-        names = (*names, name)
-        if sum(sizes[n] for n in names) >= enough:
-            found.append(names)
-            names = ()
-    if names:
-        found.append(names)
+    most, found, filled = int(0.9 * median(sizes.values())), list[tuple[str, ...]](), 0
+    for name, size in sizes.items():
+        if found and filled + size <= most:
+            found[-1] = (*found[-1], name)
+            filled += size
+        else:
+            found.append((name,))
+            filled = size
     totals = [sum(sizes[n] for n in block) for block in found]
     return [(b, max(directions * t // max(totals), 2)) for b, t in zip(found, totals, strict=True)]
 
