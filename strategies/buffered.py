@@ -122,7 +122,7 @@ class BufferedStrategy(FedStrategy):
 
 
 @dataclass(frozen=True)
-class Batch:
+class ReplyBatch:
     """Hold replies to one downlink.
 
     Attributes:
@@ -139,7 +139,7 @@ class Batch:
     rows: torch.Tensor
     weights: torch.Tensor
 
-    def select(self, flights: frozenset[PendingClient]) -> Batch:
+    def select(self, flights: frozenset[PendingClient]) -> ReplyBatch:
         """Keep only these clients."""
         kept = [i for i, flight in enumerate(self.flights) if flight in flights]
         places = torch.tensor(kept, dtype=torch.int64)
@@ -153,7 +153,7 @@ class Batch:
 
 def batch_of(
     uplinks: Uplinks, sent: RoundInstructions, base: Tree, started: tuple[PendingClient, ...]
-) -> Batch:
+) -> ReplyBatch:
     """Build a batch from the replies of a round, of all clients that will reply.
 
     Args:
@@ -166,18 +166,18 @@ def batch_of(
     own = {f.client: f for f in started if not f.lost}
     flights = tuple(own[client] for client in uplinks.clients.tolist())
     rows = uplinks.rows().cpu()
-    return Batch(flights[0].round_, sent, flights, rows - start.to(rows), uplinks.weights)
+    return ReplyBatch(flights[0].round_, sent, flights, rows - start.to(rows), uplinks.weights)
 
 
 @dataclass(frozen=True)
 class Waiting:
     """Hold pending replies: batches in ascending order of round, and clients that will drop out."""
 
-    batches: tuple[Batch, ...] = ()
+    batches: tuple[ReplyBatch, ...] = ()
     lost: tuple[PendingClient, ...] = ()
 
 
-def write_batches(batches: list[Batch], lost: tuple[PendingClient, ...], dtype: str) -> Tree:
+def write_batches(batches: list[ReplyBatch], lost: tuple[PendingClient, ...], dtype: str) -> Tree:
     """Convert pending replies to tensors; batches without clients are left out.
 
     Args:
@@ -206,7 +206,7 @@ def read_batches(state: State) -> Waiting:
 
 
 def merge(
-    method: Method, state: State, batches: list[Batch], now: RoundInstructions, round_: int
+    method: Method, state: State, batches: list[ReplyBatch], now: RoundInstructions, round_: int
 ) -> State:
     """Take the step of the server.
 
@@ -241,7 +241,7 @@ def merge(
     )
 
 
-def _check_late(late: list[list[Batch]], state: State) -> None:
+def _check_late(late: list[list[ReplyBatch]], state: State) -> None:
     """Reject replies to older downlinks if these depended on more than the weights."""
     if late and state.depends_on_past:
         raise conflict(SystemConfig, BEYOND_WEIGHTS)
@@ -251,7 +251,7 @@ def _closed(
     method: Method,
     state: State,
     sent: RoundInstructions,
-    group: list[Batch],
+    group: list[ReplyBatch],
     total: float,
     round_: int,
 ) -> State:

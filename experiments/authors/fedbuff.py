@@ -23,7 +23,7 @@ from fedraclora.experiments.authors.toy import DRAW, SIZES, M, N, Worst, weight
 from fedraclora.lowrank.layers import LayerView
 from fedraclora.protocol.method import Cohort, Plan, RoundInstructions, State
 from fedraclora.rng import generator, torch_normal
-from fedraclora.strategies.buffered import Batch, merge
+from fedraclora.strategies.buffered import ReplyBatch, merge
 from fedraclora.strategies.methods.fedavg import FedAvg
 
 STEPS, LATE = 5, (0, 2, 1, 0)  # server steps; rounds until each client's reply comes
@@ -82,7 +82,7 @@ class Ours:
             clients = [client for each, client in replies if each == round_]
             flights = tuple(PendingClient(float(step), client, round_) for client in clients)
             rows = changes(round_)[clients].flatten(1)
-            batches.append(Batch(round_, self.sent[round_], flights, rows, sizes[clients]))
+            batches.append(ReplyBatch(round_, self.sent[round_], flights, rows, sizes[clients]))
         self.state = merge(self.method, self.state, batches, self.sent[step], step)
         return self.method.weights(self.state, DRAW)["w"]
 

@@ -18,7 +18,7 @@ from fedraclora.protocol.change_of_basis import transported
 from fedraclora.protocol.factor import adapted_weight
 from fedraclora.protocol.method import RoundInstructions, State
 from fedraclora.protocol.uplinks import Uplinks
-from fedraclora.strategies.buffered import Batch, batch_of, merge
+from fedraclora.strategies.buffered import ReplyBatch, batch_of, merge
 from fedraclora.strategies.steps.fedopt import step_in_weights
 from fedraclora.training.extras.variates import (
     end_variates,
@@ -268,7 +268,7 @@ def layers_counted_as_one(planting: Planting) -> None:
 @defect(f"{STEP} and fed_rac_lora", "B trained under A_t merged with A_(t + tau)", BUFFERED)
 def stale_factor_beside_the_new_sketch(planting: Planting) -> None:
     def beside(
-        method: Any, state: State, batches: list[Batch], now: RoundInstructions, round_: int
+        method: Any, state: State, batches: list[ReplyBatch], now: RoundInstructions, round_: int
     ) -> State:
         fresh = [replace(b, sent=replace(now, link=b.sent.link)) for b in batches]
         return merge(method, state, fresh, now, round_)
@@ -276,11 +276,13 @@ def stale_factor_beside_the_new_sketch(planting: Planting) -> None:
     planting.function(merge, beside)
 
 
-def merged_otherwise(planting: Planting, change: Callable[[list[Batch], int], list[Batch]]) -> None:
+def merged_otherwise(
+    planting: Planting, change: Callable[[list[ReplyBatch], int], list[ReplyBatch]]
+) -> None:
     """Change the replies that the server is about to merge."""
 
     def otherwise(
-        method: Any, state: State, batches: list[Batch], now: RoundInstructions, round_: int
+        method: Any, state: State, batches: list[ReplyBatch], now: RoundInstructions, round_: int
     ) -> State:
         return merge(method, state, change(batches, round_), now, round_)
 
@@ -298,7 +300,7 @@ def stale_replies_count_in_full(planting: Planting) -> None:
     BUFFERED,
 )
 def discount_divided_out_again(planting: Planting) -> None:
-    def lengthened(batches: list[Batch], now: int) -> list[Batch]:
+    def lengthened(batches: list[ReplyBatch], now: int) -> list[ReplyBatch]:
         whole = [float(b.weights.sum()) for b in batches]
         left = [w / (1 + now - b.round_) ** 0.5 for w, b in zip(whole, batches, strict=True)]
         return [replace(b, rows=b.rows * (sum(whole) / sum(left))) for b in batches]
@@ -312,7 +314,7 @@ def discount_divided_out_again(planting: Planting) -> None:
     BUFFERED,
 )
 def stale_weights_in_the_place_of_changes(planting: Planting) -> None:
-    def whole(uplinks: Uplinks, *given: Any) -> Batch:
+    def whole(uplinks: Uplinks, *given: Any) -> ReplyBatch:
         return replace(batch_of(uplinks, *given), rows=uplinks.rows().cpu())
 
     planting.function(batch_of, whole)
@@ -322,9 +324,9 @@ def stale_weights_in_the_place_of_changes(planting: Planting) -> None:
     f"{STEP} and ffa_lora", "resets nothing: what was merged lies in the buffer still", BUFFERED
 )
 def buffer_never_emptied(planting: Planting) -> None:
-    merged: list[Batch] = []
+    merged: list[ReplyBatch] = []
 
-    def again(batches: list[Batch], _now: int) -> list[Batch]:
+    def again(batches: list[ReplyBatch], _now: int) -> list[ReplyBatch]:
         merged.extend(batches)
         return [*merged]
 
