@@ -32,7 +32,7 @@ from fedraclora.protocol.uplinks import Uplinks
 from fedraclora.rng import generator, torch_normal
 from fedraclora.run.rebuild import state_at
 from fedraclora.sketch import SketchSpec
-from fedraclora.strategies.buffered import Batch, read_batches, write_batches
+from fedraclora.strategies.buffered import ReplyBatch, read_batches, write_batches
 from fedraclora.strategies.methods.subspace_rac_lora import SubspaceRacLora
 from fedraclora.strategies.server.quantized import DownlinkRounding
 from fedraclora.strategies.wrappers.allocated import allocated
@@ -225,7 +225,7 @@ def test_what_waits_for_a_buffered_round_keeps_its_coefficients() -> None:
     _, sent = played(2)[1]
     flights = (PendingClient(1.5, 0, 2), PendingClient(2.5, 1, 2))
     rows = torch.zeros(2, sent.layout.size)
-    stored = write_batches([Batch(2, sent, flights, rows, torch.ones(2))], (), "float32")
+    stored = write_batches([ReplyBatch(2, sent, flights, rows, torch.ones(2))], (), "float32")
     waiting = read_batches(State({}, PLAN, moments=stored))
     (again,), lost = waiting.batches, waiting.lost
     assert (again.flights, lost) == (flights, ())
