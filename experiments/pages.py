@@ -31,7 +31,7 @@ import fedraclora.strategies.steps  # noqa: F401  which declare features
 from fedraclora.binding import bind
 from fedraclora.commands import RESULTS
 from fedraclora.commands.cli import USAGE
-from fedraclora.commands.study.entries import DEVIATION, docstring, is_unverified
+from fedraclora.commands.study.entries import DEVIATION, docstring
 from fedraclora.compatibility import KNOWN, PLACES, Feature
 from fedraclora.compose.choices import choice, groups, sections
 from fedraclora.config.keys import bullet
@@ -247,9 +247,8 @@ def _overview() -> TextTable:
             "both": isinstance(method, Factored) and method.never_restarts,
         }
         title, _, what = lines[name].partition(": ")
-        mark = " †" if is_unverified(kind) else ""
         has = ", ".join(flag for flag, is_so in flags.items() if is_so)
-        rows.append((f"`{name}`{mark}", (what or title).rstrip("."), has, held_to(kind)))
+        rows.append((f"`{name}`", (what or title).rstrip("."), has, held_to(kind)))
     return TextTable(("`method=`", "what it does", "traits", "held to"), tuple(rows), (), texts=4)
 
 

@@ -13,9 +13,10 @@
   adaptation*, 2025, arXiv 2508.03820.
 - Departures: clients take local steps; the paper's federated versions take one gradient per round.
   The paper's gradient estimators (PAGE, MVR, QGD, MARINA, EF21) are left out. The draws c_t have
-  their own seed, so that the bytes of a round are known before the run. Sketches are orthonormal
-  by default.
-- Unverified: we have not read the paper's statements of its federated algorithms.
+  their own seed, so that the bytes of a round are known before the run. Sketches are orthonormal by
+  default. In the authors' code of one client, which we read
+  (IgorSokoloff/Bernoulli-LoRA_experiments at 4d9fdb0), c_t is drawn and each step projected as
+  here: one step of ``local.precondition=true`` is that of the paper.
 """
 
 from __future__ import annotations

@@ -13,9 +13,11 @@
 - Departures: the rows of all P_j are one drawing, of unit length in expectation. In the paper
   E[P_j^T P_j] = I (``normalize=identity``), for which stable steps are n / r times smaller. Under
   momentum or weight decay B_jk also moves after the steps of its subspace. If a client has fewer
-  than G ``interval`` local steps, it sends zeros for the subspaces that it does not reach.
-- Unverified: we have read only the abstract and a summary. We do not know the number of subspaces,
-  how clients choose among them, the interval, and whether they are ever drawn anew.
+  than G ``interval`` local steps, it sends zeros for the subspaces that it does not reach. We
+  assume that the P_j last for the run and that all clients take them in turn, so that one order
+  serves all, and the update of an absent client is a sum. By a summary, the paper's server draws
+  them anew in each round, and each client chooses one at random for each interval; the numbers of
+  subspaces and of steps are open settings there and here.
 """
 
 from __future__ import annotations

@@ -12,9 +12,10 @@
   of 2 m n (K - 1) r operations.
 - Source: Yan et al., *FedMomentum: preserving LoRA training momentum in federated fine-tuning*,
   2026, arXiv 2603.08014.
-- Departures: the SVD is exact, where the paper's is randomized; the whole rest is merged.
-- Unverified: we have read only the abstract and summaries. We do not know how the paper splits S
-  between the factors, how much of the rest it merges and when, and its scale.
+- Departures: the SVD is exact, where the paper's is randomized; the whole rest is merged. The
+  abstract says that the rest can be kept and merged later; here it is merged at once, so that the
+  aggregate is exact. S goes into both factors by its root, as in ``flexlora``, which leaves the
+  product as it is.
 """
 
 from __future__ import annotations

@@ -20,8 +20,8 @@ factor starts at zero.
 - Held to: haoran-zh/FedRot-LoRA at 36a67ef: the alignment and the mean, 4 rounds, full and half.
 - Departures: the server rotates the factors; in the paper clients do before they send. The means
   are the same, but the server must see each client's own factors. If the nearest rotation is not
-  unique (a singular value is zero), the library decides, as in the code.
-- Unverified: we have read only the abstract and the code; ``strength`` is its ``rotate_lambda``.
+  unique (a singular value is zero), the library decides, as in the code. ``strength`` is the code's
+  ``rotate_lambda`` up to 1.
 """
 
 from __future__ import annotations

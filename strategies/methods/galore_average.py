@@ -21,9 +21,10 @@
   eps before it corrects the second moment, and decays weights after the step; here both are as in
   ``torch.optim``. The code projects a square matrix from the right; here from the left, as in the
   paper's algorithm. The code has no SGD. Here directions without gradient are left out, and P's
-  signs are fixed. ``scale`` is 1; GaLore pretrains with 0.25.
-- Unverified: we have read only the abstract and summaries of the federated paper. We do not know
-  its interval, its rank, and whether its clients keep moments over rounds.
+  signs are fixed. ``scale`` is 1; GaLore pretrains with 0.25. The code of the federated paper
+  (navyanshmahla/fedftg at 8546ceb) makes an optimizer once, so that moments outlive rounds: that is
+  ``local.optimizer_state=run``. It hands GaLore no rank and so no interval; those here are GaLore's
+  own defaults.
 
 Moments have r rows (columns) instead of the m (n) of the smaller side. Tensors that are trained but
 not projected (heads, biases) take plain steps of the same optimizer. P is stored with the moments,

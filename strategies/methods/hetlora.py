@@ -18,8 +18,8 @@
   norms multiply the run's aggregation weights; the paper's weights are those of
   ``aggregation_weights=uniform``. If all clients of a round send zeros, they are averaged by p_k.
   Components that no client of a round trains stay as they were: a mean of padding would set both
-  factors to zero, from which they could never be trained again.
-- Unverified: how the paper scales adapters of several ranks.
+  factors to zero, from which they could never be trained again. We assume alpha / r with one r for
+  all clients, so that a component weighs the same at each of them.
 """
 
 from __future__ import annotations

@@ -13,8 +13,8 @@
 - Source: Bian et al., *LoRA-FAIR: federated LoRA fine-tuning with aggregation and initialization
   refinement*, ICCV 2025, arXiv 2411.14961.
 - Departures: the paper maximizes a cosine similarity with SGD on the server. A cosine ignores
-  magnitude; the squared distance here does not, and has a closed form.
-- Unverified: the paper's own weight of the penalty (0.01 by a secondary source).
+  magnitude; the squared distance here does not, and has a closed form. The default of ``ridge`` is
+  0.01, which a summary of the paper gives for its penalty, though it weighs another distance here.
 """
 
 from __future__ import annotations

@@ -15,9 +15,9 @@ heads are orthogonal.
 - Source: Raje et al., *Ravan: multi-head low-rank adaptation for federated fine-tuning*, NeurIPS
   2025, arXiv 2506.05568.
 - Departures: the trained scalar of each head is left out. Clients send its product with H_i in the
-  paper, so only the local steps differ. All clients train all heads.
-- Unverified: we have read only the abstract and summaries. We do not know how the paper initializes
-  factors and cores, its scale, and which heads a small client trains.
+  paper, so only the local steps differ. All clients train all heads. We assume orthonormal rows,
+  over all heads, so that no head repeats another one's directions; H_i = 0, so that training begins
+  at the weights; and the scale alpha / r.
 """
 
 from __future__ import annotations

@@ -12,8 +12,8 @@
 - Server: one mean, K r m or K r n operations.
 - Source: Chen et al., *Robust federated finetuning of LLMs via alternating optimization of LoRA*,
   NeurIPS 2025, arXiv 2502.01755 (earlier 2409.02346). Not the RoLoRA of quantization.
-- Departures: none known.
-- Unverified: we have not read the official code. We do not know how it draws A, and its scale.
+- Departures: none known. A is drawn and B = 0 at the start as in LoRA, with the scale alpha / r; B
+  comes first, since A has no gradient while B is zero.
 """
 
 from __future__ import annotations

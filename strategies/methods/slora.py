@@ -14,9 +14,8 @@
 - Source: Babakniya et al., *SLoRA: federated parameter efficient fine-tuning of language models*,
   2023, arXiv 2308.06522.
 - Departures: the part of the update beyond rank r stays in W; the paper drops it. Each factor gets
-  the root of S.
-- Unverified: how the paper draws its mask. Here every entry is kept with probability d, for the
-  whole first stage.
+  the root of S. We assume one mask for the whole first stage, which keeps every entry with
+  probability d, as data of clients are not known before it.
 """
 
 from __future__ import annotations

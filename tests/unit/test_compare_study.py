@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from fedraclora.commands import cli
-from fedraclora.commands.study.entries import RowResult, entries, is_unverified, read_lines
+from fedraclora.commands.study.entries import RowResult, entries, read_lines
 from fedraclora.commands.study.file import Study, check_same
 from fedraclora.commands.study.leaderboard import STUDIES, chosen, find, leaderboard
 from fedraclora.commands.study.run import run_jobs
@@ -82,11 +82,9 @@ def test_the_board_has_what_the_runs_say(ran: Path) -> None:
     assert float(board["fedavg_lora"]["aggregation_error"]) > 0
 
 
-def test_what_is_unverified_or_personal_is_marked_and_not_ranked(ran: Path) -> None:
+def test_what_is_personal_is_marked_and_not_ranked(ran: Path) -> None:
     text = (ran / "out" / "leaderboard.md").read_text()
-    assert "| fedkrso † |" in text
     assert "| fedavg_lora |" in text
-    assert "† in part unverified" in text
     rows = [line for line in text.splitlines() if line.startswith("| fed")]
     assert rows[-1].startswith("| fedsa_lora ‡ |")
     for name in ("table.md", "budgets.md"):
@@ -246,11 +244,6 @@ def test_a_leaderboard_has_every_federated_method(board: str, without: set[str])
     study = Study.read(find(f"leaderboard_{board}"))
     named = {word.partition("=")[2] for row in study.rows.values() for word in row[:1]}
     assert set(METHODS) - without <= named
-
-
-def test_unverified_is_what_a_docstring_says() -> None:
-    assert is_unverified(METHODS["fedkrso"])
-    assert not is_unverified(METHODS["fedavg"])
 
 
 def test_a_run_of_other_settings_stops_before_anything_runs(tmp_path: Path) -> None:

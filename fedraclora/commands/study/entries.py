@@ -206,11 +206,6 @@ def docstring(kind: type[Method]) -> str:
     return sys.modules[kind.__module__].__doc__ or ""
 
 
-def is_unverified(kind: type[Method]) -> bool:
-    """Check whether a method's docstring has a list of unverified details."""
-    return "- Unverified:" in docstring(kind)
-
-
 def of_all(there: object, all_: object, what: str = "runs") -> str:
     """Write how many of all runs have a value, unless all have."""
     return "" if there == all_ else f" ({there} of {all_} {what})"

@@ -18,7 +18,6 @@ from fedraclora.commands.study.entries import (
     Done,
     RowResult,
     entries,
-    is_unverified,
     of_all,
     shown_error,
     shown_value,
@@ -37,9 +36,8 @@ from fedraclora.run.statistics import Spread, first_reaching, traffic
 from fedraclora.terminal.tables import TextTable
 from fedraclora.wire.fields import printable
 
-UNVERIFIED, PERSONAL = "†", "‡"
+PERSONAL = "‡"
 NOTES = {
-    UNVERIFIED: "in part unverified against its paper; its docstring says what (docs/methods.md).",
     PERSONAL: "models of the clients' own, each measured under its client's own mix of classes: "
     "another metric, not ranked.",
 }
@@ -109,7 +107,6 @@ def _record(entry: RowResult) -> Row:
 
     return {
         "method": entry.row,
-        "verified": not is_unverified(type(entry.method)),
         "personal": entry.personal,
         study.metric: entry.spread.mean,
         "std": entry.spread.deviation,
@@ -163,8 +160,7 @@ def _shown(study: Study, record: Row) -> dict[str, str]:
 
 def _marked(record: Mapping[str, object]) -> str:
     """Return the method's name with the marks of `NOTES` that apply."""
-    signs = "" if record["verified"] else UNVERIFIED
-    return f"{record['method']} {signs}{PERSONAL if record['personal'] else ''}".rstrip()
+    return f"{record['method']} {PERSONAL if record['personal'] else ''}".rstrip()
 
 
 STUDIES = LABORATORY / "studies"
