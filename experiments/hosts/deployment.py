@@ -6,11 +6,13 @@ started on the first host, as an operator does.
 
 from __future__ import annotations
 
+import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from fedraclora.engines.deploy.local import make_node_key
@@ -19,7 +21,7 @@ from fedraclora.experiments.hosts.host import HOME, Host
 from fedraclora.experiments.hosts.namespaces import Process
 from fedraclora.run.ledger import read_ledger
 
-PORT = 8000
+PORT, PROXY_PORT = 8000, 8443
 PROJECT = Path(__file__).resolve().parents[2]  # the package has a link to it
 COMMAND = [sys.executable, "-m", "fedraclora.commands.cli"]
 ENVIRONMENT = {
@@ -48,19 +50,22 @@ class Deployment:
 
     Args:
         bed: Its hosts; host k + 1 is that of client k.
+        proxy: Whether nodes reach the SuperLink through a proxy, which has the certificate that
+            they see.
 
     Attributes:
+        proxy: The process of the proxy, or None.
         link: The process of the SuperLink.
         nodes: Those of the nodes.
         added: What the environment of each has besides.
     """
 
-    def __init__(self, bed: Bed) -> None:
+    def __init__(self, bed: Bed, *, proxy: bool = False) -> None:
         self.server, *self.owners = bed.hosts
         self.keys = self.server.path("keys")
         self.keys.mkdir()
-        script = PROJECT / "docs" / "deploy" / "certificates.sh"
-        subprocess.run(["sh", script, self.server.name, self.keys], check=True, capture_output=True)
+        self.proxy: Process | None = None
+        self.renew_certificate({})
         for k, owner in enumerate(self.owners):
             make_node_key(owner.path("node"))
             shutil.copy(owner.path("node.pub"), self.keys / f"node{k}.pub")
@@ -69,13 +74,31 @@ class Deployment:
         config.parent.mkdir()
         trust = f'root-certificates = "{HOME}/keys/ca.crt"'
         config.write_text(f'[superlink.house]\naddress = "localhost:{PORT}"\n{trust}\n')
+        if proxy:
+            module = "fedraclora.experiments.hosts.tls_proxy"
+            words = [str(PROXY_PORT), str(PORT), f"{HOME}/keys"]
+            self.proxy = self.start(
+                self.server, [sys.executable, "-m", module, *words], "proxy.log"
+            )
         self.link = self.start_link()
-        for k in range(len(self.owners)):
-            line = f"flwr supernode register {HOME}/keys/node{k}.pub house"
+        for k, owner in enumerate(self.owners):
+            line = f"flwr supernode register {HOME}/keys/node{k}.pub house --name {owner.name}"
             self.server.run(line.split(), env=ENVIRONMENT, timeout=PATIENCE)
         self.added: list[dict[str, str]] = [{} for _ in self.owners]
         self.died: dict[int, float] = {}
         self.nodes = [self.start_node(k) for k in range(len(self.owners))]
+
+    def renew_certificate(self, environ: Mapping[str, str]) -> None:
+        """Make the certificate that nodes see, anew, and have the proxy read it.
+
+        Args:
+            environ: What the environment of the script has besides: ``DAYS``, or another clock.
+        """
+        script = PROJECT / "docs" / "deploy" / "certificates.sh"
+        words = ["sh", str(script), self.server.name, str(self.keys)]
+        subprocess.run(words, check=True, capture_output=True, env={**os.environ, **environ})
+        if self.proxy is not None:
+            self.proxy.send_signal(signal.SIGHUP)
 
     def start(self, host: Host, command: Sequence[str], log: str, **more: str) -> Process:
         """Start a process that writes to a file of its host."""
@@ -85,11 +108,12 @@ class Deployment:
 
     def start_link(self) -> Process:
         """Start the SuperLink on its database, and wait until it listens."""
-        words = f"--host 0.0.0.0 --port {PORT} --enable-supernode-auth --database {HOME}/link.db"
+        own, host = ("server", "0.0.0.0") if self.proxy is None else ("link", "127.0.0.1")
+        words = f"--host {host} --port {PORT} --enable-supernode-auth --database {HOME}/link.db"
         for key, file in {
             "ca-certfile": "ca.crt",
-            "certfile": "server.pem",
-            "keyfile": "server.key",
+            "certfile": f"{own}.pem",
+            "keyfile": f"{own}.key",
         }.items():
             words += f" --ssl-{key} {HOME}/keys/{file}"
         process = self.start(self.server, ["flower-superlink", *words.split()], "link.log")
@@ -105,7 +129,8 @@ class Deployment:
 
     def start_node(self, k: int) -> Process:
         """Start the node of client ``k``."""
-        words = f"--superlink {self.server.name}:{PORT} --root-certificates ca.crt"
+        port = PORT if self.proxy is None else PROXY_PORT
+        words = f"--superlink {self.server.name}:{port} --root-certificates ca.crt"
         words += " --auth-supernode-private-key node --node-config"
         config = f"partition-id={k} cache='{HOME}/cache'"
         command = [*COMMAND, "node", *words.split(), config]

@@ -373,8 +373,11 @@ def place(
 ) -> Iterator[tuple[Connection, Record | None]]:
     """Open the connection of a run, and its local record (None if the server writes here)."""
     if nodes is None:
+        connection = Connection(name, command_line(os.environ))
+        for line in connection.certificate_warnings():
+            print(line, file=sys.stderr)
         with Record(run.folder, run.plain, resume=run.resume) as record:
-            yield Connection(name, command_line(os.environ)), record
+            yield connection, record
         return
     if run.resume:
         with locked_folder(run.folder):

@@ -1,7 +1,7 @@
 """``fedraclora federation ACTION connection=NAME [NODE]``: see and steer a federation.
 
   status        who is registered and connected, which clients each node serves, its last reply,
-                and why it does not take part
+                why it does not take part, and which certificate ends in a month
   pause         runs wait before their next round; `resume` ends that
   drain NODE    the node finishes its round, and takes part in no other; `undrain NODE` ends that
   remove NODE   its key is refused from now on; a connected node must be drained first
@@ -71,6 +71,7 @@ def show_status(connection: Connection, files: FederationFiles) -> None:
         notes.append("paused: runs wait before their next round (fedraclora federation resume)")
     if rows and not known:
         notes.append(f"no run has written to {files.folder} yet, so names and clients are unknown")
+    notes += connection.certificate_warnings()
     if rows:
         TextTable.of(rows, notes).print()
     else:

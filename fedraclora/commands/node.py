@@ -1,7 +1,8 @@
 """``fedraclora node``: a SuperNode with lower latency than Flower's, and the same arguments.
 
 Its internal API is a socket in a private folder, so arguments that set the address and security of
-that API are rejected. With ``FEDRACLORA_UNPATCHED=all`` in the environment, Flower runs unpatched.
+that API are rejected. With ``--plain``, or ``FEDRACLORA_UNPATCHED=all`` in the environment, Flower
+runs unpatched, slower, and takes these arguments.
 ``--check`` starts nothing, and reports what would fail; ``--check=FILE`` also compares this machine
 with the run for which the operator's ``fedraclora deploy --check=FILE`` wrote that file.
 
@@ -19,17 +20,20 @@ import json
 import os
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from fedraclora.commands.node_history import LAST_ROUNDS, print_history
 from fedraclora.compose.words import check_word
-from fedraclora.engines.flower_patches import AT_SOCKETS, NODE, OWNED, why_without
+from fedraclora.engines.certificates import superlink_warning
+from fedraclora.engines.flower_patches import ALL, AT_SOCKETS, NODE, OWNED, UNPATCHED, why_without
 from fedraclora.engines.owner.gate import ASK
 from fedraclora.engines.owner.history import History
 from fedraclora.engines.owner.policy import Policy
 from fedraclora.engines.programs import RUNNER
 from fedraclora.errors import ConfigError
 
+PLAIN = "--plain"
 # Flower also accepts abbreviated options.
 OF_THE_API = ["--host", "--port", "--isolation", "--superexec-auth-secret-file"]
 OF_THE_API += ["--ssl-certfile", "--ssl-keyfile", "--ssl-ca-certfile"]
@@ -42,7 +46,9 @@ def main(words: Sequence[str]) -> int:
         ConfigError: If an argument sets the address or security of the node's internal API, or the
             owner's files cannot be used.
     """
-    for word in words if why_without(AT_SOCKETS) is None else ():
+    plain = {UNPATCHED: ALL} if PLAIN in words else {}
+    words = [word for word in words if word != PLAIN]
+    for word in words if why_without(AT_SOCKETS, {**os.environ, **plain}) is None else ():
         name = word.partition("=")[0]
         if name.startswith("--") and any(option.startswith(name) for option in OF_THE_API):
             raise ConfigError(
@@ -60,7 +66,21 @@ def main(words: Sequence[str]) -> int:
         from fedraclora.commands.check import check_node
 
         return check_node(words, file or None, own.approve)
-    return start(words, watched(own))
+    if told := certificate_warning(words):
+        print(told, file=sys.stderr, flush=True)
+    return start(words, {**watched(own), **plain})
+
+
+def certificate_warning(words: Sequence[str]) -> str:
+    """Say that the certificate of the SuperLink ends soon or has ended; empty if it does not."""
+    parser = argparse.ArgumentParser(add_help=False, exit_on_error=False)
+    parser.add_argument("--superlink", default="")
+    parser.add_argument("--root-certificates", type=Path)
+    with suppress(argparse.ArgumentError):  # Flower says what is wrong
+        known, _ = parser.parse_known_args(words)
+        if known.root_certificates is not None:
+            return superlink_warning(known.superlink, known.root_certificates)
+    return ""
 
 
 def start(words: Sequence[str], environ: Mapping[str, str]) -> int:

@@ -63,6 +63,11 @@ UNKNOWN_KEY = (
     "killed less than a minute ago. Send the public key to the operator, who runs `flwr "
     "supernode register`, or wait a minute"
 )
+CERTIFICATE_ENDED = (
+    "the certificate of the SuperLink, or of its authority, has expired by the clock of this "
+    "machine. If that clock is right, tell the operator, who renews it; this node tries again"
+)
+LINK_LOST = "this node has given its connection to the SuperLink up, see above: start it again"
 PR_SET_PDEATHSIG = 1  # constant of prctl: the signal that a process receives when its parent ends
 LEAST = 0.1  # seconds between polls that are requests
 WITHIN = 0.005  # seconds between polls of this process's memory
@@ -562,6 +567,9 @@ def patient(make: Callable[[], Any]) -> Callable[[], Any]:
                 sys.stderr.write(f"{UNKNOWN_KEY}\n")
             if getattr(answer, "status_code", 0) == 413:
                 sys.stderr.write(f"{too_large(answer.request.headers)}\n")
+            if "certificate has expired" in str(error):
+                sys.stderr.write(f"{CERTIFICATE_ENDED}\n")
+                return False
             broke = "handshake operation timed out" in str(error) or "EOF" in str(error)
             return not broke and gives_up(error)
 
@@ -829,7 +837,15 @@ def main() -> None:
             owner.install(json.loads(os.environ[OWNED]))
         command = EXECUTOR if program == NODE_EXECUTOR else sys.argv[0]
         sys.argv[0] = shutil.which(command) or command
-        runpy.run_path(sys.argv[0], run_name="__main__")
+        try:
+            runpy.run_path(sys.argv[0], run_name="__main__")
+        except SystemExit as ended:
+            if program != NODE or ended.code is not None:
+                raise
+    if program == NODE:  # Flower's loop has ended without an exit; threads would keep the process
+        sys.stderr.write(f"{LINK_LOST}\n")
+        sys.stderr.flush()
+        os._exit(1)
 
 
 if __name__ == "__main__":

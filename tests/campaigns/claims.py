@@ -48,6 +48,7 @@ class Link(FakeGrid):
         registered: When each node was registered.
         now: What its clock says.
         refused: Nodes whose owner refuses, and the text of the refusal.
+        names: With which nodes were registered.
         due: When the answer to each question is there.
         asked: The node of each question.
     """
@@ -56,13 +57,19 @@ class Link(FakeGrid):
     delays: dict[int, list[float]] = field(default_factory=dict)
     registered: dict[int, str] = field(default_factory=dict)
     refused: dict[int, str] = field(default_factory=dict)
+    names: dict[int, str] = field(default_factory=dict)
     now: float = 0.0
     due: dict[str, float] = field(default_factory=dict)
     asked: list[int] = field(default_factory=list)
 
     @override
     def get_nodes(self) -> Iterable[NodeInfo]:
-        return [NodeInfo(node_id=n, registered_at=self.registered.get(n, "")) for n in self.nodes]
+        return [
+            NodeInfo(
+                node_id=n, registered_at=self.registered.get(n, ""), name=self.names.get(n, "")
+            )
+            for n in self.nodes
+        ]
 
     @override
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:

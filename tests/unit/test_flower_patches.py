@@ -251,6 +251,7 @@ def test_a_part_that_is_refused_keeps_no_other_part_back() -> None:
     ("said", "ends"),
     [
         ("_ssl.c:989: The handshake operation timed out", False),
+        ("certificate verify failed: certificate has expired (_ssl.c:1006)", False),
         ("[SSL: UNEXPECTED_EOF_WHILE_READING] EOF occurred in violation of protocol", False),
         ("[SSL: CERTIFICATE_VERIFY_FAILED] certificate verify failed", True),
         ("[SSL: WRONG_VERSION_NUMBER] wrong version number", True),
@@ -474,3 +475,18 @@ def test_trusted_entities_refuse_an_app_that_no_hub_has_signed(
     assert re.search(r"verification_dict: dict\[str, str\] = {}", started)
     local = started.partition("# Start a run using the provided app")[2]
     assert "verification_dict" not in local.partition("if len(fab_file)")[0]
+
+
+@pytest.mark.slow
+def test_a_node_that_has_given_its_connection_up_ends(tmp_path: Path) -> None:
+    """Flower's own stays: a thread that serves its API keeps the process."""
+    program = tmp_path / "flower-supernode"
+    program.write_text(
+        f"#!{sys.executable}\nimport sys, threading, time\n"
+        "threading.Thread(target=time.sleep, args=(300,)).start()\nsys.exit(None)\n"
+    )
+    program.chmod(0o755)
+    command = [sys.executable, "-P", flower_patches.__file__, str(program)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+    assert done.returncode == 1
+    assert flower_patches.LINK_LOST in done.stderr

@@ -257,3 +257,14 @@ def test_the_bundle_is_counted_once_for_each_node_that_replies(make: Make) -> No
     assert {*moved} == {"3", "north"}
     assert {ways["bundle"] for ways in moved.values()} == {100_000}
     assert sum(sum(ways.values()) for ways in moved.values()) == post.traffic.serialized
+
+
+def test_a_node_has_the_name_with_which_it_was_registered(make: Make) -> None:
+    """Before its first reply, and whatever its owner calls it."""
+    who, post, link = make(Link({3: [0], 9: [1, 2]}, refused={9: NORTH}), min_clients=1)
+    link.names = {3: "south", 9: "n-1"}
+    who.gather([0, 1, 2])
+    assert who.names == {3: "south", 9: "n-1"}
+    assert "south" in who.served_by([0])
+    assert all("n-1" in said and "north" not in said for said in post.incidents)
+    assert {*post.traffic.nodes} == {"south", "n-1"}

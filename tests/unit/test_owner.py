@@ -24,7 +24,7 @@ from fedraclora import flower_internals
 from fedraclora.commands import node
 from fedraclora.commands.app import owner_request, write_app
 from fedraclora.commands.deploy import prepare
-from fedraclora.engines.flower_patches import OWNED
+from fedraclora.engines.flower_patches import OWNED, UNPATCHED
 from fedraclora.engines.owner import history as history_module
 from fedraclora.engines.owner.entries import DOWNLOAD, IN, OUT, REFUSED, WIRE, Entry, now
 from fedraclora.engines.owner.gate import APPROVED, ASK, Gate, RefusedError, ask_owner
@@ -521,6 +521,13 @@ def test_a_node_gets_what_its_owner_asks_for(
     assert json.loads(got["e"][OWNED]) == {"policy": file, "state": f"{tmp_path}/s"}
     with pytest.raises(ConfigError, match="approve"):
         node.main([f"--approve={tmp_path}/none"])
+    node.main([f"--approve={file}", "--plain", "--state", f"{tmp_path}/s", "--port", "9093"])
+    assert got["w"][-2:] == ["--port", "9093"]
+    assert "--plain" not in got["w"]
+    assert got["e"][UNPATCHED] == "all"
+    assert got["e"][OWNED]
+    with pytest.raises(ConfigError, match="--port"):
+        node.main(["--port", "9093"])
 
 
 def test_history_is_printed_by_run_and_round(

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fedraclora.engines.certificates import folder_warnings
 from fedraclora.engines.programs import flwr, flwr_of
 from fedraclora.errors import ConfigError, EngineError
 
@@ -93,12 +94,19 @@ class Connection:
 
     def known(self) -> dict[str, object]:
         """Read addresses of connections by name; empty if Flower itself reports an error."""
+        return {name: section.get("address") for name, section in self._sections().items()}
+
+    def _sections(self) -> dict[str, dict[str, object]]:
         try:
             found = tomllib.loads((self.home / "config.toml").read_text(encoding="utf-8"))
-            entries = found["superlink"].items()
-            return {n: c.get("address") for n, c in entries if isinstance(c, dict)}
+            return {n: c for n, c in found["superlink"].items() if isinstance(c, dict)}
         except (OSError, ValueError, KeyError, AttributeError):
             return {}
+
+    def certificate_warnings(self) -> list[str]:
+        """Say which certificates beside the connection's ``root-certificates`` end soon."""
+        roots = self._sections().get(self.name, {}).get("root-certificates")
+        return folder_warnings(Path(roots).parent) if isinstance(roots, str) else []
 
     def _call(self, *words: str) -> subprocess.CompletedProcess[str]:
         return flwr([*words, "--format", "json"], self.environ, stderr=subprocess.PIPE)
@@ -113,6 +121,7 @@ class Connection:
                 f"[superlink.{self.name}]. Use one of {', '.join(names)}, or add the section"
             )
         reason = found.get("error-message") or f"{done.stdout}{done.stderr}".strip()
+        reason = "; ".join([str(reason).rstrip("."), *self.certificate_warnings()])
         raise EngineError(
             f"connection={self.name}: the SuperLink {failed}: {reason}. Check that address "
             "and root-certificates of the connection are those of the SuperLink"

@@ -102,7 +102,8 @@ class NodeRegistry:
         self._replied: dict[int, str] = {}  # node -> when its last reply was read
         self._kept: dict[int, NodeFacts] = {}  # what the files say by now
         self.versions: dict[int, int | None] = {}
-        self.names: dict[int, str] = {}  # node -> the name that its owner gave it
+        self.names: dict[int, str] = {}  # node -> the name that operator or owner gave it
+        self._given: dict[int, str] = {}  # node -> the name with which it was registered
         self._registered: dict[int, str] = {}  # node -> when it was registered
         self._serving: dict[int, list[int]] = {}  # node -> its clients
         # nodes that did not report their clients: the reason, and when it came
@@ -168,8 +169,11 @@ class NodeRegistry:
         return self.names.get(node) or str(node)
 
     def _call(self, node: int, name: str) -> None:
-        """Record the name of a node, also of its traffic so far."""
-        if name:
+        """Record the name that a node's owner gave it, also of its traffic so far.
+
+        The one that the operator gave it at its registration goes before.
+        """
+        if name and node not in self._given:
             self.names[node] = name
             moved = self.post.traffic.nodes.pop(str(node), {})
             add_up(self.post.traffic.nodes, {name: moved} if moved else {})
@@ -301,7 +305,7 @@ class NodeRegistry:
             )
 
     def _name(self, node: int) -> str:
-        """Name a node as its owner does, and as `flwr supernode list` does."""
+        """Name a node by its name, and as `flwr supernode list` does."""
         when, name = self._registered.get(node), self.names.get(node)
         facts = [f"node {node}"] * bool(name) + [f"registered {when}"] * bool(when)
         return (name or f"node {node}") + (f" ({', '.join(facts)})" if facts else "")
@@ -365,8 +369,11 @@ class NodeRegistry:
     def _look(self) -> None:
         """Ask new nodes for their clients, and read the replies that have arrived."""
         post, now = self.post, time.monotonic()
-        there = {n.node_id: n.registered_at for n in post.grid.get_nodes()}
+        nodes = [*post.grid.get_nodes()]
+        there = {n.node_id: n.registered_at for n in nodes}
         self._registered |= there
+        self._given |= {n.node_id: n.name for n in nodes if n.name}
+        self.names |= self._given
         self._serving = {n: c for n, c in self._serving.items() if n in there}
         self._asked = {name: q for name, q in self._asked.items() if q.node in there}
         for name, asked in list(self._asked.items()):
