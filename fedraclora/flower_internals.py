@@ -56,6 +56,13 @@ def message_bytes(message: Message) -> int:
     return sum(part_sizes(message))
 
 
+def error_code(name: str) -> int:
+    """Return the number of an error of a message, by Flower's name of it."""
+    from flwr.common.constant import ErrorCode
+
+    return int(getattr(ErrorCode, name))
+
+
 def push_refused() -> type[Exception]:
     """Return Flower's error for a part of a message that the SuperLink refuses."""
     from flwr.supercore.inflatable.inflatable_utils import ObjectPushError

@@ -4,7 +4,7 @@
         [faketime=LIBRARY] [alone=NUMBER]
 
 Runs of a SuperLink and four nodes, each on a host of a bed (`fedraclora.experiments.hosts`), with
-50 faults each; with ``alone`` 30, so many at once, and then none until rounds are as before: no
+50 faults each; with ``alone`` 48, so many at once, and then none until rounds are as before: no
 fault may make more than two rounds slow. Links are cut in the middle of a message, crawl and come
 back; connections are reset; hosts move, stop, are killed, and have no room; in each run the
 SuperLink, or its whole host, is killed, and the run is resumed; with Debian's ``libfaketime`` nodes
@@ -49,10 +49,10 @@ from fedraclora.run.folder import provenance, read_summary
 # Weights whole both ways: a message has 100 kB.
 WORDS = ["method=fedavg", "model.hidden=[256]", "engine.min_clients=1", "engine.retries=3"]
 NODES, TOGETHER = 4, 50  # nodes, and faults of a run
-ALONE = 30  # faults of a run with ``alone``
+ALONE = 48  # faults of a run with ``alone``
 SLOW = 10.0  # seconds of a round besides those of its faults and usual ones
 CALM = 2  # rounds that are not slow, after which all is as before
-MOST_SLOW, ROUNDS_OF_ACT = 2, 10
+MOST_SLOW, ROUNDS_OF_ACT = 2, 6
 MOST_ENDS = 3  # times that one act may end the run
 WORDS += [f"clients={NODES}", f"clients_per_round={NODES}"]
 REPLACED = {word.split("=")[0] for word in ("rounds=", *WORDS)}

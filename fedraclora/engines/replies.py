@@ -6,10 +6,11 @@ from flwr.app import Error, Message
 from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
 from fedraclora.errors import OF_THE_RUN, WireError
+from fedraclora.flower_internals import error_code
 
 # Errors of Flower for bytes that are no message.
 UNREADABLE = (AttributeError, DecodeError, LookupError, RecursionError, TypeError, ValueError)
-APP_RAISED = 2  # Flower's code for an error in a ClientApp
+APP_RAISED = error_code("CLIENT_APP_RAISED_EXCEPTION")  # Flower's code for an error in a ClientApp
 RUN_AT_FAULT = 1000  # our code, far from Flower's: an error that is no client's fault
 OWNER_REFUSES = 1001  # our code for a message that the owner of a node's data refuses
 FORMAT = 3  # version of messages on real hosts: a reply names one of four kinds

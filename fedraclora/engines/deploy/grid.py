@@ -32,7 +32,7 @@ from fedraclora.engines.records import (
 )
 from fedraclora.engines.replies import FORMAT, OWNER_REFUSES, STALE, UNREADABLE
 from fedraclora.errors import ClientError, WireError
-from fedraclora.flower_internals import message_bytes
+from fedraclora.flower_internals import error_code, message_bytes
 from fedraclora.run.log import NOTICE
 from fedraclora.weights.update import WeightHistory
 from fedraclora.wire.answers import Answer, Came, NoAnswer
@@ -44,7 +44,7 @@ log = logging.getLogger(__name__)
 
 Queues = dict[int, list[list[Ask]]]  # for each node, the requests of each message to send
 Reply = tuple[str, Message | NoAnswer]  # a reply, with the number of the message that it answers
-NODE_UNAVAILABLE = 5  # Flower's code for a node that is not connected
+NODE_UNAVAILABLE = error_code("NODE_UNAVAILABLE")  # Flower's code for a node that is not connected
 GONE = "the node went away: it was ended, or its connection to the SuperLink has broken"
 # Bytes of requests and replies of several chunks in one message: both ends hold several copies, and
 # a proxy limits the size of a request.

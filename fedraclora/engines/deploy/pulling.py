@@ -12,8 +12,9 @@ from flwr.app import Message
 from flwr.serverapp import Grid
 
 from fedraclora.engines.flower_patches import UNTIL
+from fedraclora.flower_internals import error_code
 
-NOT_WHOLE = 3  # Flower's code for a reply with missing parts
+NOT_WHOLE = error_code("MESSAGE_UNAVAILABLE")  # Flower's code for a reply with missing parts
 LOOKS = 0.1  # seconds between polls for replies: each is a request
 
 
