@@ -9,7 +9,7 @@ import logging
 import math
 import os
 import sys
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import pytest
@@ -20,6 +20,7 @@ from hypothesis import settings
 sys.path.insert(0, str(Path(__file__).parent))
 
 import composing
+import drawing
 
 from fedraclora.experiments.hosts import Bed, why_not
 
@@ -73,14 +74,17 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--write-golden", action="store_true", help="write tests/golden/*.json instead of comparing"
     )
     parser.addoption(
-        "--users-hydra", action="store_true", help="compose each config anew, as users' commands do"
+        "--as-users",
+        action="store_true",
+        help="compose each config anew and paint each figure, as users' commands do",
     )
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Have Hydra remember what it composes of our own configs, unless that is switched off."""
-    if not config.getoption("--users-hydra"):
+    """Have Hydra remember our own configs, and leave figures blank, unless that is switched off."""
+    if not config.getoption("--as-users"):
         composing.install()
+        drawing.install()
 
 
 def pytest_itemcollected(item: pytest.Item) -> None:
@@ -99,6 +103,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason="needs CUDA"))
+
+
+@pytest.fixture
+def painted() -> Iterator[None]:
+    """Paint figures, for a test that looks at them."""
+    with drawing.painting():
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -102,6 +102,7 @@ ONE_USER = {
 }
 
 
+@pytest.mark.slow
 def test_nothing_is_shared_that_a_method_alone_uses() -> None:
     of_methods = {file_of(name) for name in FILES}
     code = {p for p in sources() if p.relative_to(ROOT).parts[0] != "experiments"}

@@ -148,6 +148,7 @@ def test_what_is_chosen_besides_is_as_by_the_projects_loop(
     assert_equal(run(case, method, plain, **CHOSEN[name])[0], run(case, method, **CHOSEN[name])[0])
 
 
+@pytest.mark.slow
 @pytest.mark.short(when=lambda name: name in {"cnn", "gpt2"})
 @pytest.mark.parametrize("name", ["cnn", "gpt2", "bert", "embeddings"])
 def test_every_kind_of_layer_trains_as_by_the_projects_loop(name: str) -> None:

@@ -31,6 +31,7 @@ def given(questions: Path, tokenizer: str) -> tuple[str, ...]:
     return ("experiment=tiny_instructions", *found, *WORDS)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("base", "method"),
     [

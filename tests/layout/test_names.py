@@ -7,6 +7,8 @@ from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = ("fedraclora", "strategies", "clients", "experiments")
 ELSEWHERE = ROOT / "experiments" / "bench" / "peers"  # in environments of their own
@@ -77,6 +79,7 @@ def twice(trees: list[Tree]) -> dict[str, list[str]]:
     }
 
 
+@pytest.mark.slow
 def test_no_name_comes_to_mean_a_second_thing() -> None:
     found = {
         name: paths for name, paths in twice(project()).items() if {*paths} != OF_USERS.get(name)

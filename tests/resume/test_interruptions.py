@@ -60,6 +60,7 @@ def end_of(folder: Path) -> tuple[object, ...]:
     return summary["weights_digest"], rows, chain
 
 
+@pytest.mark.slow
 @short
 @pytest.mark.parametrize(("name", "stop"), list(product(FEATURES, STOPS)))
 def test_a_run_resumes_to_the_same_bits(

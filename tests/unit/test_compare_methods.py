@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from drawing import painting
 
 import fedraclora
 from fedraclora.commands import cli
@@ -38,7 +39,8 @@ def run(folder: Path, *words: str) -> int:
 def compared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two methods on two seeds."""
     folder = tmp_path_factory.mktemp("compared")
-    assert run(folder, *WORDS, "seeds=2") == 0
+    with painting():
+        assert run(folder, *WORDS, "seeds=2") == 0
     return folder
 
 
@@ -127,6 +129,7 @@ def test_what_has_run_is_not_run_again(
     assert f"{float(rows['fedavg_lora']['metric_mean']):.4f}" in said
 
 
+@pytest.mark.slow
 def test_a_run_is_one_line_and_its_log_has_the_rest(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from drawing import painting
 
 from fedraclora.commands import cli
 from fedraclora.commands.study.entries import RowResult, entries, read_lines
@@ -42,7 +43,8 @@ def ran(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("study")
     (folder / "tiny.yaml").write_text(TINY)
     words = [f"study={folder}/tiny.yaml", f"out={folder}/out", "local.batch_size=8"]
-    assert cli.run("compare", words) == 0
+    with painting():
+        assert cli.run("compare", words) == 0
     return folder
 
 

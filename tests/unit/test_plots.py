@@ -31,6 +31,8 @@ from fedraclora.run.ledger import Row
 from fedraclora.run.statistics import mean_curve, rounds_of
 from fedraclora.strategies.methods import METHODS
 
+pytestmark = pytest.mark.usefixtures("painted")
+
 
 def rows(rounds: int, every: int = 1, *, up: int = 4000, error: float | None = None) -> list[Row]:
     found: list[Row] = [{"round": 0, "metrics": {"accuracy": 0.1}, "uplink_total": 0}]

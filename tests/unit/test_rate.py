@@ -203,6 +203,7 @@ def rates(folder: Path) -> dict[str, Any]:
     return read_sealed(folder / RATES_FILE)
 
 
+@pytest.mark.slow
 def test_a_run_finds_its_rate_and_is_that_of_the_number(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -455,6 +456,7 @@ def test_a_run_that_diverges_under_an_attack_names_a_rule_against_it(tmp_path: P
         assert ("aggregator=geometric_median" in note) is bool(more)
 
 
+@pytest.mark.slow
 def test_a_run_that_diverges_goes_on_from_its_last_good_round(tmp_path: Path) -> None:
     """It offers the words, and they work: the rate may change, which it may not otherwise."""
     words = ("method=fedmomentum", "rounds=30", "output.progress=false", *TASK, *FAST)

@@ -71,6 +71,7 @@ def taken(path: Path, monkeypatch: pytest.MonkeyPatch) -> object:
     return take_task(path)
 
 
+@pytest.mark.slow
 def test_a_node_answers_its_own_user(
     node: tuple[Path, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -145,6 +146,7 @@ def test_the_socket_of_a_node_has_a_path_that_a_socket_can_have(
     assert sys.argv[1:] == ["--host", *" --port ".join(address.split(":")).split()]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "word", ["--port", "--host=0.0.0.0", "--isol", "--superexec-auth-secret-file", "--ssl-keyfile"]
 )

@@ -153,6 +153,7 @@ def test_values_may_be_those_that_another_study_has_tuned(tmp_path: Path) -> Non
         tuned_by(study(tmp_path, TEXT + "  full: []\n"), tmp_path)
 
 
+@pytest.mark.usefixtures("painted")
 def test_a_value_that_diverged_in_a_final_run_is_passed_over(tmp_path: Path) -> None:
     plan = study(tmp_path)
     done = tuned(plan, {0.1: 0.5, 0.4: 0.7, 0.2: 0.8})
@@ -419,6 +420,7 @@ def test_a_study_without_tuning_gives_all_rows_one_value(tmp_path: Path) -> None
         study(tmp_path, UNTUNED.replace("{ours: 0.7}", "{us: 0.7}"))
 
 
+@pytest.mark.slow
 def test_some_rows_are_run_and_the_tables_show_all_that_have(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

@@ -125,6 +125,7 @@ def test_rows_that_are_not_compared_alike_and_missing_references_are_refused(
     assert has_run(["a"], tmp_path)
 
 
+@pytest.mark.usefixtures("painted")
 def test_the_figures_are_drawn(tmp_path: Path) -> None:
     task = both(tmp_path)
     draw_task(task, tmp_path / "task.png")
