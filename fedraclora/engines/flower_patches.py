@@ -67,6 +67,7 @@ CERTIFICATE_ENDED = (
     "the certificate of the SuperLink, or of its authority, has expired by the clock of this "
     "machine. If that clock is right, tell the operator, who renews it; this node tries again"
 )
+FAILING = 60.0  # seconds in which a SuperLink that fails may recover
 LINK_LOST = "this node has given its connection to the SuperLink up, see above: start it again"
 PR_SET_PDEATHSIG = 1  # constant of prctl: the signal that a process receives when its parent ends
 LEAST = 0.1  # seconds between polls that are requests
@@ -554,7 +555,7 @@ def patient(make: Callable[[], Any]) -> Callable[[], Any]:
 
     def made() -> Any:
         retries = make()
-        gives_up = retries.should_giveup
+        gives_up, failing = retries.should_giveup, FailingSuperLink()
 
         def should_giveup(error: Exception) -> bool:
             answer: Any = getattr(error, "response", None)
@@ -565,6 +566,8 @@ def patient(make: Callable[[], Any]) -> Callable[[], Any]:
             code = getattr(FlowerError.from_json(getattr(answer, "text", None)), "code", 0)
             if code == ApiErrorCode.FLEET_NODE_ACTIVATION_FAILED:
                 sys.stderr.write(f"{UNKNOWN_KEY}\n")
+            if getattr(answer, "status_code", 0) == 500 and failing.may_recover():
+                return False  # as where its database is locked
             if getattr(answer, "status_code", 0) == 413:
                 sys.stderr.write(f"{too_large(answer.request.headers)}\n")
             if "certificate has expired" in str(error):
@@ -577,6 +580,20 @@ def patient(make: Callable[[], Any]) -> Callable[[], Any]:
         return retries
 
     return made
+
+
+class FailingSuperLink:
+    """How long a SuperLink has answered that it failed (HTTP 500), without a pause of a minute."""
+
+    def __init__(self) -> None:
+        self.since = self.last = -math.inf
+
+    def may_recover(self) -> bool:
+        """Take down a failure now; return whether it is worth to try again."""
+        now = time.monotonic()
+        self.since = now if now > self.last + FAILING else self.since
+        self.last = now
+        return now < self.since + FAILING
 
 
 def off(headers: Mapping[str, str]) -> str:
@@ -768,8 +785,9 @@ PATCHES = (  # `fork` first: it must fork before there are threads
     ),
     Patch(
         "retries",
-        "Tries again where a link breaks in a TLS handshake, and says why a SuperLink refuses the "
-        "node. Without it such a link ends the node.",
+        "Tries again where a link breaks in a TLS handshake, a certificate has expired or the "
+        "SuperLink fails for a moment, and says why it refuses the node. Without it these end the "
+        "node.",
         uses={f"{FLEET}:make_simple_http_retry_invoker": "make_simple_http_retry_invoker()"},
         takes={
             "flwr.supercore.retry.retry_invoker:RetryInvoker.__init__": "self, wait_gen_factory, "

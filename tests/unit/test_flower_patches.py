@@ -490,3 +490,16 @@ def test_a_node_that_has_given_its_connection_up_ends(tmp_path: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
     assert done.returncode == 1
     assert flower_patches.LINK_LOST in done.stderr
+
+
+def test_a_superlink_that_fails_for_a_moment_ends_no_node(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = SimpleNamespace(monotonic=lambda: clock.now, now=1000.0)
+    monkeypatch.setattr(flower_patches, "time", clock)
+    request = Request("POST", "https://link/v1/fleet/pull-messages")
+    error = HTTPStatusError("", request=request, response=Response(500, request=request))
+    retries = patient(make_simple_http_retry_invoker)()
+    ends = []
+    for seconds in (0.0, 1.0, 30.0, 28.0, 10.0, 61.0):
+        clock.now += seconds
+        ends.append(retries.should_giveup(error))
+    assert ends == [False, False, False, False, True, False]
