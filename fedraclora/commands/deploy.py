@@ -14,9 +14,10 @@ from __future__ import annotations
 import logging
 import os
 import sys
+import threading
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from itertools import pairwise
@@ -33,7 +34,7 @@ from fedraclora.config.resuming import PATHS
 from fedraclora.config.settings import DeployConfig
 from fedraclora.config.titles import run_title
 from fedraclora.engines import flower_patches
-from fedraclora.engines.deploy.control import PAUSE, Connection
+from fedraclora.engines.deploy.control import PAUSE, PENDING, Connection
 from fedraclora.engines.deploy.federation import FederationFiles
 from fedraclora.engines.deploy.local import LocalDeployment
 from fedraclora.engines.flower_patches import ALL, UNPATCHED
@@ -55,6 +56,7 @@ from fedraclora.trust import is_function
 
 PATCHED, QUEUE = "deploy.patched", "deploy.queue"
 OWN_KEYS = ("connection", "nodes", PATCHED, QUEUE)
+NOT_STARTED = 60.0  # seconds after which a run should have been started
 TURN = 5.0  # seconds between looks whether other runs have ended
 SAVED = 35.0  # seconds in which a server notices that it is stopped, and saves the run
 KEPT = 40  # lines of the server's log that are kept if a run fails
@@ -191,8 +193,9 @@ def follow(run: ServerRun, connection: Connection, record: Record | None) -> Non
         with heard, audited(connection, number):
             progress.say(f"run {number} at connection {connection.name}")
             try:
-                for line in lines_of(connection, number):
-                    heard.line(line)
+                with told_if_pending(connection, number, progress.notice):
+                    for line in lines_of(connection, number):
+                        heard.line(line)
             except KeyboardInterrupt:
                 progress.stopping(f"run {number}")
                 connection.stop(number)
@@ -365,6 +368,30 @@ def lines_of(connection: Connection, number: int) -> Iterator[str]:
         if connection.status(number).ended:
             return
         time.sleep(PAUSE)
+
+
+@contextmanager
+def told_if_pending(
+    connection: Connection, number: int, tell: Callable[[str], None]
+) -> Iterator[None]:
+    """Tell once, inside, that a SuperLink has not started a run for long: its log stays empty."""
+
+    def look() -> None:
+        with suppress(EngineError):
+            if connection.status(number).word == PENDING:
+                tell(
+                    f"run {number} has not been started for {NOT_STARTED:g} s. If no other run is "
+                    "there, the SuperLink's process that starts runs has ended: restart the "
+                    "SuperLink, then resume"
+                )
+
+    timer = threading.Timer(NOT_STARTED, look)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 @contextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import stat
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -197,6 +198,18 @@ def test_a_run_waits_until_those_before_it_have_ended(
     assert called == [("list", "house")] * 3
     said = capsys.readouterr().err.splitlines()
     assert [("4" in text, "5" in text) for text in said] == [(True, False), (True, True)]
+
+
+@pytest.mark.parametrize(("word", "told"), [("pending", 1), ("running", 0)])
+def test_a_run_that_is_not_started_is_told_once(
+    word: str, told: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(deploy, "NOT_STARTED", 0.01)
+    link, said = Elsewhere([], word), list[str]()
+    with deploy.told_if_pending(link, 7, said.append):
+        time.sleep(0.3)
+    assert len(said) == told
+    assert all("run 7" in text and "restart the SuperLink" in text for text in said)
 
 
 @pytest.mark.parametrize(

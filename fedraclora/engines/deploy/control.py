@@ -15,7 +15,7 @@ from fedraclora.engines.certificates import folder_warnings
 from fedraclora.engines.programs import flwr, flwr_of
 from fedraclora.errors import ConfigError, EngineError
 
-COMPLETED = "finished:completed"
+PENDING, COMPLETED = "pending", "finished:completed"
 LOST = 60.0  # seconds without a reply after which a SuperLink counts as lost
 PAUSE = 1.0  # seconds between polls of a run
 
