@@ -20,6 +20,7 @@ from fedraclora.strategies.methods.ferret import Ferret
 from fedraclora.strategies.methods.flexlora import FlexLora
 from fedraclora.strategies.methods.flora_stacking import FloraStacking
 from fedraclora.strategies.methods.frlora import FrLora
+from fedraclora.strategies.methods.fslora import FsLora
 from fedraclora.strategies.methods.galore_average import GaloreAverage
 from fedraclora.strategies.methods.hetlora import HetLora
 from fedraclora.strategies.methods.lora_fair import LoraFair
@@ -49,6 +50,7 @@ METHODS: dict[str, type[Method]] = {
     "flexlora": FlexLora,
     "flora_stacking": FloraStacking,
     "frlora": FrLora,
+    "fslora": FsLora,
     "galore_average": GaloreAverage,
     "hetlora": HetLora,
     "lora_fair": LoraFair,
@@ -61,6 +63,7 @@ METHODS: dict[str, type[Method]] = {
     # Settings of the methods above under names of their own.
     "fed_cola": FedAvgLora,
     "fed_relora": FedAvgLora,
+    "fedloru": FedAvgLora,
     "fedslop": FedRacLora,
     # The sequential methods for one client are those above, under their names in the literature.
     "lora": FedAvgLora,

@@ -7,7 +7,7 @@ that is not in the table is held against its messages alone.
 from __future__ import annotations
 
 from collections.abc import Callable
-from math import prod
+from math import ceil, prod
 from typing import Any
 
 from fedraclora.protocol.link import Plan
@@ -116,6 +116,15 @@ def boosted(method: Any, plan: Plan, round_: int) -> Count:
     return anew(method, method.subset(plan, round_), round_)
 
 
+def sketched(method: Any, plan: Plan, round_: int) -> Count:
+    """k_c (m + n) each way, from the first round on."""
+    chosen = sum(
+        ceil(method.share * method.rank_of(plan, name)) * sum(view.shape)
+        for name, view in plan.targets.items()
+    )
+    return chosen + dense(plan), chosen
+
+
 def shared_half(method: Any, plan: Plan, round_: int) -> Count:
     """r n each way: A alone travels; a seed in the first round."""
     _, A = sizes(method, plan)
@@ -189,6 +198,7 @@ FORMULAS: dict[str, Callable[[Any, Plan, int], Count]] = {
     "lora_fair": both,
     "fedkrso": in_turn,
     "fedsa_lora": shared_half,
+    "fslora": sketched,
     "fedsvd": turned,
     "flora_stacking": anew,
     "xgblora": boosted,

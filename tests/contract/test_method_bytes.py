@@ -69,10 +69,11 @@ def serialized(content: RecordDict) -> RecordDict:
 
 def array_bytes(content: RecordDict) -> int:
     """Bytes of the numbers in a message: flat arrays, without numpy's own header."""
-    record = content["arrays"]
+    record, own = content["arrays"], content.get("own", ArrayRecord())
     assert isinstance(record, ArrayRecord)
+    assert isinstance(own, ArrayRecord)
     assert ["flat"] <= [*record] <= ["flat", "coefficients"]
-    arrays = [array.numpy() for array in record.values()]
+    arrays = [array.numpy() for array in (*record.values(), *own.values())]
     assert all(array.itemsize == ITEM or array.size == 0 for array in arrays)
     return sum(int(array.nbytes) for array in arrays)
 

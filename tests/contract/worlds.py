@@ -192,7 +192,12 @@ forms_short = pytest.mark.short(when=lambda variant: not variant[1] and variant[
 
 def goes_its_own_way(method: Method) -> bool:
     """Whether each client draws directions of its own, so that equal clients are not alike."""
-    return has_field(method, "seeds")
+    return has_field(method, "seeds") or trains_parts(method)
+
+
+def trains_parts(method: Method) -> bool:
+    """Whether each client trains drawn components, under a product that is not the server's."""
+    return has_field(method, "components_seed")
 
 
 def sends_a_shadow(method: Method) -> bool:
