@@ -186,13 +186,14 @@ def test_ferret_is_its_rules() -> None:
     done = start(Ferret(directions=directions, server_lr=rate))
     W, names = begun(world), list(world.plan.weights) + list(world.plan.dense)
     sizes = [W[n].size for n in names]
-    parts, found = list[str](), list[list[str]]()
+    blocks, room = list[list[str]](), 0.0
     for name in names:
-        parts.append(name)
-        if sum(W[n].size for n in parts) >= 0.9 * np.median(sizes):
-            found.append(parts)
-            parts = []
-    blocks = [*found, parts] if parts else found
+        if blocks and W[name].size <= room:
+            blocks[-1].append(name)
+        else:
+            blocks.append([name])
+            room = np.floor(0.9 * np.median(sizes))
+        room -= W[name].size
     largest = max(sum(W[n].size for n in block) for block in blocks)
     counts = [max(directions * sum(W[n].size for n in b) // largest, 2) for b in blocks]
     assert len(blocks) > 1

@@ -161,6 +161,9 @@ class Known:
     def running(self) -> list[int]:
         return self.runs_now
 
+    def certificate_warnings(self) -> list[str]:
+        return []
+
     def runs(self) -> list[dict[str, object]]:
         about = {"fab-hash": "abcdef", "pending-at": "2026-01-02 00:00:00Z"}
         return [{"run-id": n, "status": "finished:failed", **about} for n in ("77", "78")]

@@ -71,7 +71,6 @@ def taken(path: Path, monkeypatch: pytest.MonkeyPatch) -> object:
     return take_task(path)
 
 
-@pytest.mark.slow
 def test_a_node_answers_its_own_user(
     node: tuple[Path, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
