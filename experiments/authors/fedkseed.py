@@ -21,9 +21,10 @@ from fedraclora.experiments.authors.toy import (
     ROUNDS,
     Scored,
     Worst,
+    clients_of_seeds,
     network,
     samples,
-    scored_batches,
+    server_of_seeds,
     trained,
 )
 from fedraclora.protocol.method import Draw
@@ -85,11 +86,8 @@ class Drawings:
 
 def their_server(module: ModuleType, pro: bool) -> Any:
     """Build the server of the code without a language model."""
-    found = object.__new__(module.Server)
-    found.args, found.candidate_seeds = OPTIONS, list(range(SEEDS))
-    found.args.bias_sampling = pro
-    found.model_w0, found.device = Scored(network()), torch.device("cpu")
-    found.seed_pool = dict.fromkeys(found.candidate_seeds, 0.0)
+    found = server_of_seeds(module, OPTIONS, SEEDS)
+    found.args.bias_sampling, found.model_w0 = pro, Scored(network())
     found.gradient_history = {seed: [0.0] for seed in found.candidate_seeds} if pro else None
     return found
 
@@ -103,12 +101,7 @@ def compare(code: Repository) -> Findings:
     with code.modules(*FILES, unused=UNUSED) as [_, _, client, server]:
         for pro in (False, True):
             drawings, theirs = Drawings(pro), their_server(server, pro)
-            clients = [
-                client.Client(k, OPTIONS, theirs.candidate_seeds, scored_batches(pair))
-                for k, pair in enumerate(samples())
-            ]
-            for each in clients:
-                each.device = torch.device("cpu")
+            clients = clients_of_seeds(client, theirs)
             with (
                 patch.object(np.random, "choice", drawings.choice),
                 patch.object(torch, "normal", drawings.normal),

@@ -20,9 +20,10 @@ from fedraclora.experiments.authors.toy import (
     ROUNDS,
     Scored,
     Worst,
+    clients_of_seeds,
     network,
     samples,
-    scored_batches,
+    server_of_seeds,
     trained,
 )
 from fedraclora.protocol.method import Draw
@@ -82,10 +83,8 @@ def drawn(round_: int) -> Any:
 
 def their_server(module: ModuleType) -> Any:
     """Build the server of the code without a language model."""
-    found = object.__new__(module.Server)
-    found.args, found.candidate_seeds = OPTIONS, list(range(DIRECTIONS))
-    found.model, found.device = Scored(network()), torch.device("cpu")
-    found.seed_pool = dict.fromkeys(found.candidate_seeds, 0.0)
+    found = server_of_seeds(module, OPTIONS, DIRECTIONS)
+    found.model = Scored(network())
     return found
 
 
@@ -99,12 +98,7 @@ def compare(code: Repository) -> Findings:
         for sizes in ((4, 100, 100), (10, 10, 10, 40, 5, 5, 30), (8, 88, 4, 32)):
             worst.add(blocks=(our_blocks(sizes), blocks_of(optimizer, sizes)))
         held = their_server(server)
-        clients = [
-            client.Client(k, OPTIONS, held.candidate_seeds, scored_batches(pair))
-            for k, pair in enumerate(samples())
-        ]
-        for each in clients:
-            each.device = torch.device("cpu")
+        clients = clients_of_seeds(client, held)
         for round_ in range(1, ROUNDS + 1):
             with patch("torch.nn.init.trunc_normal_", drawn(round_)):
                 start = held.model.state_dict()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import peft
@@ -148,6 +148,26 @@ def scored_batches(pair: ToySamples) -> list[dict[str, torch.Tensor]]:
     """Give the samples of a client as the one batch of a loader of texts."""
     inputs, labels = pair
     return [{"input_ids": inputs, "labels": labels, "attention_mask": torch.ones(len(labels))}]
+
+
+def server_of_seeds(module: ModuleType, options: SimpleNamespace, seeds: int) -> Any:
+    """Build the ``Server`` of FedKSeed's code, or of code made from it, without its model."""
+    found = object.__new__(module.Server)
+    found.args, found.device = options, torch.device("cpu")
+    found.candidate_seeds = list(range(seeds))
+    found.seed_pool = dict.fromkeys(found.candidate_seeds, 0.0)
+    return found
+
+
+def clients_of_seeds(module: ModuleType, server: Any) -> list[Any]:
+    """Build the ``Client`` of the same code for the samples of each client."""
+    clients = [
+        module.Client(k, server.args, server.candidate_seeds, scored_batches(pair))
+        for k, pair in enumerate(samples())
+    ]
+    for client in clients:
+        client.device = torch.device("cpu")
+    return clients
 
 
 def drawn_sketches(

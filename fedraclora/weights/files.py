@@ -172,9 +172,10 @@ def load_checkpoint(folder: Path) -> tuple[Tree, dict[str, Any]]:
     path = folder / CHECKPOINT
     if not path.is_file():
         raise CheckpointError(
-            f"there is no checkpoint {path}: name the folder of a run that has one. A run of "
-            "`deploy connection=` has it on the SuperLink's host, in engine.folder: by default "
-            f"~/fedraclora/{path.absolute().parent.parent.name} of the SuperLink's user"
+            f"there is no checkpoint {path}: name the folder of a run that has one, or start "
+            "anew without resume. A run of `deploy connection=` has it on the SuperLink's host, in "
+            f"engine.folder: by default ~/fedraclora/{path.absolute().parent.parent.name} "
+            "of the SuperLink's user"
         )
     return load_tensors(path, ADVICE)
 

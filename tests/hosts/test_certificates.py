@@ -45,7 +45,9 @@ class Trial:
 
     def pause(self, *, wanted: bool) -> None:
         """Have the run wait before its next round, or go on."""
-        FederationFiles.of({"FLWR_HOME": str(self.folder)}).wish(Wishes(paused=wanted))  # type: ignore[union-attr]
+        files = FederationFiles.of({"FLWR_HOME": str(self.folder)})
+        assert files is not None
+        files.wish(Wishes(paused=wanted))
 
     def go_on(self, rounds: int = 1) -> None:
         """Break all connections of the nodes, which connect anew, and wait for further rounds."""

@@ -31,7 +31,6 @@ def given(questions: Path, tokenizer: str) -> tuple[str, ...]:
     return ("experiment=tiny_instructions", *found, *WORDS)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("base", "method"),
     [

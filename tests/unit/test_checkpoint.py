@@ -199,7 +199,7 @@ def damaged(folder: Path) -> None:
 
 # What is in a folder, what reads it, and key words of the error.
 REFUSED: dict[str, tuple[Callable[[Path], object], Callable[[Path], object], str]] = {
-    "nothing": (lambda _: None, load_checkpoint, "no checkpoint .*safetensors.*name the folder"),
+    "nothing": (lambda _: None, load_checkpoint, "no checkpoint .*safetensors.*resume"),
     "a file of others": (of_others, load_checkpoint, "not a checkpoint"),
     "a link of another round": (renamed, read_links, r"000005\.safetensors .*round 2"),
     "a damaged link": (damaged, read_links, r"000001\.safetensors.*damaged"),

@@ -129,7 +129,6 @@ def test_what_has_run_is_not_run_again(
     assert f"{float(rows['fedavg_lora']['metric_mean']):.4f}" in said
 
 
-@pytest.mark.slow
 def test_a_run_is_one_line_and_its_log_has_the_rest(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -103,7 +103,6 @@ def test_the_folder_holds_neither_the_package_s_weights_nor_its_own_twice(packag
     assert kept == {"base/classifier.weight", "base/classifier.bias"}  # replaced in each round
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("method", ["fed_rac_lora", "fedavg_lora"])
 def test_a_run_goes_on_bit_for_bit(method, package, large, tmp_path):
     chosen = {"method": {"name": method, "rank": 1}}

@@ -34,7 +34,6 @@ def library(noise: float, sampling: float, rounds: int) -> float:
 # --- the account ---------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("noise", "sampling", "rounds"), [(1.1, 0.1, 7), (0.7, 0.02, 12)])
 def test_epsilon_is_the_librarys(noise: float, sampling: float, rounds: int) -> None:
     wanted = library(noise, sampling, rounds)

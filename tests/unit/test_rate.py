@@ -456,7 +456,6 @@ def test_a_run_that_diverges_under_an_attack_names_a_rule_against_it(tmp_path: P
         assert ("aggregator=geometric_median" in note) is bool(more)
 
 
-@pytest.mark.slow
 def test_a_run_that_diverges_goes_on_from_its_last_good_round(tmp_path: Path) -> None:
     """It offers the words, and they work: the rate may change, which it may not otherwise."""
     words = ("method=fedmomentum", "rounds=30", "output.progress=false", *TASK, *FAST)

@@ -145,7 +145,6 @@ def test_the_socket_of_a_node_has_a_path_that_a_socket_can_have(
     assert sys.argv[1:] == ["--host", *" --port ".join(address.split(":")).split()]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     "word", ["--port", "--host=0.0.0.0", "--isol", "--superexec-auth-secret-file", "--ssl-keyfile"]
 )

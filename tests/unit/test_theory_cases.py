@@ -227,7 +227,6 @@ def test_the_regression_is_the_quadratic_of_the_paper() -> None:
     assert examples.from_optimum(start_of(task))["gap"] == pytest.approx(examples.START)
 
 
-@pytest.mark.slow
 def test_full_training_and_rac_lora_get_there_where_asymmetric_lora_does_not() -> None:
     gaps = {
         m: examples.run_trial(Trial("counter-example", m, 1.0, 20, 0))[-1]
