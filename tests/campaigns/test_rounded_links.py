@@ -13,6 +13,7 @@ KEPT = {"basis": "coordinate", "merge_every": 3}
 CASE = Case("subspace_rac_lora", KEPT, {"downlink": "int4"}, "linear", 3, 3, rounds=6, seed=1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("times", [6, pytest.param(200, marks=pytest.mark.long)])
 def test_clients_have_the_weights_of_the_server(times: int) -> None:
     said = {number: judged(drawn(1, number)) for number in range(times)}

@@ -19,6 +19,7 @@ WORDS = (
 )
 
 
+@pytest.mark.slow
 def test_a_composition_from_memory_is_the_one_of_hydra(monkeypatch: pytest.MonkeyPatch) -> None:
     for owner, name, here, _ in REPLACED:
         monkeypatch.setattr(owner, name, here)

@@ -120,6 +120,7 @@ def test_how_clients_train_is_chosen_beside_the_number_of_nodes(words: list[str]
     assert deploy.prepare(rest, 3).config.local.optimizer == "adamw"
 
 
+@pytest.mark.slow
 def test_other_nodes_than_a_preset_has_clients_are_said(tmp_path: Path) -> None:
     (tmp_path / "experiment").mkdir()
     (tmp_path / "experiment" / "four.yaml").write_text("# @package _global_\nclients: 4\n")
@@ -244,6 +245,7 @@ def asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ServerRun:
     return deploy.prepare([*words, f"output.dir={tmp_path}/run"], None)
 
 
+@pytest.mark.slow
 def test_a_run_elsewhere_leaves_its_record_here(asked: ServerRun) -> None:
     """The stream breaks once, and begins anew."""
     streams = [["INFO: hello\n", *LINES[:2]], [*LINES, line(SUMMARY, OUTCOME)]]
@@ -255,6 +257,7 @@ def test_a_run_elsewhere_leaves_its_record_here(asked: ServerRun) -> None:
     assert yaml.safe_load((asked.folder / "config.yaml").read_text()) == asked.plain
 
 
+@pytest.mark.slow
 def test_what_the_server_begins_with_is_said_once(
     asked: ServerRun, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -160,6 +160,7 @@ def test_a_key_that_no_choice_has_is_no_word_of_use(word: str) -> None:
         composed([word])
 
 
+@pytest.mark.slow
 def test_a_key_of_two_parts_is_explained_by_the_choice_that_has_it() -> None:
     with pytest.raises(ConfigError, match=r"local=sgd .*dp\.clip.*dp_sgd"):
         composed(["local.dp.clip=0.5"])

@@ -408,6 +408,7 @@ ADVICE = re.compile(  # what an error tells to do names other keys
 )
 
 
+@pytest.mark.slow
 def test_no_other_code_refuses_a_combination_of_settings() -> None:
     """An error about two keys belongs to a declaration beside a part, but for those above."""
     found = {

@@ -205,6 +205,7 @@ def test_training_goes_on_from_what_was_learnt(variant: Variant, world: World) -
 # --- what stands beside a method ------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["fedavg_lora", "ffa_lora"])
 def test_sums_carry_the_magnitudes(name: str, world: World) -> None:
     whole = run(world, dora(name), RAGGED, rounds=3, weights="uniform")

@@ -26,6 +26,7 @@ def begun() -> State:
     return state
 
 
+@pytest.mark.slow
 def test_the_mean_of_a_clients_product_is_that_of_the_server() -> None:
     state = begun()
     B, A = state.carried["w/B"], state.carried["w/A"]

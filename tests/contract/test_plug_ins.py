@@ -128,6 +128,7 @@ def test_nothing_is_shared_that_a_method_alone_uses() -> None:
 AUTHORS = ROOT / "experiments/authors"  # where a method is compared with others' code of it
 
 
+@pytest.mark.slow
 def test_each_client_program_is_in_the_file_of_its_method_or_serves_several() -> None:
     for name, kind in ClientProgram.known.items():
         home = kind.__module__

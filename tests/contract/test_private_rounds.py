@@ -145,6 +145,7 @@ def test_the_ledger_has_the_account_and_no_losses(variant: Variant, world: World
         assert "flat" in answered["arrays"]
 
 
+@pytest.mark.slow
 def test_rounds_that_nobody_takes_part_in_are_noise(world: World) -> None:
     found = run(
         world,

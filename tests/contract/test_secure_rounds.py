@@ -294,6 +294,7 @@ def test_what_a_client_checks_itself(world: World) -> None:
     assert 0 < float(moved.norm()) <= 1e-3
 
 
+@pytest.mark.slow
 def test_a_row_says_how_many_updates_the_clip_shortened(world: World) -> None:
     norms = sorted(updates_of(secure(world), world).norm(dim=1).tolist())
     for shortened, between in enumerate([*pairwise(norms)][::-1], start=1):
@@ -366,6 +367,7 @@ def test_the_bits_are_those_of_the_seed(world: World, tmp_path: Path) -> None:
     assert_equal_trees(secure(world, rounds=4, folder=tmp_path, resume=True).weights, first.weights)
 
 
+@pytest.mark.slow
 def test_noise_goes_on_the_secure_sum(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     config = ClientLevel(clip=50.0, noise_multiplier=0.5, delta=1e-3)
 

@@ -60,6 +60,7 @@ TESTS = {
 }
 
 
+@pytest.mark.slow
 def test_a_methods_tests_are_parameters_of_the_table_or_a_file_of_its_own() -> None:
     """``tests/methods/test_<file>.py``, or one in another folder whose name begins like that."""
     found = set()

@@ -60,6 +60,7 @@ def table(text: str) -> dict[int, dict[str, float]]:
     return {int(r): dict(zip(names.split(), map(float, row), strict=True)) for r, *row in cells}
 
 
+@pytest.mark.slow
 def test_the_first_lines_of_python_learn_and_print_what_stands_below_them(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -48,6 +48,7 @@ def base_at(folder: Path, version: int) -> str:
     return digest(state_at(folder, version).base)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "words",
     [
@@ -167,6 +168,7 @@ def test_whoever_was_away_ends_with_the_right_weights(tmp_path: Path) -> None:
     assert 0 < int(str(found[40]["catchup_bytes"])) <= 2 * dense
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("harm", ["changed", "cut short", "gone"])
 def test_a_cache_that_is_not_what_it_was_is_replaced_once(harm: str, tmp_path: Path) -> None:
     folder = tmp_path / "run"
@@ -256,6 +258,7 @@ def test_a_server_that_goes_on_from_a_checkpoint_takes_clients_back_with_it(
     assert rows(cut)[5]["catchup_bytes"] == rows(whole)[5]["catchup_bytes"]
 
 
+@pytest.mark.slow
 def test_a_run_that_began_in_process_goes_on_deployed(tmp_path: Path) -> None:
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     words = ["rounds=4", "output.checkpoint_every=2"]
@@ -280,6 +283,7 @@ def test_a_run_that_began_in_process_goes_on_deployed(tmp_path: Path) -> None:
     assert [row.get("catchup_bytes") for row in found[3:]] == [2 * each - 3 * 22 * 4, each]
 
 
+@pytest.mark.slow
 def test_clients_are_found_wherever_they_are(tmp_path: Path) -> None:
     """Two on one node, one claimed twice, one node that serves nobody."""
     nodes: dict[int, dict[str, bool | bytes | float | int | str]] = {

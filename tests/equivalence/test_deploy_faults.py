@@ -227,6 +227,7 @@ def test_after_a_resume_a_node_whose_answer_is_lost_is_asked_again(
     assert digests[0] == digests[1]
 
 
+@pytest.mark.slow
 def test_a_reply_of_which_half_came_is_asked_for_again(tmp_path: Path) -> None:
     """Flower says so when its parts have not come for minutes."""
     half = instead(Once(at_fault), lambda m: [Message(Error(NOT_WHOLE, "lost"), reply_to=m)])
@@ -281,6 +282,7 @@ def test_a_client_that_replies_long_after_the_others_stands_in_the_ledger(
     assert [f"client {ONE} " in str(note) for note in second] == [True]
 
 
+@pytest.mark.slow
 def test_a_reply_that_comes_twice_counts_once(tmp_path: Path) -> None:
     network = Network(tmp_path / "cache", nodes_for(3), replies_twice(at_fault))
     deploy(WORDS, tmp_path / "run", network)
@@ -315,6 +317,7 @@ def test_a_reply_that_cannot_be_decoded_is_found_in_the_next_try(tmp_path: Path)
     check_mean_of_the_rest(tmp_path / "run", network)
 
 
+@pytest.mark.slow
 def test_an_error_that_nobody_foresaw_leaves_a_checkpoint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -340,6 +343,7 @@ def test_an_error_that_nobody_foresaw_leaves_a_checkpoint(
 # ---- Rounds with too few ------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_round_with_too_few_is_run_again(tmp_path: Path) -> None:
     """All are wanted, and one fails once: the run is the one in which nothing failed."""
     network = Network(tmp_path / "cache", nodes_for(3), raises(Once(at_fault)))
@@ -358,6 +362,7 @@ def moved(row: Mapping[str, object], *names: str) -> list[int]:
     return [int(str(row[f"{name}_bytes"])) for name in names]
 
 
+@pytest.mark.slow
 def test_a_round_that_is_run_again_counts_what_both_attempts_sent(tmp_path: Path) -> None:
     """Three are asked twice; two answer the first time, and have caught up; all the second."""
     network = Network(tmp_path / "cache", nodes_for(3), raises(Once(at_fault)))

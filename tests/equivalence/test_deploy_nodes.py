@@ -88,6 +88,7 @@ def test_one_message_a_node_has_the_bits_of_one_for_each_client(
     assert len(asked(network)) == len(NODES) * (2 * stages + measured)
 
 
+@pytest.mark.slow
 def test_chunks_that_lie_on_one_node_have_the_bits_of_vectorized(tmp_path: Path) -> None:
     words = ["engine.chunk=4", "head=full"]
     deploy([*SEVEN, *words], tmp_path / "run", Network(tmp_path / "cache", IN_A_ROW))

@@ -84,6 +84,7 @@ def at_stage(stage: str, clients: set[int]) -> Callable[[Message], bool]:
     return guilty
 
 
+@pytest.mark.slow
 def test_a_round_that_is_asked_twice_tells_nothing_new(tmp_path: Path) -> None:
     """The attack: the same round with another downlink, so that the same noise falls out."""
     network = Network(tmp_path / "cache", nodes_for(3))
@@ -115,6 +116,7 @@ def test_noise_is_new_in_every_answer_that_is_computed(tmp_path: Path) -> None:
     assert float((gap == 0).mean()) < 0.01
 
 
+@pytest.mark.slow
 def test_a_server_that_is_restored_gets_the_answers_that_were_given(tmp_path: Path) -> None:
     """One client fails in the second round, the run stops, and goes on."""
     words, folder = [*NOISY, "rounds=3", "engine.retries=1"], tmp_path / "run"

@@ -58,6 +58,7 @@ def run(folder: Path, network: Network, *words: str) -> None:
     serve(composed([*WORDS, "engine=deploy", f"output.dir={folder}", *words]), network)
 
 
+@pytest.mark.slow
 def test_each_node_trains_on_what_it_has(tmp_path: Path) -> None:
     """One from a file, one from a folder of several, one from a function: the bits of inline."""
     owner = import_object("data", "clinic.data:owner")
@@ -247,6 +248,7 @@ def test_parts_of_ones_own_have_the_bits_of_inline(
     assert rows(tmp_path / "run")[2]["doubled"] == 2.0
 
 
+@pytest.mark.slow
 def test_a_server_without_a_sample_has_the_weights_of_one_that_measures(tmp_path: Path) -> None:
     """Nobody measures, and nodes train on all that they have: nothing is held out for nobody."""
     nodes: dict[int, dict[str, bool | bytes | float | int | str]] = {
@@ -296,6 +298,7 @@ def test_what_stays_at_a_client_is_measured_there(words: list[str], tmp_path: Pa
         assert {"accuracy", "finetuned_accuracy"} <= {*found["clients"]}  # type: ignore[misc]
 
 
+@pytest.mark.slow
 def test_a_node_without_data_is_refused_by_name(tmp_path: Path) -> None:
     nodes: dict[int, dict[str, bool | bytes | float | int | str]] = {
         1000 - k: {"partition-id": k, "data": "clinic.data:owner"} for k in range(3)

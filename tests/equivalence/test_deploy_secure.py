@@ -160,6 +160,7 @@ def test_a_client_that_is_gone_while_measurements_are_summed_is_left_out(
     assert number(rows(tmp_path / "run")[1], "secure", "clients") == 5
 
 
+@pytest.mark.slow
 def test_the_noise_of_a_real_client_is_not_in_the_seed(tmp_path: Path) -> None:
     words = ["local=dp_sgd", "rounds=1", "local.lr=0.1", ONCE]
     digests = []

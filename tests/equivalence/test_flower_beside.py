@@ -333,6 +333,7 @@ def trained(round_: Round) -> Trained:
     return round_.read(model, samples=len(samples(round_.client)[0]), steps=STEPS, loss=loss)
 
 
+@pytest.mark.slow
 @pytest.mark.short(when=lambda uplink: uplink in {"int8", "eden2"})
 @pytest.mark.parametrize("uplink", ROUNDED)
 def test_rounding_is_drawn_by_partition_whatever_the_ids_of_nodes(

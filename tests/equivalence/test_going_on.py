@@ -188,6 +188,7 @@ def samples(folder: Path) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_samples_may_move_and_may_not_change(tmp_path: Path) -> None:
     data = samples(tmp_path / "data")
     words = [f"data.samples={data}", f"data.test_file={data / 'held.npz'}"]

@@ -94,6 +94,7 @@ RATE = dict.fromkeys(METHODS, ()) | {"fedkseed": ("local.lr=0.002",)}  # it dive
 ONE_EACH = {("fed_rac_lora", "mlp"), ("fedavg_lora", "cnn"), ("fedavg", "mlp")}
 
 
+@pytest.mark.slow
 @pytest.mark.short(when=lambda method, model: (method, model) in ONE_EACH)
 @pytest.mark.parametrize(
     ("method", "model"),
@@ -157,6 +158,7 @@ def test_training_again_gives_the_same_bits(case: str, card: Card) -> None:
     assert len(set(again)) == 1
 
 
+@pytest.mark.slow
 def test_a_resumed_run_ends_with_the_same_bits(tmp_path: Path, card: Card) -> None:
     whole = job("device=cuda", folder=tmp_path / "whole")
     whole.strategy.run(whole.grid)

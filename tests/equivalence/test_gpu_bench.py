@@ -53,6 +53,7 @@ def workload(card: Card, monkeypatch: pytest.MonkeyPatch) -> Workload:
     return SMALL
 
 
+@pytest.mark.slow
 def test_the_command_reports_what_a_card_does(
     card: Card, workload: Workload, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -103,6 +103,7 @@ def test_nodes_train_as_one_process(source: str, tmp_path: Path, module: None) -
     assert rows[3]["local_steps"] == 9  # three of each, of which state tells
 
 
+@pytest.mark.slow
 def test_objects_of_a_client_that_change_are_refused(tmp_path: Path, module: None) -> None:
     """No tensors were made of them: what they hold is compared, as in a simulation."""
     del module

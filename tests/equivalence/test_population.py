@@ -137,6 +137,7 @@ def test_a_round_of_a_million_clients_looks_at_its_cohort_alone(name: str, tmp_p
     assert cost[MANY][1] < 2 * cost[1000][1] < 4 * MANY
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MADE)
 def test_a_million_clients_are_built_from_four_bytes_each(name: str) -> None:
     peaks = []

@@ -149,6 +149,7 @@ def metrics(done: RunBuilder, row: int) -> dict[str, float]:
     return found
 
 
+@pytest.mark.slow
 def test_a_run_learns_as_well_and_is_measured_in_float32() -> None:
     words = ("method=fedavg", "rounds=6", "local.lr=0.3", "local.epochs=3")
     mixed, exact = (run(*words, f"precision={p}") for p in (BF16_MIXED, FLOAT32))

@@ -34,6 +34,7 @@ def simulated(*words: str, **more: Any) -> fedraclora.RunResult:
     return fedraclora.simulate(*WORDS, *words, model=MODEL, test=0, **given)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("more", ["evaluate.personal=true", "method=fedsa_lora"])
 def test_the_row_is_that_of_the_open_sums_and_no_client_has_one(more: str, tmp_path: Path) -> None:
     words = ["evaluate.clients=all", "rounds=1", more]
@@ -119,6 +120,7 @@ def test_a_client_of_a_sum_of_measurements_counts_who_is_still_in_it() -> None:
         assert gives or "evaluate.min_clients=3" in answer.failures[0]
 
 
+@pytest.mark.slow
 def test_no_mask_serves_two_messages(monkeypatch: pytest.MonkeyPatch) -> None:
     """Not one of a client's own, nor one of a pair, in any round, of updates or measurements."""
     own, pairs = Counter[str](), Counter[tuple[str, str]]()

@@ -58,12 +58,14 @@ def test_curves_lie_within_their_bounds(name: str) -> None:
         assert curve.holds, f"{curve.quantity} lies {curve.excess:.3g} above its bound"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["rates/isotropic: r = 4", "links/isotropic: links of 4"])
 def test_the_bound_of_the_isotropic_quadratic_is_the_expectation(name: str) -> None:
     curve = judged(replace(CASES[name], rounds=12)).curves["gap"]
     assert (abs(curve.mean - curve.bound)[1:] <= 4 * curve.error[1:]).all()
 
 
+@pytest.mark.slow
 def test_a_bound_for_a_larger_rank_is_crossed() -> None:
     case = replace(CASES["rates/isotropic: r = 4"], rounds=9)
     paths = [run(case, seed) for seed in SEEDS]

@@ -131,6 +131,7 @@ def test_a_run_learns_to_answer(
         assert found.summary["uplink_floats"] == 2 * 4 * (16 + 8 + 8 + 16 + 32 + 32 + 16)
 
 
+@pytest.mark.slow
 def test_packed_and_plain_samples_come_to_much_the_same(questions: Path, tokenizer: str) -> None:
     """All samples in each step: packed or not, these are the same tokens."""
     keys = {"rounds": 2, "local": {"batch_size": 64, "steps": 3}, "evaluate": {"every": 1}}
@@ -141,6 +142,7 @@ def test_packed_and_plain_samples_come_to_much_the_same(questions: Path, tokeniz
         assert ours["metrics"]["loss"] == pytest.approx(theirs["metrics"]["loss"], rel=1e-3)
 
 
+@pytest.mark.slow
 def test_new_conversations_are_measured_and_answered_as_the_runs_own(
     questions: Path, tokenizer: str, tmp_path: Path
 ) -> None:
@@ -177,6 +179,7 @@ def test_new_conversations_are_measured_and_answered_as_the_runs_own(
         found.predict([*prompts[:1], "the " * 600])
 
 
+@pytest.mark.slow
 def test_packing_changes_no_clients_weight(tmp_path: Path, tokenizer: str) -> None:
     """Each client has one packed row, but 4 and 36 conversations: it counts by these."""
     said = [("a", "ball", "red"), *[("b", "box", "blue")] * 9]
@@ -235,6 +238,7 @@ def test_blocks_computed_again_need_less_memory(questions: Path, tokenizer: str)
     assert plans[1]["step"] < 0.5 * plans[0]["step"]
 
 
+@pytest.mark.slow
 def test_outputs_are_formed_at_labels_alone(
     questions: Path, tokenizer: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -250,6 +254,7 @@ def test_outputs_are_formed_at_labels_alone(
     assert loss == pytest.approx(same, rel=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["fedavg_lora", "ffa_lora", "pool_rac_lora"])
 def test_a_narrow_base_stays_as_it_is(method: str, questions: Path, tokenizer: str) -> None:
     words = (f"method={method}", "rounds=2", "evaluate.generate=null", "bias=frozen")

@@ -162,6 +162,7 @@ def run(questions: Path, tokenizer: str, *words: str, **keys: Any) -> fedraclora
     return fedraclora.simulate(*given, *more, *words, **keys)
 
 
+@pytest.mark.slow
 def test_a_run_answers_by_likelihood_from_its_start_to_its_folder(
     tmp_path: Path, tokenizer: str
 ) -> None:

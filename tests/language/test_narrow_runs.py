@@ -31,6 +31,7 @@ def given(questions: Path, tokenizer: str) -> tuple[str, ...]:
     return ("experiment=tiny_instructions", *found, *WORDS)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("base", "method"),
     [
@@ -157,6 +158,7 @@ def test_what_would_change_it_is_refused(
         fedraclora.simulate(*given, "model.base=int8", *words)
 
 
+@pytest.mark.slow
 def test_a_start_is_not_merged_into_it(given: tuple[str, ...], tmp_path: Path) -> None:
     run = fedraclora.simulate(*given, "rounds=1", "method=fedavg_lora", "evaluate.generate=null")
     run.export(tmp_path / "adapter", "peft")

@@ -108,6 +108,7 @@ def test_the_contract_suite_takes_the_example_as_it_is_printed(tmp_path: Path) -
     assert int(re.findall(r"(\d+) passed", done.stdout)[0]) > 30
 
 
+@pytest.mark.slow
 def test_the_example_of_a_step_runs_as_it_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
     found: dict[str, Any] = {}
     exec(compile(block("python", "class Cosine"), "CONTRIBUTING.md", "exec"), found)

@@ -141,6 +141,7 @@ def test_a_steady_gradient_of_low_rank_is_soon_seen_whole() -> None:
     assert seen[1:] == pytest.approx([1.0] * 4, abs=1e-9)
 
 
+@pytest.mark.slow
 def test_fresh_rows_are_uniform_beside_kept_ones() -> None:
     """E[H] = K^T K + f/(d - k) (I - K^T K): the constants of docs/records/theory.md, section 9."""
     kept = torch.linalg.qr(torch_normal(generator(2, "kept"), N, 2))[0].mT

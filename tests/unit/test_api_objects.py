@@ -270,6 +270,7 @@ def test_a_run_in_a_folder_goes_on_with_the_same_objects(tmp_path: Path) -> None
         run(data=CLIENTS[:2], folder=tmp_path / "run", rounds=3, resume=True)
 
 
+@pytest.mark.slow
 def test_a_run_that_goes_on_without_its_objects_says_which_it_lacks(tmp_path: Path) -> None:
     table = pd.DataFrame(X, columns=list("abcde")).assign(y=Y)
     table.to_csv(tmp_path / "rows.csv", index=False)

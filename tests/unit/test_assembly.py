@@ -66,6 +66,7 @@ def test_only_an_engine_without_limits_of_its_own_gets_one_for_the_round(
     assert loop.timeout == limit
 
 
+@pytest.mark.slow
 def test_a_run_that_goes_on_keeps_its_chunk(
     small: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -372,6 +372,7 @@ def handed(
     return owner.file
 
 
+@pytest.mark.slow
 def test_what_an_operator_hands_over_is_what_owners_are_compared_with(
     handed: Path, owner: Owner, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -397,6 +398,7 @@ def test_nodes_that_are_not_there(
     assert "none is online" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("handed")
 def test_what_may_be_wrong_with_a_run_has_no_tick(
     owner: Owner, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

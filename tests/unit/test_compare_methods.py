@@ -55,6 +55,7 @@ def records(folder: Path) -> dict[str, dict[str, str]]:
         return {row["label"]: row for row in csv.DictReader(file)}
 
 
+@pytest.mark.slow
 def test_each_method_runs_the_same_seeds_with_its_own_settings(compared: Path) -> None:
     found = {
         row: [yaml.safe_load(path.read_text()) for path in compared.glob(f"{row}_*/*/config.yaml")]
@@ -129,6 +130,7 @@ def test_what_has_run_is_not_run_again(
     assert f"{float(rows['fedavg_lora']['metric_mean']):.4f}" in said
 
 
+@pytest.mark.slow
 def test_a_run_is_one_line_and_its_log_has_the_rest(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -195,6 +197,7 @@ def test_a_comparison_without_words_of_its_own_is_with_the_first_method(
         assert float(found["metric_mean"]) == pytest.approx(summary["metrics"]["accuracy"])
 
 
+@pytest.mark.slow
 def test_a_row_that_diverges_is_shown_and_not_run_again(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -223,6 +226,7 @@ class Scaled(FedRacLora):
     """A method of somebody's own."""
 
 
+@pytest.mark.slow
 def test_instances_of_methods_are_named_and_show_their_rank(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -185,6 +185,7 @@ def test_peft_merges_an_adapter_to_the_weights_and_the_metric_of_the_run(case, t
         assert layer["largest_difference"] < 1e-6
 
 
+@pytest.mark.slow
 def test_a_chain_has_the_rank_of_all_its_links_and_carried_factors_their_own(tmp_path):
     chain = trained("bert", "fed_rac_lora", tmp_path / "chain").export(tmp_path / "a")
     carried = trained("bert", "fedavg_lora", tmp_path / "carried").export(tmp_path / "b")
@@ -364,6 +365,7 @@ def test_the_classes_of_texts_are_named_in_the_config_of_their_model(tmp_path):
         assert facts["samples"]["classes"] == ["bad", "good"]
 
 
+@pytest.mark.slow
 def test_the_card_of_a_model_from_elsewhere_names_its_classes(tmp_path):
     run = trained("bert", "fedavg_lora", tmp_path / "run", head="full")
     run.export(tmp_path / "bert", "hf")

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+import pytest
 from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 
 import fedraclora
@@ -30,6 +31,7 @@ def private_names(source: str) -> Iterator[str]:
                 yield name
 
 
+@pytest.mark.slow
 def test_private_modules_of_flower_are_imported_in_one_place() -> None:
     assert [*private_names("from flwr.common import x\nimport flwr.app")] == ["flwr.common"]
     folders = [ROOM, *(ROOM.parent / name for name in ("strategies", "clients"))]

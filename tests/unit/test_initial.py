@@ -103,6 +103,7 @@ def test_the_folder_holds_neither_the_package_s_weights_nor_its_own_twice(packag
     assert kept == {"base/classifier.weight", "base/classifier.bias"}  # replaced in each round
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["fed_rac_lora", "fedavg_lora"])
 def test_a_run_goes_on_bit_for_bit(method, package, large, tmp_path):
     chosen = {"method": {"name": method, "rank": 1}}
@@ -136,6 +137,7 @@ def test_a_package_that_has_changed_or_gone_is_named(package, large, tmp_path):
         load_weights(light.folder)
 
 
+@pytest.mark.slow
 def test_weights_that_nobody_else_has_are_kept_once(package, large, tmp_path):
     run(tmp_path / "first")
     second = run(tmp_path / "second", init_from=str(tmp_path / "first"))

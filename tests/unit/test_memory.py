@@ -309,6 +309,7 @@ def test_what_somebody_has_compiled_is_counted_as_it_was_before() -> None:
     assert not compiled
 
 
+@pytest.mark.slow
 def test_no_other_clients_take_more() -> None:
     chosen = world(transformer(longest_client=0))  # its longest sample lies with a small client
     model = chosen.model()

@@ -51,6 +51,7 @@ def test_the_node_registered_first_serves_a_client_whoever_answers_first(
     assert len(post.incidents) == 1
 
 
+@pytest.mark.slow
 def test_nodes_that_claim_at_random() -> None:
     counts = campaign(150)
     assert counts["exchange"] > 150

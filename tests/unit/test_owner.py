@@ -66,6 +66,7 @@ def test_the_digest_is_that_of_code_and_settings_whether_resumed_or_not() -> Non
     assert digest != digest_of(b"app", {**config, "more": 1})
 
 
+@pytest.mark.slow
 def test_where_the_server_writes_is_not_in_the_digest(tmp_path: Path) -> None:
     """Its folder has the time of the start in its name: else no digest could be known before."""
     words = ["clients=2", "clients_per_round=2", "data=digits", "local.lr=0.1", "pretrain=none"]

@@ -228,6 +228,7 @@ def test_a_resumed_run_keeps_its_rate(tmp_path: Path, monkeypatch: pytest.Monkey
     assert rate_used(again) == 0.21
 
 
+@pytest.mark.slow
 def test_a_search_is_deterministic_and_stays_within_its_share() -> None:
     config = from_plain(composed([*WORDS, "output.dir=null"]), METHODS)
     one, other = (find_rate(RunBuilder(config)) for _ in range(2))
@@ -263,6 +264,7 @@ def test_a_short_run_leaves_a_rate_at_which_the_loss_rises(monkeypatch: pytest.M
     assert left["losses"][2] > 2 * left["losses"][1]
 
 
+@pytest.mark.slow
 def test_test_samples_are_not_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
     run = RunBuilder(from_plain(composed([*WORDS, "output.dir=null"]), METHODS))
     rate = find_rate(run).rate
@@ -439,6 +441,7 @@ def test_a_run_begins_anew_with_the_users_steps_as_new(monkeypatch: pytest.Monke
     assert rate_used(run) == 0.31
 
 
+@pytest.mark.slow
 def test_rates_that_do_not_differ_leave_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
     """A method that hardly moves in a few rounds took the smallest rate, and learnt nothing."""
     config = from_plain(composed([*WORDS, "method=decomfl", "output.dir=null"]), METHODS)
@@ -456,6 +459,7 @@ def test_a_run_that_diverges_under_an_attack_names_a_rule_against_it(tmp_path: P
         assert ("aggregator=geometric_median" in note) is bool(more)
 
 
+@pytest.mark.slow
 def test_a_run_that_diverges_goes_on_from_its_last_good_round(tmp_path: Path) -> None:
     """It offers the words, and they work: the rate may change, which it may not otherwise."""
     words = ("method=fedmomentum", "rounds=30", "output.progress=false", *TASK, *FAST)

@@ -68,6 +68,7 @@ def measured(shown: ReportedRun, folder: Path, shift: float) -> ReportedRun:
     return replace(shown, rows=rows, folder=folder)
 
 
+@pytest.mark.slow
 def test_the_spread_over_clients_is_drawn(
     runs: dict[str, fedraclora.RunResult], tmp_path: Path
 ) -> None:
@@ -169,6 +170,7 @@ def test_settings_that_differ_are_written_as_they_are_typed(
     assert found["stop.metric"] == ["loss", ""]
 
 
+@pytest.mark.slow
 def test_a_deployed_run_is_run_again_in_one_process(
     runs: dict[str, fedraclora.RunResult], tmp_path: Path
 ) -> None:

@@ -34,6 +34,7 @@ def last_row(*words: str) -> Row:
     return run.strategy.recorder.ledger.rows[-1]
 
 
+@pytest.mark.slow
 @pytest.mark.short(when=lambda rule: rule in {"median", "multi_krum"})  # by rows, by clients
 @pytest.mark.parametrize("rule", ["median", "trimmed_mean", "geometric_median", "multi_krum"])
 def test_a_rule_keeps_the_accuracy_where_averaging_loses_it(rule: str) -> None:
@@ -46,6 +47,7 @@ def test_a_rule_keeps_the_accuracy_where_averaging_loses_it(rule: str) -> None:
     assert number(row, "metrics", "accuracy") > clean - 0.03
 
 
+@pytest.mark.slow
 def test_an_attack_does_not_depend_on_the_engine() -> None:
     words = (*FLIP, "aggregator=geometric_median", "rounds=2", "evaluate.every=1")
     losses = [number(last_row(*words, e), "metrics", "loss") for e in ("engine=inline", "seed=0")]

@@ -85,6 +85,7 @@ def test_a_run_that_began_elsewhere_goes_on_without_that_folder_and_bit_for_bit(
     assert stored["init_from"]["path"] == str(tmp_path / "first")
 
 
+@pytest.mark.slow
 def test_a_beginning_that_has_changed_since_is_refused(tmp_path):
     plain_run(tmp_path / "first")
     config = plain_run(None, tmp_path / "first").config

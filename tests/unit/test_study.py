@@ -420,6 +420,7 @@ def test_a_study_without_tuning_gives_all_rows_one_value(tmp_path: Path) -> None
         study(tmp_path, UNTUNED.replace("{ours: 0.7}", "{us: 0.7}"))
 
 
+@pytest.mark.slow
 def test_some_rows_are_run_and_the_tables_show_all_that_have(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

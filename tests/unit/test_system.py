@@ -114,6 +114,7 @@ def test_over_selection_asks_more_and_rounds_up(over: float, cohort: int, asked:
     assert len(devices.ask(0, 1, cohort, cohort, 0.0)) == cohort
 
 
+@pytest.mark.slow
 def test_everyone_who_is_there_has_the_same_chance() -> None:
     devices, rounds = SystemConfig(speed=Constant(1.0), availability=Diurnal(0.5)), 800
     there = devices.availability.at(0, 1, 0.0, torch.arange(40))

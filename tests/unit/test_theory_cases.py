@@ -227,6 +227,7 @@ def test_the_regression_is_the_quadratic_of_the_paper() -> None:
     assert examples.from_optimum(start_of(task))["gap"] == pytest.approx(examples.START)
 
 
+@pytest.mark.slow
 def test_full_training_and_rac_lora_get_there_where_asymmetric_lora_does_not() -> None:
     gaps = {
         m: examples.run_trial(Trial("counter-example", m, 1.0, 20, 0))[-1]
@@ -246,6 +247,7 @@ def test_paths_that_diverge_are_counted() -> None:
     assert (found.best, found.worst) == (0.5, np.inf)
 
 
+@pytest.mark.slow
 def test_a_basis_of_noisy_links_alone_ends_beside_the_optimum() -> None:
     name = "a noisy basis"
     methods = examples.EXAMPLES[name].methods
