@@ -16,10 +16,13 @@ from drawing import painting
 
 import fedraclora
 from fedraclora.commands import cli
+from fedraclora.commands.compare import run as comparing
 from fedraclora.commands.compare.command import names_methods
 from fedraclora.commands.compare.outcome import outcome_sentence
+from fedraclora.commands.compare.run import Row
 from fedraclora.commands.run_files import Group, RunFiles, read_files
-from fedraclora.errors import ConfigError
+from fedraclora.compose.values import pairs_of
+from fedraclora.errors import ConfigError, FedRacLoraError
 from fedraclora.rng import generator
 from fedraclora.strategies.methods.fed_rac_lora import FedRacLora
 from fedraclora.strategies.methods.fedavg import FedAvg
@@ -254,18 +257,64 @@ def test_objects_of_a_program_are_compared(tmp_path: Path) -> None:
         "ffa_lora": None,
         "mine": FedRacLora(rank=2),
         "r=4": {"method": {"name": "fed_rac_lora", "rank": 4}},
+        "r=3": {"name": "fed_rac_lora", "rank": 3},
     }
     found = fedraclora.compare(
         "output.progress=false", methods=methods, folder=tmp_path, seeds=2, **given
     )
-    assert set(found.table["label"]) == {"ffa_lora", "mine", "r=4"}
+    assert set(found.table["label"]) == {"ffa_lora", "mine", "r=4", "r=3"}
     assert {row: len(folders) for row, folders in found.runs.items()} == dict.fromkeys(methods, 2)
     ranks = {row: read_files(f[0]).config["method"]["rank"] for row, f in found.runs.items()}  # type: ignore[index]
-    assert (ranks["mine"], ranks["r=4"]) == (2, 4)
+    assert (ranks["mine"], ranks["r=4"], ranks["r=3"]) == (2, 4, 3)
     assert "ffa_lora" in found.summary
     assert (found.folder / "compare.png").is_file()
     with pytest.raises(ConfigError, match="twice"):
         fedraclora.compare(methods=["fedavg", "fedavg"], folder=tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("shared", "own"),
+    [
+        ({"compression": {"uplink": "eden2"}}, {"compression.uplink": "int4"}),
+        ({"compression": {"uplink": "eden2"}}, ["compression.uplink=int4"]),
+        ({"local": {"lr": 0.1, "momentum": 0.5}}, {"local": {"lr": 0.3}}),
+        ({"rounds": 3}, ["rounds=2"]),
+        ({"clients_per_round": 2}, {"clients_per_round": 3}),
+        ({"local": "sgd"}, {"local": "adamw"}),
+        ({"local": "sgd"}, ["local=adamw"]),
+        ({"aggregator": "mean"}, {"aggregator": "median"}),
+        ({"partition": {"name": "dirichlet", "alpha": 0.1}}, {"partition.alpha": 0.5}),
+        ({"partition": "iid"}, {"partition": "dirichlet"}),
+    ],
+)
+def test_a_rows_own_settings_replace_those_of_all(
+    shared: dict[str, Any], own: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found: dict[str, Any] = {}
+
+    def note(rows: dict[str, Row], *_: object) -> dict[str, str]:
+        found.update({name: row.plain for name, row in rows.items()})
+        return dict.fromkeys(rows, "not run")
+
+    monkeypatch.setattr(comparing, "run_all", note)
+    words = own if isinstance(own, list) else [own]
+    methods = {"ffa_lora": None, "b": [*words, "method=fed_rac_lora"]}
+    task = ["data=digits", "model.hidden=[8]", "clients=30", "output=study"]
+    with pytest.raises(FedRacLoraError, match="not run"):
+        fedraclora.compare(*task, methods=methods, folder=tmp_path, **shared)
+    for key, value in pairs_of(shared):
+        assert_has(found["ffa_lora"], key, value)
+    for each in words:
+        pairs = [tuple(each.split("="))] if isinstance(each, str) else pairs_of(each)
+        for key, value in pairs:
+            assert_has(found["b"], key, value)
+
+
+def assert_has(plain: dict[str, Any], key: str, value: object) -> None:
+    """A composed config has a value; of a group its choice."""
+    group, _, leaf = key.partition(".")
+    at = plain[group]
+    assert str(at[leaf or "name"] if isinstance(at, dict) else at) == str(value), key
 
 
 @pytest.mark.slow
@@ -310,8 +359,8 @@ def test_a_folder_may_be_named_like_a_choice(
         ("accuracy", -0.02, 0.001, "worse"),
         ("loss", 0.02, 0.001, "worse"),
         ("loss", -0.02, math.nan, "better"),
-        ("accuracy", 0.02, 0.015, "level"),
-        ("accuracy", 0.0, 0.0, "level"),
+        ("accuracy", 0.02, 0.015, "not decided"),
+        ("accuracy", 0.0, 0.0, "equal"),
     ],
 )
 def test_the_sentence_says_what_the_numbers_say(
@@ -322,7 +371,11 @@ def test_the_sentence_says_what_the_numbers_say(
     ours = base | {"label": "ours", "difference": difference, "difference_error": error}
     ours |= {"metric_mean": 0.9 + difference, "traffic_mb": 50.0}
     said = outcome_sentence([base, ours], "base", groups)
-    found = [word for word in ("better", "worse", "level") if word in said]
+    found = [word for word in ("better", "worse", "not decided", "equal") if word in said]
     assert found == [words]
     assert "25 %" in said
+    ours |= {"target_traffic_mb": 30.0, "target_reached": 3, "seeds": 5}
+    assert "3 of 5 runs are as good after 30 MB" in outcome_sentence([base, ours], "base", groups)
+    ours |= {"target_reached": 5}
+    assert "is as good after 30 MB" in outcome_sentence([base, ours], "base", groups)
     assert "4 times" in outcome_sentence([ours, base | {"difference": -difference}], "ours", groups)

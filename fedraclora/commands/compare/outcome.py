@@ -10,7 +10,7 @@ from fedraclora.commands.run_files import Group
 from fedraclora.evaluation.metrics import higher_is_better
 from fedraclora.run.ledger import number
 
-LEVEL = 2  # standard errors; a smaller difference counts as none
+LEVEL = 2  # standard errors; a smaller difference is not decided
 SAME = 0.02  # relative difference of bytes that counts as none
 
 
@@ -46,14 +46,25 @@ def _part(record: Mapping[str, object], base: Mapping[str, object], *, higher: b
     if not math.isfinite(mean):
         return f"{record['label']} {record['state'] or 'was not measured'}"
     difference_text = f"{abs(difference):.4f} {'better' if (difference > 0) == higher else 'worse'}"
-    if difference == 0 or (math.isfinite(error) and abs(difference) <= LEVEL * error):
+    if difference == 0:
+        difference_text = "equal to it"
+    elif math.isfinite(error) and abs(difference) <= LEVEL * error:
         difference_text = (
-            f"level with it ({difference:+.4f} ± {error:.2g})" if difference else "level with it"
+            f"within {LEVEL} standard errors of it ({difference:+.4f} ± {error:.2g}, not decided)"
         )
-    target_traffic = number(record, "target_traffic_mb")
-    target_text = f", and is as good after {shown_number(record, 'target_traffic_mb')} MB"
-    text = f"{record['label']} ends at {mean:.4f}, {difference_text}, with {_bytes(record, base)}"
-    return text + target_text if math.isfinite(target_traffic) else text
+    return (
+        f"{record['label']} ends at {mean:.4f}, {difference_text}, with {_bytes(record, base)}"
+        f"{_reached(record)}"
+    )
+
+
+def _reached(record: Mapping[str, object]) -> str:
+    """Say after how many bytes the row was as good as the reference, and in how many runs."""
+    if not math.isfinite(number(record, "target_traffic_mb")):
+        return ""
+    amount = f"as good after {shown_number(record, 'target_traffic_mb')} MB"
+    reached, runs = (int(number(record, key)) for key in ("target_reached", "seeds"))
+    return f", and is {amount}" if reached == runs else f"; {reached} of {runs} runs are {amount}"
 
 
 def _bytes(record: Mapping[str, object], base: Mapping[str, object]) -> str:

@@ -11,12 +11,13 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
+from inspect import signature
 from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fedraclora.api import asked_of, run_asked
-from fedraclora.binding import PlainDict, section
+from fedraclora.api import asked_of, run_asked, simulate
+from fedraclora.binding import OWN_GROUPS, PlainDict, section
 from fedraclora.commands.compare.outcome import outcome_sentence
 from fedraclora.commands.compare.table import compare_rows, refuse_others
 from fedraclora.commands.run_files import Group, read_files
@@ -85,8 +86,9 @@ def compare(
     Args:
         choices: As for `simulate`, for all methods.
         methods: Names of methods, or instances of their classes; or settings by the name of a row:
-            a list of overrides (``["method.rank=32"]``), a mapping of keys, an instance of a
-            method's class, or None. If the row is not named like a method, its settings must
+            a list of overrides (``["method.rank=32"]``), a mapping of keys, a mapping of the
+            method's keys with its ``name``, an instance of a method's class, or None. They replace
+            the settings of all methods. If the row is not named like a method, its settings must
             include ``method``.
         seeds: Number of runs of each row, with consecutive seeds from ``seed`` on.
         reference: The row to compare the others with; None for the first.
@@ -105,7 +107,10 @@ def compare(
     """
     refuse_run()
     trust_all(trust)
-    rows = {name: (choices, given, own) for name, own in settings_of_rows(methods).items()}
+    shared, objects = common_settings(given)
+    rows = {
+        name: ((*choices, shared), objects, own) for name, own in settings_of_rows(methods).items()
+    }
     base = next(iter(rows)) if reference is None else reference
     if base not in rows:
         raise unknown("reference", base, rows)
@@ -207,6 +212,24 @@ def check(plain: PlainDict) -> None:
     from_plain(known, METHODS)
 
 
+def common_settings(given: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Divide the arguments of all rows into settings, which a row may replace, and the rest.
+
+    The keyword arguments of `simulate` come after its choices, and so would replace a row's own.
+
+    Returns:
+        Keys of the config; and objects, data and their options.
+    """
+    kept = {*signature(simulate).parameters} - {"model", *OWN_GROUPS}
+    shared = {
+        key: value
+        for key, value in given.items()
+        if key not in kept
+        and (isinstance(value, str | Mapping) or key not in {"model", *OWN_GROUPS})
+    }
+    return shared, {key: value for key, value in given.items() if key not in shared}
+
+
 def settings_of_rows(
     methods: str | Sequence[object] | Mapping[str, object],
 ) -> dict[str, Settings]:
@@ -246,6 +269,8 @@ def _settings(name: str, own: object) -> Settings:
     if isinstance(own, str):
         words = (own,)
     elif isinstance(own, Mapping):
+        if "name" in own:  # a mapping of the method's keys, as `simulate` takes it
+            own = {"method": own}
         # A config cannot hold an instance of a class.
         plain = isinstance(own.get("method"), str | Mapping | None)
         given = {} if plain else {"method": own["method"]}
