@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+import fedraclora
+
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 BLOCK = re.compile(r"```python\n(.*?)```(?:\n+```text\n(.*?)```)?", re.DOTALL)
 
@@ -25,6 +27,24 @@ def test_the_programs_of_a_page_run_and_print_what_stands_there(
         exec(compile(code, name, "exec"), names)
         if said:
             assert capsys.readouterr().out.endswith(said)
+
+
+@pytest.mark.slow
+def test_what_separate_averages_miss_is_what_a_run_reports(tmp_path: Path) -> None:
+    page = (DOCS / "concepts.md").read_text()
+    said = re.search(
+        r"misses ([\d.]+) % of the update in the median round, ([\d.]+) % on average over the "
+        r"(\d+) rounds,\s+and ([\d.]+) % in the worst",
+        page,
+    )
+    assert said is not None
+    median, mean, rounds, worst = map(float, said.groups())
+    run = fedraclora.simulate("method=fedavg_lora", folder=tmp_path, output={"progress": False})
+    missed = 100 * run.history["report.aggregation_error"].dropna()
+    assert len(missed) == rounds
+    assert missed.median() == pytest.approx(median, abs=1)
+    assert missed.mean() == pytest.approx(mean, abs=2)
+    assert missed.max() == pytest.approx(worst, abs=25)  # a single round: processors round apart
 
 
 def test_the_glossary_is_sorted_and_has_no_term_twice() -> None:
