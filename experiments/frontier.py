@@ -209,15 +209,24 @@ def winners(task: Task) -> list[dict[str, object]]:
     for budget in BUDGETS:
         record: dict[str, object] = {"task": task.name, "traffic": f"{100 * budget:g} %"}
         scores: list[Series] = []
+        held = f"ours less {task.family(task.reference.row)}, points"
         for title, rows in zip(("ours", "best rival"), task.sides(), strict=True):
             if (found := task.best_within(rows, budget)) is None:
                 record |= {title: "all need more", f"{title}, metric": ""}
                 continue
             record |= {title: found.name, f"{title}, metric": f"{found['value']:.3f}"}
             scores.append(task.entries[found.name].scores_after(found["round"]))
+        has_ours = record["ours, metric"] != ""
         record["difference, points"] = difference(*scores) if len(scores) == 2 else ""
+        record[held] = difference(scores[0], task.final) if has_ours else ""
+        record["seeds"] = _seeds(*scores) if len(scores) == 2 else ""
         records.append(record)
     return records
+
+
+def _seeds(one: Series, other: Series) -> str:
+    """Count the seeds of one row, of another, and those of both, over which a difference is."""
+    return f"{len(one)} / {len(other)} / {len(one.index.intersection(other.index))}"
 
 
 def summary(task: Task) -> dict[str, object]:
@@ -231,6 +240,7 @@ def summary(task: Task) -> dict[str, object]:
     for title, shown in (("ours", OURS), ("best rival", "best other method")):
         record[shown] = f"{best[f'{title}, metric']} ({best[title]})"
     record["difference, points"] = best["difference, points"]
+    record["seeds: ours / other / both"] = best["seeds"]
     ways = " / ".join(f"{share[f'{title}, %']} %" for title in ("ours", "best rival"))
     return record | {"traffic to the metric of FedAvg-LoRA, ours / other": ways}
 

@@ -17,6 +17,7 @@ from fedraclora.experiments.frontier import (
     draw_task,
     has_run,
     shares,
+    summary,
     winners,
 )
 from fedraclora.run.statistics import last
@@ -103,10 +104,23 @@ def test_winners_are_the_best_of_each_side_within_a_share_of_the_traffic(tmp_pat
     assert found["5 %"]["ours, metric"] == "0.210"
     assert found["5 %"]["best rival"] == "ffa"
     assert found["5 %"]["difference, points"] == "+0.0 ± 0.0"
+    assert found["5 %"]["ours less FedAvg-LoRA, points"] == "-30.0 ± 0.0"  # of the reference's end
+    assert found["2 %"]["ours less FedAvg-LoRA, points"] == found["2 %"]["seeds"] == ""
     assert (found["25 %"]["best rival"], found["25 %"]["difference, points"]) == (
         "few",
         "+10.0 ± 0.0",
     )
+
+
+def test_the_seeds_of_a_difference_are_those_of_both_sides(tmp_path: Path) -> None:
+    told = write_study(tmp_path / "a", {"theirs": (10, [0.1, 0.5])}, clients=4)
+    write_study(tmp_path / "b", {"ours": (1, [0.1, 0.4])}, clients=4)
+    write_study(tmp_path / "c", {"few": (1, [0.1, 0.3])}, seeds=[1], clients=4)
+    task = Task.read("digits", {**told, "studies": ["a", "b", "c"]}, tmp_path)
+    record = winners(task)[-1]
+    assert record["seeds"] == "2 / 1 / 1"
+    assert record["difference, points"].startswith("+10.0")
+    assert summary(task)["seeds: ours / other / both"] == "2 / 1 / 1"
 
 
 def test_rows_that_are_not_compared_alike_and_missing_references_are_refused(
