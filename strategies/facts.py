@@ -13,7 +13,7 @@ from fedraclora.config.run_config import RunConfig
 from fedraclora.evaluation.choices import Questions
 from fedraclora.evaluation.clients import scored
 from fedraclora.evaluation.metrics import Measure
-from fedraclora.protocol.plan import frozen_layers, thawed
+from fedraclora.protocol.plan import thawed, trained_names, untrained
 from fedraclora.strategies.builder import RunBuilder
 
 Facts = dict[str, Any]  # JSON values
@@ -35,7 +35,7 @@ def facts_of(run: RunBuilder) -> Facts:
         "task": task.info,
         "clients": built.clients,
         "clients_per_round": built.cohort,
-        "frozen_layers": [*frozen_layers(task.model, run.plan)] if own else [],
+        "untrained": untrained_facts(run) if own else {"layers": [], "parameters": []},
         "thawed": [*thawed(task.model, run.plan)] if own else [],
         "pretrained": config.pretrain.epochs and vars(config.pretrain),
         "steps": [*map(str, config.steps)],
@@ -49,6 +49,13 @@ def facts_of(run: RunBuilder) -> Facts:
         "engine": run.grid.facts,
         "state": [] if run.recorder.ledger.rows else [*run.strategy.state.notes],
     }
+
+
+def untrained_facts(run: RunBuilder) -> Facts:
+    """Name the layers that no client trains, and single parameters of other layers."""
+    names = trained_names(run.first_instructions, run.plan)
+    layers, parameters = untrained(run.task.model, names)
+    return {"layers": layers, "parameters": parameters}
 
 
 def mean_floats(run: RunBuilder, rounds: int) -> tuple[float, float]:

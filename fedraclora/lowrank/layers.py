@@ -148,10 +148,9 @@ def find_targets(
             if any(matches(n, part) for n, _ in model.named_modules() if is_head(n, head)):
                 if not any(matches(n, part) for n in named):
                     raise ConfigError(
-                        f"target_modules={pattern}: {part} is the head, of which head= says how "
-                        "it is "
-                        "trained (adapt, average or frozen): leave it out, or name another layer "
-                        "as model.head"
+                        f"target_modules={pattern}: {part} is the head; head=lora, full, "
+                        "frozen or personal decides how it is trained. Leave it out, or name "
+                        "another layer as model.head"
                     )
             elif not any(matches(n, part) for n in named):
                 raise ConfigError(

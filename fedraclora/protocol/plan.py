@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 
@@ -272,21 +272,36 @@ def resolve_scale(alpha: float | str, rank: int, *, rslora: bool = False) -> flo
     return alpha / rank
 
 
-def frozen_layers(model: nn.Module, plan: Plan) -> list[str]:
-    """Return the layers of which a run trains no parameter.
+def untrained(model: nn.Module, trained: Collection[str]) -> tuple[list[str], list[str]]:
+    """Return what a run does not train: whole layers, and single parameters of other layers.
+
+    Args:
+        model: The network.
+        trained: Names of the parameters that are trained or adapted (`trained_names`). A tied
+            parameter counts as trained by either of its names.
 
     Example:
         >>> model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.Flatten(), nn.Linear(8, 2))
-        >>> frozen_layers(model, make_plan(model, (), target_modules="all-linear"))
-        ['0']
+        >>> untrained(model, {"2.weight"})
+        (['0'], ['2.bias'])
     """
-    trained = {*plan.targets, *plan.dense, *plan.local}
-    found = []
+    every = dict(model.named_parameters(remove_duplicate=False))
+    moved = {id(p) for n, p in every.items() if n in trained}
+    layers, parameters = [], []
     for name, layer in model.named_modules():
-        own = [f"{name}.{n}" if name else n for n, _ in layer.named_parameters(recurse=False)]
-        if own and not trained & {*own}:
-            found.append(name or "the module itself")
-    return found
+        own = dict(layer.named_parameters(prefix=name, recurse=False))
+        still = [n for n, p in own.items() if id(p) not in moved]
+        if name and still and len(still) == len(own):
+            layers.append(name)
+        else:
+            parameters += still
+    return layers, parameters
+
+
+def trained_names(sent: RoundInstructions, plan: Plan) -> set[str]:
+    """Return the parameters that clients adapt or train, by the instructions of the first round."""
+    within = sent.program.trained_model(sent, plan)  # directions move weights that are not sent
+    return {*plan.targets, *plan.local, *within.adapters, *within.dense}
 
 
 def thawed(model: nn.Module, plan: Plan) -> list[str]:

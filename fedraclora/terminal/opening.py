@@ -104,13 +104,8 @@ def notes_of(facts: Facts) -> list[str]:
     told, notes = facts["task"], facts["state"]
     if more := notes[NAMED:]:
         notes = [*notes[:NAMED], f"{len(more)} more such notes are in the ledger"]
-    if frozen := facts["frozen_layers"]:
-        text = (
-            f"not trained: {some_of(frozen, 'layer')} (target_modules=all adds convolutions, "
-            "target_modules=[NAME] adapts an embedding, modules_to_save=[NAME] trains a layer in "
-            "full)"
-        )
-        notes = [*notes, text]
+    if still := _untrained(facts["untrained"]):
+        notes = [*notes, still]
     if names := facts["thawed"]:
         text = (
             f"requires_grad=False of {some_of(names, 'parameter')} is ignored: target_modules, "
@@ -122,6 +117,19 @@ def notes_of(facts: Facts) -> list[str]:
     said = [*duplicates.values()] if isinstance(duplicates, dict) else []
     said += similar if isinstance(similar := told.get("similar_names"), list) else []
     return [*([str(warning)] if warning else []), *said, *notes]
+
+
+def _untrained(found: Facts) -> str:
+    """Name what is not trained, and the keys that train it; empty if all is."""
+    layers, parameters = found["layers"], found["parameters"]
+    named = [some_of(layers, "layer")] if layers else []
+    named += [some_of(parameters, "parameter")] if parameters else []
+    keys = ["target_modules=all adds convolutions", "target_modules=[NAME] adapts an embedding"]
+    keys = keys if layers else []
+    if any(name.endswith("bias") for name in parameters):
+        keys.append("modules_to_save=[bias] trains all biases")
+    keys.append("modules_to_save=[NAME] trains a layer, such as a norm, or a parameter in full")
+    return f"not trained: {'; '.join(named)} ({', '.join(keys)})" if named else ""
 
 
 def idle_workers(facts: Facts) -> dict[str, str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
@@ -485,6 +486,43 @@ def test_layers_that_are_not_trained_are_named(capsys: pytest.CaptureFixture[str
     whole = fedraclora.simulate(model=model, data=CLIENTS, rounds=1, target_modules="all")
     assert "not trained" not in capsys.readouterr().err
     assert not torch.equal(whole.weights()["1.weight"], before["1.weight"])
+
+
+class Mixed(nn.Module):
+    """A network with a convolution, a norm and a parameter of its own, and a tied layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(1, 2, (1, 2))
+        self.norm = nn.GroupNorm(1, 2)
+        self.gain = nn.Parameter(torch.ones(1))
+        self.first, self.again = nn.Linear(8, 8), nn.Linear(8, 8)
+        self.embed = nn.Embedding(8, 8)
+        self.embed.weight = self.first.weight
+        self.out = nn.Linear(8, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.norm(self.conv(x.view(-1, 1, 1, 5))).flatten(1)
+        x = self.again(self.first(x * self.gain))
+        return self.out(x @ self.embed.weight)
+
+
+@pytest.mark.parametrize("method", ["fedavg", "ffa_lora", "decomfl"])
+def test_what_does_not_train_is_what_the_note_names(
+    method: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with seeded(0, "test"):
+        model = Mixed()
+    keys: dict[str, Any] = {"target_modules": ["again"], "local": {"lr": 0.01}, "head": "lora"}
+    found = fedraclora.simulate(model=model, data=CLIENTS, rounds=1, method=method, **keys)
+    note = next(line for line in capsys.readouterr().err.splitlines() if "not trained" in line)
+    named = {*re.findall(r"[a-z.]+", note.partition("(")[0])}
+    for name, weight in found.weights().items():
+        still = torch.equal(weight, model.get_parameter(name))
+        assert still == bool({name, name.partition(".")[0]} & named), name
+    saved = {"modules_to_save": ["bias"]}
+    fedraclora.simulate(model=model, data=CLIENTS, rounds=1, method=method, **keys | saved)
+    assert ".bias" not in capsys.readouterr().err
 
 
 CUT = {
