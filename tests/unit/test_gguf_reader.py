@@ -6,6 +6,7 @@ import gguf
 import numpy as np
 import pytest
 from gguf.constants import MODEL_ARCH
+from transformers import modeling_gguf_pytorch_utils as reading
 
 from fedraclora.data.gguf_reader import quick_gguf
 
@@ -51,3 +52,27 @@ def test_names_are_equal_and_the_library_is_as_before() -> None:
         assert first.mapping == names(MODEL_ARCH.LLAMA, 2).mapping
         raise KeyError
     assert (gguf.GGUFReader, gguf.get_tensor_name_map) == (reader, names)
+
+
+def test_metadata_is_parsed_once_and_anew_when_the_file_changes(
+    stored: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parsed: list[str] = []
+
+    def load(path: str, return_tensors: bool = False, **_: object) -> dict[str, dict[str, int]]:
+        parsed.append(path)
+        return {"config": {"size": Path(path).stat().st_size}, "tensors": {"w": 1}}
+
+    monkeypatch.setattr(reading, "load_gguf_checkpoint", load)
+    with quick_gguf():
+        first = reading.load_gguf_checkpoint(stored)
+        first["config"].clear()  # as transformers does
+        again = reading.load_gguf_checkpoint(stored, return_tensors=False)
+    assert again["config"] == {"size": stored.stat().st_size}
+    assert len(parsed) == 1
+    with quick_gguf():
+        reading.load_gguf_checkpoint(stored, return_tensors=True, model_to_load=None)
+        assert len(parsed) == 2
+        stored.write_bytes(stored.read_bytes() + b"0" * 32)
+        assert reading.load_gguf_checkpoint(stored)["config"] == {"size": stored.stat().st_size}
+    assert reading.load_gguf_checkpoint is load
