@@ -41,6 +41,7 @@ from fedraclora.run.folder import (
     write_summary,
 )
 from fedraclora.run.found_rate import FoundRate
+from fedraclora.run.initial import note_model
 from fedraclora.run.ledger import known_mean, reached_round, read_ledger, round_seconds
 from fedraclora.run.log import logged
 from fedraclora.run.recorder import checkpoint_meta, read_clients, together
@@ -91,7 +92,9 @@ class StoredTask(TaskBuilder):
     @override
     def built(self) -> PreparedTask:
         check_data(self.folder, self.config.data.group)  # other data could have other scales
-        return super().built
+        built = super().built
+        note_model(self.config.model.group, built.task.model)
+        return built
 
 
 def execute(run: RunBuilder, *watching: Callback) -> RunResult:

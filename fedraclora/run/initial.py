@@ -13,6 +13,9 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
+from weakref import WeakValueDictionary
+
+from torch import nn
 
 from fedraclora.binding import bind
 from fedraclora.data.locate import HUB, PACKAGE
@@ -95,17 +98,32 @@ def initial_weights(tensors: Tree, meta: Mapping[str, Any], path: Path) -> Tree:
     if reference is None:
         return base
     named = f"the model at model.path={reference['model'].get('path')}, from which this run began"
-    try:
-        built = _built(json.dumps(reference["model"]))
-    except FedRacLoraError as error:
-        raise CheckpointError(f"{path} refers to {named}: {error}") from error
-    there = {n: built[n] for n in reference["names"] if n in built}
-    if digest(there) != reference["sha256"]:
-        raise CheckpointError(
-            f"{path} refers to {named}, whose weights have changed. Install the version that "
-            "the run began from"
-        )
-    return {n: base[n] if n in base else there[n] for n in reference["order"]}
+    key = json.dumps(reference["model"], sort_keys=True)
+    for find in (_in_use, _built):
+        try:
+            found = find(key)
+        except FedRacLoraError as error:
+            raise CheckpointError(f"{path} refers to {named}: {error}") from error
+        there = {n: found[n] for n in reference["names"] if n in found}
+        if digest(there) == reference["sha256"]:
+            return {n: base[n] if n in base else there[n] for n in reference["order"]}
+    raise CheckpointError(
+        f"{path} refers to {named}, whose weights have changed. Install the version that "
+        "the run began from"
+    )
+
+
+_models = WeakValueDictionary[str, nn.Module]()  # by the config group that they were built from
+
+
+def note_model(group: Mapping[str, object], model: nn.Module) -> None:
+    """Note a model that is in use, so that a run that began from it builds no second one."""
+    _models[json.dumps(group, sort_keys=True, default=str)] = model
+
+
+def _in_use(key: str) -> Tree:
+    model = _models.get(key)
+    return {} if model is None else {n: p.detach() for n, p in model.named_parameters()}
 
 
 @lru_cache(maxsize=1)

@@ -17,7 +17,7 @@ from fedraclora.errors import CheckpointError
 from fedraclora.models.hf import build_transformer
 from fedraclora.run import initial
 from fedraclora.strategies.weights import load_weights
-from fedraclora.tree import digest
+from fedraclora.tree import Tree, digest
 from fedraclora.weights.files import load_checkpoint
 from fedraclora.weights.links import read_links
 from tests.unit.test_export import BERT, distance, loaded, texts
@@ -193,3 +193,28 @@ def test_three_rounds_of_smollm2_leave_less_than_50_megabytes(tmp_path):
     assert size < 50e6
     for round_ in (None, 3):
         assert digest(load_weights(light.folder, round_)) == light.summary["weights_digest"]
+
+
+def test_a_model_in_use_is_not_built_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, group = torch.nn.Linear(3, 2), {"name": "hf", "path": "package:x", "layers": None}
+    stored = {n: p.detach().clone() for n, p in model.named_parameters()}
+    there = {"weight": stored["weight"]}
+    reference = {"model": group, "names": [*there], "order": [*stored], "sha256": digest(there)}
+    built: list[str] = []
+
+    def build(key: str) -> Tree:
+        built.append(key)
+        return stored
+
+    monkeypatch.setattr(initial, "_built", build)
+    path, meta = Path("000000.safetensors"), {"elsewhere": reference}
+    first = {"bias": stored["bias"]}
+    assert digest(initial.initial_weights(first, meta, path)) == digest(stored)
+    assert len(built) == 1
+    initial.note_model(group, model)
+    assert digest(initial.initial_weights(first, meta, path)) == digest(stored)
+    assert len(built) == 1
+    with torch.no_grad():
+        model.weight.add_(1)  # weights of another start
+    assert digest(initial.initial_weights(first, meta, path)) == digest(stored)
+    assert len(built) == 2
