@@ -38,6 +38,7 @@ from fedraclora.data.samples import Samples
 from fedraclora.errors import ConfigError
 from fedraclora.limits import Chance, Count, Fraction, Limited, OneOf, Positive
 from fedraclora.protocol.method import ASKS_TWICE, Plan, RoundInstructions
+from fedraclora.training.gradients import gradients_of
 from fedraclora.training.materialize import materialize
 from fedraclora.training.vmapped import effective_weights
 from fedraclora.tree import Tree
@@ -342,8 +343,8 @@ def flows(
     weights = effective_weights(wide, sent, plan, values, frozen)
     network = copy.deepcopy(model).double().eval()
     output = functional_call(network, weights, (torch.ones_like(x[:1], dtype=torch.float64),))
-    found = torch.autograd.grad(output.sum(), list(leaves.values()))
     scores = dict.fromkeys(sent.adapters, 0.0)
-    for (name, leaf), gradient in zip(leaves.items(), found, strict=True):
-        scores[name.rpartition("/")[0]] += float((leaf.detach() * gradient).abs().sum())
+    for name, gradient in gradients_of(output, leaves).items():
+        product = leaves[name].detach() * gradient
+        scores[name.rpartition("/")[0]] += float(product.abs().sum())
     return scores

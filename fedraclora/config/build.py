@@ -199,6 +199,7 @@ def plan_of(config: TaskConfig, task: Task) -> Plan:
         head_policy=config.head,
         bias_policy=config.bias,
         modules_to_save=config.modules_to_save,
+        exclude_modules=config.exclude_modules,
     )
 
 

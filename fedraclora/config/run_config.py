@@ -39,7 +39,7 @@ from fedraclora.data import DataSet
 from fedraclora.data.dataset import BY_COLUMN, Division
 from fedraclora.devices.system import SystemConfig
 from fedraclora.errors import MissingKeysError
-from fedraclora.limits import Count, Limit, Limited, OneOf, Whole, later_keys
+from fedraclora.limits import AddedKey, Count, Limit, Limited, OneOf, Whole, later_keys
 from fedraclora.lowrank.dora import DORA
 from fedraclora.models import BuiltModel
 from fedraclora.object_registry import NAME, code_digests, is_named, named_by, registered_object
@@ -129,6 +129,7 @@ class TaskConfig(Limited):
         target_modules: Adapted layers: None (the model's default), all-linear, all, or
             [query,value].
         modules_to_save: Further layers trained in full, by pattern: [conv*, LayerNorm].
+        exclude_modules: Layers left out, by pattern: neither adapted nor trained.
         max_failures: How many clients may fail in a round before the run stops.
         evaluate: When and on which samples the server and the clients evaluate.
     """
@@ -154,6 +155,7 @@ class TaskConfig(Limited):
     bias: Annotated[str, OneOf(BIAS_POLICIES)] = "full"
     target_modules: str | list[str] | None = None
     modules_to_save: str | list[str] | None = None
+    exclude_modules: Annotated[str | list[str] | None, AddedKey()] = None
     max_failures: Whole = 0
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
 

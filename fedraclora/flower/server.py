@@ -98,8 +98,10 @@ class LowRank(FedAvg):
             clients need more than plain local training, or keep a personal factor, is refused.
         model: The app's model. The layers of a PeftModel's adapter are adapted, and its other
             trained parameters are averaged; for any other module, ``target_modules``, ``head``,
-            ``bias`` and ``modules_to_save`` decide, as in `fedraclora.simulate`.
-        target_modules, head, bias, modules_to_save: See `fedraclora.protocol.plan.make_plan`.
+            ``bias``, ``modules_to_save`` and ``exclude_modules`` decide, as in
+            `fedraclora.simulate`.
+        target_modules, head, bias, modules_to_save, exclude_modules: See
+            `fedraclora.protocol.plan.make_plan`.
         seed: Seed of all sketches, and of the clients' seeds.
         uplink, downlink: Number formats: ``float32``, or a quantized one, a key of
             `fedraclora.protocol.quantized.ROUNDED`.
@@ -136,6 +138,7 @@ class LowRank(FedAvg):
         head: str = "lora",
         bias: str = "full",
         modules_to_save: str | Sequence[str] | None = None,
+        exclude_modules: str | Sequence[str] | None = None,
         seed: int = 0,
         uplink: str = FULL,
         downlink: str = FULL,
@@ -168,6 +171,7 @@ class LowRank(FedAvg):
             "head_policy": head,
             "bias_policy": bias,
             "modules_to_save": modules_to_save,
+            "exclude_modules": exclude_modules,
         }
         self._base, self._names, self._plan, self._peft = planned(model, settings)
         self._buffers = {*dict(model.named_buffers())}

@@ -8,7 +8,7 @@ as it is.
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from math import prod
 
@@ -112,7 +112,10 @@ def split_patterns(patterns: str | Sequence[str]) -> list[str]:
 
 
 def find_targets(
-    model: nn.Module, pattern: str | Sequence[str], head: tuple[str, ...]
+    model: nn.Module,
+    pattern: str | Sequence[str],
+    head: tuple[str, ...],
+    left_out: Collection[str] = (),
 ) -> dict[str, LayerView]:
     """Find the matrices to adapt.
 
@@ -121,6 +124,7 @@ def find_targets(
         pattern: ``all-linear`` (every Linear and Conv1D outside the head), ``all`` (also
             convolutions), or patterns (see `matches`): a list, or one text with commas.
         head: Name prefixes of the head, left out here; the head policy decides on it.
+        left_out: Names of parameters that are no targets (`excluded`).
 
     Returns:
         Weight names in model order with their views.
@@ -157,7 +161,9 @@ def find_targets(
                     f"target_modules={pattern}: {unknown('target layer', part, named)}"
                 )
         chosen = {n: m for n, m in named.items() if any(matches(n, part) for part in parts)}
-    views = {weight_name(n): layer_view(m) for n, m in chosen.items()}
+    views = {
+        weight_name(n): layer_view(m) for n, m in chosen.items() if weight_name(n) not in left_out
+    }
     refuse_tied(model, list(views))
     return views
 
@@ -167,11 +173,37 @@ def weight_name(module: str) -> str:
     return f"{module}.weight" if module else "weight"
 
 
-def refuse_tied(model: nn.Module, names: list[str]) -> None:
-    """Reject a target weight that another layer shares.
+def parameters_of(names: Iterable[str], pattern: str) -> set[str]:
+    """Return the parameters that a pattern matches, by their own names or by their layers'."""
+    return {n for n in names if matches(n.rpartition(".")[0], pattern) or matches(n, pattern)}
+
+
+def excluded(model: nn.Module, patterns: str | Sequence[str] | None) -> set[str]:
+    """Return all names of the parameters that ``exclude_modules`` leaves out; tied ones too.
 
     Raises:
-        ModelError: Naming both layers.
+        ConfigError: If a pattern matches nothing.
+    """
+    every = dict(model.named_parameters(remove_duplicate=False))
+    found: set[int] = set()
+    for part in split_patterns(patterns or ()):
+        if not (hits := parameters_of(every, part)):
+            layers = sorted({n.rpartition(".")[0] or n for n in every})
+            raise ConfigError(f"exclude_modules={patterns}: {unknown('layer', part, layers)}")
+        found |= {id(every[n]) for n in hits}
+    return {n for n, p in every.items() if id(p) in found}
+
+
+def refuse_tied(model: nn.Module, names: Collection[str], *, is_head: bool = False) -> None:
+    """Reject a weight to be trained that another layer shares.
+
+    Args:
+        model: The network.
+        names: Names of weights.
+        is_head: Whether they are the head's, of which ``head`` decides; else targets.
+
+    Raises:
+        ModelError: Naming both layers, and the key that leaves the weight out.
     """
     owners: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
@@ -179,8 +211,8 @@ def refuse_tied(model: nn.Module, names: list[str]) -> None:
     for group in owners.values():
         tied = [n for n in names if n in group]
         if tied and len(group) > 1:
+            key = f"exclude_modules=[{tied[0].rpartition('.')[0]}]"
             raise ModelError(
-                f"{tied[0]} is tied to {', '.join(n for n in group if n != tied[0])}: "
-                "training it apart would untie them; leave it out of the targets, or set "
-                "head=frozen"
+                f"{tied[0]} is tied to {', '.join(n for n in group if n != tied[0])}, and training "
+                f"one of these layers would untie them. Set {'head=frozen' if is_head else key}"
             )

@@ -17,11 +17,13 @@ from typing_extensions import override
 
 from fedraclora.errors import ConfigError, unknown
 from fedraclora.lowrank.layers import (
+    excluded,
     find_targets,
     is_head,
     layer_kind,
     layer_view,
     matches,
+    parameters_of,
     refuse_tied,
     split_patterns,
     weight_name,
@@ -44,6 +46,7 @@ def make_plan(
     head_policy: str = "full",
     bias_policy: str = "frozen",
     modules_to_save: str | Sequence[str] | None = None,
+    exclude_modules: str | Sequence[str] | None = None,
 ) -> Plan:
     """Choose which parameters are adapted and which are trained in full.
 
@@ -56,6 +59,7 @@ def make_plan(
             (trained in full, and kept by each client).
         bias_policy: ``full`` (biases of adapted layers trained in full) or ``frozen``.
         modules_to_save: Patterns of further layers trained in full (convolutions, norms).
+        exclude_modules: Patterns of layers that are neither adapted nor trained in full.
 
     Returns:
         The plan.
@@ -74,13 +78,15 @@ def make_plan(
             "head=lora, or say which layer is the head with model.head=[NAME]"
         )
     parameters = [n for n, _ in model.named_parameters()]
-    views = find_targets(model, target_modules, head)
+    left_out = excluded(model, exclude_modules)
+    views = find_targets(model, target_modules, head, left_out)
     if head_policy == "lora":
         heads = {n: m for n, m in modules.items() if is_head(n, head) and layer_kind(m)}
         views |= {weight_name(n): layer_view(m) for n, m in heads.items()}
     if head_policy != "frozen":
         every = [n for n, _ in model.named_parameters(remove_duplicate=False)]
-        refuse_tied(model, [n for n in every if is_head(n, head)])
+        heads_all = [n for n in every if is_head(n, head) and n not in left_out]
+        refuse_tied(model, heads_all, is_head=True)
     heads_own = {n for n in parameters if is_head(n, head)}
     local = heads_own if head_policy == "personal" else set()
     full = set(heads_own) if head_policy == "full" else set()
@@ -88,7 +94,8 @@ def make_plan(
         full |= {n for n in parameters if n.endswith("bias") and f"{n[:-4]}weight" in views}
     if modules_to_save is not None:
         full |= _matching_parameters(parameters, modules_to_save) - local
-    views = {n: views[n] for n in parameters if n in views and n not in full}
+    full, local = full - left_out, local - left_out
+    views = {n: views[n] for n in parameters if n in views and n not in {*full, *left_out}}
     if not (views or full):
         raise ConfigError(
             f"nothing is left to train with target_modules={target_modules}, head={head_policy}, "
@@ -100,7 +107,8 @@ def make_plan(
     weights = [
         n
         for n in parameters
-        if n not in full and not n.endswith("bias") and not (is_head(n, head) and n not in views)
+        if not (n in full or n in left_out or n.endswith("bias"))
+        and not (is_head(n, head) and n not in views)
     ]
     shapes = {n: tuple(p.shape) for n, p in model.named_parameters()}
     return Plan(
@@ -116,8 +124,7 @@ def _matching_parameters(parameters: list[str], patterns: str | Sequence[str]) -
     """Return the parameters of the layers that patterns match."""
     found: set[str] = set()
     for part in split_patterns(patterns):
-        hits = {n for n in parameters if matches(n.rpartition(".")[0], part) or matches(n, part)}
-        if not hits:
+        if not (hits := parameters_of(parameters, part)):
             layers = sorted({n.rpartition(".")[0] for n in parameters})
             raise ConfigError(f"modules_to_save={patterns}: {unknown('layer', part, layers)}")
         found |= hits

@@ -40,6 +40,7 @@ from fedraclora.protocol.uplinks import UNSAID
 from fedraclora.rng import generator, hash_key
 from fedraclora.schema import of_project
 from fedraclora.training.feedforward import FeedForward
+from fedraclora.training.gradients import gradients_of
 from fedraclora.training.localconfig import LocalConfig
 from fedraclora.training.materialize import arrange, materialize
 from fedraclora.training.optimizer import (
@@ -290,8 +291,7 @@ class CohortTrainer:
             loss, gradients = written_out_gradients(network, self.task, chunk, leaves, step, batch)
         else:
             loss = self.losses(chunk, leaves, step, batch)
-            found = torch.autograd.grad(loss.sum(), list(leaves.values()))
-            gradients = dict(zip(leaves, found, strict=True))
+            gradients = gradients_of(loss, leaves)
         with torch.no_grad():
             for hook in hooks:
                 given = shapes_of(gradients) if step == 0 else None

@@ -525,6 +525,61 @@ def test_what_does_not_train_is_what_the_note_names(
     assert ".bias" not in capsys.readouterr().err
 
 
+class Spare(nn.Module):
+    """A network with a layer that forward does not use, and two layers of one weight."""
+
+    def __init__(self, *, tied: bool = False) -> None:
+        super().__init__()
+        self.first, self.second, self.out = nn.Linear(5, 5), nn.Linear(5, 5), nn.Linear(5, 2)
+        self.spare = nn.Linear(5, 3)
+        if tied:
+            self.second.weight, self.spare = self.first.weight, nn.Identity()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.out(self.second(torch.relu(self.first(x))))
+
+
+@pytest.mark.parametrize("engine", ["inline", "vectorized"])
+@pytest.mark.parametrize("method", ["fedavg", "ffa_lora"])
+def test_a_layer_that_is_not_used_is_named_with_the_key_that_leaves_it_out(
+    method: str, engine: str
+) -> None:
+    with seeded(0, "test"):
+        model = Spare()
+    keys: dict[str, Any] = {"model": model, "data": CLIENTS, "rounds": 1, "method": method}
+    keys |= {"local": {"lr": 0.1}, "engine": engine}
+    with pytest.raises(ModelError, match=r"spare\.weight.*exclude_modules=\[spare\]"):
+        fedraclora.simulate(**keys)
+    found = fedraclora.simulate(**keys, exclude_modules=["spare"]).weights()
+    same = {n for n, w in found.items() if torch.equal(w, model.get_parameter(n))}
+    assert same == {"spare.weight", "spare.bias"}
+
+
+@pytest.mark.parametrize(
+    ("head", "key", "keys"),
+    [
+        ([], r"exclude_modules=\[first\]", {"exclude_modules": ["first"]}),
+        (["second"], "head=frozen", {"head": "frozen"}),
+    ],
+)
+@pytest.mark.parametrize("method", ["fedavg", "ffa_lora"])
+def test_the_key_that_the_error_of_tied_weights_names_works(
+    method: str, head: list[str], key: str, keys: dict[str, Any]
+) -> None:
+    given: dict[str, Any] = {
+        "model": Spare(tied=True),
+        "data": CLIENTS,
+        "rounds": 1,
+        "method": method,
+    }
+    given |= {"local": {"lr": 0.1}, "target_modules": ["first", "second"]}
+    if head:
+        given |= {"model.head": head, "target_modules": ["out"]}
+    with pytest.raises(ModelError, match=key):
+        fedraclora.simulate(**given)
+    fedraclora.simulate(**given | keys)
+
+
 CUT = {
     "pool_rac_lora": (
         {"pool": 3, "rank": 4},

@@ -24,6 +24,7 @@ from fedraclora.training.extras.gates import Gates
 from fedraclora.training.extras.lora_rite import LoraRite
 from fedraclora.training.extras.pairs import ADJUSTMENTS, Adjustment, Precondition
 from fedraclora.training.extras.prox import Prox
+from fedraclora.training.gradients import gradients_of
 from fedraclora.training.localconfig import LocalConfig
 from fedraclora.tree import Tree
 
@@ -68,8 +69,7 @@ class SampleLevel(ClientProgram):
         frozen = {n: apart(f) if f.dim() == 3 else f for n, f in chunk.frozen.items()}
         losses, counts, valid = forward(leaves, frozen)
         each = (losses / counts.clamp(min=1)) * valid.to(losses.dtype)
-        found = torch.autograd.grad(each.sum(), list(leaves.values()))
-        own = dict(zip(leaves, found, strict=True))
+        own = gradients_of(each, leaves)
         own = cut_gradients(own, {n: apart(mask) for n, mask in chunk.masks.items()})
         like = {n: v[:active] for n, v in chunk.values.items()}
         key = seed_key(chunk.seed) if chunk.key is None else chunk.key
