@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
@@ -126,6 +127,23 @@ def test_the_bits_and_the_ledger_are_those_of_inline(words: list[str], tmp_path:
     if "pretrain" not in words[0]:  # else the simulation takes clients to hold the initial weights
         assert found["ledger_digest"] == wanted["ledger_digest"]
     assert not any("incidents" in row for row in rows(tmp_path / "run"))
+
+
+@pytest.mark.slow
+def test_a_rate_that_a_deployment_finds_is_lower_and_gives_the_bits_of_inline(
+    tmp_path: Path,
+) -> None:
+    """It cannot begin anew at a lower rate if it diverges, and so takes one at once."""
+    found, words = {}, ["rounds=30"]
+    network = Network(tmp_path / "cache", nodes_for(3))
+    deploy([*words, "local.lr=auto"], tmp_path / "deploy", network)
+    inline([*words, "local.lr=auto"], tmp_path / "inline")
+    for name in ("deploy", "inline"):
+        found[name] = json.loads((tmp_path / name / "rates.json").read_text())["rate"]
+    assert found["inline"] / found["deploy"] == pytest.approx(1.8, rel=0.05)
+    fixed = inline([*words, f"local.lr={found['deploy']}"], tmp_path / "fixed")
+    digests = {name: summary_of(tmp_path / name)["weights_digest"] for name in found}
+    assert fixed["weights_digest"] == digests["deploy"] != digests["inline"]
 
 
 @pytest.mark.slow
