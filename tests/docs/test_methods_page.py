@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
-from fedraclora.experiments.pages import ROOT, board, method_of
+from fedraclora.experiments.pages import ROOT, aliases, board, method_of
 from fedraclora.strategies.methods import METHODS
 
 PAGE = (ROOT / "docs" / "methods.md").read_text()
@@ -15,6 +16,15 @@ def test_every_method_is_there_with_its_file() -> None:
         assert f"| `{name}`" in PAGE
         path = kind.__module__.removeprefix("fedraclora.").replace(".", "/")
         assert f"(../{path}.py)" in PAGE
+
+
+def test_methods_under_two_names_are_counted_once() -> None:
+    distinct = len(METHODS) - len(aliases())
+    for name in ("README.md", "CITATION.cff", "pyproject.toml", "CHANGELOG.md"):
+        (found,) = re.findall(r"(\d+) \[?other methods", (ROOT / name).read_text())
+        assert int(found) == distinct - 1, name  # beside Fed-RAC-LoRA
+    assert f"{distinct} methods under {len(METHODS)} names" in PAGE
+    assert len(re.findall(r"`\w+` \(= `\w+`\)", PAGE)) == len(aliases())
 
 
 def test_traits_and_marks_are_those_of_the_method() -> None:
