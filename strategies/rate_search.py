@@ -54,6 +54,7 @@ NOISE = 0.005  # a smaller relative difference of losses tells nothing
 SAFE = 4  # rounds; after fewer, half a step below the best is taken
 RISEN = 10  # times the training loss of the first round: the run counts as diverged
 WORSE = 2  # times that loss, in the second round: a short run tries a lower rate
+NEAR = 0.02  # of the loss of a guess among all classes: such a model has learnt nothing
 RESTARTS = 4  # of a run that diverges at the rate that was found
 # What a rate that is too large ends in.
 FAILURES = (ClientError, ArithmeticError, torch.linalg.LinAlgError)  # type: ignore[attr-defined]
@@ -362,6 +363,37 @@ class RisenLoss(Callback):
                 f"round {row['round']}: the training loss has risen from {self.first:.3g} to "
                 f"{loss:.3g}; lower local.lr"
             )
+
+
+def still_note(run: RunBuilder) -> str:
+    """Say that a run at a found rate has left its training loss where it was; empty if it has not.
+
+    That is the case if the loss of the second half of its rounds is not below that of its first
+    round, or, of one class a sample, stays at that of a guess. Runs of a few trainings are too
+    short to tell.
+    """
+    config, found = run.config, run.found
+    losses = [number(row, "train_loss") for row in run.recorder.ledger.rows]
+    losses = [loss for loss in losses if math.isfinite(loss)]
+    if found is None or run.built.cohort * len(losses) < LEAST:
+        return ""
+    first, *halves = losses[0], losses[len(losses) // 2 :], losses[-(len(losses) // 4) :]
+    last, end = map(statistics.median, halves)
+    classes = run.built.classes if run.task.loss == "cross_entropy" else 0
+    guess = math.log(max(1, classes))
+    guesses = all(math.isclose(loss, guess, rel_tol=NEAR) for loss in (last, end))
+    if last < (1 - NOISE) * first and not guesses:
+        return ""
+    near = f", that of a guess among {classes} classes" if guesses else ""
+    risen = last > (1 + NOISE) * first
+    other = float(f"{found.rate * STEP ** (-2 if risen else 2):.2g}")
+    plain = config.local.optimizer == "sgd" and run.first_instructions.program.plain
+    adamw = "local=adamw, or " if plain and not config.local.is_own else ""
+    return (
+        f"training did not {'improve' if risen else 'move'}: the training loss was {first:.4g} in "
+        f"round 1 and {last:.4g} in the second half of the rounds{near}. Try {adamw}a learning "
+        f"rate of your own, such as local.lr={other:g}"
+    )
 
 
 def restart_rate(run: RunBuilder) -> FoundRate | None:

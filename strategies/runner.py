@@ -48,7 +48,7 @@ from fedraclora.run.recorder import checkpoint_meta, read_clients, together
 from fedraclora.run.stopped import forget_stop, note_stop
 from fedraclora.strategies.builder import RunBuilder
 from fedraclora.strategies.facts import facts_of, learning_facts, mean_floats
-from fedraclora.strategies.rate_search import STEP, RisenLoss, find_rate, restart_rate
+from fedraclora.strategies.rate_search import STEP, RisenLoss, find_rate, restart_rate, still_note
 from fedraclora.strategies.result import RunResult
 from fedraclora.strategies.server.callbacks import Stopping
 from fedraclora.strategies.server.round_step import RoundStep
@@ -304,6 +304,7 @@ def summarize(run: RunBuilder, seconds: float) -> dict[str, object]:
         more["best"] = {key: best[key] for key in keys if key in best}
     if best is not None or strategy.callbacks.ended:
         more["stopped"] = strategy.done < run.config.rounds
+    more |= {"unmoved": note} if (note := still_note(run)) else {}
     # The error of quantized numbers, relative to the unquantized ones.
     errors = {key: known_mean(ledger.rows, key) for key in ("rounding_up", "rounding_down")}
     more |= {key: error for key, error in errors.items() if math.isfinite(error)}

@@ -202,6 +202,9 @@ class RunProgress(Callback):
             best = summary.get("best")
             told = f"; the best was round {best['round']}" if isinstance(best, dict) else ""
             self.say(f"stopped early after round {summary['rounds']} of {self.rounds}{told}")
+        if note := summary.get("unmoved"):
+            log.log(logging.INFO if self.shown else logging.WARNING, "%s", note)
+            self.say(f"{self.label if self.brief else 'note'}: {note}")
 
     def _left(self, row: Mapping[str, object]) -> str:
         """Estimate the time for the remaining rounds."""

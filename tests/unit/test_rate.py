@@ -328,6 +328,33 @@ def test_under_secure_aggregation_no_round_is_tried() -> None:
     assert rate_used(run) == pytest.approx(1.1, rel=0.05)
 
 
+class Stuck(torch.nn.Module):
+    """A network that learns nothing: its outputs are its inputs' or zeros, whatever is trained."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = torch.nn.Linear(6, 12), torch.nn.Linear(12, 3, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        output: torch.Tensor = self.last(torch.relu(self.first(x) - 1e6))
+        return output
+
+
+@pytest.mark.parametrize("kind", ["learns", "stuck", "random"])
+def test_a_run_that_stays_where_it_began_says_so_and_no_other(
+    kind: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(1600, 6, generator=generator)
+    drawn = torch.randint(3, (1600,), generator=generator)
+    target = drawn if kind == "random" else x[:, :3].argmax(1)
+    data = [*zip(x.split(200), target.split(200), strict=True)]
+    model = Stuck() if kind == "stuck" else network()
+    found = fedraclora.simulate("evaluate.every=12", model=model, data=data, rounds=12)
+    assert ("unmoved" in found.summary) == (kind != "learns")
+    assert ("training did not move" in capsys.readouterr().err) == (kind != "learns")
+
+
 def test_where_nothing_trains_it_says_so() -> None:
     def train(round_: Round) -> Trained:
         raise ValueError("never")
