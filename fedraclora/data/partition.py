@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
@@ -261,9 +262,15 @@ def _dealt(
         if not isinstance(error, ValueError | IndexError):
             raise  # errors of flwr-datasets: the division does not exist
         settings = "".join(f", partition.{key}={value}" for key, value in args.items())
+        takes = inspect.signature(divide).parameters
+        ways = ["take fewer clients", "raise partition.alpha" if "alpha" in takes else ""]
+        if "min_size" in takes:
+            ways.append(
+                "leave clients without samples out (partition.min_size=0 partition.empty=drop)"
+            )
         raise ConfigError(
             f"partition={name}, clients={clients}{settings} cannot divide {len(data.train)} "
-            f"samples: {error}"
+            f"samples ({error}): {', or '.join(filter(None, ways))}"
         ) from error
     if len(parts) != len(again) or not all(map(np.array_equal, parts, again)):
         raise ConfigError(

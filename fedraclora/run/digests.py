@@ -19,6 +19,7 @@ from fedraclora.errors import CheckpointError, ConfigError, DataError
 from fedraclora.weights.files import ADVICE, config_difference, write_text
 
 FILE = "digests.json"
+SAVED = ("model.safetensors", "history.csv")  # of a result that was saved, with its config beside
 SEAL = "sha256"
 CODE, ROWS = "code.", "resolved.rows:"  # prefix of differences that no key causes
 
@@ -83,6 +84,12 @@ def check_config(folder: Path) -> bytes:
         CheckpointError: If it was changed since the run wrote it, or no run wrote it.
     """
     path, digests = folder / "config.yaml", folder / FILE
+    if not digests.is_file() and all((folder / file).is_file() for file in SAVED):
+        raise CheckpointError(
+            f"{folder} is the result that save wrote, not a run folder: it cannot be read as a run "
+            f"or resumed. Load {SAVED[0]} with safetensors.torch.load_file, and history.csv with "
+            "pandas; for a run to read later, give simulate a folder"
+        )
     if not digests.is_file():
         raise CheckpointError(
             f"{folder} is not a run folder: it has no {FILE} beside config.yaml. Name the folder "

@@ -15,11 +15,12 @@ import pandas as pd
 import pytest
 import torch
 from flwr_datasets.partitioner import DirichletPartitioner
+from safetensors.torch import load_file
 from torch import nn
 from torch.utils.data import Dataset, TensorDataset
 
 import fedraclora
-from fedraclora.errors import ConfigError, DataError, FedRacLoraError, ModelError
+from fedraclora.errors import CheckpointError, ConfigError, DataError, FedRacLoraError, ModelError
 from fedraclora.models.built import seeded
 from fedraclora.protocol.method import check_method
 from fedraclora.strategies.methods.fed_rac_lora import FedRacLora
@@ -523,6 +524,15 @@ def test_what_does_not_train_is_what_the_note_names(
     saved = {"modules_to_save": ["bias"]}
     fedraclora.simulate(model=model, data=CLIENTS, rounds=1, method=method, **keys | saved)
     assert ".bias" not in capsys.readouterr().err
+
+
+def test_a_saved_result_is_told_from_a_run_folder_and_its_weights_load(tmp_path: Path) -> None:
+    found, model = run(data=CLIENTS), net()
+    found.save(tmp_path / "saved")
+    with pytest.raises(CheckpointError, match=r"model\.safetensors"):
+        fedraclora.read_run(tmp_path / "saved")
+    model.load_state_dict(load_file(tmp_path / "saved" / "model.safetensors"), strict=False)
+    assert digest(dict(model.named_parameters())) == digest(found.weights())
 
 
 class Spare(nn.Module):

@@ -100,6 +100,18 @@ def test_min_size_is_kept():
     assert info["samples_min"] >= 25
 
 
+def test_what_the_error_of_too_many_clients_proposes_works():
+    asked = {"name": "dirichlet", "clients": 60, "seed": 0, "alpha": 0.05}
+    with pytest.raises(ConfigError) as caught:
+        make_partition(DATA, **asked)
+    said = str(caught.value)
+    assert "partition.alpha" in said.partition(":")[2]
+    assert "fewer clients" in said
+    assert "partition.min_size=0 partition.empty=drop" in said
+    for change in ({"clients": 3}, {"alpha": 1000.0}, {"min_size": 0, "empty": "drop"}):
+        make_partition(DATA, **asked | change)
+
+
 def test_pathological_clients_have_few_classes_and_no_class_is_lost():
     parts, info = make_partition(DATA, name="pathological", clients=6, seed=2, classes_per_client=2)
     assert all(len(set(DATA.columns["label"][part])) == 2 for part in parts)
