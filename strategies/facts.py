@@ -87,7 +87,7 @@ def learning_facts(run: RunBuilder) -> Facts:
         "clients_could_measure": not task.train.opaque,
         "optimizer": optimizer_facts(config),
         "trained": asdict(run.trained),
-        "found_rate": None if run.found is None else run.found.description,
+        "found_rate": run.found and run.found.described(factor=config.local.is_own),
     }
 
 

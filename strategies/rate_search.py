@@ -389,10 +389,11 @@ def still_note(run: RunBuilder) -> str:
     other = float(f"{found.rate * STEP ** (-2 if risen else 2):.2g}")
     plain = config.local.optimizer == "sgd" and run.first_instructions.program.plain
     adamw = "local=adamw, or " if plain and not config.local.is_own else ""
+    what = "factor on the rate of your function" if config.local.is_own else "learning rate"
     return (
         f"training did not {'improve' if risen else 'move'}: the training loss was {first:.4g} in "
-        f"round 1 and {last:.4g} in the second half of the rounds{near}. Try {adamw}a learning "
-        f"rate of your own, such as local.lr={other:g}"
+        f"round 1 and {last:.4g} in the second half of the rounds{near}. Try {adamw}another "
+        f"{what}, such as local.lr={other:g}"
     )
 
 

@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 from fedraclora.binding import Plain, section
+from fedraclora.errors import ConfigError
+from fedraclora.object_registry import NAME, registered_object
 
 
 def method_label(plain: Plain) -> str:
-    """Name a run in one or two words."""
+    """Name a run in one or two words; a method of the program's by its class."""
     method = section(plain, "method")
+    if method["name"] == NAME:
+        try:
+            return type(registered_object("method", method.get("digest"))).__name__
+        except ConfigError:  # the run is one of another process
+            return "your method"
     rank = f" r={method['rank']}" if "rank" in method else ""
     return f"{method['name']}{rank}"
 

@@ -35,18 +35,24 @@ class FoundRate:
     ladder: tuple[dict[str, object], ...] = ()
     diverged: tuple[float, ...] = ()
 
-    @property
-    def description(self) -> str:
-        """One line about it."""
+    def described(self, *, factor: bool = False) -> str:
+        """Describe it in one line.
+
+        Args:
+            factor: Whether it multiplies the rate of the user's function (``round.rate_scale``).
+        """
+        what = f"learning rate {self.rate:g}"
+        if factor:
+            what = f"factor {self.rate:g} on the learning rate of your function"
         if self.how == "kept":
-            return f"learning rate {self.rate:g}, found when the run began"
+            return f"{what}, found when the run began"
         if self.diverged:
             higher = " and ".join(f"{rate:g}" for rate in self.diverged)
-            return f"learning rate {self.rate:g}, since the run diverged at {higher}"
+            return f"{what}, since the run diverged at {higher}"
         if self.how == "rule":
-            return f"learning rate {self.rate:g}, by a rule: no rate was tried (docs/local.md)"
+            return f"{what}, by a rule: no rate was tried (docs/local.md)"
         tried = f"{len(self.ladder)} rate{'s' * (len(self.ladder) != 1)}"
-        return f"learning rate {self.rate:g}, found in {self.seconds:.1f} s over {tried}"
+        return f"{what}, found in {self.seconds:.1f} s over {tried}"
 
     def write(self, folder: Path) -> None:
         """Write it into a run folder."""

@@ -246,7 +246,7 @@ def _optimizer(local: Facts) -> str:
     """Describe the clients' optimizer, and the server's."""
     at_server = [f"{local['server']} at the server"] if local["server"] != "none" else []
     if (name := local["train"]) is not None:
-        said = f"that of your own training function {name} (local.train), as its loss and steps are"
+        said = f"your own training function {name} (its optimizer, loss and steps)"
         return ", ".join([said, *at_server])
     steps = local["epochs"] if local["steps"] is None else local["steps"]
     unit = ("epoch" if local["steps"] is None else "step") + ("s" if steps != 1 else "")

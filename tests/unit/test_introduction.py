@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import warnings
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from fedraclora.protocol.factor import to_train
 from fedraclora.protocol.instructions import Adapter, RoundInstructions
 from fedraclora.protocol.plan import trained_of
 from fedraclora.run.log import logged
+from fedraclora.strategies.methods.fed_rac_lora import FedRacLora
 from fedraclora.terminal import progress
 from fedraclora.terminal.opening import idle_workers, introduction
 
@@ -93,6 +95,16 @@ def test_all_that_a_run_begins_with_is_shown_where_that_is_asked_for(
     assert re.search("32 training .* 4 clients, 8 test .*0.2 of all", lines[4])
     begins: Any = found.summary["begins"]
     assert introduction(begins)["trained"] in lines[3]
+
+
+@dataclass(frozen=True)
+class Hers(FedRacLora):
+    """A method of a program's own."""
+
+
+def test_a_method_of_ones_own_is_named_by_its_class(capsys: pytest.CaptureFixture[str]) -> None:
+    run(method=Hers(rank=2))
+    assert "Hers" in capsys.readouterr().err.splitlines()[0]
 
 
 def test_the_most_steps_of_a_method_are_said(capsys: pytest.CaptureFixture[str]) -> None:

@@ -293,6 +293,8 @@ def test_a_function_of_the_users_gets_the_rate_by_rate_scale() -> None:
 
     run = own_run(train)
     assert rate_used(run) < 1
+    begins: Any = run.summary["begins"]
+    assert "factor" in begins["found_rate"]
     metrics = run.summary["metrics"]
     assert metrics["loss"] < 0.8  # type: ignore[index]  # untrained 1.1
 

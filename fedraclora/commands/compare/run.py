@@ -192,9 +192,10 @@ class Row:
         given = {**self.given, "seed": seed}
         asked = asked_of((*self.choices, {"output": {"dir": None}}), given)
         run = run_asked(asked, folder, resume=True, brief=True)
-        row, rate = run.rows[-1], section(run.config, "local").get("lr")
+        row, local = run.rows[-1], section(run.config, "local")
+        rate, what = local.get("lr"), "rate factor" if local.get("train") else "learning rate"
         sent = (f"{way} {size(number(row, f'{way}link_total'))}" for way in ("up", "down"))
-        parts = metric_of(row), *sent, "" if rate is None else f"learning rate {rate}"
+        parts = metric_of(row), *sent, "" if rate is None else f"{what} {rate}"
         return ", ".join(filter(None, parts))
 
 
