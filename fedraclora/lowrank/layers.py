@@ -181,13 +181,18 @@ def parameters_of(names: Iterable[str], pattern: str) -> set[str]:
 def excluded(model: nn.Module, patterns: str | Sequence[str] | None) -> set[str]:
     """Return all names of the parameters that ``exclude_modules`` leaves out; tied ones too.
 
+    A pattern matches parameters, their layers, and modules that hold such layers.
+
     Raises:
         ConfigError: If a pattern matches nothing.
     """
     every = dict(model.named_parameters(remove_duplicate=False))
+    modules = [name for name, _ in model.named_modules() if name]
     found: set[int] = set()
     for part in split_patterns(patterns or ()):
-        if not (hits := parameters_of(every, part)):
+        within = tuple(f"{name}." for name in modules if matches(name, part))
+        hits = parameters_of(every, part) | {n for n in every if n.startswith(within)}
+        if not hits:
             layers = sorted({n.rpartition(".")[0] or n for n in every})
             raise ConfigError(f"exclude_modules={patterns}: {unknown('layer', part, layers)}")
         found |= {id(every[n]) for n in hits}

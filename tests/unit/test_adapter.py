@@ -132,6 +132,28 @@ def test_a_tied_head_is_refused_or_trained_but_not_dropped(policy: str) -> None:
     assert {*plan.targets, *plan.dense} & {"lm_head.weight", "embed.weight"}
 
 
+@pytest.mark.parametrize(
+    ("pattern", "gone"),
+    [
+        ("body.fc", {"body.fc.weight", "body.fc.bias"}),
+        ("body", {"body.fc.weight", "body.fc.bias", "body.norm.weight", "body.norm.bias"}),
+        ("norm.weight", {"body.norm.weight"}),
+        ("lm_head", {"embed.weight"}),
+    ],
+)
+def test_what_is_left_out_is_neither_adapted_nor_trained(pattern: str, gone: set[str]) -> None:
+    model = Tied()
+    model.body = nn.ModuleDict({"fc": nn.Linear(4, 4), "norm": nn.LayerNorm(4)})
+    policies = {"head_policy": "frozen", "bias_policy": "full", "modules_to_save": ["norm", "fc"]}
+    before, after = (
+        make_plan(model, ("lm_head",), **policies, exclude_modules=left_out)  # type: ignore[arg-type]
+        for left_out in (None, [pattern])
+    )
+    trained = [{*plan.targets, *plan.dense, *plan.weights} for plan in (before, after)]
+    assert trained[0] - trained[1] == gone
+    assert trained[1] <= trained[0]
+
+
 # --- rank and scale ------------------------------------------------------------------------------
 
 
