@@ -3,8 +3,8 @@
 Rows of ours are timed in turn in this process, so that a busy machine slows all of them; then
 each peer that is installed (`make bench-peers`) does the same work in a process of its own. Keys:
 
-  size=     A, B, C, minilm, texts, llama, smollm2, cohort, population, rounds, several with
-            commas (a process each), or all
+  size=     A, B, C, minilm, texts, llama, smollm2, cohort, bits, population, rounds, several
+            with commas (a process each), or all
   rows=     names of rows, with commas, or all
   rounds=   counted rounds of each row, instead of the workload's own number
   device=   auto, cpu or cuda

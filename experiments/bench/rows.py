@@ -32,6 +32,7 @@ from fedraclora.experiments.bench.runs import (
 )
 from fedraclora.experiments.bench.usage import Laps, peak, reset_peak
 from fedraclora.experiments.bench.workloads import LR, RAY, Case, Workload, all_linear_plan
+from fedraclora.protocol.quantized import FULL, ROUNDED
 from fedraclora.sketch import SketchSpec
 from fedraclora.strategies.methods.fed_rac_lora import FedRacLora
 from fedraclora.strategies.methods.fedavg import FedAvg
@@ -331,6 +332,7 @@ BUILDERS: dict[str, Callable[[Case], BenchRow]] = {
     "population 1,000,000": lambda case: federated_row(case.of(1_000_000)),
     "product": lambda case: product(case, torch.float32),
     "product bf16": lambda case: product(case, torch.bfloat16),
+    **{kind: partial(federated_row, bits=kind) for kind in (FULL, *ROUNDED)},
     **late.LATE_BUILDERS,
 }
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
@@ -19,6 +19,7 @@ from fedraclora.config.settings import RayConfig
 from fedraclora.experiments.bench.usage import Laps
 from fedraclora.experiments.bench.workloads import LR, Case, all_linear_plan
 from fedraclora.protocol.method import Draw, Method, RoundInstructions, State, first_instructions
+from fedraclora.protocol.quantized import FULL
 from fedraclora.run.ledger import Ledger
 from fedraclora.run.recorder import RunRecorder
 from fedraclora.strategies.methods.fed_rac_lora import FedRacLora
@@ -141,6 +142,7 @@ def federated_row(
     precision: str = FLOAT32,
     workers: int = 0,
     own: Train | None = None,
+    bits: str = FULL,
 ) -> BenchRow:
     """Build the row of a method: rounds without evaluation and checkpoints, with a ledger.
 
@@ -152,6 +154,7 @@ def federated_row(
         precision: Of the matrix products.
         workers: Ray workers that train; 0 trains in this process.
         own: A training function, instead of the project's loop.
+        bits: The format of numbers both ways.
     """
     workload, cohort = case.workload, case.workload.cohort
     loops = "peft" in workload.rows and precision == FLOAT32  # a plain loop does the same
@@ -163,6 +166,7 @@ def federated_row(
     share = settings.share if workers else None
     size = plan_chunk(chunk, trainer, state.base, downlink, cohort, share=share).chunk
     loop = LoopConfig(rounds=ENDLESS, clients=workload.clients, cohort=cohort, chunk=size, seed=0)
+    loop = replace(loop, uplink=bits, downlink=bits)
     folder = tempfile.TemporaryDirectory()
     crew = Path(folder.name)
     recorder = RunRecorder(None, sync=False)  # no folder: no chain, no checkpoints
