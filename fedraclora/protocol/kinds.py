@@ -20,6 +20,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -58,8 +59,10 @@ class Draws:
         """Draw the rounding offsets of all rows, in steps of 2^-32; 1/2 for rounding to nearest."""
         if self.nearest or not self.rngs:
             return np.full(shape, 0.5)
-        drawn = np.stack([rng.integers(1 << 32, size=shape[1]) for rng in self.rngs])
-        return drawn.astype(np.float64) * 2.0**-32
+        found = np.empty((len(self.rngs), shape[1]))
+        for row, rng in zip(found, self.rngs, strict=True):
+            np.multiply(rng.integers(1 << 32, size=shape[1]), 2.0**-32, out=row)
+        return found
 
 
 class Kind(ABC):
@@ -136,7 +139,7 @@ class Scaled(Kind):
         )
         scales = _scales(largest, self.levels)
         with np.errstate(invalid="ignore"):
-            whole = x * _spread(_powers(scales, -1), lengths)
+            whole = _by_block(x, _powers(scales, -1), lengths)
             whole += draws.offsets(x.shape)
             np.floor(whole, out=whole)
         if (scales == NO_NUMBER).any():
@@ -152,7 +155,7 @@ class Scaled(Kind):
         whole = (unpack(codes, self.bits, sum(sizes)) << left).view(np.int8) >> left
         if (whole < -self.levels).any():
             raise self.refused(f"a number below -{self.levels}")
-        return whole * _spread(_powers(scales), lengths)
+        return _by_block(whole, _powers(scales), lengths)
 
 
 def pack(codes: Bytes, bits: int) -> Bytes:
@@ -216,9 +219,11 @@ def _powers(scales: Bytes, sign: int = 1) -> Doubles:
     return found
 
 
-def _spread(values: Doubles, lengths: npt.NDArray[np.int64]) -> Doubles:
-    """Repeat the value of each block for its numbers, [K, blocks] to [K, P]."""
+def _by_block(x: npt.NDArray[Any], values: Doubles, lengths: npt.NDArray[np.int64]) -> Doubles:
+    """Multiply the numbers of each block by its value, [K, P] by [K, blocks]."""
     if (lengths == BLOCK).all():  # several times as fast
-        wide = np.broadcast_to(values[..., None], (*values.shape, BLOCK))
-        return wide.reshape(len(values), -1)
-    return np.repeat(values, lengths, axis=1)
+        found: Doubles = x.reshape(*values.shape, BLOCK) * values[..., None]
+        return found.reshape(x.shape)
+    each: Doubles = np.repeat(values, lengths, axis=1)
+    each *= x
+    return each

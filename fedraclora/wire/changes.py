@@ -80,15 +80,15 @@ class ChangeCodec:
         found, starts = rows.clone(), self._starts(self.clients)
         purpose = seed, "uplink", round_, self.sent.program.stream
         for index, kept, sizes in self._alike(torch.arange(len(rows))):
-            start = starts[index][:, kept]
-            change = rows[index][:, kept].sub_(start)
+            start = _of(starts, index)[:, kept]
+            change = _of(rows, index)[:, kept] - start
             if residues is not None:
-                change += residues[index][:, kept]
+                change += _of(residues, index)[:, kept]
             rngs = [generator(*purpose, client) for client in self.clients[index].tolist()]
             nearest = residues is not None
             codes = encode(change, sizes, self.kind, rngs, nearest=nearest, again=False)
             back = decode(codes, sizes, self.kind, axes=2, again=False)
-            put(found, index, kept, start.add_(back))
+            put(found, index, kept, start + back)
             left = torch.sub(change, back, out=back)
             if residues is not None:
                 put(residues, index, kept, left)
@@ -179,6 +179,11 @@ def _parts(sent: RoundInstructions, cohort: int) -> Iterator[tuple[Kept, list[in
         return
     for mask in masks:
         yield mask, [int(part.sum()) for part in mask.split(sizes)]
+
+
+def _of(rows: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """Return some rows, in ascending order; without a copy if these are all."""
+    return rows if len(index) == len(rows) else rows[index]
 
 
 def put(rows: torch.Tensor, index: torch.Tensor, kept: Kept, values: torch.Tensor) -> None:
