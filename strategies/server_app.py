@@ -114,6 +114,7 @@ def on_hosts(
             federation=FederationFiles.of(os.environ),
             bundle=bundle,
             stops=stops,
+            search=str(int(probe) + 1) if probe else "",
         )
 
     return Engine(history, make_grid, history.recall, elsewhere=True)

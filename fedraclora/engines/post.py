@@ -41,6 +41,8 @@ class PostedGrid(Grid):
         grid: Flower's own.
         ended: Tells whether the runtime has ended, so that no reply will arrive.
         pause: Seconds between polls for replies.
+        search: Which rate of a search it tries, so that a node tells its rounds from the run's;
+            empty for the run's own.
 
     Attributes:
         kind: Type of its messages.
@@ -48,9 +50,12 @@ class PostedGrid(Grid):
 
     kind = "train.cohort"
 
-    def __init__(self, grid: FlowerGrid, *, ended: Callable[[], bool], pause: float) -> None:
+    def __init__(
+        self, grid: FlowerGrid, *, ended: Callable[[], bool], pause: float, search: str = ""
+    ) -> None:
         super().__init__()
         self.grid, self.ended, self.pause = grid, ended, pause
+        self.search = search
         self._writer = AskWriter()
 
     def message(self, ask: Ask, node: int, more: RecordDict, ttl: float) -> Message:
@@ -63,7 +68,8 @@ class PostedGrid(Grid):
             ttl: Seconds after which the message expires, so that it is not trained hours later.
         """
         content = RecordDict({**self._writer.write(ask), **more})
-        round_ = str(ask.request.round_)
+        number = ask.request.round_
+        round_ = f"{number} of search {self.search}" if self.search else str(number)
         return Message(content, node, self.kind, group_id=round_, ttl=ttl)
 
     @staticmethod

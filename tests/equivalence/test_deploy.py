@@ -137,6 +137,8 @@ def test_a_rate_that_a_deployment_finds_is_lower_and_gives_the_bits_of_inline(
     found, words = {}, ["rounds=30"]
     network = Network(tmp_path / "cache", nodes_for(3))
     deploy([*words, "local.lr=auto"], tmp_path / "deploy", network)
+    asked = {message.metadata.group_id for message in network.train_messages()}
+    assert asked > {"1 of search 1", "2 of search 1", *map(str, range(1, 31))}
     inline([*words, "local.lr=auto"], tmp_path / "inline")
     for name in ("deploy", "inline"):
         found[name] = json.loads((tmp_path / name / "rates.json").read_text())["rate"]

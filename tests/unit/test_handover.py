@@ -323,7 +323,11 @@ def test_the_app_of_a_message_imports_nothing_that_takes_time() -> None:
         "fedraclora.clients.handover",
         "fedraclora",
         "fedraclora.engines",
+        "fedraclora.engines.node_config",
         "fedraclora.engines.replies",
         "fedraclora.errors",
+        "fedraclora.flower_internals",
         "fedraclora.renamed",
+        "fedraclora.wire",
+        "fedraclora.wire.fields",
     }

@@ -28,11 +28,11 @@ from fedraclora.engines.flower_patches import OWNED, UNPATCHED
 from fedraclora.engines.owner import history as history_module
 from fedraclora.engines.owner.entries import DOWNLOAD, IN, OUT, REFUSED, WIRE, Entry, now
 from fedraclora.engines.owner.gate import APPROVED, ASK, Gate, RefusedError, ask_owner
-from fedraclora.engines.owner.history import History, Tally
+from fedraclora.engines.owner.history import HISTORY, History, Tally
 from fedraclora.engines.owner.policy import Limits, Policy
 from fedraclora.engines.owner.refusal import OwnerRefusal
 from fedraclora.engines.owner.request import RunRequest, digest_of
-from fedraclora.engines.owner.rotation import line_of
+from fedraclora.engines.owner.rotation import line_of, rotate
 from fedraclora.engines.owner.watch import NodeWatch, Wire
 from fedraclora.engines.replies import OWNER_REFUSES
 from fedraclora.errors import ConfigError
@@ -233,6 +233,30 @@ def test_the_last_round_that_a_limit_allows_is_brought_to_its_end(tmp_path: Path
         gate.check(RUN, "train.cohort", "2")
     with pytest.raises(RefusedError, match="rounds=1"):
         gate.check(replace(RUN, run=8), "train.cohort", "1")
+
+
+def test_a_round_that_is_asked_for_again_after_another_counts_again(tmp_path: Path) -> None:
+    history, tally = History(tmp_path), Tally(tmp_path / HISTORY)
+
+    def rounds_after(*asked: str, node: int = 3) -> float | None:
+        for round_ in asked:
+            history.add(entry(IN, round=round_, node=node))
+        tally.update()
+        return tally.of_run(RUN.digest).limits.rounds
+
+    assert rounds_after("1", "1", "2") == 2  # several messages of a round
+    assert rounds_after("1", node=4) == 2  # another node of the owner's, which is late
+    assert rounds_after("2", node=4) == 2
+    assert rounds_after("1", "2", "1", "2") == 6
+    assert rounds_after("1 of search 1", "2 of search 1", "3") == 9
+    rotate(history.file, history.entries())
+    anew = Tally(history.file)
+    anew.update()
+    assert anew.of_run(RUN.digest).limits.rounds == 9
+    gate = Gate(policy(tmp_path, f"approved: [{RUN.digest}]\nrun: {{rounds: 9}}"), history)
+    gate.check(RUN, "train.cohort", "3")
+    with pytest.raises(RefusedError, match="rounds=9"):
+        gate.check(RUN, "train.cohort", "2")
 
 
 def test_an_owner_is_told_once_for_each_run_until_it_may_train(

@@ -89,6 +89,7 @@ class DeployGrid(PostedGrid):
         federation: The files of the operator; None if there are none.
         bundle: Bytes of the app's bundle.
         stops: Ends an exchange when the run is stopped.
+        search: As for `PostedGrid`.
 
     Attributes:
         registry: The node of each client, and the version of each node.
@@ -107,8 +108,9 @@ class DeployGrid(PostedGrid):
         federation: FederationFiles | None = None,
         bundle: int = 0,
         stops: StopSignals | None = None,
+        search: str = "",
     ) -> None:
-        super().__init__(grid, ended=ended, pause=LOOKS)
+        super().__init__(grid, ended=ended, pause=LOOKS, search=search)
         self.stops = stops or StopSignals()
         self.history, self.run_id, self.settings = history, run_id, settings
         self.first = 0 if known else None  # the version of a client without weights

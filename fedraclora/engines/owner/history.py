@@ -14,11 +14,11 @@ from typing import BinaryIO
 from fedraclora.engines.owner.entries import DATE, OUT, Entry
 from fedraclora.engines.owner.policy import Limits
 from fedraclora.engines.owner.rotation import MOST_HISTORY, line_of, rotate
+from fedraclora.engines.owner.rounds import RoundCount
 from fedraclora.errors import ConfigError
 
 HISTORY = "history.jsonl"
 LONGEST = 1 << 14  # bytes of an entry
-LAST = 1 << 10  # rounds that may still get messages
 
 
 class History:
@@ -116,7 +116,7 @@ class Usage:
     """Add up what a part of the history took.
 
     Attributes:
-        rounds: In how many rounds this node trained.
+        rounds: In how many rounds this node trained (`RoundCount`).
         sent: Bytes that it sent.
         seconds: From messages to their replies.
     """
@@ -124,24 +124,20 @@ class Usage:
     rounds: int = 0
     sent: int = 0
     seconds: float = 0.0
-    _last: dict[tuple[int, str], None] = field(default_factory=dict)  # rounds, the latest last
+    _count: RoundCount = field(default_factory=RoundCount)
 
     def add(self, entry: Entry) -> None:
         """Add an entry."""
-        self.rounds += entry.rounds or 0
+        before = self._count.total
+        self._count.add(entry)
+        self.rounds += self._count.total - before + (entry.rounds or 0)
         if entry.way == OUT:
             self.sent += entry.bytes
             self.seconds += entry.seconds or 0.0
-        if entry.of is None and entry.is_training:
-            key = (entry.run, entry.round)
-            self.rounds += key not in self._last
-            self._last[key] = None
-            if len(self._last) > LAST:
-                del self._last[next(iter(self._last))]
 
     def has(self, run: int, round_: str) -> bool:
-        """Check whether this node trained in a round that is one of the latest."""
-        return (run, round_) in self._last
+        """Check whether a round is the one of its run that this node began last."""
+        return self._count.has(run, round_)
 
     @property
     def limits(self) -> Limits:

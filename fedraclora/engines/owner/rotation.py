@@ -14,6 +14,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 from fedraclora.engines.owner.entries import DATE, OUT, Entry
+from fedraclora.engines.owner.rounds import RoundCount
 
 MOST_HISTORY = 1 << 24  # bytes of a history; a round takes about 1 kB of it
 DAYS = 2  # whose sums are kept by day
@@ -63,9 +64,10 @@ def summed(entries: Sequence[Entry]) -> list[Entry]:
 
 def _sum(entries: Sequence[Entry]) -> Entry:
     """Sum up entries of one run and way; the time is that of the first."""
-    trained = {(e.run, e.round) for e in entries if e.of is None and e.is_training}
+    trained = RoundCount()
     samples = dict[tuple[int, str], int]()  # of each round, and of each sum the largest
     for k, entry in enumerate(entries):
+        trained.add(entry)
         if entry.samples is not None:
             key = (entry.run, entry.round if entry.of is None else f"sum {k}")
             samples[key] = samples.get(key, 0) + entry.samples
@@ -80,7 +82,7 @@ def _sum(entries: Sequence[Entry]) -> Entry:
         samples=max(samples.values(), default=None),
         why=None,
         of=sum(entry.of or 1 for entry in entries),
-        rounds=len(trained) + sum(entry.rounds or 0 for entry in entries) or None,
+        rounds=trained.total + sum(entry.rounds or 0 for entry in entries) or None,
     )
 
 
