@@ -166,8 +166,9 @@ def held_out(config: TaskConfig, asked: TuneConfig) -> float:
     if not len(data.train):
         raise ConfigError(
             f"data={config.data.name} has no validation split, since clients bring all "
-            "training samples. Tune on data of a few clients that the server has (data=table, "
-            "data=arrays)."
+            "training samples. Tune on data of a few clients that the server has: data=table, "
+            "data=arrays, or a function of yours that returns them (data=module:FUNCTION, "
+            "docs/own.md)."
         )
     return selection_of(config.data).validation or asked.validation
 
