@@ -25,10 +25,10 @@ CORES := $(shell getconf _NPROCESSORS_ONLN)
 SIDE_BY_SIDE := --numprocesses $(shell echo $$(($(CORES) < 4 ? $(CORES) + 1 : 4))) --dist loadfile \
 	--no-loadscope-reorder
 # Slow tests: in `make test-slow` all of them; in CI those of an installed copy and its wheels, of
-# methods, of language models, of deployments, of interruptions and kills, and of kept tables.
+# deployments, of interruptions and kills, and of kept tables.
 SLOW := slow and not long and not smoke and not gpu
-CI_SLOW := tests/layout tests/contract tests/language tests/config/test_quiet.py \
-	tests/equivalence/test_deploy*.py tests/resume tests/docs/test_kept_results.py
+CI_SLOW := tests/layout tests/config/test_quiet.py tests/equivalence/test_deploy*.py tests/resume \
+	tests/docs/test_kept_results.py
 PEERS := flower pfl fedlab fedjax
 
 # The number of threads fixes the order of sums inside matrix products, and so the last bits.
@@ -83,7 +83,7 @@ tests: install
 test-slow: $(ALL) ## Run the tests over half a second that are not in `make test` (not those over ten)
 	$(BIN)/python -m pytest -m "$(SLOW)" $(SIDE_BY_SIDE) $(ARGS)
 
-test-ci: install ## Run the slow tests that CI runs after `make test` (about three minutes)
+test-ci: install ## Run the slow tests that CI runs after `make test` (about two minutes)
 	$(BIN)/python -m pytest -m "$(SLOW)" $(SIDE_BY_SIDE) $(CI_SLOW) $(ARGS)
 
 test-all: lint $(ALL) ## Run all tests, those for GPUs where there is one, with more examples
