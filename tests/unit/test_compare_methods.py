@@ -171,6 +171,8 @@ def test_other_settings_are_other_runs(compared: Path) -> None:
         (["method=fedavg,ffa_lora", "method.rank=2"], "fedavg.*rank"),
         (["method=fedavg,ffa_lora", "fedavg:clients=0"], "clients"),
         (["method=fedavg,ffa_lora", "seeds=0"], "seeds=0"),
+        (["method=fedavg,ffa_lora", "seeds=[3,4]"], "seed=0 seeds=3"),
+        (["method=fedavg,ffa_lora", "seed=3,4"], "seed=0 seeds=3"),
         ([], "method=A,B"),
         (["method=fedavg,ffa_lora", "metric=acuracy"], "did you mean 'accuracy'"),
     ],

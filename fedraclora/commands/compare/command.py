@@ -67,7 +67,7 @@ def compare_methods(words: Sequence[str]) -> None:
     """Run the methods of the command line, and compare them.
 
     Raises:
-        ConfigError: If an argument belongs to no row, or a row has no method.
+        ConfigError: If an argument belongs to no row, a row has no method, or seeds are listed.
     """
     rows: dict[str, list[str]] = {}
     of_rows = [found for word in words if (found := OF_ROW.fullmatch(word))]
@@ -87,6 +87,12 @@ def compare_methods(words: Sequence[str]) -> None:
             )
     own = key_values([word for word in rest if key_of(word) in OWN])
     shared = [word for word in rest if key_of(word) not in {*OWN, "method"}]
+    for word in rest:
+        if key_of(word) in {"seed", "seeds"} and {*word} & {*",[("}:
+            raise ConfigError(
+                f"{word} lists seeds; compare takes consecutive ones: seed=0 seeds=3 runs each "
+                "method with the seeds 0, 1 and 2"
+            )
     dirs = [word.partition("=")[2] for word in shared if key_of(word) == "output.dir"]
     with watched(user_path("output.dir", dirs[-1] if dirs else OUT)):
         compare(*shared, methods=rows, **own)  # type: ignore[arg-type]
