@@ -107,11 +107,12 @@ def test_the_metrics_of_clients_pooled_are_those_of_their_samples_together(metho
     whole = evaluate(task.model, weights, Samples.join(own), task.loss, metrics)
     each = [evaluate(task.model, weights, samples, task.loss, metrics) for samples in own]
     column = run.rows[-1]["clients"]
+    # The model is float32, and a row's product may depend on the rows beside it.
     for name in metrics:
-        assert column[name]["pooled"] == pytest.approx(whole[name], abs=1e-12)
+        assert column[name]["pooled"] == pytest.approx(whole[name], abs=1e-6)
         values = [found[name] for found in each]
-        assert column[name]["mean"] == pytest.approx(np.mean(values), abs=1e-12)
-        assert column[name]["max"] == pytest.approx(max(values), abs=1e-12)
+        assert column[name]["mean"] == pytest.approx(np.mean(values), abs=1e-6)
+        assert column[name]["max"] == pytest.approx(max(values), abs=1e-6)
     assert (column["n"], column["samples"]) == (6, sum(sizes))
 
 
