@@ -6,6 +6,7 @@ made-up sentences with a model of a few weights everywhere.
 
 from __future__ import annotations
 
+import importlib
 import json
 import re
 import shlex
@@ -116,6 +117,21 @@ def test_what_runs_in_one_process_runs_as_it_stands(
     assert Path("runs/compare/table.md").is_file()
     (used,) = (b for b in re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL) if "model" in b)
     exec(used, {})
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
+def test_a_hospital_may_have_empty_texts_but_no_label_of_its_own(
+    small: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    follow(COMMANDS[:1], small, monkeypatch)
+    reviews = importlib.import_module("reviews")
+    Path("odd.csv").write_text("text,label\n,rotten\nNA,fresh\n12,fresh\n")
+    inputs, target = reviews.encoded(Path("odd.csv"))
+    assert (len(inputs["input_ids"]), target.tolist()) == (3, [1, 0, 0])
+    Path("odd.csv").write_text("text,label\nkind nurses,Fresh\n,\n")
+    with pytest.raises(ValueError, match=r"odd\.csv.*'', 'Fresh'.*'fresh', 'rotten'"):
+        reviews.encoded(Path("odd.csv"))
 
 
 @pytest.mark.slow
