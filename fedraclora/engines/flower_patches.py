@@ -63,6 +63,11 @@ UNKNOWN_KEY = (
     "killed less than a minute ago. Send the public key to the operator, who runs `flwr "
     "supernode register`, or wait a minute"
 )
+REMOVED_KEY = (
+    "the SuperLink refuses this running node: it does not know its key any more. The operator "
+    "removed it (`fedraclora federation remove`), or the SuperLink lost its database. Ask the "
+    "operator; to take part again, have the key registered and start this node again"
+)
 CERTIFICATE_ENDED = (
     "the certificate of the SuperLink, or of its authority, has expired by the clock of this "
     "machine. If that clock is right, tell the operator, who renews it; this node tries again"
@@ -559,10 +564,13 @@ def patient(make: Callable[[], Any]) -> Callable[[], Any]:
 
         def should_giveup(error: Exception) -> bool:
             answer: Any = getattr(error, "response", None)
-            if getattr(answer, "status_code", 0) == 401 and (told := off(answer.headers)):
-                sys.stderr.write(f"{told}\n")
-                if answer.request.url.path.endswith("/activate-node"):
-                    return True  # Flower ends a running node without a message
+            if getattr(answer, "status_code", 0) == 401:
+                begins = answer.request.url.path.endswith("/activate-node")
+                told = off(answer.headers)
+                if told or not begins:  # Flower ends a running node without a message
+                    sys.stderr.write(f"{told or REMOVED_KEY}\n")
+                if told and begins:
+                    return True
             code = getattr(FlowerError.from_json(getattr(answer, "text", None)), "code", 0)
             if code == ApiErrorCode.FLEET_NODE_ACTIVATION_FAILED:
                 sys.stderr.write(f"{UNKNOWN_KEY}\n")

@@ -283,6 +283,21 @@ def test_a_node_whose_signatures_are_refused_says_how_far_its_clock_is_off(
     assert re.search(rf"clock here is 3[67]\d\d s {told} the SuperLink's", capsys.readouterr().err)
 
 
+@pytest.mark.parametrize(("path", "said"), [("activate-node", False), ("pull-messages", True)])
+def test_a_running_node_whose_key_is_removed_says_so(
+    path: str, said: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Flower ends it, by a signal; a key that was never registered has an error of its own."""
+    request = Request("POST", f"https://link:8000/v1/fleet/{path}")
+    clock = {"date": format_datetime(datetime.now(UTC), usegmt=True)}
+    answer = Response(401, headers=clock, request=request)
+    given_up = list[Exception]()
+    retries = SimpleNamespace(should_giveup=given_up.append)
+    patient(lambda: retries)().should_giveup(HTTPStatusError("", request=request, response=answer))
+    assert len(given_up) == 1
+    assert ("federation remove" in capsys.readouterr().err) is said
+
+
 @pytest.mark.parametrize("code", [2004, 2003])
 def test_a_node_whose_key_is_not_registered_says_so(
     code: int, capsys: pytest.CaptureFixture[str]
