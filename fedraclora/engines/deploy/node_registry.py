@@ -355,11 +355,12 @@ class NodeRegistry:
             return
         self._reported.add((node, why.why))
         settings = self.post.settings
-        seconds = settings.wait * (settings.retries + 1)
         if settings.min_clients is None:
-            until = datetime.now(UTC) + timedelta(seconds=seconds)
+            tries = settings.retries + 1
+            until = datetime.now(UTC) + timedelta(seconds=settings.wait * tries)
             what = (
-                f"the run waits until {until:%H:%M} UTC ({seconds:g} s, engine.wait for each try)"
+                f"the run waits until {until:%H:%M} UTC (engine.wait={settings.wait:g} s, {tries} "
+                f"times by engine.retries={settings.retries})"
             )
         else:
             what = f"with engine.min_clients={settings.min_clients} rounds may go on without it"
