@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import re
@@ -17,7 +18,7 @@ import pytest
 import yaml
 from rich.table import Table as RichTable
 
-from fedraclora.commands.cli import COMMANDS, main
+from fedraclora.commands.cli import COMMANDS, imported, main
 from fedraclora.commands.status import UNREAD
 from fedraclora.compose.choices import choice
 from fedraclora.compose.overrides import composed
@@ -620,3 +621,17 @@ def test_a_run_imports_nothing_that_it_does_not_need(tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.endswith("found []\n"), done.stdout
     assert (tmp_path / "run" / "summary.json").is_file()
+
+
+def test_the_garbage_collector_leaves_the_imports_of_a_command_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And what the command does it searches as before."""
+    (tmp_path / "imports_a_lot.py").write_text("import gc\nwas = gc.isenabled()\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    try:
+        assert imported("imports_a_lot").was is False
+        assert gc.isenabled()
+        assert gc.get_freeze_count()
+    finally:
+        gc.unfreeze()
