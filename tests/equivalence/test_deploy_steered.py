@@ -148,6 +148,7 @@ def test_a_federation_is_paused_drained_and_left_by_a_node(operator: Operator) -
     process = operator.clinics.nodes[2]
     assert process is not None
     wait_for(lambda: process.ended, "the end of the node that was removed")
+    assert "fedraclora federation remove" in process.file.read_text()
     process.end()
     again = operator.clinics.start_node(2)
     wait_for(lambda: again.ended, "the end of the node whose key is refused")
