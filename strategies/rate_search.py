@@ -12,7 +12,8 @@ of a rate is the median training loss of the second half of its rounds, of the s
 rate; test data are not looked at. Two rounds at least, for a method that trains factors in turns.
 
 The walk starts at the rate of the rule where it knows the run, else at `first_rate`, both of
-`fedraclora.strategies.rate`.
+`fedraclora.strategies.rate`. If early losses do not tell which rate ends best (`falls_late`), the
+rule's rate is taken, unless training fails at it.
 
 A rate that looks best after a few rounds may still diverge later. The run then begins anew at a
 lower one (`restart_rate`).
@@ -40,7 +41,7 @@ from fedraclora.run.found_rate import FoundRate
 from fedraclora.run.ledger import Row, number
 from fedraclora.run.recorder import RunRecorder
 from fedraclora.strategies.builder import RunBuilder
-from fedraclora.strategies.rate import first_rate, rule_rate
+from fedraclora.strategies.rate import falls_late, first_rate, rule_rate
 from fedraclora.strategies.server.measuring import EvaluationPlan
 
 STEP = 10**0.5  # between neighbors of the ladder
@@ -144,10 +145,14 @@ class RateSearch:
         run: Of which the task may be built, and nothing else.
         first: The rate to begin with.
         trusted: Whether it is tuned well enough to be kept if a few rounds alone speak against it.
+        kept: Whether others are tried only if training fails at it.
     """
 
-    def __init__(self, run: RunBuilder, first: float, *, trusted: bool = False) -> None:
-        self.run, self.first, self.trusted, self.spent = run, first, trusted, 0
+    def __init__(
+        self, run: RunBuilder, first: float, *, trusted: bool = False, kept: bool = False
+    ) -> None:
+        self.run, self.first, self.trusted, self.kept = run, first, trusted, kept
+        self.spent = 0
         cohort, rounds = run.built.cohort, run.config.rounds
         self.total = cohort * rounds
         self.budget = max(SHARE * self.total, LEAST)
@@ -194,6 +199,8 @@ class RateSearch:
         """Try what there is room for."""
         if self.total < LEAST:
             self.settle()
+            return
+        if self.kept and self.advance(self.rung(0), min(LONGEST, self.left)) < math.inf:
             return
         self.walk()
         if self.differs:  # else nothing reads the rate
@@ -321,7 +328,8 @@ def find_rate(run: RunBuilder) -> FoundRate:
     rule = first if config.local.is_own else rule  # which is that of the function
     # The rule of adaptive optimizers follows from six tasks, that of SGD from one.
     trusted = rule is not None and not config.local.is_own and config.local.optimizer != "sgd"
-    search = RateSearch(run, first, trusted=trusted)
+    kept = rule is not None and falls_late(config, run.built)
+    search = RateSearch(run, first, trusted=trusted, kept=kept)
     if not search.total:  # no round reads it
         return FoundRate(search.first, "rule")
     # Of sums from the same weights, the server could take differences.

@@ -193,6 +193,24 @@ def test_a_method_that_trains_two_factors_by_turns_has_the_rate_of_both() -> Non
     assert known("rolora") == known("fedavg_lora") != known("ffa_lora")
 
 
+@pytest.mark.parametrize(("optimizer", "share"), [("sgd", 1.0), ("adamw", 0.5)])
+@pytest.mark.parametrize("probability", [0.2, 0.8])  # the first rounds train B; they train A
+def test_factors_that_are_trained_by_turns_beside_drawings_have_the_lower_rate_of_one(
+    optimizer: str, share: float, probability: float
+) -> None:
+    def known(*method: str) -> float:
+        drawn = ["method.sketch=gaussian", "method.normalize=none"]  # longer columns than rows
+        words = [*TASK, f"local.optimizer={optimizer}", "local.lr=auto", *method, *drawn]
+        run = RunBuilder(from_plain(resolved(composed(words)), METHODS))
+        found = rate.rule_rate(run.config, run.built)
+        assert found is not None
+        return found
+
+    one = [known("method=fed_rac_lora", f"method.train={side}") for side in "BA"]
+    turns = known("method=bernoulli_lora", f"method.probability={probability}")
+    assert turns == pytest.approx(share * min(one), rel=0.05)
+
+
 def rate_used(run: RunResult) -> float:
     """The learning rate of a run."""
     return float(str(section(run.config, "local")["lr"]))
@@ -248,6 +266,32 @@ def test_a_first_rate_far_off_is_left(first: float, monkeypatch: pytest.MonkeyPa
     words = [*WORDS, "rounds=200", "output.dir=null"]
     run = RunBuilder(from_plain(composed(words), METHODS))
     monkeypatch.setattr(rate_search, "rule_rate", lambda *_: first)
+    assert 0.05 < find_rate(run).rate < 10
+
+
+LEFT = (["method=bernoulli_lora"], ["method=fed_rac_lora", "method.train=A"])
+
+
+@pytest.mark.parametrize("method", LEFT, ids=["by turns", "always"])
+@pytest.mark.parametrize("rounds", [160, 40])
+def test_rounds_of_left_sketches_keep_the_rate_of_the_rule(
+    method: list[str], rounds: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bernoulli-LoRA took a third of the best rate on digits, and ended eight points lower."""
+    words = [*WORDS, f"rounds={rounds}", "output.dir=null", *method]
+    run = RunBuilder(from_plain(composed(words), METHODS))
+    monkeypatch.setattr(rate_search, "rule_rate", lambda *_: 2.0)
+    assert find_rate(run).rate == 2.0
+    monkeypatch.setattr(rate_search, "falls_late", lambda *_: False)
+    assert find_rate(run).rate < 2.0
+
+
+def test_rounds_of_left_sketches_have_another_rate_if_that_of_the_rule_fails(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    words = [*WORDS, "output.dir=null", "method=fed_rac_lora", "method.train=A"]
+    run = RunBuilder(from_plain(composed(words), METHODS))
+    monkeypatch.setattr(rate_search, "rule_rate", lambda *_: 100.0)
     assert 0.05 < find_rate(run).rate < 10
 
 
