@@ -105,8 +105,8 @@ def falls_late(config: RunConfig, built: PreparedTask) -> bool:
     """Return whether losses of the first rounds do not tell which rate ends best.
 
     On digits the rates that end best raise the loss of these rounds, under SGD where rounds train A
-    beside a drawn B, always or by turns: of Fed-RAC-LoRA's left sketches 0.036 has the lowest loss
-    after 5 rounds, and 0.2 after 150.
+    beside a drawn B, always or by turns: of left sketches 0.036 has the lowest loss after 5 rounds,
+    and 0.2 after 150.
     """
     if config.local.is_own or config.local.optimizer != "sgd":
         return False
