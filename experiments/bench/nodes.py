@@ -1,6 +1,7 @@
 """What a round of a deployment costs, by nodes and by clients; all of it runs on this machine.
 
     python -m fedraclora.experiments.bench.nodes nodes=2,4,8 clients=8,100,1000
+    python -m fedraclora.experiments.bench.nodes nodes=3 clients=3 unpatched=none,fork,all
 
 Each pair is a deployment of its own, in which all clients take part in each round. Seconds are
 the median of the rounds after the first, by the ledger; processor seconds of the SuperLink, and
@@ -9,6 +10,8 @@ requests to it, are means of these rounds. Other words are those of ``fedraclora
   nodes=    numbers of SuperNodes, with commas (2,4,8)
   clients=  numbers of clients, with commas (8,100,1000)
   rounds=   of each (6)
+  unpatched=  patches of Flower to leave out, one in each deployment: their names, ``all`` or
+            ``none`` (none)
 """
 
 from __future__ import annotations
@@ -17,7 +20,7 @@ import statistics
 import sys
 import tempfile
 import time
-from itertools import pairwise
+from itertools import pairwise, product
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +28,7 @@ from fedraclora.commands import deploy
 from fedraclora.commands.status import reported
 from fedraclora.compose.words import part
 from fedraclora.engines.deploy.local import LocalDeployment
+from fedraclora.engines.flower_patches import UNPATCHED
 from fedraclora.errors import EngineError
 from fedraclora.experiments.bench.usage import cpu
 from fedraclora.run.ledger import read_ledger
@@ -32,11 +36,14 @@ from fedraclora.terminal.tables import TextTable
 
 WORDS = ["data=digits", "data.labels=null", "pretrain=none", "partition=iid", "method.rank=2"]
 WORDS += ["output=study", "output.progress=false"]
+NONE = "none"  # no patch is left out
 PAUSE = 0.1  # seconds between looks at the ledger
 
 
-def row(nodes: int, clients: int, rounds: int, words: list[str]) -> dict[str, object]:
-    """Run one deployment; give its row of the table.
+def row(
+    nodes: int, clients: int, rounds: int, words: list[str], unpatched: str = NONE
+) -> dict[str, object]:
+    """Run one deployment without one patch, or with all; give its row of the table.
 
     Raises:
         EngineError: If its run ends before its last round.
@@ -44,6 +51,7 @@ def row(nodes: int, clients: int, rounds: int, words: list[str]) -> dict[str, ob
     ends = [clients * k // nodes for k in range(nodes + 1)]
     running = LocalDeployment([list(range(*span)) for span in pairwise(ends)])
     running.environ["FLWR_LOG_LEVEL"] = "DEBUG"  # the SuperLink then writes down each request
+    running.environ[UNPATCHED] = "" if unpatched == NONE else unpatched
     with tempfile.TemporaryDirectory() as made, running:
         folder = Path(made) / "run"
         sizes = [f"clients={clients}", f"clients_per_round={clients}", f"rounds={rounds}"]
@@ -64,6 +72,7 @@ def row(nodes: int, clients: int, rounds: int, words: list[str]) -> dict[str, ob
     return {
         "nodes": nodes,
         "clients": clients,
+        "without": unpatched,
         "seconds a round": f"{statistics.median(seconds):.2f}",
         "SuperLink's": f"{(after - before) / (rounds - 1):.2f}",
         "requests": round((last - first) / (rounds - 1)),
@@ -73,12 +82,13 @@ def row(nodes: int, clients: int, rounds: int, words: list[str]) -> dict[str, ob
 @reported
 def main() -> int:
     """Run one deployment after another, each shown as it ends; print the table."""
-    own, words = part(sys.argv[1:], ("nodes", "clients", "rounds"))
-    keys = {"nodes": "2,4,8", "clients": "8,100,1000", "rounds": 6, **own}
+    own, words = part(sys.argv[1:], ("nodes", "clients", "rounds", "unpatched"))
+    keys = {"nodes": "2,4,8", "clients": "8,100,1000", "rounds": 6, "unpatched": NONE, **own}
     many, counts = ([int(n) for n in str(keys[key]).split(",")] for key in ("nodes", "clients"))
+    without = str(keys["unpatched"]).split(",")
     records = []
-    for nodes, clients in ((n, c) for n in many for c in counts if n <= c):
-        records.append(row(nodes, clients, int(str(keys["rounds"])), words))
+    for nodes, clients, name in ((n, c, w) for n, c, w in product(many, counts, without) if n <= c):
+        records.append(row(nodes, clients, int(str(keys["rounds"])), words, name))
         print(*records[-1].values(), flush=True)
     print(TextTable.of(records).markdown())
     return 0

@@ -20,6 +20,7 @@ from fedraclora.commands.compare import run as comparing
 from fedraclora.commands.compare.command import names_methods
 from fedraclora.commands.compare.outcome import outcome_sentence
 from fedraclora.commands.compare.run import Row
+from fedraclora.commands.compare.table import settings_of
 from fedraclora.commands.run_files import Group, RunFiles, read_files
 from fedraclora.compose.values import pairs_of
 from fedraclora.errors import ConfigError, FedRacLoraError
@@ -381,3 +382,12 @@ def test_the_sentence_says_what_the_numbers_say(
     ours |= {"target_reached": 5}
     assert "is as good after 30 MB" in outcome_sentence([base, ours], "base", groups)
     assert "4 times" in outcome_sentence([ours, base | {"difference": -difference}], "ours", groups)
+
+
+@pytest.mark.parametrize(("train", "shown"), [(None, "0.5"), ("mine:train", "times 0.5")])
+def test_a_rate_is_a_factor_where_training_has_rates_of_its_own(
+    train: str | None, shown: str
+) -> None:
+    config: dict[str, object] = {"local": {"lr": 0.5, "train": train}}
+    found = settings_of(Group("own", [RunFiles(Path(), config, [], {"rounds": 1})]))
+    assert found["learning rate"] == shown

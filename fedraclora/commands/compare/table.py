@@ -375,6 +375,8 @@ def settings_of(group: Group) -> dict[str, object]:
     found: dict[str, object] = {
         title: "-" if texts == [ABSENT] else ", ".join(texts) for title, texts in each.items()
     }
+    if any(run.keys.get("local.train") is not None for run in group.runs):  # its rates, times this
+        found["learning rate"] = f"times {found['learning rate']}"
     if found["rank"] == "-":  # the config does not describe a method that a program passed
         ranks = {rank for run in group.runs for rank in _trained_ranks(run)}
         found["rank"] = " to ".join(map(str, sorted({min(ranks), max(ranks)}))) if ranks else "-"
