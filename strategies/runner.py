@@ -240,18 +240,24 @@ def stopping_noted(run: RunBuilder, folder: Path | None) -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        run.strategy.callbacks.end({}, failed=True)
-        if folder is None or not run.recorder.ledger.rows:
-            raise
         try:
-            note_stop(folder, run.strategy.done, error)
-            if isinstance(error, DivergenceError) and not run.config.local.is_own:
-                error.add_note(recovery_hint(run, folder))
-            if run.config.output.plots:
-                draw(run, folder)
-        except Exception as second:  # must not hide the first error
-            log.warning("cannot write in %s why the run stopped: %r", folder, second)
+            if folder is not None and run.recorder.ledger.rows:
+                keep_stop(run, folder, error)
+        finally:
+            run.strategy.callbacks.end({}, failed=True)  # they may read why
         raise
+
+
+def keep_stop(run: RunBuilder, folder: Path, error: BaseException) -> None:
+    """Write into a run's folder why it stopped, with its curves; what fails is a warning."""
+    try:
+        note_stop(folder, run.strategy.done, error)
+        if isinstance(error, DivergenceError) and not run.config.local.is_own:
+            error.add_note(recovery_hint(run, folder))
+        if run.config.output.plots:
+            draw(run, folder)
+    except Exception as second:  # must not hide the first error
+        log.warning("cannot write in %s why the run stopped: %r", folder, second)
 
 
 def recovery_hint(run: RunBuilder, folder: Path) -> str:

@@ -28,7 +28,7 @@ from fedraclora.commands import deploy
 from fedraclora.commands.status import reported
 from fedraclora.compose.words import part
 from fedraclora.engines.deploy.local import LocalDeployment
-from fedraclora.engines.flower_patches import UNPATCHED
+from fedraclora.engines.flower_patches import ALL, UNPATCHED
 from fedraclora.errors import EngineError
 from fedraclora.experiments.bench.usage import cpu
 from fedraclora.run.ledger import read_ledger
@@ -49,9 +49,11 @@ def row(
         EngineError: If its run ends before its last round.
     """
     ends = [clients * k // nodes for k in range(nodes + 1)]
-    running = LocalDeployment([list(range(*span)) for span in pairwise(ends)])
+    served = [list(range(*span)) for span in pairwise(ends)]
+    running = LocalDeployment(served, patched=unpatched != ALL)
     running.environ["FLWR_LOG_LEVEL"] = "DEBUG"  # the SuperLink then writes down each request
-    running.environ[UNPATCHED] = "" if unpatched == NONE else unpatched
+    if unpatched not in {ALL, NONE}:
+        running.environ[UNPATCHED] = unpatched
     with tempfile.TemporaryDirectory() as made, running:
         folder = Path(made) / "run"
         sizes = [f"clients={clients}", f"clients_per_round={clients}", f"rounds={rounds}"]

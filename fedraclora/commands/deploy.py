@@ -43,13 +43,13 @@ from fedraclora.errors import CheckpointError, ConfigError, EngineError
 from fedraclora.launch import choose
 from fedraclora.limits import Count
 from fedraclora.private_folder import PrivateFolder
-from fedraclora.run.events import NOTICE, ROUND, ROW, STOPPED, SUMMARY, TEXT, TIME, Event
+from fedraclora.run.events import KIND, NOTICE, ROUND, ROW, STOPPED, SUMMARY, TEXT, TIME, Event
 from fedraclora.run.folder import amend, begin_folder, locked_folder, refuse_existing, write_summary
-from fedraclora.run.ledger import Ledger
+from fedraclora.run.ledger import Ledger, reached_round
 from fedraclora.run.log import LOG, logged
 from fedraclora.run.log import NOTICE as NOTICE_LEVEL
 from fedraclora.run.recorder import checkpoint_meta
-from fedraclora.run.stopped import stop_kind
+from fedraclora.run.stopped import forget_stop, note_stop, stop_kind
 from fedraclora.schema import bound
 from fedraclora.terminal.progress import RunProgress
 from fedraclora.trust import is_function
@@ -190,7 +190,7 @@ def follow(run: ServerRun, connection: Connection, record: Record | None) -> Non
     shown = {"shown": output.progress, "verbose": output.verbose}
     with RunProgress(config.rounds, label=config.label, **shown) as progress:
         heard = RunListener(run, record, progress)
-        with heard, audited(connection, number):
+        with heard, noting_stop(heard), audited(connection, number):
             progress.say(f"run {number} at connection {connection.name}")
             try:
                 with told_if_pending(connection, number, progress.notice):
@@ -221,11 +221,13 @@ class RunListener:
 
     Attributes:
         summary: The final figures; empty until the run has finished.
+        stopped: How the run ended early, by its server: ``diverged``, for example; else None.
     """
 
     def __init__(self, run: ServerRun, record: Record | None, progress: RunProgress) -> None:
         self.run, self.record, self.progress = run, record, progress
         self.summary: dict[str, object] = {}
+        self.stopped: str | None = None
         self._tail: deque[str] = deque(maxlen=KEPT)
         self._begun, self._stack = False, ExitStack()
         self._logs = False
@@ -258,6 +260,7 @@ class RunListener:
             self.summary = event.value
         elif event.kind == STOPPED:
             self.run.checkpoint = kept_round(event.value)
+            self.stopped = str(kind) if (kind := event.value.get(KIND)) else None
         elif event.kind == NOTICE:
             self._notice(str(event.value.get(TEXT)), event.value.get(TIME))
         elif not self._begun:  # a broken log stream starts again from its first line
@@ -321,6 +324,23 @@ def submit(run: ServerRun, connection: Connection, record: Record | None = None)
     except Exception:
         if record is not None:
             record.withdraw()
+        raise
+
+
+@contextmanager
+def noting_stop(heard: RunListener) -> Iterator[None]:
+    """Write into the local record how a run inside ends early; the server writes its own."""
+    record = heard.record
+    if record is None:
+        yield
+        return
+    forget_stop(record.folder)
+    try:
+        yield
+    except BaseException as error:
+        with suppress(OSError):  # must not hide how it ended
+            if record.ledger.rows:
+                note_stop(record.folder, reached_round(record.folder), error, heard.stopped)
         raise
 
 

@@ -20,11 +20,12 @@ from fedraclora.run.callback import Callback, RunStart
 from fedraclora.run.ledger import Row, read_ledger
 from fedraclora.run.log import PROJECT
 from fedraclora.run.recorder import checkpoint_meta
+from fedraclora.run.stopped import stop_kind
 
 MARK = "fedraclora-event "  # prefix of an event's line
 OPENING, ROW, SUMMARY = "opening", "row", "summary"
 NOTICE, STOPPED = "notice", "stopped"
-TEXT, TIME, ROUND = "text", "time", "round"  # keys of those two
+TEXT, TIME, ROUND, KIND = "text", "time", "round", "kind"  # keys of those two
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,7 @@ class Event:
     Attributes:
         kind: ``opening`` (the run's facts: `RunStart.facts`), ``row`` (a row of the ledger),
             ``summary`` (the final figures), ``notice`` (a warning of the run's log) or ``stopped``
-            (the run failed, with a checkpoint after this round).
+            (the run ended early: how, and with a checkpoint after which round).
         value: Its content, as values of JSON.
 
     Example:
@@ -87,7 +88,8 @@ class EventRecord(Callback):
         if not failed:
             write_event(SUMMARY, summary)
         elif self._folder is not None:
-            write_event(STOPPED, {ROUND: checkpoint_meta(self._folder).get("round")})
+            kept = checkpoint_meta(self._folder).get("round")
+            write_event(STOPPED, {ROUND: kept, KIND: stop_kind(self._folder)})
 
 
 class NoticeHandler(logging.Handler):

@@ -11,17 +11,18 @@ from fedraclora.weights.files import write_text
 STOPPED = "stopped.json"
 
 
-def note_stop(folder: Path, done: int, error: BaseException) -> None:
+def note_stop(folder: Path, done: int, error: BaseException, kind: str | None = None) -> None:
     """Write how a run ended that did not come to its end.
 
     Args:
         folder: The run folder.
         done: The last round that was closed.
         error: What ended it.
+        kind: ``interrupted``, ``failed`` or ``diverged``; None if the error says which.
     """
-    kind = "interrupted" if isinstance(error, KeyboardInterrupt | StoppedError) else "failed"
-    if isinstance(error, DivergenceError):
-        kind = "diverged"
+    if kind is None:
+        kind = "interrupted" if isinstance(error, KeyboardInterrupt | StoppedError) else "failed"
+        kind = "diverged" if isinstance(error, DivergenceError) else kind
     otherwise = "by Ctrl-C or a signal" if kind == "interrupted" else type(error).__name__
     lines = [str(error) or otherwise, *getattr(error, "__notes__", ())]
     found = {"kind": kind, "round": done, "reason": "; ".join(lines)}

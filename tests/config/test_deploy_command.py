@@ -23,9 +23,10 @@ from fedraclora.engines.deploy import control
 from fedraclora.engines.deploy.control import COMPLETED, Connection, Status
 from fedraclora.engines.deploy.local import LocalDeployment
 from fedraclora.errors import CheckpointError, ConfigError, EngineError
-from fedraclora.run.events import OPENING, ROW, SUMMARY, Event
+from fedraclora.run.events import OPENING, ROW, STOPPED, SUMMARY, Event
 from fedraclora.run.folder import locked_folder
 from fedraclora.run.ledger import read_ledger
+from fedraclora.run.stopped import stop_kind, stop_reason
 from fedraclora.strategies.facts import facts_of
 from fedraclora.strategies.methods import METHODS
 from tests.common import assemble, summary_of
@@ -309,6 +310,20 @@ def test_a_run_that_failed_has_its_words(
     with pytest.raises(EngineError, match=f"run 7 ended as {word}: the disk is full"):
         deploy.follow(asked, link, None)
     assert "ERROR: no space" in capsys.readouterr().err
+
+
+def test_the_record_of_a_run_says_how_it_ended_early(asked: ServerRun) -> None:
+    told = line(STOPPED, {"round": 1, "kind": "diverged"})
+    with Record(asked.folder, asked.plain, resume=False) as record, pytest.raises(EngineError):
+        deploy.follow(asked, Elsewhere([[*LINES, told]], "finished:failed"), record)
+    assert stop_kind(asked.folder) == "diverged"
+    assert "the disk is full" in str(stop_reason(asked.folder))
+    words = [f"resume={asked.folder}", "local.lr=0.01"]  # which a run that diverged may change
+    again = deploy.prepare(words, None)
+    assert again.config.local.lr == 0.01
+    with Record(asked.folder, again.plain, resume=True) as record:
+        deploy.follow(again, Elsewhere([[*LINES, line(SUMMARY, OUTCOME)]]), record)
+    assert stop_kind(asked.folder) is None
 
 
 def test_ctrl_c_stops_the_run(asked: ServerRun) -> None:

@@ -9,7 +9,8 @@ import pytest
 from typing_extensions import override
 
 import fedraclora
-from fedraclora.errors import ConfigError
+from fedraclora.errors import ConfigError, DivergenceError
+from fedraclora.run.stopped import stop_kind
 from tests.common import FIXED
 
 WORDS = (*FIXED, "data=digits", "pretrain=none", "output.progress=false")
@@ -186,3 +187,16 @@ class Columns(fedraclora.Callback):
 def test_a_callback_takes_no_column_of_the_runs_own(columns: Any) -> None:
     with pytest.raises(ConfigError, match="Columns"):
         run(callbacks=[Columns(columns)])
+
+
+def test_a_callback_may_read_why_a_run_failed(tmp_path: Path) -> None:
+    class Reads(fedraclora.Callback):
+        kinds: list[str | None] = []  # noqa: RUF012  of the one run of this test
+
+        @override
+        def end(self, summary: Any, *, failed: bool) -> None:
+            self.kinds.append(stop_kind(tmp_path / "run"))
+
+    with pytest.raises(DivergenceError):
+        run("local.lr=1e30", f"output.dir={tmp_path / 'run'}", callbacks=[Reads()])
+    assert Reads.kinds == ["diverged"]
