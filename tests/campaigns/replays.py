@@ -210,7 +210,9 @@ def _network(folder: Path, name: str, fault: Any) -> Network:
 
 
 # What a refused reply costs, or is counted by the clock.
-COSTS = ("seconds", "_bytes", "_total", "incidents", "peak_memory", "secure", "sha256")
+COSTS = (
+    "seconds", "_bytes", "_total", "transport", "incidents", "peak_memory", "secure", "sha256",
+)  # fmt: skip
 
 
 def figures(row: Mapping[str, object]) -> dict[str, object]:
