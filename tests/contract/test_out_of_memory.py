@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -23,6 +24,13 @@ CARD = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
 HOST = RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried 8 bytes")
 LIBRARY = RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`")
 KINDS = pytest.mark.parametrize("error", [CARD, HOST, LIBRARY], ids=["card", "host", "library"])
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_objects() -> None:
+    """Let the collections after each halved batch walk only what these tests make."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture

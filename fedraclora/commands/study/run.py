@@ -5,9 +5,11 @@
 A study names a preset, the rows to compare, one grid on which every row is tuned (on a validation
 split), and the seeds of the final runs. Without ``tune``, the grid has one value for all rows;
 ``--tuned-by`` uses the values that another study has tuned for the same rows. ``--tuning`` adds
-overrides to the tuning runs only. ``--row`` runs only some rows; the tables contain all finished
-ones. Every finished run adds a line to ``runs.jsonl``, and the same command resumes the study.
-``fedraclora compare study=STUDY`` does the same and also writes a leaderboard.
+overrides to the tuning runs only. Optuna chooses the trials of ``fedraclora tune`` but not those of
+a study: each row of a study tries the same values, so that no row gets a better search. ``--row``
+runs only some rows; the tables contain all finished ones. Every finished run adds a line to
+``runs.jsonl``, and the same command resumes the study. ``fedraclora compare study=STUDY`` does the
+same and also writes a leaderboard.
 """
 
 from __future__ import annotations
