@@ -160,6 +160,7 @@ def on_config(config: MkDocsConfig) -> None:
     groups["Records"] = ["records/README.md", *listed("records/")]
     groups["Maintainers"] = [
         *map(place_of, OUTSIDE),
+        *groups.pop("Maintainers"),  # its place is after the records
         {"Decisions": ["adr/README.md", *listed("adr/")]},
     ]
     config.nav = [{title: pages} for title, pages in groups.items()]
