@@ -8,6 +8,7 @@ import json
 import logging
 import math
 import os
+import signal
 import sys
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -82,6 +83,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     """Have Hydra remember our own configs, and leave figures blank, unless that is switched off."""
+    # `nohup` and shells ignore these for jobs in the background. Commands under test and their
+    # processes would inherit that, and would not end by them. The tests still outlive a hangup.
+    if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:
+        signal.signal(signal.SIGHUP, lambda *_: None)
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     if not config.getoption("--as-users"):
         composing.install()
         drawing.install()
