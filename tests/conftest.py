@@ -81,14 +81,23 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
 
 
-def pytest_configure(config: pytest.Config) -> None:
-    """Have Hydra remember our own configs, and leave figures blank, unless that is switched off."""
-    # `nohup` and shells ignore these for jobs in the background. Commands under test and their
-    # processes would inherit that, and would not end by them. The tests still outlive a hangup.
+def heed_signals() -> None:
+    """Undo what a shell (``&``) and ``nohup`` ignore: processes under test would inherit it.
+
+    The tests themselves still outlive a hangup.
+    """
     if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:
         signal.signal(signal.SIGHUP, lambda *_: None)
     if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Set up this process.
+
+    Hydra remembers our own configs, and figures are left blank, unless that is switched off.
+    """
+    heed_signals()
     if not config.getoption("--as-users"):
         composing.install()
         drawing.install()

@@ -296,11 +296,11 @@ def test_uniform_weights_differ_from_examples_where_clients_do(
     variant: Variant, world: World
 ) -> None:
     method = method_of(variant)
-    examples = run(world, method, RAGGED, rounds=1)
-    uniform = run(world, method, RAGGED, rounds=1, weights="uniform")
-    moved = examples.weights["fc1.weight"] - world.base["fc1.weight"]
-    gap = examples.weights["fc1.weight"] - uniform.weights["fc1.weight"]
-    assert float(gap.abs().max()) > 1e-6 * float(moved.abs().max()) > 0
+    # In the first round of LoRA, B = 0 keeps A, and so a mean of A alone, almost where it was.
+    examples = run(world, method, RAGGED, rounds=2)
+    uniform = run(world, method, RAGGED, rounds=2, weights="uniform")
+    gap = (examples.weights["fc1.weight"] - uniform.weights["fc1.weight"]).abs().max()
+    assert float(gap) > 1e-6
 
 
 # --- files ---------------------------------------------------------------------------------------

@@ -302,10 +302,6 @@ def test_nothing_is_left_behind(how: str, tmp_path: Path) -> None:
     sign, group, due = ENDS[how]
     rounds = "rounds=3" if sign is None else "rounds=100000"
     words = [*WORDS, "method.rank=2", "engine=ray", "engine.workers=1", rounds]
-    # A shell lets what it starts in the background ignore Ctrl-C, nohup the end of a terminal, and
-    # that is inherited.
-    defaults = {signal.SIGINT: signal.default_int_handler, signal.SIGHUP: signal.SIG_DFL}
-    heeded = {number: signal.signal(number, handler) for number, handler in defaults.items()}
     with tempfile.TemporaryDirectory(prefix="r") as made:  # short, for Ray's sockets
         folder = Path(made)
         process = subprocess.Popen(
@@ -324,8 +320,6 @@ def test_nothing_is_left_behind(how: str, tmp_path: Path) -> None:
             env={**os.environ, "RAY_TMPDIR": made, "OMP_NUM_THREADS": "1"},
             start_new_session=True,
         )
-        for number, handler in heeded.items():
-            signal.signal(number, handler)
         deadline = time.monotonic() + 300
         while sign is not None and not due(folder):
             assert process.poll() is None

@@ -104,11 +104,7 @@ def interrupted(go: Go, calls: int) -> None:
         return answer(self, ask)
 
     answer = Worker.train
-    heeded = signal.signal(signal.SIGINT, signal.default_int_handler)
-    try:
-        fails(go, (Worker, "train"), press, pytest.raises(KeyboardInterrupt))
-    finally:
-        signal.signal(signal.SIGINT, heeded)
+    fails(go, (Worker, "train"), press, pytest.raises(KeyboardInterrupt))
 
 
 def a_client_fails(go: Go, calls: int) -> None:
