@@ -328,7 +328,7 @@ def test_nothing_is_left_behind(how: str, tmp_path: Path) -> None:
         if sign is not None:
             (os.killpg if group else os.kill)(process.pid, sign)
         _, said = process.communicate(timeout=120)
-        assert process.returncode == (0 if sign is None else STATUS)
+        assert process.returncode == (0 if sign is None else STATUS), said
         assert ("interrupted" in said) == (sign is not None)
         assert left_running(folder) == []
         assert [*folder.glob("fedraclora-*")] == []
